@@ -1,0 +1,548 @@
+"""A run as a typed, frozen value: what `recipes` build, what the command line overrides, what is logged.
+
+Every field says its meaning, its unit and where its default comes from. `None` means off, and the field says so.
+Checks happen on construction and raise `ConfigError` with path, value and what is allowed. Nothing that is computed
+at run time is stored here. `identity.py` says which fields may change a bit of the result.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from hvp_ray.errors import ConfigError
+from hvp_ray.randomness import check_seed
+
+Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
+"""Which pair of views is trained on.
+
+hardest: the pair with the largest loss under the current weights (HVP). first: views 0 and 1, only they are rendered
+(the vanilla arm). Controls: random (a random pair of the V views), easiest (smallest loss), min_iou (crops that
+overlap least; no model involved), all_pairs (mean loss over all pairs).
+"""
+
+RendererName = Literal["cpu", "dali-cpu", "dali-gpu"]
+RULES_THAT_SCORE: frozenset[str] = frozenset({"hardest", "easiest"})
+
+
+def _require(condition: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (an assertion reads so)
+    if not condition:
+        raise ConfigError(f"{path}={value!r} is not allowed: {allowed}")
+
+
+def _require_probability(path: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, path, value, "a probability from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSettings:
+    """Name, place and seed of a run."""
+
+    name: str | None = None
+    """Folder name of the run under `run.output`. None: a new unique name. The name of an existing run resumes it."""
+
+    output: str | None = None
+    """Folder that holds runs and the MLflow store. None: `runs/` in the working folder, or `hvp_runs/` in the home
+    folder where the working folder is a temporary copy made by `ray job submit --working-dir`."""
+
+    seed: int = 0
+    """Seed of everything random: order, views, initial weights. 0 to 2**64 - 1."""
+
+    resume: bool = True
+    """Continue the run of this name where it exists. False: an existing run of this name is an error."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if self.name is not None:
+            allowed = "letters, digits, '.', '_' and '-', not beginning with '.' or '-', at most 120 characters"
+            characters_fit = all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name)
+            starts_well = bool(self.name) and self.name[0] not in ".-"
+            _require(characters_fit and starts_well and len(self.name) <= 120, "run.name", self.name, allowed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where images come from."""
+
+    source: str
+    """`digits` (embedded), a folder of class folders, or a Parquet file or folder in the Hugging Face image layout."""
+
+    num_images: int | None = None
+    """Use only this many images, a fixed pseudo-random subset that is the same for every seed. None: all."""
+
+    test_source: str | None = None
+    """Labelled images for the final k-NN. None: `test_fraction` of the source is held out for it."""
+
+    test_fraction: float = 0.2
+    """Share of the source held out from pretraining for the final k-NN where `test_source` is not given. 0: no
+    evaluation then."""
+
+    max_unreadable_fraction: float = 0.01
+    """Share of unreadable images above which the run stops; judged after 1,000 images."""
+
+    max_image_pixels: int = 100_000_000
+    """Images with more pixels than this count as unreadable; checked on the header, before decoding (image bombs)."""
+
+    shuffle_window_images: int = 65_536
+    """Row-grouped sources (Parquet): row groups are permuted, then samples inside windows of this many images."""
+
+    block_cache_mib: int = 1024
+    """Memory for decompressed Parquet row groups in each view worker."""
+
+    image_column: str = "image"
+    """Parquet column with `struct<bytes, path>` (or plain binary)."""
+
+    label_column: str = "label"
+    """Parquet column with integer labels; used by the k-NN only. May be missing."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "data.source", self.source, "a path, or `digits`")
+        if self.num_images is not None:
+            _require(self.num_images >= 1, "data.num_images", self.num_images, "1 or more")
+        _require(0.0 <= self.test_fraction < 1.0, "data.test_fraction", self.test_fraction, "0 or more, below 1")
+        _require_probability("data.max_unreadable_fraction", self.max_unreadable_fraction)
+        _require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "1 or more")
+        _require(self.shuffle_window_images >= 1, "data.shuffle_window_images", self.shuffle_window_images, ">= 1")
+        _require(self.block_cache_mib >= 1, "data.block_cache_mib", self.block_cache_mib, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformConfig:
+    """How one view is drawn. Probabilities are per view; views are drawn independently."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the crop's area as a fraction of the image's (RandomResizedCrop; SimSiam: 0.2 to 1)."""
+
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width / height, log-uniform (torchvision's default)."""
+
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Resampling filter, antialiased."""
+
+    flip_probability: float = 0.5
+    """Horizontal flip."""
+
+    jitter_probability: float = 0.8
+    """Colour jitter: brightness, contrast, saturation and hue, in random order."""
+
+    brightness: float = 0.4
+    """Brightness factor from max(0, 1 - x) to 1 + x."""
+
+    contrast: float = 0.4
+    """Contrast factor from max(0, 1 - x) to 1 + x, about the mean grey of the crop."""
+
+    saturation: float = 0.4
+    """Saturation factor from max(0, 1 - x) to 1 + x."""
+
+    hue_turns: float = 0.1
+    """Hue shift from -x to x, in turns of the colour circle; 0 to 0.5."""
+
+    grayscale_probability: float = 0.2
+    """Conversion to grey."""
+
+    blur_probability: float = 0.5
+    """Gaussian blur. (The authors' SimSiam code blurs with 1 - p; see docs/reference_differences.md.)"""
+
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    """Range of the standard deviation of the blur, in pixels of the rendered view."""
+
+    blur_kernel_px: int = 9
+    """Width of the blur's kernel, odd; SimSiam and DINO 9, SimCLR 23."""
+
+    solarize_probability: float = 0.0
+    """Inversion of values of 128 and above."""
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(0.0 < low <= high <= 1.0, "crop_scale", self.crop_scale, "0 < min <= max <= 1")
+        low, high = self.crop_ratio
+        _require(1 / 7 <= low <= high <= 7, "crop_ratio", self.crop_ratio, "1/7 <= min <= max <= 7")
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            _require_probability(f"{name}_probability", getattr(self, f"{name}_probability"))
+        for name in ("brightness", "contrast", "saturation"):
+            _require(0.0 <= getattr(self, name) <= 10.0, name, getattr(self, name), "0 to 10")
+        _require(0.0 <= self.hue_turns <= 0.5, "hue_turns", self.hue_turns, "0 to 0.5 turns")
+        low, high = self.blur_sigma_px
+        _require(0.0 < low <= high, "blur_sigma_px", self.blur_sigma_px, "0 < min <= max")
+        _require(self.blur_kernel_px % 2 == 1 and self.blur_kernel_px >= 1, "blur_kernel_px", self.blur_kernel_px, "odd")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewGroupConfig:
+    """Views of one resolution."""
+
+    size_px: int
+    """Height and width of a rendered view."""
+
+    even: TransformConfig = dataclasses.field(default_factory=TransformConfig)
+    """Transform of views 0, 2, 4, ..."""
+
+    odd: TransformConfig | None = None
+    """Transform of views 1, 3, 5, ...; None: the same as `even`. (DINO's two global transforms.)"""
+
+    def __post_init__(self) -> None:
+        _require(4 <= self.size_px <= 4096, "size_px", self.size_px, "4 to 4096")
+        for transform in (self.even, self.odd or self.even):
+            if transform.blur_probability > 0.0:
+                fits = transform.blur_kernel_px // 2 < self.size_px
+                allowed = f"the kernel's radius must be smaller than size_px={self.size_px}"
+                _require(fits, "blur_kernel_px", transform.blur_kernel_px, allowed)
+
+    def transform_of(self, view_index: int) -> TransformConfig:
+        """Return the transform that draws view `view_index`."""
+        return self.even if view_index % 2 == 0 or self.odd is None else self.odd
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewsConfig:
+    """All views of an image, and how pixels become network inputs."""
+
+    global_views: ViewGroupConfig
+    """The views that pairs are made of."""
+
+    local_views: ViewGroupConfig | None = None
+    """Small multi-crop views (DINO, iBOT). None: there are none."""
+
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Mean of the channels, of values in [0, 1]; default ImageNet."""
+
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Standard deviation of the channels; default ImageNet."""
+
+    evaluation_resize_px: int
+    """Evaluation resizes the shorter side to this, then cuts the centre of `global_views.size_px` (ImageNet: 256)."""
+
+    def __post_init__(self) -> None:
+        fits = self.evaluation_resize_px >= self.global_views.size_px
+        _require(fits, "views.evaluation_resize_px", self.evaluation_resize_px, "global_views.size_px or more")
+        _require(min(self.std) > 0.0, "views.std", self.std, "positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionConfig:
+    """Which views are rendered, and which of them are trained on."""
+
+    rule: Rule = "hardest"
+    """hardest | first | random | easiest | min_iou | all_pairs; see `Rule`."""
+
+    num_views: int = 4
+    """Views rendered per image; the pair is chosen among num_views * (num_views - 1) / 2. (The paper: 4; 8 gave
+    nothing more.)"""
+
+    every: int = 1
+    """A hard step every k-th step; the others are vanilla steps, which render and ship two views only."""
+
+    score_always: bool = False
+    """Score although the rule does not need it: the control "extra views seen only by BatchNorm"."""
+
+    scoring_resolution_px: int | None = None
+    """Views are scored at this resolution, antialiased on the device. None: at full resolution."""
+
+    scoring_batch_norm: Literal["batch", "faithful", "running"] = "batch"
+    """Statistics used while scoring. batch: of the batch, running statistics untouched. faithful: as automl/hvp, where
+    scoring also moves the running statistics. running: the running statistics."""
+
+    def __post_init__(self) -> None:
+        _require(2 <= self.num_views <= 64, "selection.num_views", self.num_views, "2 to 64")
+        _require(self.every >= 1, "selection.every", self.every, "1 or more")
+        conflict = self.rule == "first" and self.every > 1
+        _require(not conflict, "selection.every", self.every, "1, because selection.rule=first has no hard steps")
+        if self.scoring_resolution_px is not None:
+            _require(
+                self.scoring_resolution_px >= 8, "selection.scoring_resolution_px", self.scoring_resolution_px, ">= 8"
+            )
+
+    def is_hard_step(self, step: int) -> bool:
+        """Tell whether step `step` follows `rule`; other steps are vanilla."""
+        return self.rule != "first" and step % self.every == 0
+
+    def num_views_at(self, step: int) -> int:
+        """Return how many views of each image step `step` renders."""
+        if self.is_hard_step(step) or self.score_always:
+            return self.num_views
+        return 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneConfig:
+    """The encoder, from timm."""
+
+    name: str
+    """timm's model name, for instance resnet50."""
+
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """cifar: 3x3 convolution of stride 1 and no max-pooling, for images of 16 to 64 px (ResNets only)."""
+
+    channels: tuple[int, ...] | None = None
+    """Widths of the stages of a ResNet, for small experiments. None: those of the named model."""
+
+    pretrained: bool = False
+    """Start from timm's pretrained weights (fetched from the hub by timm)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimSiamConfig:
+    """SimSiam (Chen and He, CVPR 2021) with the heads of the HVP authors."""
+
+    backbone: BackboneConfig
+    projector_layers: Literal[2, 3] = 3
+    """3 for ImageNet, 2 for CIFAR nets (SimSiam, appendix D)."""
+
+    projector_dim: int = 2048
+    """Width and output dimension of the projector."""
+
+    predictor_hidden_dim: int = 512
+    """Bottleneck of the predictor."""
+
+    def __post_init__(self) -> None:
+        _require(self.projector_dim >= 2, "method.projector_dim", self.projector_dim, "2 or more")
+        _require(self.predictor_hidden_dim >= 1, "method.predictor_hidden_dim", self.predictor_hidden_dim, ">= 1")
+
+    @property
+    def name(self) -> str:
+        """Name of the method, as logged."""
+        return "simsiam"
+
+
+MethodConfig = SimSiamConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """Optimizer and schedules; every schedule is a function of the step."""
+
+    learning_rate_per_256: float
+    """Base learning rate for 256 images per step; the rate used is this x images_per_step / 256."""
+
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """On every parameter, as SimSiam does it."""
+
+    schedule: Literal["cosine-per-epoch", "cosine-per-step"] = "cosine-per-epoch"
+    """Cosine to 0 without warm-up; SimSiam evaluates it once per epoch."""
+
+    constant_predictor_rate: bool = True
+    """The predictor keeps the initial learning rate (SimSiam, section 4.2)."""
+
+    clip_gradient_norm: float | None = None
+    """Largest global norm of the gradient. None: no clipping (SimSiam)."""
+
+    def __post_init__(self) -> None:
+        path = "optimizer.learning_rate_per_256"
+        _require(self.learning_rate_per_256 > 0.0, path, self.learning_rate_per_256, "positive")
+        _require(0.0 <= self.momentum < 1.0, "optimizer.momentum", self.momentum, "0 or more, below 1")
+        _require(self.weight_decay >= 0.0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        if self.clip_gradient_norm is not None:
+            _require(self.clip_gradient_norm > 0.0, "optimizer.clip_gradient_norm", self.clip_gradient_norm, "positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """How long, how much at once, in which precision."""
+
+    epochs: int
+    """Passes over the data; a last part smaller than one step is dropped."""
+
+    num_steps: int | None = None
+    """Train for exactly this many steps, whatever `epochs` says; the schedules span them. None: `epochs` decides."""
+
+    images_per_step: int
+    """Images per optimizer step over all trainers (the global batch)."""
+
+    checkpoint_every_steps: int = 500
+    """Steps between checkpoints; one more is written at the end."""
+
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints are kept."""
+
+    torch_threads: int = 1
+    """Threads of torch in each trainer on a CPU; part of the run's identity, because it changes summation order."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast of the forward passes; losses and weights stay float32."""
+
+    compile: bool = False
+    """torch.compile for scoring and training; GPUs only."""
+
+    initial_weights: str | None = None
+    """Backbone weights to start from: a run's folder or its backbone.safetensors. None: random, or timm's where
+    `method.backbone.pretrained` is set."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "training.epochs", self.epochs, "1 or more")
+        if self.num_steps is not None:
+            _require(self.num_steps >= 1, "training.num_steps", self.num_steps, "1 or more")
+        _require(self.images_per_step >= 2, "training.images_per_step", self.images_per_step, "2 or more")
+        every = self.checkpoint_every_steps
+        _require(every >= 1, "training.checkpoint_every_steps", every, "1 or more")
+        _require(self.keep_checkpoints >= 1, "training.keep_checkpoints", self.keep_checkpoints, "1 or more")
+        _require(self.torch_threads >= 1, "training.torch_threads", self.torch_threads, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Who works where. Only `num_trainers`, `renderer` and `device` can change a bit of the result."""
+
+    num_trainers: int = 1
+    """Training processes; each takes images_per_step / num_trainers images of a step."""
+
+    num_view_workers: int | Literal["auto"] = "auto"
+    """Ray actors that render views. auto: the CPUs that the trainers leave, at least 1, at most 64."""
+
+    renderer: RendererName | Literal["auto"] = "auto"
+    """cpu | dali-cpu | dali-gpu. auto: cpu (dali-gpu where `device` is cuda and DALI is installed)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What trainers run on. auto: cuda where the cluster has enough GPUs for the trainers, else cpu."""
+
+    batches_in_flight: int = 4
+    """Batches that each trainer asks for ahead of the step."""
+
+    cpus_per_trainer: float = 1.0
+    """CPUs that Ray reserves for a trainer."""
+
+    cpus_per_view_worker: float = 1.0
+    """CPUs that Ray reserves for a view worker."""
+
+    gpus_per_dali_worker: float = 0.1
+    """Share of a GPU that Ray reserves for a view worker with renderer dali-gpu."""
+
+    object_store_mib: int | Literal["auto"] = "auto"
+    """Object store of a Ray that we start ourselves. auto: three times the look-ahead, at least 256 MiB."""
+
+    late_factor: float = 8.0
+    """A batch that takes this many times the usual time (and more than `late_seconds`) is asked of another worker."""
+
+    late_seconds: float = 30.0
+    """See `late_factor`."""
+
+    stall_seconds: float = 600.0
+    """The run stops with an error when the next batch has not come for so long."""
+
+    max_trainer_failures: int = 3
+    """How often the trainers are started again after a failure of one of them."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_trainers >= 1, "cluster.num_trainers", self.num_trainers, "1 or more")
+        workers = self.num_view_workers
+        _require(workers == "auto" or workers >= 1, "cluster.num_view_workers", workers, "auto, or 1 or more")
+        _require(self.batches_in_flight >= 1, "cluster.batches_in_flight", self.batches_in_flight, "1 or more")
+        for name in ("cpus_per_trainer", "cpus_per_view_worker", "gpus_per_dali_worker", "late_seconds"):
+            _require(getattr(self, name) >= 0.0, f"cluster.{name}", getattr(self, name), "0 or more")
+        _require(self.late_factor >= 1.0, "cluster.late_factor", self.late_factor, "1 or more")
+        _require(self.stall_seconds > 0.0, "cluster.stall_seconds", self.stall_seconds, "positive")
+        _require(self.max_trainer_failures >= 0, "cluster.max_trainer_failures", self.max_trainer_failures, ">= 0")
+        store = self.object_store_mib
+        _require(store == "auto" or store >= 80, "cluster.object_store_mib", store, "auto, or 80 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """What is recorded, and where."""
+
+    uri: str = "auto"
+    """MLflow tracking URI. auto: a SQLite file in `run.output`, no server needed. none: no MLflow."""
+
+    experiment: str = "hvp_ray"
+    """MLflow experiment."""
+
+    log_every_steps: int = 1
+    """Steps between recorded values."""
+
+    knn_neighbours: int = 20
+    """Neighbours of the final k-NN with all labels (weighted vote, temperature 0.07)."""
+
+    knn_images: int = 10_000
+    """At most this many training images, and as many test images, take part in the final k-NN. 0: no k-NN."""
+
+    num_figure_images: int = 6
+    """Images shown in the figure of candidate views. 0: no figures."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.uri), "tracking.uri", self.uri, "auto, none, or an MLflow tracking URI")
+        _require(self.log_every_steps >= 1, "tracking.log_every_steps", self.log_every_steps, "1 or more")
+        _require(self.knn_neighbours >= 1, "tracking.knn_neighbours", self.knn_neighbours, "1 or more")
+        _require(self.knn_images >= 0, "tracking.knn_images", self.knn_images, "0 or more")
+        _require(self.num_figure_images >= 0, "tracking.num_figure_images", self.num_figure_images, "0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that determines a run."""
+
+    recipe: str
+    """Name of the recipe that this value was made from."""
+
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
+    data: DataConfig
+    views: ViewsConfig
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        images, trainers = self.training.images_per_step, self.cluster.num_trainers
+        allowed = f"a multiple of cluster.num_trainers={trainers}"
+        _require(images % trainers == 0, "training.images_per_step", images, allowed)
+        scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
+        if scoring_px is not None:
+            allowed = f"at most views.global_views.size_px={size_px}"
+            _require(scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)
+        on_cpu = self.cluster.device == "cpu"
+        _require(not (self.training.compile and on_cpu), "training.compile", True, "False with cluster.device=cpu")
+
+    @property
+    def images_per_rank(self) -> int:
+        """Images of one step on one trainer."""
+        return self.training.images_per_step // self.cluster.num_trainers
+
+
+def config_to_dict(config: object) -> dict[str, Any]:
+    """Return the config as nested plain values, ready for JSON."""
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        raise ConfigError(f"expected a config value, got {config!r}")
+    return dataclasses.asdict(config)
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested dictionaries to dotted names, in order."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def config_from_dict(nested: dict[str, Any]) -> RunConfig:
+    """Rebuild the value that `config_to_dict` took apart.
+
+    Raises:
+        ConfigError: a field is missing, unknown or out of range.
+    """
+    built = _build(RunConfig, nested, "")
+    assert isinstance(built, RunConfig)
+    return built
+
+
+def _build(kind: type[Any], nested: dict[str, Any], path: str) -> object:
+    hints = {field.name: field.type for field in dataclasses.fields(kind)}
+    unknown = set(nested) - set(hints)
+    if unknown:
+        raise ConfigError(f"config.json has unknown fields {sorted(unknown)} in {path or 'the run'}; written by another version?")
+    values = {}
+    for name, value in nested.items():
+        hint = hints[name]
+        candidates = [hint, *get_args(hint)]
+        section = next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+        if section is not None and isinstance(value, dict):
+            values[name] = _build(section, value, f"{path}{name}.")
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"config.json does not describe {kind.__name__} at {path or 'the run'}: {error}") from error

@@ -1,0 +1,1 @@
+"""Images: sources, decoding, and the order in which they are visited."""

@@ -1,0 +1,63 @@
+"""The embedded data set: scikit-learn's scanned digits, so that the first command works without a network.
+
+1,797 grey images of 8 x 8 px, enlarged to 32 x 32 and encoded as PNG. A smoke test, not evidence: k-NN on raw
+pixels reaches 0.98 with all labels.
+"""
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+
+DIGITS_SIZE_PX = 32
+
+
+class DigitsSource:
+    """See the module; implements `Source`."""
+
+    def __init__(self) -> None:
+        digits = load_digits()
+        # Values are 0 to 16 (counts of dark cells); 16 becomes 255.
+        self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        self._labels = np.asarray(digits.target, dtype=np.int64)
+        self._encoded: dict[int, bytes] = {}
+
+    @property
+    def num_samples(self) -> int:
+        """1,797."""
+        return len(self._images)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """The digit."""
+        return self._labels
+
+    @property
+    def block_starts(self) -> NDArray[np.int64] | None:
+        """None: in memory."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Digest of the pixels."""
+        return hashlib.sha256(self._images.tobytes()).hexdigest()
+
+    def read(self, sample_ids: Sequence[int]) -> list[bytes]:
+        """Return PNG files."""
+        return [self._encode(sample_id) for sample_id in sample_ids]
+
+    def describe(self, sample_id: int) -> str:
+        """Name the digit."""
+        return f"digits[{sample_id}]"
+
+    def _encode(self, sample_id: int) -> bytes:
+        if sample_id not in self._encoded:
+            small = Image.fromarray(self._images[sample_id])
+            large = small.resize((DIGITS_SIZE_PX, DIGITS_SIZE_PX), Image.Resampling.BICUBIC)
+            buffer = io.BytesIO()
+            large.save(buffer, format="PNG")
+            self._encoded[sample_id] = buffer.getvalue()
+        return self._encoded[sample_id]

@@ -1,0 +1,1 @@
+"""The only place that touches torch.distributed: ranks, collectives, wrapping of models."""

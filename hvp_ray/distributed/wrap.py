@@ -1,0 +1,70 @@
+"""All placement in one screenful: which model gets which wrapper.
+
+| device | ranks | BatchNorm | gradients |
+|---|---|---|---|
+| any | 1 | as it is | as they are |
+| cpu (gloo) | 2 | CpuSyncBatchNorm | DDP |
+| cpu (gloo) | 3 and more | CpuSyncBatchNorm | one flat all-reduce in the order of the parameters |
+| cuda (nccl) | 2 and more | torch's SyncBatchNorm | DDP |
+
+Why not DDP with three gloo ranks: DDP rebuilds its buckets after its first step, in the order in which gradients
+arrive; a restarted run has another first step, other buckets, another summation order, and other bits. The sum of
+two ranks does not depend on the order.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.nn.parallel import DistributedDataParallel
+
+from hvp_ray.distributed.batch_norm import convert_to_cpu_sync_batch_norm
+from hvp_ray.distributed.world import World
+
+logger = logging.getLogger(__name__)
+
+
+def synchronize_batch_norm(method: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """Make BatchNorm use the statistics of all ranks; before the optimizer is built."""
+    if world.num_ranks == 1:
+        return method
+    if device.type == "cpu":
+        return convert_to_cpu_sync_batch_norm(method, world.num_ranks)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(method)
+    return converted
+
+
+def wrap_for_training(
+    method: nn.Module, world: World, device: torch.device
+) -> tuple[nn.Module, Callable[[], None]]:
+    """Return the module whose forward is trained, and what to call between backward and update."""
+    if world.num_ranks == 1:
+        return method, _nothing
+    if device.type == "cpu" and world.num_ranks > 2:
+        logger.info("gradients: one flat all-reduce in the order of the parameters (gloo, %d ranks)", world.num_ranks)
+        return method, lambda: all_reduce_gradients(method)
+    logger.info("gradients: DistributedDataParallel (%s, %d ranks)", dist.get_backend(), world.num_ranks)
+    wrapped = DistributedDataParallel(
+        method,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # synchronized BatchNorm keeps them equal
+        gradient_as_bucket_view=True,
+    )
+    return wrapped, _nothing
+
+
+def all_reduce_gradients(module: nn.Module) -> None:
+    """Average the gradients over ranks, in one buffer, in the order of the parameters."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    flat = _flatten_dense_tensors(gradients)
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, reduced in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(reduced)
+
+
+def _nothing() -> None:
+    """Gradients need no further step."""

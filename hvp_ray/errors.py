@@ -1,0 +1,33 @@
+"""The errors of hvp_ray. Every message says what was expected, what was found and what to do."""
+
+
+class HvpRayError(Exception):
+    """Base of all errors that hvp_ray raises on purpose."""
+
+
+class ConfigError(HvpRayError, ValueError):
+    """A setting is wrong: the message has its path, its value and what is allowed."""
+
+
+class DataError(HvpRayError):
+    """A data source, or an image in it, cannot be used."""
+
+
+class UnreadableImageError(DataError):
+    """The bytes of one image cannot be turned into pixels; the stream replaces such an image."""
+
+
+class ShapeError(HvpRayError, ValueError):
+    """An array or tensor does not fit: name, found, expected."""
+
+
+class StageError(HvpRayError):
+    """A stage of the pipeline failed more often than its budget allows."""
+
+
+class CheckpointError(HvpRayError):
+    """A checkpoint is missing, incomplete, damaged, or belongs to a run of another identity."""
+
+
+class TrainingError(HvpRayError):
+    """Training cannot go on, for instance because the loss is not finite."""

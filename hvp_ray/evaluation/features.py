@@ -1,0 +1,62 @@
+"""Images -> centre crops -> features, without augmentation."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hvp_ray.config import ViewsConfig
+from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.source import Source
+from hvp_ray.errors import UnreadableImageError
+from hvp_ray.views.normalise import normalise_views
+
+
+def load_evaluation_pixels(
+    source: Source, sample_ids: NDArray[np.int64], views: ViewsConfig, *, max_image_pixels: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Return ([N, S, S, 3], readable ids): shorter side resized to `evaluation_resize_px`, centre cut out.
+
+    Unreadable images are left out.
+    """
+    size_px = views.global_views.size_px
+    crops, kept = [], []
+    for sample_id in sample_ids.tolist():
+        try:
+            pixels = decode_rgb(source.read([sample_id])[0], max_pixels=max_image_pixels)
+        except UnreadableImageError:
+            continue
+        crops.append(_centre_crop(pixels, views.evaluation_resize_px, size_px))
+        kept.append(sample_id)
+    stacked = np.stack(crops) if crops else np.zeros((0, size_px, size_px, 3), np.uint8)
+    return stacked, np.array(kept, dtype=np.int64)
+
+
+def _centre_crop(pixels: NDArray[np.uint8], resize_px: int, size_px: int) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    scale = resize_px / min(height, width)
+    size = (max(resize_px, round(height * scale)), max(resize_px, round(width * scale)))
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+    top, left = (size[0] - size_px) // 2, (size[1] - size_px) // 2
+    crop = resized[:, top : top + size_px, left : left + size_px].permute(1, 2, 0)
+    return np.ascontiguousarray(crop.numpy())
+
+
+def extract_features(
+    backbone: nn.Module, pixels: NDArray[np.uint8], views: ViewsConfig, *, device: torch.device
+) -> Float[Tensor, "images dim"]:
+    """Return pooled features in evaluation mode; the module's mode is restored."""
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            parts = [
+                backbone(normalise_views(torch.from_numpy(chunk).to(device), views)).float()
+                for chunk in np.array_split(pixels, max(1, len(pixels) // 256))
+            ]
+    finally:
+        backbone.train(was_training)
+    return torch.cat(parts)

@@ -1,0 +1,65 @@
+"""k-NN classification of frozen features: the protocol of Wu et al. (CVPR 2018) that the HVP authors use.
+
+Legend: N bank images, M query images, D features, C classes.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
+
+TEMPERATURE = 0.07
+FEW_SHOT_DRAWS = 20
+"""Fixed draws of labelled images over which few-label results are averaged."""
+
+
+def knn_accuracy(
+    bank: Float[Tensor, "bank dim"],
+    bank_labels: Int64[Tensor, " bank"],
+    queries: Float[Tensor, "queries dim"],
+    query_labels: Int64[Tensor, " queries"],
+    *,
+    neighbours: int,
+) -> float:
+    """Return top-1 accuracy in [0, 1]: cosine similarity, votes weighted by exp(similarity / 0.07)."""
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    neighbours = min(neighbours, len(bank))
+    correct = 0
+    for chunk, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
+        similarities, indices = (chunk @ bank.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(chunk), num_classes, device=chunk.device, dtype=chunk.dtype)
+        votes.scatter_add_(1, bank_labels[indices], (similarities / TEMPERATURE).exp())
+        correct += int((votes.argmax(dim=1) == labels).sum())
+    return correct / len(queries)
+
+
+def few_shot_knn_accuracy(
+    bank: Float[Tensor, "bank dim"],
+    bank_labels: Int64[Tensor, " bank"],
+    queries: Float[Tensor, "queries dim"],
+    query_labels: Int64[Tensor, " queries"],
+    *,
+    shots: int,
+) -> float:
+    """Return the mean accuracy over `FEW_SHOT_DRAWS` fixed draws of `shots` labelled images per class.
+
+    All drawn images vote (`neighbours` = shots): with so few labels a larger k would let other classes outvote.
+    Classes with fewer than `shots` images give what they have.
+    """
+    accuracies = []
+    for draw in range(FEW_SHOT_DRAWS):
+        rows = torch.from_numpy(_draw_shots(bank_labels.cpu().numpy(), shots, draw)).to(bank.device)
+        accuracies.append(knn_accuracy(bank[rows], bank_labels[rows], queries, query_labels, neighbours=shots))
+    return float(np.mean(accuracies))
+
+
+def _draw_shots(labels: NDArray[np.int64], shots: int, draw: int) -> NDArray[np.int64]:
+    words = draw_stream(seed=0, purpose=Purpose.PROBE, index=draw, epoch=0, num_words=len(labels))
+    shuffled = permutation_from_words(words)
+    rows = [shuffled[labels[shuffled] == label][:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(rows))

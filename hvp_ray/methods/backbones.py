@@ -1,0 +1,134 @@
+"""Encoders from timm, with the CIFAR stem where images are small.
+
+`build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features. The CIFAR variants are registered with
+timm by name (`hvp_ray_resnet18_cifar`, ...), so `timm.create_model(name)` loads an exported backbone.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models import register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from hvp_ray.config import BackboneConfig
+from hvp_ray.errors import CheckpointError, ConfigError
+
+_CIFAR_NAME = "hvp_ray_{name}_cifar"
+
+
+def build_backbone(config: BackboneConfig) -> nn.Module:
+    """Build the encoder without a classifier.
+
+    Raises:
+        ConfigError: timm does not know the name, or the option does not fit the network.
+    """
+    name = config.name if config.stem == "imagenet" else _CIFAR_NAME.format(name=config.name)
+    if not timm.is_model(name):
+        raise ConfigError(
+            f"method.backbone.name={config.name!r} with stem={config.stem!r} is not known to timm {timm.__version__}; "
+            f"see timm.list_models() (CIFAR stem: {', '.join(_CIFAR_RESNETS)})"
+        )
+    if config.stem == "cifar" and config.pretrained:
+        raise ConfigError("method.backbone.pretrained=True is not allowed with stem=cifar: timm has no such weights")
+    kwargs = backbone_arguments(config)
+    try:
+        return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"method.backbone.channels={config.channels} does not fit {config.name}: {error}") from error
+
+
+def backbone_arguments(config: BackboneConfig) -> dict[str, Any]:
+    """Return the keyword arguments for `timm.create_model` besides name and classes."""
+    return {} if config.channels is None else {"channels": config.channels}
+
+
+def feature_dim(backbone: nn.Module) -> int:
+    """Return D."""
+    dim = backbone.num_features
+    assert isinstance(dim, int)
+    return dim
+
+
+def export_backbone(backbone: nn.Module, config: BackboneConfig, path: Path) -> None:
+    """Write weights and how to rebuild the network as safetensors; loads into timm by name."""
+    name = config.name if config.stem == "imagenet" else _CIFAR_NAME.format(name=config.name)
+    metadata = {"timm_name": name, "timm_arguments": json.dumps(backbone_arguments(config))}
+    state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
+    temporary = path.with_name(path.name + ".part")
+    save_file(state, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def load_exported_backbone(path: str | Path) -> nn.Module:
+    """Build the encoder of an exported file, in evaluation mode.
+
+    Raises:
+        CheckpointError: no such file, or not one that `export_backbone` wrote.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    if "timm_name" not in metadata:
+        raise CheckpointError(f"{path} does not say which network it holds; expected a backbone.safetensors of a run")
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["timm_arguments"]).items()}
+    backbone: nn.Module = timm.create_model(metadata["timm_name"], pretrained=False, num_classes=0, **arguments)
+    backbone.load_state_dict(load_file(path))
+    return backbone.eval()
+
+
+def load_initial_weights(backbone: nn.Module, location: str) -> None:
+    """Copy the weights of a run's folder, or of an exported file, into `backbone`.
+
+    Raises:
+        CheckpointError: nothing there, or the weights are of another network.
+    """
+    path = Path(location).expanduser()
+    path = path / "backbone.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise CheckpointError(f"training.initial_weights={location!r}: there is no file {path}")
+    try:
+        backbone.load_state_dict(load_file(path))
+    except (RuntimeError, ValueError, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise CheckpointError(f"training.initial_weights={location!r} does not fit the backbone: {first}") from error
+
+
+_CIFAR_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    "resnet10": (BasicBlock, (1, 1, 1, 1)),
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+
+def _register(name: str) -> None:
+    block, layers = _CIFAR_RESNETS[name]
+
+    def build(pretrained: bool = False, **kwargs: Any) -> ResNet:  # noqa: FBT001, FBT002 (timm's signature)
+        if pretrained:
+            raise ConfigError(f"{name} with CIFAR stem has no pretrained weights")
+        weights_arguments = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
+        network = {key: value for key, value in kwargs.items() if key not in weights_arguments}
+        model = ResNet(block, layers, **network)
+        width = model.conv1.out_channels
+        model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+        return model
+
+    build.__name__ = _CIFAR_NAME.format(name=name)
+    build.__module__ = __name__
+    register_model(build)
+
+
+for _name in _CIFAR_RESNETS:
+    if not timm.is_model(_CIFAR_NAME.format(name=_name)):
+        _register(_name)

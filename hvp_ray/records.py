@@ -1,0 +1,160 @@
+"""The records that travel between the stages, in the order of the way of the data.
+
+    EncodedBatch -> ViewPlan -> Views -> ViewBatch -> (trainer)
+
+Legend of shapes, one for the whole project:
+    V views per image   B images on this rank   P unordered pairs = V(V-1)/2   S slots trained on (2: the pair)
+    C channels          H, W pixels             D embedding                    R ranks
+Order is view-major (VB...): flattening the first two axes gives the batch that the encoder sees.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.errors import ShapeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncodedBatch:
+    """Encoded images as they lie in the source."""
+
+    images: list[bytes]
+    """B encoded images (JPEG, PNG, ...)."""
+
+    sample_ids: NDArray[np.int64]
+    """[B], stable over epochs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewPlan:
+    """Every random decision of V views of B images; all arrays are [V, B] unless said otherwise."""
+
+    top: NDArray[np.int32]
+    """Upper edge of the crop, px of the original image."""
+    left: NDArray[np.int32]
+    """Left edge of the crop, px."""
+    height: NDArray[np.int32]
+    """Height of the crop, px."""
+    width: NDArray[np.int32]
+    """Width of the crop, px."""
+    flip: NDArray[np.bool_]
+    """Horizontal flip."""
+    jitter: NDArray[np.bool_]
+    """Whether colour jitter is applied; where not, the four factors below are neutral."""
+    brightness: NDArray[np.float32]
+    """Factor; 1 changes nothing."""
+    contrast: NDArray[np.float32]
+    """Factor; 1 changes nothing."""
+    saturation: NDArray[np.float32]
+    """Factor; 1 changes nothing."""
+    hue_turns: NDArray[np.float32]
+    """Shift of the hue, in turns; 0 changes nothing."""
+    jitter_order: NDArray[np.uint8]
+    """[V, B, 4]: order of the operations; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    grayscale: NDArray[np.bool_]
+    """Conversion to grey, after the jitter."""
+    blur_sigma_px: NDArray[np.float32]
+    """Standard deviation of the blur in px of the view; 0: no blur."""
+    solarize: NDArray[np.bool_]
+    """Inversion of values of 128 and above, after the blur."""
+
+    def __post_init__(self) -> None:
+        shape = self.top.shape
+        for field in dataclasses.fields(self):
+            array = getattr(self, field.name)
+            expected = (*shape, 4) if field.name == "jitter_order" else shape
+            if array.shape != expected or len(shape) != 2:
+                raise ShapeError(f"ViewPlan.{field.name} has shape {array.shape}, expected [V, B] = {expected}")
+
+    @property
+    def num_views(self) -> int:
+        """V."""
+        return int(self.top.shape[0])
+
+    @property
+    def num_images(self) -> int:
+        """B."""
+        return int(self.top.shape[1])
+
+    def view(self, view_index: int, image_index: int) -> dict[str, object]:
+        """Return the decisions of one view as plain Python values."""
+        return {field.name: getattr(self, field.name)[view_index, image_index].tolist() for field in dataclasses.fields(self)}
+
+    def with_images(self, image_indices: NDArray[np.int64], other: "ViewPlan") -> "ViewPlan":
+        """Return this plan with the columns `image_indices` taken, in order, from `other` [V, len(image_indices)]."""
+        columns = {}
+        for field in dataclasses.fields(self):
+            column = getattr(self, field.name).copy()
+            column[:, image_indices] = getattr(other, field.name)
+            columns[field.name] = column
+        return ViewPlan(**columns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """Rendered views of one resolution with the plan that made them."""
+
+    pixels: NDArray[np.uint8]
+    """[V, B, S, S, 3], HWC, contiguous."""
+    plan: ViewPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replacement:
+    """An unreadable image at a position of a step, and what stands there instead."""
+
+    index: int
+    """Index in the rank's batch."""
+    unreadable_id: int
+    replacement_id: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewBatch:
+    """What a view worker returns for one rank of one step."""
+
+    step: int
+    epoch: int
+    sample_ids: NDArray[np.int64]
+    """[B], after replacement of unreadable images."""
+    heights: NDArray[np.int32]
+    """[B], px of the original images."""
+    widths: NDArray[np.int32]
+    """[B], px of the original images."""
+    global_views: Views
+    local_views: Views | None
+    replacements: tuple[Replacement, ...]
+    render_cpu_seconds: float
+    """CPU time of reading, decoding and rendering in the worker."""
+    render_seconds: float
+    """Wall time of the same."""
+    worker: str
+    """Name of the worker."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of pixels."""
+        local_bytes = 0 if self.local_views is None else self.local_views.pixels.nbytes
+        return self.global_views.pixels.nbytes + local_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchRequest:
+    """The address of one rank's batch of one step: everything a worker needs besides its configuration."""
+
+    step: int
+    epoch: int
+    first_position: int
+    """Position of the first image in the epoch's order."""
+    sample_ids: NDArray[np.int64]
+    """[B]."""
+    num_views: int
+    num_local_views: int = 0
+    known_replacements: tuple[Replacement, ...] = ()
+    """Decisions on unreadable images that an earlier attempt at this step made; they are replayed."""
+    quarantined_ids: tuple[int, ...] = ()
+    """Images that crash a decoder's process; they are never decoded."""

@@ -1,0 +1,1 @@
+"""The pool of view workers and the trainer's stream of batches."""

@@ -1,0 +1,87 @@
+"""Where a trainer gets its batches: the interface of all streams, the requests, and rendering in the own process."""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from hvp_ray.config import RunConfig
+from hvp_ray.data.order import SampleOrder
+from hvp_ray.records import BatchRequest, Replacement
+from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.render_batch import RenderContext, render_batch
+from hvp_ray.stream.stats import StreamStats
+
+RequestOf = Callable[[int], BatchRequest]
+"""step -> request of this rank."""
+
+
+class BatchStream(Protocol):
+    """Batches of one rank, in the order of the steps."""
+
+    stats: StreamStats
+
+    def next_batch(self) -> DeviceBatch:
+        """Return the batch of the next step; waits for it."""
+        ...
+
+    def close(self) -> None:
+        """Stop asking for batches."""
+        ...
+
+
+def requests_of_rank(
+    config: RunConfig,
+    order: SampleOrder,
+    *,
+    rank: int,
+    num_ranks: int,
+    known_replacements: dict[int, tuple[Replacement, ...]],
+) -> RequestOf:
+    """Return the function that addresses this rank's batch of any step.
+
+    Args:
+        config: the run.
+        order: which samples each step visits.
+        rank: this rank.
+        num_ranks: trainers.
+        known_replacements: step -> decisions on unreadable images from an earlier attempt.
+    """
+    per_rank = order.images_per_step // num_ranks
+
+    def request_of(step: int) -> BatchRequest:
+        return BatchRequest(
+            step=step,
+            epoch=order.epoch_of(step),
+            first_position=order.first_position(step) + rank * per_rank,
+            sample_ids=order.sample_ids_of_step(step, rank=rank, num_ranks=num_ranks),
+            num_views=config.selection.num_views_at(step),
+            known_replacements=known_replacements.get(step, ()),
+        )
+
+    return request_of
+
+
+class InlineBatches:
+    """Renders in the trainer's own process, when the batch is asked for. For one process, torchrun, and as a baseline."""
+
+    def __init__(
+        self, context: RenderContext, request_of: RequestOf, *, first_step: int, hand_over: DeviceHandOver
+    ) -> None:
+        self._context = context
+        self._request_of = request_of
+        self._step = first_step
+        self._hand_over = hand_over
+        self.stats = StreamStats()
+
+    def next_batch(self) -> DeviceBatch:
+        """Render the next step's batch."""
+        start = time.perf_counter()
+        batch = render_batch(self._context, self._request_of(self._step))
+        device_batch = self._hand_over(batch)
+        self._step += 1
+        self.stats.record_arrival(batch, time.perf_counter() - start)
+        self.stats.record_wait(time.perf_counter() - start)
+        return device_batch
+
+    def close(self) -> None:
+        """Nothing is under way."""

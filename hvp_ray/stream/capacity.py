@@ -1,0 +1,49 @@
+"""Bytes in flight against the object store, and what the store really spilled."""
+
+import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+from hvp_ray.config import RunConfig
+from hvp_ray.errors import ConfigError
+
+USABLE_STORE_FRACTION = 0.7
+"""Ray begins to spill at 0.8 of the store."""
+
+
+def batch_bytes(config: RunConfig) -> int:
+    """Return the bytes of pixels of one rank's largest batch."""
+    selection, views = config.selection, config.views
+    num_views = max(selection.num_views_at(0), selection.num_views_at(1))
+    return num_views * config.images_per_rank * views.global_views.size_px**2 * 3
+
+
+def look_ahead_bytes(config: RunConfig) -> int:
+    """Return the bytes that all trainers can have under way at once: the look-ahead and the batch in use."""
+    return config.cluster.num_trainers * (config.cluster.batches_in_flight + 1) * batch_bytes(config)
+
+
+def check_store(config: RunConfig, store_bytes: float) -> None:
+    """Refuse a look-ahead that would spill.
+
+    Raises:
+        ConfigError: the look-ahead is more than 70 % of the object store.
+    """
+    needed = look_ahead_bytes(config)
+    if needed <= USABLE_STORE_FRACTION * store_bytes:
+        return
+    per_batch = config.cluster.num_trainers * batch_bytes(config)
+    fits = int(USABLE_STORE_FRACTION * store_bytes // per_batch) - 1
+    advice = f"set cluster.batches_in_flight={fits}" if fits >= 1 else "use fewer images per step or smaller views"
+    raise ConfigError(
+        f"the look-ahead needs {needed / 2**20:.0f} MiB of the object store (cluster.batches_in_flight="
+        f"{config.cluster.batches_in_flight} batches and one in use, {batch_bytes(config) / 2**20:.1f} MiB each, "
+        f"{config.cluster.num_trainers} trainer(s)), but of its {store_bytes / 2**20:.0f} MiB only "
+        f"{USABLE_STORE_FRACTION:.0%} can be used without spilling to disk; {advice}, or give Ray a larger "
+        f"object store (cluster.object_store_mib for a local Ray, `ray start --object-store-memory` otherwise)"
+    )
+
+
+def spilled_bytes() -> int:
+    """Return the bytes that all object stores of the cluster have spilled since they started."""
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)

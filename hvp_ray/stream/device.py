@@ -1,0 +1,102 @@
+"""Hand a batch over to the trainer's device ahead of the step."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvp_ray.records import ViewBatch
+
+_RING_BATCHES = 3
+"""Pinned staging buffers: one being filled, one being copied, one waiting."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceBatch:
+    """A batch whose pixels are on the device, or will be when `wait` returns."""
+
+    batch: ViewBatch
+    """Plan, ids and statistics; on the host."""
+    global_pixels: UInt8[Tensor, "views batch height width 3"]
+    local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
+    copied: torch.cuda.Event | None
+    """Recorded behind the copy; None on a CPU."""
+
+    def wait(self) -> None:
+        """Make the current stream of the device wait for the copy; the host does not wait."""
+        if self.copied is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.copied)
+            for pixels in (self.global_pixels, self.local_pixels):
+                if pixels is not None:
+                    pixels.record_stream(stream)
+
+
+class DeviceHandOver:
+    """Copies batches to a GPU through a ring of pinned buffers on a stream of its own; on a CPU it only wraps them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ring: list[_PinnedSlot] = []
+        self._turn = 0
+
+    def __call__(self, batch: ViewBatch) -> DeviceBatch:
+        """Start the copy and return at once."""
+        arrays = [batch.global_views.pixels]
+        if batch.local_views is not None:
+            arrays.append(batch.local_views.pixels)
+        host = [_as_tensor(array) for array in arrays]
+        if self._stream is None:
+            pixels, copied = host, None
+        else:
+            pixels, copied = self._copy(host)
+        return DeviceBatch(
+            batch=batch, global_pixels=pixels[0], local_pixels=pixels[1] if len(pixels) > 1 else None, copied=copied
+        )
+
+    def _copy(self, host: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
+        assert self._stream is not None
+        if len(self._ring) < _RING_BATCHES:
+            self._ring.append(_PinnedSlot())
+        slot = self._ring[self._turn % _RING_BATCHES]
+        self._turn += 1
+        staged = slot.stage(host)
+        with torch.cuda.stream(self._stream):
+            pixels = [tensor.to(self._device, non_blocking=True) for tensor in staged]
+            slot.copied.record(self._stream)
+            copied = torch.cuda.Event()
+            copied.record(self._stream)
+        return pixels, copied
+
+
+class _PinnedSlot:
+    """Pinned memory for one batch; grows to the largest batch and is reused."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self.copied = torch.cuda.Event()
+
+    def stage(self, host: list[Tensor]) -> list[Tensor]:
+        """Copy into pinned memory, after the last copy out of it has ended."""
+        self.copied.synchronize()
+        staged = []
+        for index, tensor in enumerate(host):
+            if index == len(self._buffers):
+                self._buffers.append(torch.empty(0, dtype=torch.uint8, pin_memory=True))
+            if self._buffers[index].numel() < tensor.numel():
+                self._buffers[index] = torch.empty(tensor.numel(), dtype=torch.uint8, pin_memory=True)
+            view = self._buffers[index][: tensor.numel()].view(tensor.shape)
+            staged.append(view.copy_(tensor))
+        return staged
+
+
+def _as_tensor(array: NDArray[np.uint8]) -> Tensor:
+    with warnings.catch_warnings():
+        # Arrays from the object store are read-only; nothing writes to these tensors.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ", category=UserWarning)
+        return torch.from_numpy(array)

@@ -1,0 +1,72 @@
+"""The pool of view workers: made by the driver, so that it survives a restart of the trainers."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError, RayTaskError
+
+from hvp_ray.config import RendererName, RunConfig, config_to_dict
+from hvp_ray.errors import ConfigError, HvpRayError
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ViewWorkerPool:
+    """Handles of the workers. Ray starts a dead worker again; `stream.view_stream` repeats what it had in hand."""
+
+    workers: list[ActorHandle[Any]]
+
+    def num_restarts(self) -> int:
+        """Return how often workers were started again since the pool was made."""
+        restarts = 0
+        for worker in self.workers:
+            record = ray._private.state.actors(worker._actor_id.hex())  # type: ignore[attr-defined]
+            restarts += int(record.get("NumRestarts", 0))
+        return restarts
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self.workers:
+            ray.kill(worker, no_restart=True)
+
+
+def start_pool(config: RunConfig, renderer: RendererName, num_workers: int) -> ViewWorkerPool:
+    """Start the workers and wait until one of them is up; the others may follow.
+
+    Raises:
+        ConfigError: the first worker could not open the data or make its renderer; or none came up in time.
+    """
+    from hvp_ray.stream.view_worker import ViewWorkerActor
+
+    cluster = config.cluster
+    values = config_to_dict(config)
+    workers = [
+        ViewWorkerActor.options(
+            num_cpus=cluster.cpus_per_view_worker,
+            num_gpus=cluster.gpus_per_dali_worker if renderer == "dali-gpu" else 0,
+        ).remote(values, renderer, f"view-worker-{index}")
+        for index in range(num_workers)
+    ]
+    try:
+        ready, _ = ray.wait(
+            [worker.process_id.remote() for worker in workers], num_returns=1, timeout=START_TIMEOUT_SECONDS
+        )
+        if not ready:
+            raise ConfigError(
+                f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; the cluster has "
+                f"{ray.available_resources().get('CPU', 0)} free CPUs: see `ray status`, or lower cluster.num_view_workers"
+            )
+        ray.get(ready[0])
+    except RayTaskError as error:
+        if isinstance(error.cause, HvpRayError):
+            raise error.cause from error
+        raise
+    except RayError as error:
+        raise ConfigError(f"a view worker could not start: {str(error).strip().splitlines()[-1]}") from error
+    return ViewWorkerPool(workers)

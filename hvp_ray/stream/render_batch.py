@@ -1,0 +1,239 @@
+"""A batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
+
+This is all that a view worker does. It knows no Ray: `InlineViews` calls it in the trainer's own process.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.config import DataConfig, ViewsConfig
+from hvp_ray.data.decode import read_size
+from hvp_ray.data.source import Source
+from hvp_ray.errors import DataError, UnreadableImageError
+from hvp_ray.randomness import Purpose, draw_stream
+from hvp_ray.records import BatchRequest, EncodedBatch, Replacement, ViewBatch, ViewPlan, Views
+from hvp_ray.views.plan import draw_plan
+from hvp_ray.views.renderer import Renderer
+
+logger = logging.getLogger(__name__)
+
+READ_ATTEMPTS = 4
+"""An I/O error is retried this often, with pauses of 0.1, 0.4 and 1.6 s, and then stops the run."""
+
+_REPLACEMENT_ATTEMPTS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderContext:
+    """What stays the same for all batches of a run."""
+
+    seed: int
+    source: Source
+    training_ids: NDArray[np.int64]
+    """[N]: replacements are drawn from these."""
+    data: DataConfig
+    views: ViewsConfig
+    renderer: Renderer
+
+
+def render_batch(context: RenderContext, request: BatchRequest, *, worker: str = "inline") -> ViewBatch:
+    """Return the batch that `request` addresses; the same bits for the same request, on any worker.
+
+    An image that cannot be decoded is replaced by another one, drawn from (seed, epoch, position, attempt), which is
+    not yet in the batch and gets a view stream of its own.
+
+    Raises:
+        DataError: the storage failed repeatedly, or no replacement could be found.
+    """
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
+    batch = _Assembly(context, request)
+    batch.fill()
+    return ViewBatch(
+        step=request.step,
+        epoch=request.epoch,
+        sample_ids=batch.sample_ids,
+        heights=batch.heights,
+        widths=batch.widths,
+        global_views=Views(pixels=batch.global_pixels, plan=batch.global_plan),
+        local_views=None
+        if batch.local_pixels is None or batch.local_plan is None
+        else Views(pixels=batch.local_pixels, plan=batch.local_plan),
+        replacements=tuple(batch.replacements),
+        render_cpu_seconds=time.process_time() - cpu_start,
+        render_seconds=time.perf_counter() - wall_start,
+        worker=worker,
+    )
+
+
+def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
+    """Read the encoded images, with retries.
+
+    Raises:
+        DataError: the storage failed `READ_ATTEMPTS` times.
+    """
+    for attempt in range(READ_ATTEMPTS):
+        try:
+            images = source.read(sample_ids)
+            return EncodedBatch(images=images, sample_ids=np.asarray(sample_ids, dtype=np.int64))
+        except OSError as error:
+            if attempt == READ_ATTEMPTS - 1:
+                first = source.describe(sample_ids[0])
+                raise DataError(
+                    f"reading {len(sample_ids)} images from {first} on failed {READ_ATTEMPTS} times: {error}; "
+                    f"check the storage, then start the run again with its name to go on"
+                ) from error
+            logger.warning("reading failed (%s), attempt %d of %d", error, attempt + 1, READ_ATTEMPTS)
+            time.sleep(0.1 * 4**attempt)
+    raise AssertionError("unreachable")
+
+
+class _Assembly:
+    """One batch while it is put together."""
+
+    def __init__(self, context: RenderContext, request: BatchRequest) -> None:
+        self._context = context
+        self._request = request
+        self.sample_ids = request.sample_ids.copy()
+        self.replacements: list[Replacement] = []
+        self._tried: set[int] = {*self.sample_ids.tolist(), *request.quarantined_ids}
+        self._attempts = dict.fromkeys(range(len(self.sample_ids)), 0)
+
+    def fill(self) -> None:
+        """Render everything; replace until nothing fails."""
+        request = self._request
+        known = {r.index: r for r in request.known_replacements}
+        for replacement in request.known_replacements:
+            self._tried.add(replacement.replacement_id)
+        images = read_images(self._context.source, self.sample_ids.tolist()).images
+        failures: dict[int, str] = {}
+        self.heights = np.ones(len(images), np.int32)
+        self.widths = np.ones(len(images), np.int32)
+        for index, sample_id in enumerate(self.sample_ids.tolist()):
+            if index in known:
+                failures[index] = known[index].reason
+            elif sample_id in request.quarantined_ids:
+                failures[index] = "crashes the decoder"
+            else:
+                failure = self._measure(index, images[index])
+                if failure is not None:
+                    failures[index] = failure
+        # What failed on its header is rendered as an empty image: it fails there at once, and is replaced below.
+        readable = [b"" if index in failures else image for index, image in enumerate(images)]
+        self.global_plan, self.local_plan = self._draw_plans(
+            self.sample_ids, self.heights, self.widths, Purpose.GLOBAL_VIEWS, Purpose.LOCAL_VIEWS
+        )
+        rendered = self._context.renderer.render(readable, self.global_plan, self.local_plan)
+        self.global_pixels, self.local_pixels = rendered.global_pixels, rendered.local_pixels
+        failures = rendered.failures | failures
+        while failures:
+            failures = self._replace(failures, known)
+            known = {}
+
+    def _measure(self, index: int, image: bytes) -> str | None:
+        try:
+            size = read_size(image, max_pixels=self._context.data.max_image_pixels)
+        except UnreadableImageError as error:
+            return str(error)
+        self.heights[index], self.widths[index] = size
+        return None
+
+    def _draw_plans(
+        self,
+        sample_ids: NDArray[np.int64],
+        heights: NDArray[np.int32],
+        widths: NDArray[np.int32],
+        global_purpose: Purpose,
+        local_purpose: Purpose,
+    ) -> tuple[ViewPlan, ViewPlan | None]:
+        views, request = self._context.views, self._request
+
+        def draw(purpose: Purpose, num_views: int, *, local: bool) -> ViewPlan:
+            group = views.local_views if local else views.global_views
+            assert group is not None
+            return draw_plan(
+                seed=self._context.seed,
+                purpose=purpose,
+                epoch=request.epoch,
+                sample_ids=sample_ids,
+                heights=heights,
+                widths=widths,
+                num_views=num_views,
+                group=group,
+            )
+
+        local_plan = draw(local_purpose, request.num_local_views, local=True) if request.num_local_views else None
+        return draw(global_purpose, request.num_views, local=False), local_plan
+
+    def _replace(self, failures: dict[int, str], known: dict[int, Replacement]) -> dict[int, str]:
+        """Replace the failed indices by other images; return those that failed again."""
+        indices = sorted(failures)
+        for index in indices:
+            unreadable_id = int(self.sample_ids[index])
+            if index in known:
+                new_id = known[index].replacement_id
+                unreadable_id = known[index].unreadable_id
+            else:
+                new_id = self._draw_replacement(index)
+            reason = failures[index]
+            self.replacements.append(
+                Replacement(index=index, unreadable_id=unreadable_id, replacement_id=new_id, reason=reason)
+            )
+            logger.warning(
+                "step %d: %s is unreadable (%s); %s takes its place",
+                self._request.step,
+                self._context.source.describe(unreadable_id),
+                reason,
+                self._context.source.describe(new_id),
+            )
+            self.sample_ids[index] = new_id
+        rows = np.array(indices, dtype=np.int64)
+        images = read_images(self._context.source, self.sample_ids[rows].tolist()).images
+        failed_again: dict[int, str] = {}
+        for row, image in zip(indices, images, strict=True):
+            failure = self._measure(row, image)
+            if failure is not None:
+                failed_again[row] = failure
+        global_plan, local_plan = self._draw_plans(
+            self.sample_ids[rows],
+            self.heights[rows],
+            self.widths[rows],
+            Purpose.REPLACEMENT_VIEWS,
+            Purpose.REPLACEMENT_LOCAL_VIEWS,
+        )
+        readable = [b"" if row in failed_again else image for row, image in zip(indices, images, strict=True)]
+        rendered = self._context.renderer.render(readable, global_plan, local_plan)
+        self.global_pixels[:, rows] = rendered.global_pixels
+        self.global_plan = self.global_plan.with_images(rows, global_plan)
+        if self.local_pixels is not None and self.local_plan is not None:
+            assert rendered.local_pixels is not None and local_plan is not None
+            self.local_pixels[:, rows] = rendered.local_pixels
+            self.local_plan = self.local_plan.with_images(rows, local_plan)
+        return {indices[row]: reason for row, reason in rendered.failures.items()} | failed_again
+
+    def _draw_replacement(self, index: int) -> int:
+        training_ids = self._context.training_ids
+        position = self._request.first_position + index
+        while self._attempts[index] < _REPLACEMENT_ATTEMPTS:
+            # One stream for each position; attempt a takes word a.
+            attempt = self._attempts[index]
+            self._attempts[index] += 1
+            words = draw_stream(
+                seed=self._context.seed,
+                purpose=Purpose.REPLACEMENT,
+                index=position,
+                epoch=self._request.epoch,
+                num_words=attempt + 1,
+            )
+            candidate = int(training_ids[int(words[attempt]) % len(training_ids)])
+            if candidate not in self._tried:
+                self._tried.add(candidate)
+                return candidate
+        raise DataError(
+            f"step {self._request.step}: no readable image was found for position {position} in "
+            f"{_REPLACEMENT_ATTEMPTS} attempts; too much of the data is damaged, or it has hardly more images than a step"
+        )

@@ -1,0 +1,312 @@
+"""The trainer's side of the pool: a bounded look-ahead, in order, that survives the death of workers.
+
+What it promises:
+- Success: batches come in the order of the steps, each exactly once; at most `batches_in_flight` are asked for and
+  not yet taken.
+- A worker dies, cannot be reached, loses an object, or is late: the same request goes to another worker. Requests
+  are pure addresses, so the repeated batch has the same bits.
+- A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
+- A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
+  own are quarantined, all others go on.
+- Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
+- `close` returns at once; what is under way is dropped.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+
+from hvp_ray.config import ClusterConfig
+from hvp_ray.errors import HvpRayError, StageError
+from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.stream.batches import RequestOf
+from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.stats import StreamStats
+
+logger = logging.getLogger(__name__)
+
+DEATHS_BEFORE_ISOLATION = 3
+_POLL_SECONDS = 0.05
+_PROBE_SECONDS = 0.5
+_REPEATABLE = (RayActorError, ObjectLostError, GetTimeoutError, WorkerCrashedError)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One request under way at one worker."""
+
+    step: int
+    worker: int
+    asked_at: float
+    isolates: bool
+    """Whether it looks for crashing images instead of rendering."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    handle: ActorHandle[Any]
+    is_up: bool = True
+    num_calls: int = 0
+    probe: Any = None
+    """Reference of a call that tells when a dead worker is back."""
+    probe_after: float = 0.0
+
+
+class ViewStream:
+    """See the module. One thread watches the calls; `next_batch` belongs to the trainer's thread."""
+
+    def __init__(
+        self,
+        workers: list[ActorHandle[Any]],
+        request_of: RequestOf,
+        *,
+        first_step: int,
+        end_step: int,
+        cluster: ClusterConfig,
+        hand_over: DeviceHandOver,
+        rank: int = 0,
+    ) -> None:
+        self.stats = StreamStats()
+        self._workers = [_Worker(handle) for handle in workers]
+        self._request_of = request_of
+        self._end_step = end_step
+        self._cluster = cluster
+        self._hand_over = hand_over
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._calls: dict[Any, _Call] = {}
+        self._requests: dict[int, BatchRequest] = {}
+        self._deaths: Counter[int] = Counter()
+        self._unassigned: deque[int] = deque()
+        self._arrived: dict[int, ViewBatch] = {}
+        self._ready: dict[int, DeviceBatch] = {}
+        self._next_to_ask = first_step
+        self._next_to_hand_over = first_step
+        self._next_to_take = first_step
+        self._turn = rank  # ranks begin with different workers
+        self._error: BaseException | None = None
+        self._closed = False
+        self._started_at = time.perf_counter()
+        with self._lock:
+            self._ask_ahead()
+        self._thread = threading.Thread(target=self._watch, name="view-stream", daemon=True)
+        self._thread.start()
+
+    def next_batch(self) -> DeviceBatch:
+        """Return the next step's batch, on its way to the device.
+
+        Raises:
+            StageError: no batch came for `stall_seconds`.
+            HvpRayError: a worker reported an error that repeating does not mend.
+            StopIteration: all steps were taken.
+        """
+        if self._next_to_take >= self._end_step:
+            raise StopIteration
+        start = time.perf_counter()
+        deadline = start + self._cluster.stall_seconds
+        with self._changed:
+            while self._next_to_take not in self._ready:
+                if self._error is not None:
+                    raise self._error
+                if time.perf_counter() > deadline:
+                    raise StageError(self._describe_stall())
+                self._changed.wait(timeout=0.5)
+            batch = self._ready.pop(self._next_to_take)
+            self._next_to_take += 1
+            self._ask_ahead()
+        now = time.perf_counter()
+        self.stats.record_wait(now - start, since_start=now - self._started_at)
+        return batch
+
+    def close(self) -> None:
+        """Stop watching; calls under way end unheard."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=10.0)
+        self._calls.clear()
+        self._ready.clear()
+
+    # Everything below holds the lock, except the waiting itself.
+
+    def _ask_ahead(self) -> None:
+        while self._next_to_ask < min(self._end_step, self._next_to_take + self._cluster.batches_in_flight):
+            step = self._next_to_ask
+            self._requests[step] = self._request_of(step)
+            self._next_to_ask += 1
+            self._unassigned.append(step)
+        self._assign()
+
+    def _assign(self) -> None:
+        while self._unassigned:
+            worker = self._least_busy()
+            if worker is None:
+                return
+            self._ask(self._unassigned.popleft(), worker)
+
+    def _least_busy(self, *, other_than: int | None = None) -> int | None:
+        """Choose the worker with the fewest calls of this stream, in turn; None: no worker is up."""
+        count = len(self._workers)
+        turn = [(self._turn + offset) % count for offset in range(count)]
+        up = [index for index in turn if self._workers[index].is_up and index != other_than]
+        if not up:
+            return None
+        chosen = min(up, key=lambda index: self._workers[index].num_calls)
+        self._turn = chosen + 1
+        return chosen
+
+    def _ask(self, step: int, worker_index: int) -> None:
+        worker = self._workers[worker_index]
+        isolates = self._deaths[step] >= DEATHS_BEFORE_ISOLATION
+        method = worker.handle.find_crashing_ids if isolates else worker.handle.render
+        reference = method.remote(self._requests[step])
+        worker.num_calls += 1
+        self._calls[reference] = _Call(step, worker_index, time.perf_counter(), isolates)
+
+    def _watch(self) -> None:
+        try:
+            while not self._closed:
+                with self._lock:
+                    references = list(self._calls)
+                    probes = {w.probe: i for i, w in enumerate(self._workers) if w.probe is not None}
+                if references or probes:
+                    done, _ = ray.wait([*references, *probes], num_returns=1, timeout=_POLL_SECONDS, fetch_local=True)
+                else:
+                    done = []
+                    time.sleep(_POLL_SECONDS)
+                for reference in done:
+                    if reference in probes:
+                        self._hear_probe(probes[reference], reference)
+                    else:
+                        self._hear(reference)
+                # The batches' memory in the store must not hang on local names while this thread waits.
+                del references, done
+                with self._changed:
+                    self._probe_workers()
+                    self._repeat_late()
+                    self._assign()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+            if not isinstance(error, Exception):
+                raise
+
+    def _hear(self, reference: Any) -> None:
+        """Take the answer of a call that has ended."""
+        with self._lock:
+            call = self._calls.pop(reference)
+            self._workers[call.worker].num_calls -= 1
+        try:
+            answer = ray.get(reference, timeout=self._cluster.late_seconds)
+        except RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, HvpRayError) else error) from None
+        except _REPEATABLE as error:
+            with self._changed:
+                self._lose(call, error)
+            return
+        if call.isolates:
+            with self._changed:
+                self._quarantine(call.step, answer)
+            return
+        with self._changed:
+            if call.step < self._next_to_hand_over or call.step in self._arrived:
+                return  # a late twin of a batch that is here already
+            self._arrived[call.step] = answer
+            self.stats.record_arrival(answer, time.perf_counter() - call.asked_at)
+        del answer
+        self._hand_over_in_order()
+
+    def _hand_over_in_order(self) -> None:
+        while self._next_to_hand_over in self._arrived:
+            step = self._next_to_hand_over
+            device_batch = self._hand_over(self._arrived[step])
+            with self._changed:
+                del self._arrived[step]
+                self._requests.pop(step)
+                self._ready[step] = device_batch
+                self._next_to_hand_over += 1
+                self._changed.notify_all()
+
+    def _lose(self, call: _Call, error: BaseException) -> None:
+        """Put a step back that a worker could not answer."""
+        worker = self._workers[call.worker]
+        if isinstance(error, RayActorError):
+            self.stats.num_worker_deaths += 1
+            self._deaths[call.step] += 1
+            if worker.is_up:
+                logger.warning("view worker %d is gone (%s); its batches go to others", call.worker, _line(error))
+            worker.is_up = False
+            worker.probe_after = time.perf_counter() + _PROBE_SECONDS
+        under_way = any(other.step == call.step for other in self._calls.values())
+        here = call.step < self._next_to_hand_over or call.step in self._arrived
+        if not under_way and not here:
+            self.stats.num_retries += 1
+            self._unassigned.appendleft(call.step)
+            self._unassigned = deque(sorted(self._unassigned))
+
+    def _quarantine(self, step: int, crashing_ids: list[int]) -> None:
+        self.stats.num_isolations += 1
+        self._deaths[step] = 0
+        if crashing_ids:
+            logger.error("step %d: images %s crash the decoder and are quarantined", step, crashing_ids)
+        request = self._requests[step]
+        self._requests[step] = replace(request, quarantined_ids=(*request.quarantined_ids, *crashing_ids))
+        self._unassigned.appendleft(step)
+
+    def _probe_workers(self) -> None:
+        """Ask dead workers whether they are back; Ray starts them again."""
+        now = time.perf_counter()
+        for worker in self._workers:
+            if not worker.is_up and worker.probe is None and now >= worker.probe_after:
+                worker.probe = worker.handle.process_id.remote()
+
+    def _hear_probe(self, worker_index: int, reference: Any) -> None:
+        worker = self._workers[worker_index]
+        try:
+            ray.get(reference, timeout=1.0)
+            is_up = True
+        except (*_REPEATABLE, RayTaskError):
+            is_up = False
+        with self._changed:
+            worker.probe = None
+            worker.is_up = is_up
+            worker.probe_after = time.perf_counter() + _PROBE_SECONDS
+            if is_up:
+                logger.warning("view worker %d is back", worker_index)
+
+    def _repeat_late(self) -> None:
+        typical = self.stats.typical_seconds()
+        if typical is None or len(self._workers) == 1:
+            return
+        limit = max(self._cluster.late_seconds, self._cluster.late_factor * typical)
+        now = time.perf_counter()
+        calls_of_step = Counter(call.step for call in self._calls.values())
+        for call in list(self._calls.values()):
+            if now - call.asked_at > limit and calls_of_step[call.step] == 1:
+                other = self._least_busy(other_than=call.worker)
+                if other is not None:
+                    logger.warning("step %d is late (%.1f s); asked again", call.step, now - call.asked_at)
+                    self.stats.num_retries += 1
+                    self._ask(call.step, other)
+
+    def _describe_stall(self) -> str:
+        up = sum(worker.is_up for worker in self._workers)
+        return (
+            f"no batch for step {self._next_to_take} within cluster.stall_seconds={self._cluster.stall_seconds:.0f}: "
+            f"{up} of {len(self._workers)} view workers are up, {len(self._calls)} calls under way, "
+            f"{self.stats.num_retries} repeated, {self.stats.num_worker_deaths} calls lost to deaths; "
+            f"see the workers' logs (`ray logs`), then start the run again with its name to go on"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return type(error).__name__

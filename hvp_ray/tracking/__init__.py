@@ -1,0 +1,1 @@
+"""Recording: the journal (the truth), MLflow, figures, the summary."""

@@ -1,0 +1,107 @@
+"""Append-only journals in a run's folder: one JSON object a line, flushed at once.
+
+`metrics.jsonl` is the truth about a run; MLflow is fed from it. `unreadable-rank-<r>.jsonl` holds each decision on
+an unreadable image, so that a resumed run makes the same ones.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hvp_ray.errors import DataError
+from hvp_ray.records import Replacement, ViewBatch
+
+_JUDGED_AFTER_IMAGES = 1000
+
+
+class Journal:
+    """A file of JSON lines that one process appends to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a journal; a last line that was cut off by a crash is left out."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    continue
+
+
+def truncate_journal(path: Path, *, last_step: int) -> None:
+    """Drop the records of steps behind `last_step`: a resumed run writes them again."""
+    if not path.exists():
+        return
+    kept = [record for record in read_journal(path) if record["step"] <= last_step]
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class UnreadableLog:
+    """Decisions on unreadable images of one rank, and the budget for them."""
+
+    def __init__(self, path: Path, *, max_fraction: float) -> None:
+        self._max_fraction = max_fraction
+        self.known: dict[int, tuple[Replacement, ...]] = {}
+        """Step -> decisions, of earlier attempts at this run."""
+        for record in read_journal(path):
+            decisions = tuple(Replacement(**decision) for decision in record["replacements"])
+            self.known[record["step"]] = decisions
+        self._journal = Journal(path)
+        self.num_images = 0
+        self.num_unreadable = 0
+
+    def take(self, batch: ViewBatch) -> None:
+        """Count a batch and write down its decisions, before it is trained on.
+
+        Raises:
+            DataError: more than the allowed share of the images is unreadable.
+        """
+        self.num_images += len(batch.sample_ids)
+        if not batch.replacements:
+            return
+        self.num_unreadable += len(batch.replacements)
+        if batch.step not in self.known:
+            decisions = [
+                {
+                    "index": r.index,
+                    "unreadable_id": r.unreadable_id,
+                    "replacement_id": r.replacement_id,
+                    "reason": r.reason,
+                }
+                for r in batch.replacements
+            ]
+            self._journal.write({"step": batch.step, "replacements": decisions})
+            self.known[batch.step] = batch.replacements
+        fraction = self.num_unreadable / self.num_images
+        if self.num_images >= _JUDGED_AFTER_IMAGES and fraction > self._max_fraction:
+            last = batch.replacements[-1]
+            raise DataError(
+                f"{self.num_unreadable} of {self.num_images} images are unreadable ({fraction:.1%}), more than "
+                f"data.max_unreadable_fraction={self._max_fraction}; the last one: {last.reason}. Repair the data "
+                f"({self._journal.path} lists them), or raise the limit"
+            )
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._journal.close()

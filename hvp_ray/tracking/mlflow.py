@@ -1,0 +1,216 @@
+"""MLflow, fed from the journal by one background thread: training never waits for it, and no step stands twice.
+
+The thread reads what is new in `metrics.jsonl`, sends it in batches, and goes on after an outage. What is not sent
+when the run ends (`close` waits a while) is sent by the next attempt at the run, or by `catch_up`.
+"""
+
+import json
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvp_ray.tracking.journal import read_journal
+
+logger = logging.getLogger(__name__)
+
+_MAX_METRICS_PER_CALL = 1000
+_MAX_PARAMS_PER_CALL = 100
+_MAX_PARAM_LENGTH = 6000
+_PAUSE_SECONDS = 2.0
+_STATE_FILE = "mlflow.json"
+_LAST_STEP_KEY = "train/loss"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MlflowRun:
+    """What is said about a run when it is made."""
+
+    uri: str
+    experiment: str
+    artifact_root: str | None
+    """Where artifacts of a new experiment go; None: the server decides."""
+    run_name: str
+    params: dict[str, Any]
+    tags: dict[str, str]
+    dataset_name: str
+    dataset_source: str
+    dataset_digest: str
+
+
+def quiet_mlflow() -> None:
+    """Switch MLflow's telemetry and long retries off, before it is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class MlflowFeed:
+    """See the module. Made and closed by rank 0."""
+
+    def __init__(self, run: MlflowRun, run_dir: Path) -> None:
+        self._run = run
+        self._run_dir = run_dir
+        self._journal = run_dir / "metrics.jsonl"
+        self._wake = threading.Event()
+        self._closing = False
+        self._artifacts: list[Path] = []
+        self._final: dict[str, Any] | None = None
+        self._num_records_read = 0
+        self._sent_step = -1
+        self.run_id: str | None = None
+        self.experiment_id: str | None = None
+        self._monitor: Any = None
+        self._client: Any = None
+        self._thread = threading.Thread(target=self._work, name="mlflow-feed", daemon=True)
+        self._thread.start()
+
+    def finish(
+        self, *, status: str, artifacts: list[Path], values: dict[str, float], timeout_seconds: float = 120.0
+    ) -> bool:
+        """Send the rest, the final values and artifacts, and end the MLflow run; tell whether all of it arrived."""
+        self._artifacts = artifacts
+        self._final = {"status": status, "values": values}
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout=timeout_seconds)
+        done = not self._thread.is_alive() and self._final is None
+        if not done:
+            logger.warning("MLflow at %s did not take everything; the journal %s has it", self._run.uri, self._journal)
+        return done
+
+    def _work(self) -> None:
+        quiet_mlflow()
+        warned = False
+        attempts_after_close = 0
+        while True:
+            try:
+                if self._client is None:
+                    self._open()
+                self._send_new_records()
+                if self._closing:
+                    self._send_final()
+                    return
+                warned = False
+            except Exception as error:  # noqa: BLE001 (whatever the server or the network does, training goes on)
+                if not warned:
+                    logger.warning("MLflow at %s: %s; kept in the journal, tried again", self._run.uri, _line(error))
+                    warned = True
+                if self._closing:
+                    attempts_after_close += 1
+                    if attempts_after_close >= 5:
+                        return
+            self._wake.wait(timeout=_PAUSE_SECONDS)
+
+    def _open(self) -> None:
+        import mlflow
+
+        mlflow.set_tracking_uri(self._run.uri)
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name(self._run.experiment)
+        if experiment is None:
+            experiment_id = client.create_experiment(
+                self._run.experiment,
+                artifact_location=self._run.artifact_root,
+                tags={"mlflow.experimentKind": "custom_model_development"},
+            )
+        else:
+            experiment_id = experiment.experiment_id
+        state_path = self._run_dir / _STATE_FILE
+        known = json.loads(state_path.read_text()) if state_path.exists() else {}
+        run_id = known.get("run_id") if known.get("uri") == self._run.uri else None
+        if run_id is None:
+            run_id = self._create_run(client, experiment_id)
+            content = json.dumps({"uri": self._run.uri, "run_id": run_id, "experiment_id": experiment_id})
+            state_path.write_text(content)
+        else:
+            history = client.get_metric_history(run_id, _LAST_STEP_KEY)
+            self._sent_step = max((metric.step for metric in history), default=-1)
+            client.update_run(run_id, status="RUNNING")
+        self.run_id, self.experiment_id = run_id, experiment_id
+        self._client = client
+        self._start_system_metrics()
+
+    def _create_run(self, client: Any, experiment_id: str) -> str:
+        from mlflow.entities import DatasetInput, InputTag, Param
+        from mlflow.entities import Dataset as MlflowDataset
+
+        run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
+        run_id: str = run.info.run_id
+        params = [Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in self._run.params.items()]
+        for start in range(0, len(params), _MAX_PARAMS_PER_CALL):
+            client.log_batch(run_id, params=params[start : start + _MAX_PARAMS_PER_CALL])
+        dataset = MlflowDataset(
+            name=self._run.dataset_name,
+            digest=self._run.dataset_digest[:36],
+            source_type="local",
+            source=json.dumps({"uri": self._run.dataset_source}),
+        )
+        tag = InputTag(key="mlflow.data.context", value="pretraining")
+        client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+        return run_id
+
+    def _start_system_metrics(self) -> None:
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, samples_before_logging=2)
+        self._monitor.start()
+
+    def _send_new_records(self) -> None:
+        from mlflow.entities import Metric
+
+        records = list(read_journal(self._journal))[self._num_records_read :]
+        pending: list[Metric] = []
+        num_taken = 0
+
+        def send() -> None:
+            if pending:
+                self._client.log_batch(self.run_id, metrics=pending)
+            self._num_records_read += num_taken
+
+        for record in records:
+            metrics = []
+            if record["step"] > self._sent_step:
+                metrics = [
+                    Metric(key, value, int(record["time"] * 1000), record["step"])
+                    for key, value in record["metrics"].items()
+                ]
+            if len(pending) + len(metrics) > _MAX_METRICS_PER_CALL:
+                send()
+                self._sent_step = max(self._sent_step, *(metric.step for metric in pending))
+                pending, num_taken = [], 0
+            pending = [*pending, *metrics] if metrics else pending
+            num_taken += 1
+        send()
+        self._sent_step = max([self._sent_step, *(metric.step for metric in pending)])
+
+    def _send_final(self) -> None:
+        assert self._final is not None
+        import time
+
+        from mlflow.entities import Metric
+
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, 0) for key, value in self._final["values"].items()]
+        if metrics:
+            self._client.log_batch(self.run_id, metrics=metrics)
+        while self._artifacts:
+            path = self._artifacts[0]
+            folder = "figures" if path.suffix == ".png" else None
+            self._client.log_artifact(self.run_id, str(path), artifact_path=folder)
+            self._artifacts.pop(0)
+        self._client.set_terminated(self.run_id, status=self._final["status"])
+        self._final = None
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

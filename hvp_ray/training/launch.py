@@ -1,0 +1,343 @@
+"""Launch a run on Ray: view workers made by the driver, trainers by Ray Train, a board between them.
+
+The driver decides (renderer, device, number of workers), checks that everything fits before anything is started,
+and watches. Ray Train starts the trainers again after a failure; they go on from our newest checkpoint.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cv2
+import ray
+import ray.train
+import torch
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.distributed.world import current_world
+from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
+from hvp_ray.stream.batches import BatchStream, RequestOf
+from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes
+from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.pool import ViewWorkerPool, start_pool
+from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.training.preparation import check_before_start, prepare_run
+from hvp_ray.training.rank import RunJob, train_rank
+from hvp_ray.training.recorder import Progress
+from hvp_ray.training.run_board import BoardContent, BoardLogHandler, RunBoardActor
+
+logger = logging.getLogger(__name__)
+
+MAX_AUTO_WORKERS = 64
+_POLL_SECONDS = 0.5
+_STOP_PATIENCE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Announcement:
+    """What is known once everything is decided and nothing has started."""
+
+    run_name: str
+    run_dir: Path
+    joined_cluster: bool
+    num_trainers: int
+    num_view_workers: int
+    renderer: RendererName
+    device: str
+    look_ahead_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watchers:
+    """Where the driver shows what happens; called in the driver's main thread."""
+
+    announce: Callable[[Announcement], None]
+    show_progress: Callable[[Progress], None]
+    show_message: Callable[[str], None]
+
+
+class StoppedError(HvpRayError):
+    """The run was asked to stop, and stopped behind a checkpoint."""
+
+
+def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJob]:
+    """Run to the end; return the summary and the job.
+
+    Raises:
+        HvpRayError: with a sentence for the user; nothing that was committed is lost.
+    """
+    check_before_start(config)
+    joined = _connect(config)
+    try:
+        placement = _decide_placement(config)
+        check_store(config, ray.cluster_resources().get("object_store_memory", 0.0))
+        job = prepare_run(config, renderer=placement.renderer, device=placement.device)
+        watchers.announce(
+            Announcement(
+                run_name=job.run_name,
+                run_dir=job.run_dir,
+                joined_cluster=joined,
+                num_trainers=config.cluster.num_trainers,
+                num_view_workers=placement.num_view_workers,
+                renderer=placement.renderer,
+                device=placement.device,
+                look_ahead_bytes=look_ahead_bytes(config),
+            )
+        )
+        return _run(job, placement, watchers), job
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Placement:
+    renderer: RendererName
+    device: str
+    num_view_workers: int
+
+
+def _connect(config: RunConfig) -> bool:
+    """Join the cluster that RAY_ADDRESS names, else start a local one; tell which."""
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(**quiet)
+        return True
+    cluster = config.cluster
+    workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
+    needed_cpus = cluster.num_trainers * cluster.cpus_per_trainer + workers * cluster.cpus_per_view_worker
+    store_mib = cluster.object_store_mib
+    store_bytes = max(2**28, 3 * look_ahead_bytes(config)) if store_mib == "auto" else store_mib * 2**20
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, int(needed_cpus + 0.999)),
+        object_store_memory=store_bytes,
+        include_dashboard=False,
+        **quiet,
+    )
+    return False
+
+
+def _decide_placement(config: RunConfig) -> _Placement:
+    """Fit the run to the cluster.
+
+    Raises:
+        ConfigError: the cluster has too few CPUs or GPUs; the message has the numbers.
+    """
+    cluster, resources = config.cluster, ray.cluster_resources()
+    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
+    device = cluster.device
+    if device == "auto":
+        device = "cuda" if gpus >= cluster.num_trainers else "cpu"
+    if device == "cuda" and gpus < cluster.num_trainers:
+        raise ConfigError(f"cluster.device=cuda needs {cluster.num_trainers} GPU(s), the cluster has {gpus:g}")
+    renderer = cluster.renderer
+    if renderer == "auto":
+        renderer = "cpu"
+    if renderer == "dali-gpu" and gpus == 0:
+        raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
+    if config.training.compile and device != "cuda":
+        raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
+    left = cpus - cluster.num_trainers * cluster.cpus_per_trainer
+    room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
+    wanted = cluster.num_view_workers
+    if room < (1 if wanted == "auto" else wanted):
+        raise ConfigError(
+            f"the cluster has {cpus:g} CPUs; {cluster.num_trainers} trainer(s) of {cluster.cpus_per_trainer:g} leave room "
+            f"for {max(room, 0)} view worker(s) of {cluster.cpus_per_view_worker:g}, but cluster.num_view_workers={wanted}; "
+            f"ask for fewer, lower cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
+        )
+    return _Placement(
+        renderer=renderer,
+        device=device,
+        num_view_workers=min(room, MAX_AUTO_WORKERS) if wanted == "auto" else wanted,
+    )
+
+
+def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, Any]:
+    board = RunBoardActor.remote()
+    pool = start_pool(job.config, placement.renderer, placement.num_view_workers)
+    ray_train_dir = job.run_dir / "ray_train"
+    trainer = TorchTrainer(
+        _trainer_main,
+        train_loop_config={
+            "job": job,
+            "pool": pool,
+            "board": board,
+            "device": placement.device,
+            "spilled_before": spilled_bytes(),
+        },
+        torch_config=TorchConfig(timeout_s=1800),
+        scaling_config=ScalingConfig(
+            num_workers=job.config.cluster.num_trainers,
+            use_gpu=placement.device == "cuda",
+            resources_per_worker={"CPU": job.config.cluster.cpus_per_trainer}
+            | ({"GPU": 1.0} if placement.device == "cuda" else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            # A name of its own for every attempt: resuming is our business, not that of Ray Train's state.
+            name=f"{job.run_name}-{uuid.uuid4().hex[:8]}",
+            storage_path=str(ray_train_dir),
+            failure_config=FailureConfig(max_failures=job.config.cluster.max_trainer_failures),
+        ),
+    )
+    outcome: dict[str, Exception] = {}
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # noqa: BLE001 (raised again in the main thread)
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    try:
+        return _watch(board, thread, outcome, watchers)
+    finally:
+        pool.close()
+        if not thread.is_alive():
+            shutil.rmtree(ray_train_dir, ignore_errors=True)
+
+
+def _watch(
+    board: Any, thread: threading.Thread, outcome: dict[str, Exception], watchers: Watchers
+) -> dict[str, Any]:
+    """Show what the board says until the trainers have ended."""
+    stop = _StopSignal()
+    shown: Progress | None = None
+    with stop:
+        while True:
+            ended = not thread.is_alive()
+            content: BoardContent = ray.get(board.read.remote())
+            for message in content.messages:
+                watchers.show_message(message)
+            if content.progress is not None and content.progress != shown:
+                shown = content.progress
+                watchers.show_progress(shown)
+            if content.fatal is not None:
+                raise TrainingError(content.fatal)
+            if stop.asked and not stop.passed_on:
+                watchers.show_message("asked to stop: the trainers write a checkpoint after the step at hand")
+                ray.get(board.request_stop.remote())
+                stop.passed_on = True
+            if stop.asked and time.monotonic() > stop.deadline:
+                raise StoppedError("stopped before the trainers had written a checkpoint; the last periodic one stands")
+            if ended:
+                break
+            thread.join(timeout=_POLL_SECONDS)
+    if content.summary is not None:
+        return content.summary
+    if stop.asked:
+        raise StoppedError("stopped behind a checkpoint; start the run again with its name to go on")
+    error = outcome.get("error")
+    if error is not None:
+        raise StageError(
+            f"the trainers failed more than cluster.max_trainer_failures times; start the run again with its name to go on "
+            f"from the last checkpoint. The last failure:\n{error}"
+        ) from error
+    raise StageError("the trainers ended without a summary; see Ray's logs")
+
+
+class _StopSignal:
+    """SIGTERM (`ray job stop`, 3 s before it kills) and the first Ctrl-C ask the run to stop; a second one ends it."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.passed_on = False
+        self.deadline = float("inf")
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.deadline = time.monotonic() + _STOP_PATIENCE_SECONDS
+
+
+def _trainer_main(settings: dict[str, Any]) -> None:
+    """Run one trainer, inside a worker of Ray Train."""
+    job: RunJob = settings["job"]
+    pool: ViewWorkerPool = settings["pool"]
+    board = settings["board"]
+    config = job.config
+    world = current_world()
+    handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
+    logging.getLogger("hvp_ray").addHandler(handler)
+    torch.set_num_threads(config.training.torch_threads)
+    cv2.setNumThreads(1)
+    device = ray.train.torch.get_device() if settings["device"] == "cuda" else torch.device("cpu")
+    hand_over = DeviceHandOver(device)
+
+    def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
+        return ViewStream(
+            pool.workers,
+            request_of,
+            first_step=first_step,
+            end_step=end_step,
+            cluster=config.cluster,
+            hand_over=hand_over,
+            rank=world.rank,
+        )
+
+    def cluster_facts() -> dict[str, float]:
+        return {
+            "spilled_bytes": spilled_bytes() - settings["spilled_before"],
+            "num_worker_restarts": pool.num_restarts(),
+        }
+
+    try:
+        summary = train_rank(
+            job,
+            world,
+            device,
+            open_stream=open_stream,
+            report_progress=_Reporter(board),
+            cluster_facts=cluster_facts,
+        )
+    except HvpRayError as error:
+        # Starting again would fail in the same way, so the driver is told to give up.
+        error.add_note(f"rank {world.rank} of {world.num_ranks}, run {job.run_name}")
+        ray.get(board.post_fatal.remote(str(error)))
+        raise
+    finally:
+        logging.getLogger("hvp_ray").removeHandler(handler)
+    if summary is not None:
+        ray.get(board.post_summary.remote(summary))
+
+
+class _Reporter:
+    """Posts progress without waiting; the answer to one post is read at the next."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+
+    def __call__(self, progress: Progress) -> bool:
+        stop = False
+        if self._answer is not None:
+            ready, _ = ray.wait([self._answer], timeout=0)
+            if not ready:
+                return False
+            stop = ray.get(self._answer)
+        self._answer = self._board.post_progress.remote(progress)
+        return stop

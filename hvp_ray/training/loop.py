@@ -1,0 +1,104 @@
+"""The loop: batch after batch through the step. It knows neither Ray nor who records.
+
+Position advances when the optimizer's step is done, never on delivery.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from hvp_ray.config import RunConfig
+from hvp_ray.stream.batches import BatchStream
+from hvp_ray.stream.device import DeviceBatch
+from hvp_ray.training.optimizers import set_learning_rate
+from hvp_ray.training.schedules import learning_rate_at
+from hvp_ray.training.step import StepMetrics, Trainee, train_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopResult:
+    """What the loop measured."""
+
+    num_steps_done: int
+    """Optimizer steps of the whole run, earlier attempts included."""
+    train_seconds: float
+    """Wall time from the first batch in hand to the last step, of this attempt."""
+    step_seconds: list[float]
+    """Wall time of each step of this attempt, waiting included."""
+    stopped_early: bool
+
+
+class LoopObserver(Protocol):
+    """Hears what happens; all methods are called on every rank, in lock-step."""
+
+    def before_step(self, batch: DeviceBatch) -> None:
+        """A batch is in hand."""
+        ...
+
+    def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
+        """A step is done."""
+        ...
+
+    def save_checkpoint(self, steps_done: int) -> None:
+        """A checkpoint is due."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Tell whether this rank was asked to stop."""
+        ...
+
+
+def run_loop(
+    trainee: Trainee,
+    stream: BatchStream,
+    config: RunConfig,
+    observer: LoopObserver,
+    *,
+    first_step: int,
+    num_steps: int,
+    steps_per_epoch: int,
+) -> LoopResult:
+    """Train from `first_step` (number of steps done so far) to `num_steps`, or until some rank is asked to stop.
+
+    Raises:
+        TrainingError: the loss is not finite.
+        StageError, DataError: no batches come, or the data is too damaged.
+    """
+    trainee.method.train()
+    step_seconds: list[float] = []
+    stopped_early = False
+    started_at = last_at = time.perf_counter()
+    steps_done = first_step
+    for step in range(first_step, num_steps):
+        batch = stream.next_batch()
+        if step == first_step:
+            started_at = last_at = time.perf_counter()
+        observer.before_step(batch)
+        rate = learning_rate_at(
+            config.optimizer,
+            step,
+            num_steps=num_steps,
+            steps_per_epoch=steps_per_epoch,
+            images_per_step=config.training.images_per_step,
+        )
+        set_learning_rate(trainee.optimizer, rate)
+        metrics = train_step(trainee, batch, config, stop_requested=observer.stop_requested())
+        steps_done = step + 1
+        observer.after_step(steps_done, batch, metrics, rate)
+        now = time.perf_counter()
+        step_seconds.append(now - last_at)
+        last_at = now
+        # On a GPU this look waits for the step, so it is taken only where values are read anyway.
+        looks = trainee.device.type == "cpu" or steps_done % config.tracking.log_every_steps == 0
+        stopped_early = looks and steps_done < num_steps and float(metrics.stop_requested) > 0.0
+        due = steps_done % config.training.checkpoint_every_steps == 0
+        if due or stopped_early or steps_done == num_steps:
+            observer.save_checkpoint(steps_done)
+        if stopped_early:
+            break
+    return LoopResult(
+        num_steps_done=steps_done,
+        train_seconds=time.perf_counter() - started_at,
+        step_seconds=step_seconds,
+        stopped_early=stopped_early,
+    )

@@ -1,0 +1,177 @@
+"""Before a run starts: its folder, its identity, and whether it may go on."""
+
+import json
+import os
+import secrets
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvp_ray.config import RendererName, RunConfig, config_to_dict
+from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.errors import CheckpointError, ConfigError, DataError
+from hvp_ray.identity import describe_difference, identity_digest, identity_parts
+from hvp_ray.training.rank import RunJob, build_order
+
+SHIPPED_CODE_MARK = "working_dir_files"
+"""Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
+
+
+def output_folder(config: RunConfig) -> Path:
+    """Return the folder that holds runs, absolute.
+
+    Raises:
+        ConfigError: a URI, or a relative path where the working folder is temporary.
+    """
+    is_shipped = SHIPPED_CODE_MARK in Path.cwd().parts
+    if config.run.output is None:
+        return Path.home() / "hvp_runs" if is_shipped else Path.cwd() / "runs"
+    if "://" in config.run.output:
+        raise ConfigError(f"run.output={config.run.output!r}: URIs are not supported yet; give a folder that all trainers see")
+    path = Path(config.run.output).expanduser()
+    if is_shipped and not path.is_absolute():
+        raise ConfigError(
+            f"run.output={config.run.output!r} is relative, but under `ray job submit --working-dir` the working folder "
+            f"is a temporary copy ({Path.cwd()}); give an absolute path"
+        )
+    return path.absolute()
+
+
+def check_before_start(config: RunConfig) -> None:
+    """Find what is wrong with data and output folder before anything is started.
+
+    Raises:
+        ConfigError: the output folder cannot be written.
+        DataError: the data cannot be used, or has fewer images than one step needs.
+    """
+    _open_checked(config)
+    output = output_folder(config)
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another")
+
+
+def _open_checked(config: RunConfig) -> Dataset:
+    dataset = open_dataset(config.data)
+    if not len(dataset.training_ids):
+        raise DataError("no images are left for training; lower data.test_fraction or use more images")
+    build_order(config, dataset)
+    return dataset
+
+
+def finished_summary(config: RunConfig) -> dict[str, Any] | None:
+    """Return the summary of the run of this name where it has ended; None: it has not, or the name is new."""
+    if config.run.name is None:
+        return None
+    path = output_folder(config) / config.run.name / "summary.json"
+    if not path.exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
+
+
+def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_writer: bool = True) -> RunJob:
+    """Make the folder of a new run, or check that an existing one may go on.
+
+    Args:
+        config: the run.
+        renderer: resolved renderer.
+        device: cpu or cuda.
+        is_writer: False on ranks that only read what another one prepared.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the run exists and may not be resumed.
+        DataError: the data cannot be used.
+        CheckpointError: the run of this name has another identity; the message has the difference.
+    """
+    dataset = _open_checked(config)
+    fingerprint = dataset.fingerprint()
+    parts = identity_parts(
+        config, renderer=renderer, device=device, data_fingerprint=fingerprint, torch_version=torch.__version__
+    )
+    identity = identity_digest(parts)
+    output = output_folder(config)
+    name = config.run.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    run_dir = output / name
+    commit = _git_commit()
+    if is_writer:
+        _write_or_check(run_dir, config, identity, parts, commit)
+    uri, artifact_root = mlflow_location(config, output)
+    tags = {
+        "recipe": config.recipe,
+        "method": config.method.name,
+        "selection_rule": config.selection.rule,
+        "seed": str(config.run.seed),
+        "renderer": renderer,
+        "device": device,
+        "data_fingerprint": fingerprint,
+        "run_identity": identity,
+        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {run_dir}",
+    }
+    if commit is not None:
+        tags["git_commit"] = commit
+    return RunJob(
+        config=config,
+        run_name=name,
+        run_dir=run_dir,
+        run_identity=identity,
+        renderer=renderer,
+        mlflow_uri=uri,
+        mlflow_artifact_root=artifact_root,
+        tags=tags,
+        data_fingerprint=fingerprint,
+    )
+
+
+def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | None]:
+    """Return (tracking URI, artifact folder of a new experiment); (None, None): MLflow is off."""
+    match config.tracking.uri:
+        case "none":
+            return None, None
+        case "auto":
+            return f"sqlite:///{output}/mlflow.db", (output / "mlflow-artifacts").as_uri()
+        case uri:
+            return uri, None
+
+
+def _write_or_check(run_dir: Path, config: RunConfig, identity: str, parts: dict[str, Any], commit: str | None) -> None:
+    config_path = run_dir / "config.json"
+    if config_path.exists():
+        if not config.run.resume:
+            raise ConfigError(f"the run {run_dir} exists, and run.resume=False; choose another run.name, or resume it")
+        before = json.loads(config_path.read_text())
+        if before["run_identity"] != identity:
+            difference = "\n  ".join(describe_difference(before["identity"], json.loads(json.dumps(parts))))
+            raise CheckpointError(
+                f"the run {run_dir} cannot be resumed with other settings; its result would not be that of one run. "
+                f"What differs (its value -> yours):\n  {difference}\nTake its settings, or another --run.name"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        content = {
+            "config": config_to_dict(config),
+            "run_identity": identity,
+            "identity": parts,
+            "git_commit": commit,
+        }
+        temporary = config_path.with_name("config.json.part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, config_path)
+    except OSError as error:
+        raise ConfigError(
+            f"the run's folder {run_dir} cannot be written: {error.strerror or error}; give another --run.output"
+        ) from error
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the code, with `-dirty` where it was changed; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,343 @@
+"""One rank of a run from start to end, without Ray: restore, train, and on rank 0 evaluate and report.
+
+`launch.py` calls this inside Ray Train's workers, `local.py` in a plain process or under torchrun.
+"""
+
+import json
+import logging
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
+from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.order import SampleOrder
+from hvp_ray.distributed.world import World
+from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
+from hvp_ray.methods.backbones import export_backbone
+from hvp_ray.records import BatchRequest
+from hvp_ray.selection import choose_pairs, score_views
+from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
+from hvp_ray.stream.render_batch import RenderContext, render_batch
+from hvp_ray.stream.stats import StreamStats
+from hvp_ray.tracking.figures import draw_candidates, draw_curves
+from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
+from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun
+from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
+from hvp_ray.training.loop import LoopResult, run_loop
+from hvp_ray.training.recorder import ReportProgress, RunRecorder
+from hvp_ray.training.setup import build_trainee, build_untrained_method
+from hvp_ray.training.step import Trainee
+from hvp_ray.views.normalise import normalise_views
+from hvp_ray.views.renderer import build_renderer
+
+logger = logging.getLogger(__name__)
+
+OpenStream = Callable[[RequestOf, int, int], BatchStream]
+"""(requests, first step, end step) -> batches of this rank."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunJob:
+    """A run whose folder is prepared: everything that every rank must agree on."""
+
+    config: RunConfig
+    run_name: str
+    run_dir: Path
+    run_identity: str
+    renderer: RendererName
+    mlflow_uri: str | None
+    mlflow_artifact_root: str | None
+    tags: dict[str, str]
+    data_fingerprint: str
+
+
+def train_rank(
+    job: RunJob,
+    world: World,
+    device: torch.device,
+    *,
+    open_stream: OpenStream,
+    report_progress: ReportProgress,
+    cluster_facts: Callable[[], dict[str, float]],
+) -> dict[str, Any] | None:
+    """Train this rank to the end; return the summary on rank 0 of a finished run, else None.
+
+    Args:
+        job: the run.
+        world: this rank.
+        device: what to train on.
+        open_stream: where batches come from.
+        report_progress: see `recorder.ReportProgress`.
+        cluster_facts: spilled_bytes and num_worker_restarts so far.
+    """
+    config = job.config
+    dataset = open_dataset(config.data)
+    order = build_order(config, dataset)
+    num_steps = config.training.num_steps or config.training.epochs * order.steps_per_epoch
+    store = CheckpointStore(
+        str(job.run_dir / "checkpoints"), run_identity=job.run_identity, keep=config.training.keep_checkpoints
+    )
+    checkpoint = store.load_newest(map_location="cpu")
+    first_step = checkpoint.step if checkpoint is not None else 0
+    trainee = build_trainee(config, world, device, checkpoint)
+    unreadable = UnreadableLog(
+        job.run_dir / f"unreadable-rank-{world.rank}.jsonl", max_fraction=config.data.max_unreadable_fraction
+    )
+    request_of = requests_of_rank(
+        config, order, rank=world.rank, num_ranks=world.num_ranks, known_replacements=unreadable.known
+    )
+    stream = open_stream(request_of, first_step, num_steps)
+    journal = feed = None
+    if world.rank == 0:
+        journal_path = job.run_dir / "metrics.jsonl"
+        truncate_journal(journal_path, last_step=first_step)
+        journal = Journal(journal_path)
+        feed = _start_feed(job, dataset)
+        _note_attempt(job.run_dir, first_step)
+    recorder = RunRecorder(
+        config,
+        trainee=trainee,
+        store=store,
+        stats=stream.stats,
+        unreadable=unreadable,
+        journal=journal,
+        report_progress=report_progress,
+        num_steps=num_steps,
+        steps_per_epoch=order.steps_per_epoch,
+    )
+    try:
+        result = run_loop(
+            trainee,
+            stream,
+            config,
+            recorder,
+            first_step=first_step,
+            num_steps=num_steps,
+            steps_per_epoch=order.steps_per_epoch,
+        )
+    except BaseException:
+        if feed is not None:
+            feed.finish(status="FAILED", artifacts=[], values={}, timeout_seconds=5.0)
+        raise
+    finally:
+        stream.close()
+        unreadable.close()
+    if world.rank != 0:
+        return None
+    assert journal is not None
+    journal.close()
+    if result.stopped_early:
+        if feed is not None:
+            feed.finish(status="KILLED", artifacts=[], values={}, timeout_seconds=1.0)
+        return None
+    summary = _summarize(job, dataset, order, trainee, stream.stats, recorder, result)
+    summary |= {"num_unreadable_images": len(_unreadable_ids(job.run_dir)), **cluster_facts()}
+    return _report(job, dataset, trainee, feed, summary)
+
+
+def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
+    """Return the order of the training samples.
+
+    Raises:
+        DataError: fewer images than one step needs.
+    """
+    return SampleOrder(
+        seed=config.run.seed,
+        sample_ids=dataset.training_ids,
+        images_per_step=config.training.images_per_step,
+        block_starts=dataset.source.block_starts,
+        window_images=config.data.shuffle_window_images,
+    )
+
+
+def _start_feed(job: RunJob, dataset: Dataset) -> MlflowFeed | None:
+    if job.mlflow_uri is None:
+        return None
+    run = MlflowRun(
+        uri=job.mlflow_uri,
+        experiment=job.config.tracking.experiment,
+        artifact_root=job.mlflow_artifact_root,
+        run_name=job.run_name,
+        params=flatten(config_to_dict(job.config)),
+        tags=job.tags,
+        dataset_name=Path(job.config.data.source).name,
+        dataset_source=job.config.data.source,
+        dataset_digest=job.data_fingerprint,
+    )
+    return MlflowFeed(run, job.run_dir)
+
+
+def _note_attempt(run_dir: Path, first_step: int) -> None:
+    attempts = Journal(run_dir / "attempts.jsonl")
+    attempts.write({"step": first_step, "time": time.time()})
+    attempts.close()
+
+
+def _unreadable_ids(run_dir: Path) -> set[int]:
+    return {
+        replacement["unreadable_id"]
+        for path in run_dir.glob("unreadable-rank-*.jsonl")
+        for record in read_journal(path)
+        for replacement in record["replacements"]
+    }
+
+
+def _summarize(
+    job: RunJob,
+    dataset: Dataset,
+    order: SampleOrder,
+    trainee: Trainee,
+    stats: StreamStats,
+    recorder: RunRecorder,
+    result: LoopResult,
+) -> dict[str, Any]:
+    config = job.config
+    records = list(read_journal(job.run_dir / "metrics.jsonl"))
+    attempts = list(read_journal(job.run_dir / "attempts.jsonl"))
+    steps_here = len(result.step_seconds)
+    images_here = steps_here * config.training.images_per_step
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if trainee.device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_allocated(trainee.device)
+
+    def last_values(name: str) -> float | None:
+        values = [record["metrics"][name] for record in records if name in record["metrics"]]
+        return float(np.mean(values)) if values else None
+
+    return {
+        "run_name": job.run_name,
+        "recipe": config.recipe,
+        "method": config.method.name,
+        "selection_rule": config.selection.rule,
+        "seed": config.run.seed,
+        "num_steps": result.num_steps_done,
+        "num_epochs": result.num_steps_done / order.steps_per_epoch,
+        "images_seen": result.num_steps_done * config.training.images_per_step,
+        "num_training_images": len(dataset.training_ids),
+        "train_seconds": result.train_seconds,
+        "images_per_second": images_here / result.train_seconds if steps_here else 0.0,
+        "first_batch_seconds": stats.first_batch_seconds,
+        "data_wait_fraction": stats.wait_seconds / result.train_seconds if steps_here else 0.0,
+        "step_seconds_median": statistics.median(result.step_seconds) if steps_here else 0.0,
+        "peak_memory_bytes": peak_bytes,
+        "view_bytes": stats.num_bytes,
+        "num_batches_repeated": stats.num_retries,
+        "num_resumes": len(attempts) - 1,
+        "loss_first": records[0]["metrics"]["train/loss"] if records else None,
+        "loss_last": records[-1]["metrics"]["train/loss"] if records else None,
+        "chosen_iou_mean": last_values("selection/chosen_iou"),
+        "other_iou_mean": last_values("selection/other_iou"),
+        "weights_digest": weights_digest(trainee.method.state_dict()),
+        "run_identity": job.run_identity,
+        "renderer": job.renderer,
+        "device": trainee.device.type,
+        "num_trainers": config.cluster.num_trainers,
+    }
+
+
+def _report(
+    job: RunJob, dataset: Dataset, trainee: Trainee, feed: MlflowFeed | None, summary: dict[str, Any]
+) -> dict[str, Any]:
+    """Evaluate, draw, export, and end the MLflow run; the weights are safe in a checkpoint by now."""
+    backbone = trainee.method.backbone
+    assert isinstance(backbone, torch.nn.Module)
+    backbone_path = job.run_dir / "backbone.safetensors"
+    export_backbone(backbone, job.config.method.backbone, backbone_path)
+    summary |= _knn_results(job.config, dataset, backbone, trainee.device)
+    figures = _draw_figures(job, dataset, trainee) if job.config.tracking.num_figure_images else []
+    summary["mlflow_run_id"] = None
+    if feed is not None:
+        numbers = {
+            f"summary/{name}": float(value)
+            for name, value in summary.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        artifacts = [*figures, backbone_path, job.run_dir / "config.json"]
+        feed.finish(status="FINISHED", artifacts=artifacts, values=numbers)
+        summary["mlflow_run_id"] = feed.run_id
+        summary["mlflow_experiment_id"] = feed.experiment_id
+    path = job.run_dir / "summary.json"
+    temporary = path.with_name("summary.json.part")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(path)
+    return summary
+
+
+def _knn_results(
+    config: RunConfig, dataset: Dataset, backbone: torch.nn.Module, device: torch.device
+) -> dict[str, float | None]:
+    knn_data = load_knn_data(config, dataset) if config.tracking.knn_images else None
+    names = [f"{kind}{suffix}" for kind in ("knn_top1", "knn5shot_top1") for suffix in ("", "_untrained", "_pixels")]
+    if knn_data is None:
+        logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
+        return dict.fromkeys(names)
+    untrained = build_untrained_method(config).backbone
+    assert isinstance(untrained, torch.nn.Module)
+    results = {
+        "": evaluate_encoder(backbone, knn_data, config, device),
+        "_untrained": evaluate_encoder(untrained.to(device), knn_data, config, device),
+        "_pixels": evaluate_pixels(knn_data, config),
+    }
+    top1 = {f"knn_top1{suffix}": result["top1"] for suffix, result in results.items()}
+    return top1 | {f"knn5shot_top1{suffix}": result["5shot"] for suffix, result in results.items()}
+
+
+def _draw_figures(job: RunJob, dataset: Dataset, trainee: Trainee) -> list[Path]:
+    folder = job.run_dir / "figures"
+    folder.mkdir(exist_ok=True)
+    figures = draw_curves(folder, list(read_journal(job.run_dir / "metrics.jsonl")))
+    candidates = _draw_candidate_views(job, dataset, trainee, folder / "candidate_views.png")
+    return [candidates, *figures]
+
+
+def _draw_candidate_views(job: RunJob, dataset: Dataset, trainee: Trainee, path: Path) -> Path:
+    """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
+    config = job.config
+    context = RenderContext(
+        seed=config.run.seed,
+        source=dataset.source,
+        training_ids=dataset.training_ids,
+        data=config.data,
+        views=config.views,
+        renderer=build_renderer("cpu", config.views, max_image_pixels=config.data.max_image_pixels),
+    )
+    # BatchNorm scores with the statistics of the batch, so more images are scored than are drawn.
+    num_scored = min(len(dataset.training_ids), max(64, config.tracking.num_figure_images))
+    spread = np.linspace(0, len(dataset.training_ids) - 1, num_scored).astype(np.int64)
+    shown = slice(0, None, max(1, num_scored // config.tracking.num_figure_images))
+    request = BatchRequest(
+        step=0,
+        epoch=config.training.epochs,
+        first_position=0,
+        sample_ids=dataset.training_ids[spread],
+        num_views=config.selection.num_views,
+    )
+    batch = render_batch(context, request)
+    views_VB = normalise_views(torch.from_numpy(batch.global_views.pixels).to(trainee.device), config.views)
+    score = trainee.method.score
+    assert callable(score)
+    scores_BP = score_views(score, views_VB, module=trainee.method, batch_norm="batch").float()
+    chosen = choose_pairs(
+        "hardest",
+        num_views=config.selection.num_views,
+        num_images=num_scored,
+        device=trainee.device,
+        scores_BP=scores_BP,
+    ).pair_indices
+    assert chosen is not None
+    rows = np.arange(num_scored)[shown][: config.tracking.num_figure_images]
+    originals = [
+        decode_rgb(dataset.source.read([int(batch.sample_ids[row])])[0], max_pixels=config.data.max_image_pixels)
+        for row in rows
+    ]
+    draw_candidates(path, batch, rows, originals, chosen.cpu().numpy(), scores_BP.cpu().numpy())
+    return path

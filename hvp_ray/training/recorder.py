@@ -1,0 +1,148 @@
+"""Rank 0's and the other ranks' observer of the loop: journal, progress, checkpoints, collapse watch."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hvp_ray.config import RunConfig
+from hvp_ray.stream.device import DeviceBatch
+from hvp_ray.stream.stats import StreamStats
+from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
+from hvp_ray.tracking.journal import Journal, UnreadableLog
+from hvp_ray.tracking.selection_metrics import describe_selection
+from hvp_ray.training.checkpoint import CheckpointStore
+from hvp_ray.training.setup import take_checkpoint
+from hvp_ray.training.step import StepMetrics, Trainee
+
+_PROGRESS_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """What is shown while a run goes on."""
+
+    steps_done: int
+    num_steps: int
+    epoch: float
+    loss: float
+    images_per_second: float
+    data_wait_fraction: float
+
+
+ReportProgress = Callable[[Progress], bool]
+"""Shows progress somewhere, without waiting, and returns whether the run was asked to stop."""
+
+
+class RunRecorder:
+    """Implements `loop.LoopObserver`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        trainee: Trainee,
+        store: CheckpointStore,
+        stats: StreamStats,
+        unreadable: UnreadableLog,
+        journal: Journal | None,
+        report_progress: ReportProgress,
+        num_steps: int,
+        steps_per_epoch: int,
+    ) -> None:
+        self._config = config
+        self._trainee = trainee
+        self._store = store
+        self._stats = stats
+        self._unreadable = unreadable
+        self._journal = journal
+        self._report_progress = report_progress
+        self._num_steps = num_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._collapse = CollapseWatch()
+        self._stop_requested = False
+        self._started_at: float | None = None
+        self._last = (time.perf_counter(), 0, 0.0)  # time, steps, waiting at the last record
+        self._progress_at = 0.0
+        self._steps_seen = 0
+
+    def before_step(self, batch: DeviceBatch) -> None:
+        """Write down decisions on unreadable images before they take effect."""
+        if self._started_at is None:
+            self._started_at = time.perf_counter()
+            self._last = (self._started_at, 0, self._stats.wait_seconds)
+        self._unreadable.take(batch.batch)
+
+    def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
+        """Record every `log_every_steps`-th step, and the first and last."""
+        self._steps_seen += 1
+        if self._journal is None:
+            return
+        is_last = steps_done == self._num_steps
+        if steps_done % self._config.tracking.log_every_steps and steps_done != 1 and not is_last:
+            return
+        values = self._measure(batch, metrics, steps_done)
+        values["train/learning_rate"] = learning_rate
+        values["train/epoch"] = steps_done / self._steps_per_epoch
+        self._journal.write({"step": steps_done, "time": time.time(), "metrics": values})
+        self._collapse.see(steps_done, values["collapse/embedding_std"])
+        now = time.perf_counter()
+        if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
+            self._progress_at = now
+            self._stop_requested = self._report_progress(self._progress(steps_done, values["train/loss"]))
+
+    def save_checkpoint(self, steps_done: int) -> None:
+        """Write a checkpoint, on rank 0."""
+        if self._journal is not None:
+            self._store.write(take_checkpoint(self._trainee, steps_done))
+
+    def stop_requested(self) -> bool:
+        """Tell whether the driver asked to stop; heard on rank 0, spread by the step."""
+        return self._stop_requested
+
+    def data_wait_fraction(self) -> float:
+        """Share of the time since the first batch that the trainer stood still for batches."""
+        if self._started_at is None:
+            return 0.0
+        return self._stats.wait_seconds / max(time.perf_counter() - self._started_at, 1e-9)
+
+    def _progress(self, steps_done: int, loss: float) -> Progress:
+        assert self._started_at is not None
+        seconds = max(time.perf_counter() - self._started_at, 1e-9)
+        return Progress(
+            steps_done=steps_done,
+            num_steps=self._num_steps,
+            epoch=steps_done / self._steps_per_epoch,
+            loss=loss,
+            images_per_second=self._steps_seen * self._config.training.images_per_step / seconds,
+            data_wait_fraction=self.data_wait_fraction(),
+        )
+
+    def _measure(self, batch: DeviceBatch, metrics: StepMetrics, steps_done: int) -> dict[str, float]:
+        values = {"train/loss": float(metrics.loss)}
+        if metrics.gradient_norm is not None:
+            values["train/gradient_norm"] = float(metrics.gradient_norm)
+        values["collapse/embedding_std"] = float(embedding_std(metrics.embeddings))
+        if steps_done % (10 * self._config.tracking.log_every_steps) == 1 or steps_done == self._num_steps:
+            values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
+        pair_indices = metrics.selection.pair_indices
+        if pair_indices is not None:
+            scores = None if metrics.scores_BP is None else metrics.scores_BP.float().cpu().numpy()
+            chosen = pair_indices.cpu().numpy().astype(np.int64)
+            values |= describe_selection(batch.batch.global_views.plan, chosen, scores)
+        now, waited = time.perf_counter(), self._stats.wait_seconds
+        last_at, last_steps, last_waited = self._last
+        steps = self._steps_seen - last_steps
+        seconds = max(now - last_at, 1e-9)
+        self._last = (now, self._steps_seen, waited)
+        values["perf/step_seconds"] = seconds / steps
+        values["perf/images_per_second"] = steps * self._config.training.images_per_step / seconds
+        values["perf/wait_seconds"] = (waited - last_waited) / steps
+        speeds = self._stats.views_per_second_by_worker()
+        if speeds:
+            values["stream/views_per_second_per_worker"] = float(np.mean(list(speeds.values())))
+        values["stream/bytes"] = float(self._stats.num_bytes)
+        values["stream/retries"] = float(self._stats.num_retries)
+        return {name: value for name, value in values.items() if math.isfinite(value)}

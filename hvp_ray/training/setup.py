@@ -1,0 +1,59 @@
+"""From a config to the parts in training: method, optimizer, wrappers, and the state to go on from."""
+
+import torch
+from torch import nn
+
+from hvp_ray.config import RunConfig
+from hvp_ray.distributed.world import World, mean_over_ranks
+from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
+from hvp_ray.errors import ConfigError
+from hvp_ray.methods.backbones import load_initial_weights
+from hvp_ray.methods.method import build_method
+from hvp_ray.randomness import Purpose, draw_torch_seed
+from hvp_ray.training.checkpoint import Checkpoint
+from hvp_ray.training.optimizers import build_optimizer
+from hvp_ray.training.step import Trainee
+
+
+def build_untrained_method(config: RunConfig) -> nn.Module:
+    """Build the method with the initial weights of this run: the same on every rank, and at any time later."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
+        method = build_method(config.method)
+    if config.training.initial_weights is not None:
+        backbone = method.backbone
+        assert isinstance(backbone, nn.Module)
+        load_initial_weights(backbone, config.training.initial_weights)
+    return method
+
+
+def build_trainee(config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None) -> Trainee:
+    """Build everything a step needs, at the state of `checkpoint` or at the start."""
+    if config.training.compile and device.type != "cuda":
+        raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
+    method = synchronize_batch_norm(build_untrained_method(config), world, device)
+    if device.type == "cuda":
+        method = method.to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
+    if checkpoint is not None:
+        method.load_state_dict(checkpoint.method)
+        optimizer.load_state_dict(checkpoint.optimizer)
+    wrapped, reduce_gradients = wrap_for_training(method, world, device)
+    score = method.score
+    assert callable(score)
+    return Trainee(
+        method=method,
+        training_forward=torch.compile(wrapped) if config.training.compile else wrapped,
+        score=torch.compile(score) if config.training.compile else score,
+        reduce_gradients=reduce_gradients,
+        optimizer=optimizer,
+        mean_over_ranks=mean_over_ranks,
+        device=device,
+        rank=world.rank,
+    )
+
+
+def take_checkpoint(trainee: Trainee, steps_done: int) -> Checkpoint:
+    """Copy the state to the host."""
+    method = {name: tensor.detach().cpu().clone() for name, tensor in trainee.method.state_dict().items()}
+    return Checkpoint(step=steps_done, method=method, optimizer=trainee.optimizer.state_dict())

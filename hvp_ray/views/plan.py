@@ -1,0 +1,96 @@
+"""Decide, then render: every random decision of augmentation, drawn as numbers before a pixel is touched.
+
+Each view takes a fixed block of `WORDS_PER_VIEW` random words, so switching one operation off changes no other
+decision, and view v of image i in epoch e is the same whatever the number of views is.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.config import TransformConfig, ViewGroupConfig
+from hvp_ray.randomness import Purpose, draw_words, uniform_from_words
+from hvp_ray.records import ViewPlan
+from hvp_ray.views.geometry import CROP_WORDS, draw_crops
+
+WORDS_PER_VIEW = 48
+"""Random words reserved for each view; 36 are used, the rest is room for further operations."""
+
+_FLIP = CROP_WORDS
+_JITTER = _FLIP + 1
+_FACTORS = _JITTER + 1  # brightness, contrast, saturation, hue
+_ORDER = _FACTORS + 4
+_GRAYSCALE = _ORDER + 4
+_BLUR = _GRAYSCALE + 1
+_BLUR_SIGMA = _BLUR + 1
+_SOLARIZE = _BLUR_SIGMA + 1
+
+
+def draw_plan(
+    *,
+    seed: int,
+    purpose: Purpose,
+    epoch: int,
+    sample_ids: NDArray[np.int64],
+    heights: NDArray[np.int32],
+    widths: NDArray[np.int32],
+    num_views: int,
+    group: ViewGroupConfig,
+) -> ViewPlan:
+    """Draw the plan of `num_views` views of each image.
+
+    Args:
+        seed: the run's seed.
+        purpose: GLOBAL_VIEWS or LOCAL_VIEWS (or their REPLACEMENT_ twins): the stream that is drawn from.
+        epoch: epoch of the step.
+        sample_ids: [B].
+        heights, widths: [B], px of the original images.
+        num_views: V.
+        group: transforms of the views.
+    """
+    words = draw_words(
+        seed=seed, purpose=purpose, sample_ids=sample_ids, epoch=epoch, num_words=num_views * WORDS_PER_VIEW
+    )
+    words_VBK = words.reshape(len(sample_ids), num_views, WORDS_PER_VIEW).transpose(1, 0, 2)
+    if group.odd is None:
+        return _plan_from_words(words_VBK, heights, widths, group.even)
+    parts = [_plan_from_words(words_VBK[v : v + 1], heights, widths, group.transform_of(v)) for v in range(num_views)]
+    fields = ViewPlan.__dataclass_fields__
+    return ViewPlan(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
+
+
+def _plan_from_words(
+    words_VBK: NDArray[np.uint64], heights: NDArray[np.int32], widths: NDArray[np.int32], transform: TransformConfig
+) -> ViewPlan:
+    uniforms = uniform_from_words(words_VBK)
+    top, left, height, width = draw_crops(uniforms[..., :CROP_WORDS], heights, widths, transform)
+    jitter = uniforms[..., _JITTER] < transform.jitter_probability
+    brightness, contrast, saturation = (
+        np.where(jitter, _factor(uniforms[..., _FACTORS + index], strength), 1.0).astype(np.float32)
+        for index, strength in enumerate((transform.brightness, transform.contrast, transform.saturation))
+    )
+    hue = (2.0 * uniforms[..., _FACTORS + 3] - 1.0) * transform.hue_turns
+    sigma_low, sigma_high = transform.blur_sigma_px
+    sigma = sigma_low + (sigma_high - sigma_low) * uniforms[..., _BLUR_SIGMA]
+    blur = uniforms[..., _BLUR] < transform.blur_probability
+    return ViewPlan(
+        top=top,
+        left=left,
+        height=height,
+        width=width,
+        flip=uniforms[..., _FLIP] < transform.flip_probability,
+        jitter=jitter,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue_turns=np.where(jitter, hue, 0.0).astype(np.float32),
+        jitter_order=np.argsort(words_VBK[..., _ORDER : _ORDER + 4], axis=-1, kind="stable").astype(np.uint8),
+        grayscale=uniforms[..., _GRAYSCALE] < transform.grayscale_probability,
+        blur_sigma_px=np.where(blur, sigma, 0.0).astype(np.float32),
+        solarize=uniforms[..., _SOLARIZE] < transform.solarize_probability,
+    )
+
+
+def _factor(uniforms: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+    """Map [0, 1) to the factor's range, from max(0, 1 - strength) to 1 + strength."""
+    low = max(0.0, 1.0 - strength)
+    return low + (1.0 + strength - low) * uniforms

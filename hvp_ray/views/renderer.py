@@ -1,0 +1,58 @@
+"""What a renderer is: pixels as a deterministic function of image bytes and plan.
+
+Two implementations: `render_cpu.CpuRenderer` and `render_dali.DaliRenderer`. `build_renderer` imports the one that
+is asked for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.config import RendererName, ViewsConfig
+from hvp_ray.errors import ConfigError
+from hvp_ray.records import ViewPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RenderedBatch:
+    """Pixels of all views of a batch, and the images that could not be decoded."""
+
+    global_pixels: NDArray[np.uint8]
+    """[V, B, S, S, 3]; zeros where the image failed."""
+    local_pixels: NDArray[np.uint8] | None
+    """[L, B, s, s, 3]; None: no local views were asked for."""
+    failures: dict[int, str]
+    """Index in the batch -> why the image cannot be decoded."""
+
+
+class Renderer(Protocol):
+    """Renders views. Not safe to use from several threads."""
+
+    name: RendererName
+
+    def render(
+        self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
+    ) -> RenderedBatch:
+        """Render every view of the plans. An image that cannot be decoded is reported, never raised."""
+        ...
+
+
+def build_renderer(name: RendererName, views: ViewsConfig, *, max_image_pixels: int) -> Renderer:
+    """Make the renderer of this name.
+
+    Raises:
+        ConfigError: an unknown name, or DALI is needed and cannot be imported here.
+    """
+    match name:
+        case "cpu":
+            from hvp_ray.views.render_cpu import CpuRenderer
+
+            return CpuRenderer(views, max_image_pixels=max_image_pixels)
+        case "dali-cpu" | "dali-gpu":
+            from hvp_ray.views.render_dali import DaliRenderer
+
+            return DaliRenderer(views, name=name, max_image_pixels=max_image_pixels)
+    raise ConfigError(f"cluster.renderer={name!r} is unknown; choose cpu, dali-cpu or dali-gpu")

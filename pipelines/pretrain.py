@@ -1,0 +1,175 @@
+"""Pretrain an encoder with hard views, on the Ray cluster that this is submitted to, or on a local Ray.
+
+    python pipelines/pretrain.py [RECIPE] [--section.field VALUE ...]
+"""
+
+import sys
+import time
+from typing import Any
+
+import tyro
+
+from hvp_ray.config import RunConfig
+from hvp_ray.errors import ConfigError, HvpRayError
+from hvp_ray.recipes import RECIPES, describe_recipes, get_recipe
+from hvp_ray.training.ray_environment import prepare_ray_environment
+
+DEFAULT_RECIPE = "simsiam-digits"
+_LINE_SECONDS = 10.0
+
+
+def parse_arguments(arguments: list[str]) -> RunConfig:
+    """Return the run that the command line describes.
+
+    Raises:
+        ConfigError: unknown recipe.
+        SystemExit: unknown or wrong option (tyro has printed why), or --help.
+    """
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+    rest = arguments[1:] if arguments and not arguments[0].startswith("-") else arguments
+    recipe = get_recipe(name)
+    words = [{"true": "True", "false": "False", "none": "None"}.get(word, word) for word in rest]
+    uri_at = [index for index, word in enumerate(rest) if word in ("none",) and rest[index - 1].endswith("tracking.uri")]
+    for index in uri_at:
+        words[index] = "none"
+    parsed: RunConfig = tyro.cli(
+        RunConfig,
+        default=recipe,
+        args=words,
+        prog="pretrain.py [RECIPE]",
+        description=f"{__doc__}\n\nRecipes (default {DEFAULT_RECIPE}):\n{describe_recipes()}",
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+    )
+    if parsed.recipe not in RECIPES:
+        raise ConfigError(f"--recipe is set by the first argument, not as an option; got {parsed.recipe!r}")
+    return parsed
+
+
+class Display:
+    """A progress bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._line_at = 0.0
+        self._is_terminal = sys.stderr.isatty()
+
+    def announce(self, announcement: Any) -> None:
+        """Say what is about to run."""
+        where = "the Ray cluster it was submitted to" if announcement.joined_cluster else "a local Ray"
+        say(f"run      {announcement.run_name}")
+        say(f"folder   {announcement.run_dir}")
+        say(
+            f"on       {where}: {announcement.num_trainers} trainer(s) on {announcement.device}, "
+            f"{announcement.num_view_workers} view worker(s) rendering with {announcement.renderer}, "
+            f"at most {announcement.look_ahead_bytes / 2**20:.1f} MiB of views in flight"
+        )
+
+    def show_progress(self, progress: Any) -> None:
+        """Show steps, loss, images/s and data wait."""
+        text = (
+            f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s, "
+            f"data wait {progress.data_wait_fraction:.1%}"
+        )
+        if self._is_terminal:
+            if self._bar is None:
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=progress.num_steps, unit="step", dynamic_ncols=True)
+            self._bar.n = progress.steps_done
+            self._bar.set_postfix_str(text)
+        elif time.monotonic() - self._line_at > _LINE_SECONDS or progress.steps_done == progress.num_steps:
+            self._line_at = time.monotonic()
+            say(f"step {progress.steps_done}/{progress.num_steps}, epoch {progress.epoch:.2f}: {text}")
+        if progress.steps_done == progress.num_steps:
+            self.close()
+            say("training is done; evaluating (k-NN) and drawing figures ...")
+
+    def show_message(self, message: str) -> None:
+        """Show a warning between the lines of progress."""
+        if self._bar is not None:
+            self._bar.clear()
+        say(message)
+
+    def close(self) -> None:
+        """Leave the bar on its line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    print(text, flush=True)
+
+
+def describe_result(summary: dict[str, Any], run_dir: Any, tracking_uri: str | None) -> str:
+    """Return what a person wants to know at the end."""
+    lines = [
+        "",
+        f"finished: {summary['num_steps']} steps, {summary['num_epochs']:.1f} epochs, {summary['images_seen']} images "
+        f"in {summary['train_seconds']:.0f} s of training ({summary['images_per_second']:.0f} images/s, "
+        f"data wait {summary['data_wait_fraction']:.1%}, spilled {summary['spilled_bytes']} bytes)",
+        f"loss     {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}",
+    ]
+    if summary.get("chosen_iou_mean") is not None and summary.get("other_iou_mean") is not None:
+        lines.append(
+            f"overlap  of the chosen pair's crops {summary['chosen_iou_mean']:.3f}, "
+            f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over the run)"
+        )
+    if summary.get("knn_top1") is not None:
+        lines += ["", "k-NN accuracy           all labels   5 labels per class"]
+        for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
+            top1, few = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
+            lines.append(f"  {title:<20}    {top1:.4f}       {few:.4f}")
+    if summary["num_unreadable_images"]:
+        lines += ["", f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see unreadable-rank-*.jsonl"]
+    lines += [
+        "",
+        f"summary  {run_dir}/summary.json",
+        f"encoder  {run_dir}/backbone.safetensors",
+        f"figures  {run_dir}/figures",
+    ]
+    if tracking_uri is not None:
+        link = "http://127.0.0.1:5000/#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        ui = "make ui" if tracking_uri.endswith("/runs/mlflow.db") else f"mlflow ui --backend-store-uri {tracking_uri}"
+        lines.append(f"curves   `{ui}`, then {link.format(summary.get('mlflow_experiment_id'))}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Run; return the exit status."""
+    display = Display()
+    try:
+        config = parse_arguments(arguments)
+        prepare_ray_environment()
+        from hvp_ray.training.preparation import finished_summary, mlflow_location, output_folder
+
+        summary = finished_summary(config)
+        if summary is not None and config.run.resume:
+            assert config.run.name is not None
+            say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
+            output = output_folder(config)
+            say(describe_result(summary, output / config.run.name, mlflow_location(config, output)[0]))
+            return 0
+        from hvp_ray.training.launch import Watchers, launch
+
+        watchers = Watchers(
+            announce=display.announce, show_progress=display.show_progress, show_message=display.show_message
+        )
+        summary, job = launch(config, watchers)
+    except HvpRayError as error:
+        display.close()
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", []))
+        print(f"error: {error}{notes}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        display.close()
+        print("stopped; start the run again with its --run.name to go on", file=sys.stderr, flush=True)
+        return 130
+    say(describe_result(summary, job.run_dir, job.mlflow_uri))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
