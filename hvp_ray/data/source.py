@@ -6,7 +6,7 @@ evaluation), so its state stays small and never travels.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ UNLABELLED = -1
 REMOTE_SCHEMES = ("hf://", "s3://", "gs://", "http://", "https://")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Encoded images, addressed by sample id 0..N-1; ids are stable between processes and runs."""
 

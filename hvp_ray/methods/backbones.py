@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -74,7 +74,7 @@ def load_exported_backbone(path: str | Path) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     if "timm_name" not in metadata:
         raise CheckpointError(f"{path} does not say which network it holds; expected a backbone.safetensors of a run")
@@ -96,7 +96,7 @@ def load_initial_weights(backbone: nn.Module, location: str) -> None:
         raise CheckpointError(f"training.initial_weights={location!r}: there is no file {path}")
     try:
         backbone.load_state_dict(load_file(path))
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, SafetensorError, OSError) as error:
         first = str(error).splitlines()[0]
         raise CheckpointError(f"training.initial_weights={location!r} does not fit the backbone: {first}") from error
 

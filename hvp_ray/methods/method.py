@@ -5,7 +5,7 @@ autocast wrap it from outside, and whose `score` tells how hard each pair of vie
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class MethodLoss:
     """Embeddings of one view of each image, detached; watched for collapse."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """A module with these members; see the module's text."""
 

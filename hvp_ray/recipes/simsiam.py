@@ -48,7 +48,7 @@ def simsiam_digits() -> RunConfig:
             predictor_hidden_dim=64,
         ),
         optimizer=OptimizerConfig(learning_rate_per_256=0.8, weight_decay=5e-4),
-        training=TrainingConfig(epochs=50, images_per_step=64, checkpoint_every_steps=200),
+        training=TrainingConfig(epochs=35, images_per_step=32, checkpoint_every_steps=400),
     )
 
 

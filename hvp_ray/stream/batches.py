@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.order import SampleOrder
@@ -15,6 +15,7 @@ RequestOf = Callable[[int], BatchRequest]
 """step -> request of this rank."""
 
 
+@runtime_checkable
 class BatchStream(Protocol):
     """Batches of one rank, in the order of the steps."""
 

@@ -78,6 +78,7 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
         HvpRayError: with a sentence for the user; nothing that was committed is lost.
     """
     check_before_start(config)
+    is_ours = not ray.is_initialized()
     joined = _connect(config)
     try:
         placement = _decide_placement(config)
@@ -97,7 +98,8 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
         )
         return _run(job, placement, watchers), job
     finally:
-        ray.shutdown()
+        if is_ours:
+            ray.shutdown()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +110,9 @@ class _Placement:
 
 
 def _connect(config: RunConfig) -> bool:
-    """Join the cluster that RAY_ADDRESS names, else start a local one; tell which."""
+    """Use the Ray of this process, or join the cluster that RAY_ADDRESS names, or start a local one; tell if joined."""
+    if ray.is_initialized():
+        return True
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if "RAY_ADDRESS" in os.environ:
         ray.init(**quiet)

@@ -5,7 +5,7 @@ Position advances when the optimizer's step is done, never on delivery.
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hvp_ray.config import RunConfig
 from hvp_ray.stream.batches import BatchStream
@@ -28,6 +28,7 @@ class LoopResult:
     stopped_early: bool
 
 
+@runtime_checkable
 class LoopObserver(Protocol):
     """Hears what happens; all methods are called on every rank, in lock-step."""
 

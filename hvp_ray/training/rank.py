@@ -5,7 +5,9 @@
 
 import json
 import logging
+import os
 import resource
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -178,7 +180,7 @@ def _start_feed(job: RunJob, dataset: Dataset) -> MlflowFeed | None:
 
 def _note_attempt(run_dir: Path, first_step: int) -> None:
     attempts = Journal(run_dir / "attempts.jsonl")
-    attempts.write({"step": first_step, "time": time.time()})
+    attempts.write({"step": first_step, "time": time.time(), "process_id": os.getpid(), "host": socket.gethostname()})
     attempts.close()
 
 

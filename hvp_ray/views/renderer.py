@@ -6,7 +6,7 @@ is asked for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class RenderedBatch:
     """Index in the batch -> why the image cannot be decoded."""
 
 
+@runtime_checkable
 class Renderer(Protocol):
     """Renders views. Not safe to use from several threads."""
 

@@ -1,0 +1,65 @@
+"""Fixtures for all tests; shapes and types of `hvp_ray` are checked at run time (jaxtyping with beartype)."""
+
+import os
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # one private Ray on loopback for the whole session
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pkgutil
+
+from jaxtyping import install_import_hook
+
+import hvp_ray
+
+# DALI reads the source of its graph functions, which a checked function would hide from it.
+_CHECKED = [m.name for m in pkgutil.walk_packages(hvp_ray.__path__, "hvp_ray.") if not m.name.endswith("render_dali")]
+_hook = install_import_hook([name for name in _CHECKED if name.count(".") > 1 or "views" not in name], "beartype.beartype")
+
+from hvp_ray.training.ray_environment import prepare_ray_environment
+
+prepare_ray_environment()
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _reproducible(request: pytest.FixtureRequest) -> None:
+    """Seed torch by the test's name; one thread, so that bits can be compared."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+@pytest.fixture
+def generator(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A NumPy generator seeded by the test's name."""
+    return np.random.default_rng(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that need one."""
+    import ray
+
+    ray.init(
+        address="local", num_cpus=8, object_store_memory=400 * 2**20, include_dashboard=False, log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def cifar10() -> Path:
+    """Folder with cifar10-train.parquet and cifar10-test.parquet."""
+    if not (SHARED_DATA / "cifar10-train.parquet").exists():
+        pytest.skip("no CIFAR-10 beside the checkout (../shared/data/cifar10-train.parquet)")
+    return SHARED_DATA

@@ -1,0 +1,74 @@
+"""Slow oracles written from the papers, readable by eye, and small values for tests."""
+
+import dataclasses
+import io
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.recipes import get_recipe
+
+NEUTRAL = TransformConfig(
+    flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
+)
+
+
+def views_config(size_px: int = 32, transform: TransformConfig = NEUTRAL) -> ViewsConfig:
+    return ViewsConfig(global_views=ViewGroupConfig(size_px=size_px, even=transform), evaluation_resize_px=size_px)
+
+
+def tiny_config(output: str, **sections: dict[str, object]) -> RunConfig:
+    """The digits recipe, cut down to seconds; sections override fields, e.g. run={"seed": 1}."""
+    config = get_recipe("simsiam-digits")
+    small: dict[str, dict[str, object]] = {
+        "run": {"output": output},
+        "data": {"num_images": 200},
+        "training": {"epochs": 2, "images_per_step": 16, "checkpoint_every_steps": 4},
+        "tracking": {"uri": "none", "num_figure_images": 0, "knn_images": 40},
+        "cluster": {"num_view_workers": 1, "batches_in_flight": 3},
+    }
+    for section, values in sections.items():
+        small[section] = small.get(section, {}) | values
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in small.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """SimSiam with hard views as the paper writes it: for each image the pair of smallest similarity, [V, B, D]."""
+
+    def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        return float(sum(a * b) / (math.sqrt(sum(a * a)) * math.sqrt(sum(b * b))))
+
+    num_views, num_images, _ = projections.shape
+    chosen = []
+    for image in range(num_images):
+        best, best_pair = math.inf, (-1, -1)
+        for n in range(num_views):
+            for m in range(n + 1, num_views):
+                z, p = projections[:, image], predictions[:, image]
+                similarity = 0.5 * (cosine(p[n], z[m]) + cosine(p[m], z[n]))
+                if similarity < best:
+                    best, best_pair = similarity, (n, m)
+        chosen.append(best_pair)
+    return chosen
+
+
+def encode(pixels: NDArray[np.uint8], kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def photograph_like(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    """Smooth colour fields with edges and a little noise: closer to a photograph than white noise is."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    channels = []
+    for _ in range(3):
+        fx, fy, phase = generator.uniform(0.01, 0.12, 2).tolist() + [generator.uniform(0, 6)]
+        wave = 110 + 90 * np.sin(fx * x + fy * y + phase)
+        wave += np.where((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(height, width) / 3) ** 2, 50, 0)
+        channels.append(wave + generator.normal(0, 4, (height, width)))
+    return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)

@@ -1,0 +1,88 @@
+"""Start runs on the session's Ray, and find the processes in them."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from hvp_ray.config import RunConfig
+from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
+from hvp_ray.training.launch import Watchers, launch
+
+
+def launch_quietly(config: RunConfig, messages: list[str] | None = None) -> dict[str, Any]:
+    """Launch; return the summary."""
+    sink = messages if messages is not None else []
+    watchers = Watchers(
+        announce=lambda announcement: None, show_progress=lambda progress: None, show_message=sink.append
+    )
+    return launch(config, watchers)[0]
+
+
+def digest_from_checkpoint(run_dir: Path) -> str:
+    """Recompute the digest of the final weights from the newest checkpoint on disk."""
+    identity = json.loads((run_dir / "config.json").read_text())["run_identity"]
+    checkpoint = CheckpointStore(str(run_dir / "checkpoints"), run_identity=identity, keep=9).load_newest()
+    assert checkpoint is not None
+    return weights_digest(checkpoint.method)
+
+
+def recorded_steps(run_dir: Path) -> list[int]:
+    """Return the steps in the journal."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def attempts(run_dir: Path) -> list[dict[str, Any]]:
+    """Return when and where the run was started and resumed."""
+    path = run_dir / "attempts.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def processes_titled(text: str) -> list[psutil.Process]:
+    """Return the processes below this one whose title contains `text`."""
+    found = []
+    for process in psutil.Process(os.getpid()).children(recursive=True):
+        try:
+            if text in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+class AtStep(threading.Thread):
+    """Calls `action` once for each of `steps`, as soon as the journal of `run_dir` has recorded it."""
+
+    def __init__(self, run_dir: Path, steps: list[int], action: Callable[[int], None]) -> None:
+        super().__init__(daemon=True)
+        self._run_dir = run_dir
+        self._steps = steps
+        self._action = action
+        self.fired: list[int] = []
+        """Newest recorded step when the action was taken, for each of `steps`."""
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        for step in self._steps:
+            num_attempts = len(attempts(self._run_dir))
+            while not self._ended.is_set():
+                steps = recorded_steps(self._run_dir)
+                started_again = not self.fired or len(attempts(self._run_dir)) > len(self.fired)
+                if started_again and steps and steps[-1] >= step:
+                    self.fired.append(steps[-1])
+                    self._action(step)
+                    break
+                time.sleep(0.002)
+            del num_attempts
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join(timeout=10)

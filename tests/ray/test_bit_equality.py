@@ -1,0 +1,127 @@
+"""The promise: the same weights, bit for bit, whatever dies or restarts. BatchNorm network, two epochs, CPU.
+
+Digits, 160 training images, 16 a step: 10 steps an epoch, 20 in all, checkpoints every 4.
+"""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvp_ray.config import RunConfig
+from hvp_ray.errors import CheckpointError, ConfigError
+from hvp_ray.training.local import pretrain_in_process
+from tests.helpers import tiny_config
+from tests.ray.runs import (
+    AtStep,
+    attempts,
+    digest_from_checkpoint,
+    launch_quietly,
+    processes_titled,
+    recorded_steps,
+)
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+
+
+def _config(output: Path, name: str, *, seed: int = 0, **cluster: object) -> RunConfig:
+    return tiny_config(str(output), run={"name": name, "seed": seed}, cluster=cluster)
+
+
+def _check(output: Path, name: str, summary: dict[str, Any]) -> str:
+    """The digest in the summary is that of the checkpoint on disk, and each step is journalled once."""
+    assert summary["weights_digest"] == digest_from_checkpoint(output / name)
+    assert recorded_steps(output / name) == list(range(1, 21))
+    assert summary["spilled_bytes"] == 0
+    return str(summary["weights_digest"])
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def straight(output: Path, ray_session: None) -> str:
+    """Digest of the uninterrupted run with one view worker."""
+    summary = launch_quietly(_config(output, "straight", num_view_workers=1))
+    assert summary["num_steps"] == 20
+    return _check(output, "straight", summary)
+
+
+def test_three_view_workers_equal_one_and_inline_rendering(output: Path, straight: str) -> None:
+    three = launch_quietly(_config(output, "three", num_view_workers=3, batches_in_flight=6))
+    assert _check(output, "three", three) == straight
+    inline = pretrain_in_process(_config(output, "inline"))
+    assert inline is not None
+    assert inline["weights_digest"] == straight
+    other_seed = pretrain_in_process(_config(output, "other-seed", seed=1))
+    assert other_seed is not None
+    assert other_seed["weights_digest"] != straight
+
+
+def test_view_workers_killed_in_mid_run_change_nothing(output: Path, straight: str) -> None:
+    def kill(step: int) -> None:
+        for worker in processes_titled("ray::ViewWorker"):
+            os.kill(worker.pid, signal.SIGKILL)
+
+    killer = AtStep(output / "worker-killed", [3], kill)
+    killer.start()
+    messages: list[str] = []
+    summary = launch_quietly(_config(output, "worker-killed", num_view_workers=2), messages)
+    killer.end()
+    assert killer.fired
+    assert summary["num_worker_restarts"] >= 1
+    assert any("is gone" in message for message in messages)
+    assert _check(output, "worker-killed", summary) == straight
+
+
+def test_trainer_killed_within_and_at_both_ends_of_an_epoch(output: Path, straight: str) -> None:
+    """Killed in step 7 (mid-epoch, off a checkpoint), in step 10 (the last of epoch 0) and in step 11 (the first)."""
+
+    def kill(step: int) -> None:
+        os.kill(attempts(output / "trainer-killed")[-1]["process_id"], signal.SIGKILL)
+
+    killer = AtStep(output / "trainer-killed", [6, 9, 10], kill)
+    killer.start()
+    summary = launch_quietly(_config(output, "trainer-killed", max_trainer_failures=5))
+    killer.end()
+    assert len(killer.fired) == 3
+    assert [attempt["step"] for attempt in attempts(output / "trainer-killed")] == [0, 4, 8, 8]
+    assert summary["num_resumes"] == 3
+    assert _check(output, "trainer-killed", summary) == straight
+
+
+def test_two_trainers_killed_and_resumed_equal_two_straight(output: Path, straight: str) -> None:
+    two = launch_quietly(_config(output, "two", num_trainers=2, num_view_workers=2))
+    digest = _check(output, "two", two)
+    assert digest != straight  # another summation order: the number of trainers is part of the identity
+
+    def kill(step: int) -> None:
+        rank_0 = attempts(output / "two-killed")[-1]["process_id"]
+        others = [p for p in processes_titled("RayTrainWorker") if p.pid != rank_0]
+        assert others
+        os.kill(others[0].pid, signal.SIGKILL)
+
+    killer = AtStep(output / "two-killed", [6], kill)
+    killer.start()
+    killed = launch_quietly(_config(output, "two-killed", num_trainers=2, num_view_workers=2))
+    killer.end()
+    assert killed["num_resumes"] == 1
+    assert _check(output, "two-killed", killed) == digest
+
+
+def test_resume_with_another_identity_is_refused_and_says_what_differs(output: Path, straight: str) -> None:
+    config = _config(output, "straight")
+    other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1))
+    with pytest.raises(CheckpointError, match=r"optimizer.weight_decay: 0.0005 -> 0.1"):
+        launch_quietly(other)
+    with pytest.raises(CheckpointError, match=r"cluster.num_trainers: 1 -> 2"):
+        launch_quietly(_config(output, "straight", num_trainers=2))
+    fresh = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
+    with pytest.raises(ConfigError, match="run.resume=False"):
+        launch_quietly(fresh)
+    assert digest_from_checkpoint(output / "straight") == straight

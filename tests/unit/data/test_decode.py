@@ -1,0 +1,104 @@
+"""Decoding: every kind of image that people have in their folders."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
+from hvp_ray.errors import UnreadableImageError
+from tests.helpers import encode, photograph_like
+
+LIMIT = 10**7
+
+
+def _decode(image: bytes) -> np.ndarray:
+    assert read_size(image, max_pixels=LIMIT) == decode_rgb(image, max_pixels=LIMIT).shape[:2]
+    return decode_rgb(image, max_pixels=LIMIT)
+
+
+def test_jpeg_equals_pil(generator: np.random.Generator) -> None:
+    image = encode(photograph_like(generator, 50, 70), "JPEG", quality=90)
+    assert np.array_equal(_decode(image), np.array(Image.open(io.BytesIO(image)).convert("RGB")))
+
+
+def test_png_with_alpha_palette_and_grey_become_rgb(generator: np.random.Generator) -> None:
+    rgb = photograph_like(generator, 20, 30)
+    alpha = np.dstack([rgb, np.full((20, 30), 77, np.uint8)])
+    assert np.array_equal(_decode(encode(alpha)), rgb)
+    assert np.array_equal(_decode(encode(rgb[..., 0])), np.repeat(rgb[..., :1], 3, axis=2))
+    palette = Image.fromarray(rgb).quantize(16)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG")
+    assert np.array_equal(_decode(buffer.getvalue()), np.array(palette.convert("RGB")))
+
+
+def test_sixteen_bits_keep_the_upper_eight() -> None:
+    values = (np.arange(600).reshape(20, 30) * 109).astype(np.uint16)
+    decoded = _decode(encode(values))
+    assert np.array_equal(decoded[..., 1], (values >> 8).astype(np.uint8))
+
+
+def test_cmyk_jpeg_is_rgb(generator: np.random.Generator) -> None:
+    cmyk = Image.fromarray(photograph_like(generator, 30, 40)).convert("CMYK")
+    buffer = io.BytesIO()
+    cmyk.save(buffer, "JPEG", quality=95)
+    decoded = _decode(buffer.getvalue())
+    assert np.abs(decoded.astype(int) - np.array(cmyk.convert("RGB"))).mean() < 3
+
+
+def test_exif_orientation_is_applied(generator: np.random.Generator) -> None:
+    rgb = photograph_like(generator, 40, 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: 90 degrees clockwise to be upright
+    image = encode(rgb, "JPEG", quality=95, exif=exif)
+    assert read_size(image, max_pixels=LIMIT) == (64, 40)
+    assert np.abs(_decode(image).astype(int) - np.rot90(rgb, -1)).mean() < 4
+    assert not is_plain_jpeg(image)
+
+
+def test_first_frame_of_an_animated_gif() -> None:
+    frames = [Image.new("RGB", (12, 10), color) for color in ("red", "blue")]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    assert _decode(buffer.getvalue())[5, 5].tolist() == [255, 0, 0]
+
+
+def test_one_pixel_wide_image() -> None:
+    assert _decode(encode(np.full((9, 1, 3), 200, np.uint8))).shape == (9, 1, 3)
+
+
+def _bomb(size_px: int) -> bytes:
+    """A small file that would decode to size_px x size_px pixels."""
+    buffer = io.BytesIO()
+    Image.new("1", (size_px, size_px)).save(buffer, "PNG")
+    assert len(buffer.getvalue()) < 200_000
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (b"", "0 bytes"),
+        (b"this is a text file named .jpg\n" * 30, "not an image"),
+        (_bomb(30_000), "30000 x 30000 px is more than data.max_image_pixels|exceeds limit"),
+        (_bomb(5_000), "5000 x 5000 px is more than data.max_image_pixels"),
+        (b"\xff\xd8\xff\xe0", "not an image|cannot be decoded"),
+    ],
+)
+def test_what_is_no_image_says_so(image: bytes, reason: str) -> None:
+    with pytest.raises(UnreadableImageError, match=reason):
+        decode_rgb(image, max_pixels=LIMIT)
+
+
+def test_truncated_jpeg_and_png_are_unreadable(generator: np.random.Generator) -> None:
+    for kind in ("JPEG", "PNG"):
+        image = encode(photograph_like(generator, 80, 80), kind)
+        with pytest.raises(UnreadableImageError, match="cannot be decoded"):
+            decode_rgb(image[: len(image) // 2], max_pixels=LIMIT)
+
+
+def test_jpeg_with_harmless_bytes_behind_it_is_read(generator: np.random.Generator) -> None:
+    image = encode(photograph_like(generator, 30, 30), "JPEG")
+    assert np.array_equal(_decode(image + b"trailing bytes of a camera"), _decode(image))

@@ -1,0 +1,122 @@
+"""Sources: folders, Parquet, digits; and what is said when they cannot be used."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hvp_ray.config import DataConfig
+from hvp_ray.data.parquet import ParquetSource
+from hvp_ray.data.source import Source, open_source
+from hvp_ray.errors import DataError
+from tests.helpers import encode
+
+IMAGE = encode(np.zeros((4, 5, 3), np.uint8))
+
+
+def _open(source: object, **options: object) -> Source:
+    return open_source(str(source), DataConfig(source=str(source), **options))
+
+
+def _write_folder(root: Path) -> None:
+    for name in ("cat/1.png", "cat/deep/2.PNG", "dog/3.jpg", ".hidden/4.png", "dog/notes.txt"):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(IMAGE if path.suffix.lower() in (".png", ".jpg") else b"text")
+
+
+def test_folder_has_sorted_images_with_the_first_folder_as_class(tmp_path: Path) -> None:
+    _write_folder(tmp_path)
+    source = _open(tmp_path)
+    assert source.num_samples == 3
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 0, 1]
+    assert source.describe(1).endswith("cat/deep/2.PNG")
+    assert source.read([2, 0]) == [IMAGE, IMAGE]
+
+
+def test_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(IMAGE)
+    assert _open(tmp_path).labels is None
+
+
+def test_folder_fingerprint_changes_with_names_and_sizes(tmp_path: Path) -> None:
+    _write_folder(tmp_path)
+    before = _open(tmp_path).fingerprint()
+    assert before == _open(tmp_path).fingerprint()
+    (tmp_path / "cat/1.png").write_bytes(IMAGE + b"x")
+    assert _open(tmp_path).fingerprint() != before
+
+
+def _table(num_rows: int, column: str = "image") -> pa.Table:
+    images = [{"bytes": encode(np.full((3, 3, 3), i % 256, np.uint8)), "path": f"{i}.png"} for i in range(num_rows)]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.table({column: pa.array(images, kind), "label": pa.array(range(num_rows), pa.int64())})
+
+
+def test_parquet_reads_any_rows_in_any_order_over_files_and_row_groups(tmp_path: Path) -> None:
+    pq.write_table(_table(25), tmp_path / "a.parquet", row_group_size=10)
+    pq.write_table(_table(7), tmp_path / "b.parquet", row_group_size=3)
+    source = _open(tmp_path)
+    assert source.num_samples == 32
+    assert source.block_starts is not None
+    assert source.block_starts.tolist() == [0, 10, 20, 25, 28, 31]
+    assert source.labels is not None
+    assert source.labels.tolist() == [*range(25), *range(7)]
+    expected = [_table(25)["image"][24].as_py()["bytes"], _table(7)["image"][0].as_py()["bytes"]]
+    assert source.read([24, 25]) == expected
+    assert source.read([25, 24]) == expected[::-1]
+    assert source.describe(30) == f"{tmp_path}/b.parquet row 5"
+
+
+def test_parquet_cache_is_bounded_and_a_batch_reads_no_row_group_twice(tmp_path: Path) -> None:
+    pq.write_table(_table(40), tmp_path / "a.parquet", row_group_size=10)
+    source = ParquetSource([tmp_path / "a.parquet"], image_column="image", label_column="label", cache_bytes=1)
+    source.read([0, 39, 1, 38, 2, 37])
+    twice = source.num_bytes_read
+    source.read([11])
+    assert source.num_bytes_read == pytest.approx(1.5 * twice, rel=0.1)
+    assert len(source._cache) == 1
+
+
+def test_null_images_come_as_no_bytes(tmp_path: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pq.write_table(pa.table({"image": pa.array([None, {"bytes": IMAGE, "path": ""}], kind)}), tmp_path / "a.parquet")
+    assert _open(tmp_path).read([0, 1]) == [b"", IMAGE]
+
+
+def test_digits_are_1797_labelled_images() -> None:
+    source = _open("digits")
+    assert source.num_samples == 1797
+    assert source.labels is not None
+    assert np.bincount(source.labels).min() > 170
+    assert source.read([5])[0].startswith(b"\x89PNG")
+
+
+def test_unusable_sources_say_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nonsense")
+    (tmp_path / "file.bin").write_bytes(b"x")
+    pq.write_table(_table(3, column="picture"), tmp_path / "column.parquet")
+    pq.write_table(pa.table({"image": [1, 2]}), tmp_path / "type.parquet")
+    pq.write_table(_table(0), tmp_path / "rows.parquet")
+    cases = {
+        "absent": "does not exist",
+        "empty": r"no images in .* \(0 files",
+        "texts": r"no images in .* \(1 files",
+        "broken.parquet": "cannot be read as Parquet",
+        "file.bin": "not Parquet",
+        "column.parquet": r"no column 'image'; it has \['picture', 'label'\].*--data.image_column",
+        "type.parquet": "has type int64; expected struct",
+        "rows.parquet": "has no rows",
+    }
+    for name, message in cases.items():
+        with pytest.raises(DataError, match=message):
+            _open(tmp_path / name)
+    with pytest.raises(DataError, match="remote"):
+        _open("s3://bucket/x.parquet")
+    assert _open(tmp_path / "column.parquet", image_column="picture").num_samples == 3

@@ -1,0 +1,210 @@
+"""The step and the loop in one process: HVP against vanilla, controls, resume, non-finite losses."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hvp_ray.config import RunConfig
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.distributed.world import World
+from hvp_ray.errors import TrainingError
+from hvp_ray.methods.method import build_method
+from hvp_ray.randomness import Purpose, draw_torch_seed
+from hvp_ray.stream.batches import InlineBatches, requests_of_rank
+from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.render_batch import RenderContext
+from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.rank import build_order
+from hvp_ray.training.setup import build_trainee, build_untrained_method
+from hvp_ray.training.step import resize_for_scoring, train_step
+from hvp_ray.views.normalise import normalise_views
+from hvp_ray.views.renderer import build_renderer
+from tests.helpers import slow_hardest_pairs, tiny_config
+
+CPU = torch.device("cpu")
+
+
+def _batches(config: RunConfig, count: int) -> list[DeviceBatch]:
+    dataset = open_dataset(config.data)
+    context = RenderContext(
+        seed=config.run.seed,
+        source=dataset.source,
+        training_ids=dataset.training_ids,
+        data=config.data,
+        views=config.views,
+        renderer=build_renderer("cpu", config.views, max_image_pixels=10**8),
+    )
+    requests = requests_of_rank(config, build_order(config, dataset), rank=0, num_ranks=1, known_replacements={})
+    stream = InlineBatches(context, requests, first_step=0, hand_over=DeviceHandOver(CPU))
+    return [stream.next_batch() for _ in range(count)]
+
+
+def _digest(config: RunConfig, **run: Any) -> str:
+    summary = pretrain_in_process(dataclasses.replace(config, run=dataclasses.replace(config.run, **run)))
+    assert summary is not None
+    return str(summary["weights_digest"])
+
+
+def test_vanilla_arm_is_simsiam_written_out_by_hand(tmp_path: Path) -> None:
+    """rule=first for 6 steps against a plain loop of torch: SGD, two forwards, cosine; bit for bit."""
+    config = tiny_config(str(tmp_path), selection={"rule": "first"})
+    trainee = build_trainee(config, World(), CPU, None)
+    torch.manual_seed(draw_torch_seed(seed=0, purpose=Purpose.TORCH_INIT, step=0, rank=0))
+    plain = build_method(config.method).train()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.8 * 16 / 256, momentum=0.9, weight_decay=5e-4)
+    trainee.method.train()
+    for batch in _batches(config, 6):
+        train_step(trainee, batch, config)
+        x1, x2 = normalise_views(batch.global_pixels, config.views)
+        z1, z2 = plain.projector(plain.backbone(x1)), plain.projector(plain.backbone(x2))
+        p1, p2 = plain.predictor(z1), plain.predictor(z2)
+        cosine = torch.nn.functional.cosine_similarity
+        loss = -(cosine(p1, z2.detach()).mean() + cosine(p2, z1.detach()).mean()) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, trainee.method.state_dict()[name]), name
+
+
+def test_two_views_with_any_rule_that_scores_equal_vanilla_to_the_bit(tmp_path: Path) -> None:
+    digests = {
+        rule: _digest(
+            tiny_config(str(tmp_path), selection={"rule": rule, "num_views": 2}, training={"epochs": 1}), name=rule
+        )
+        for rule in ("first", "hardest", "easiest", "min_iou", "random", "all_pairs")
+    }
+    assert len(set(digests.values())) == 1, digests
+    four = tiny_config(str(tmp_path), selection={"rule": "first", "num_views": 4}, training={"epochs": 1})
+    assert _digest(four, name="four") == digests["first"]
+    other_seed = _digest(four, name="seed", seed=1)
+    assert other_seed != digests["first"]
+
+
+def test_vanilla_views_are_candidates_0_and_1_of_the_hard_run(tmp_path: Path) -> None:
+    hard = _batches(tiny_config(str(tmp_path)), 15)
+    vanilla = _batches(tiny_config(str(tmp_path), selection={"rule": "first"}), 15)
+    for h, v in zip(hard, vanilla, strict=True):
+        assert h.global_pixels.shape[0] == 4
+        assert v.global_pixels.shape[0] == 2
+        assert torch.equal(h.global_pixels[:2], v.global_pixels)
+
+
+def test_step_trains_on_the_pairs_that_the_papers_loop_chooses(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), training={"images_per_step": 64})
+    trainee = build_trainee(config, World(), CPU, None)
+    trainee.method.train()
+    for batch in _batches(config, 2):
+        twin = build_method(config.method)
+        twin.load_state_dict(trainee.method.state_dict())
+        twin.train()
+        with torch.no_grad():
+            z = twin.projector(twin.backbone(normalise_views(batch.global_pixels, config.views).flatten(0, 1)))
+            p = twin.predictor(z)
+        shape = (4, 64, -1)
+        expected = slow_hardest_pairs(z.reshape(shape).double().numpy(), p.reshape(shape).double().numpy())
+        metrics = train_step(trainee, batch, config)
+        assert [tuple(pair) for pair in metrics.selection.view_indices.T.tolist()] == expected
+
+
+def test_every_second_step_is_vanilla_and_renders_two_views(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), selection={"every": 2})
+    batches = _batches(config, 4)
+    assert [batch.global_pixels.shape[0] for batch in batches] == [4, 2, 4, 2]
+    trainee = build_trainee(config, World(), CPU, None)
+    metrics = [train_step(trainee, batch, config) for batch in batches]
+    assert [m.scores_BP is not None for m in metrics] == [True, False, True, False]
+
+
+def test_scoring_always_changes_nothing_but_faithful_statistics(tmp_path: Path) -> None:
+    """The control: extra views that only BatchNorm sees."""
+    base = {"rule": "first"}
+    control = tiny_config(
+        str(tmp_path), selection=base | {"score_always": True, "scoring_batch_norm": "faithful"}, training={"epochs": 1}
+    )
+    silent = tiny_config(str(tmp_path), selection=base | {"score_always": True}, training={"epochs": 1})
+    plain = tiny_config(str(tmp_path), selection=base, training={"epochs": 1})
+    assert _digest(silent, name="silent") == _digest(plain, name="plain")
+    assert _digest(control, name="control") != _digest(plain, name="plain")
+
+
+def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size() -> None:
+    views = torch.randn(2, 3, 3, 16, 16)
+    assert resize_for_scoring(views, None) is views
+    assert resize_for_scoring(views, 16) is views
+    small = resize_for_scoring(views, 8)
+    assert small.shape == (2, 3, 3, 8, 8)
+    assert small.std() < views.std() * 0.7  # noise is averaged, not picked
+
+
+def test_low_resolution_scoring_and_clipping_train(tmp_path: Path) -> None:
+    config = tiny_config(
+        str(tmp_path), selection={"scoring_resolution_px": 8}, views={}, optimizer={"clip_gradient_norm": 0.5}
+    )
+    trainee = build_trainee(config, World(), CPU, None)
+    metrics = train_step(trainee, _batches(config, 1)[0], config)
+    assert metrics.gradient_norm is not None
+    assert math.isfinite(float(metrics.gradient_norm))
+
+
+def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path))
+    trainee = build_trainee(config, World(), CPU, None)
+    with torch.no_grad():
+        trainee.method.projector[0].weight[0, 0] = float("nan")
+    before = {name: value.clone() for name, value in trainee.method.named_parameters()}
+    with pytest.raises(TrainingError, match="step 0 is nan"):
+        train_step(trainee, _batches(config, 1)[0], config)
+    for name, value in trainee.method.named_parameters():
+        assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_dropout_is_addressed_by_step_and_rank(tmp_path: Path) -> None:
+    """A network with dropout: two views equal vanilla, although scoring draws random numbers too."""
+    digests = []
+    for rule in ("first", "hardest"):
+        config = tiny_config(str(tmp_path), selection={"rule": rule, "num_views": 2})
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.projector.insert(1, torch.nn.Dropout(0.5))
+        for batch in _batches(config, 3):
+            train_step(trainee, batch, config)
+        digests.append(np.concatenate([p.detach().flatten().numpy() for p in trainee.method.parameters()]))
+    assert np.array_equal(digests[0], digests[1])
+
+
+def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path))
+    straight = _digest(config, name="straight")
+    last = tmp_path / "straight" / "checkpoints"
+    assert sorted(path.name for path in last.iterdir()) == ["step-00000016", "step-00000020"]
+
+    run = dataclasses.replace(config, run=dataclasses.replace(config.run, name="resumed"))
+    pretrain_in_process(run)
+    import shutil
+
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000020")
+    (tmp_path / "resumed" / "summary.json").unlink()
+    summary = pretrain_in_process(run)
+    assert summary is not None
+    assert summary["num_resumes"] == 1
+    assert summary["weights_digest"] == straight
+    steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 21))
+
+
+def test_initial_weights_of_a_run_are_the_start_of_another(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), training={"epochs": 1})
+    _digest(config, name="first")
+    second = tiny_config(str(tmp_path), training={"epochs": 1, "initial_weights": str(tmp_path / "first")})
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "first" / "backbone.safetensors")
+    backbone = build_untrained_method(second).backbone
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, weights[name])

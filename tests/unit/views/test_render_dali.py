@@ -1,0 +1,126 @@
+"""DALI (its CPU backend, the twin of the GPU's graph) against the CPU renderer. Units: uint8 levels.
+
+Bands: mean 0.5, at most 1 % of the values off by more than 3 levels. DALI resizes in
+float32 and rounds once, torch's uint8 resize rounds between its two passes.
+"""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hvp_ray.config import TransformConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.randomness import Purpose
+from hvp_ray.recipes import RECIPES
+from hvp_ray.records import ViewPlan
+from hvp_ray.views.plan import draw_plan
+from hvp_ray.views.render_cpu import CpuRenderer
+from hvp_ray.views.render_dali import DaliRenderer
+from tests.helpers import NEUTRAL, encode, photograph_like, views_config
+
+OPERATIONS: dict[str, dict[str, float]] = {
+    "crop": {},
+    "flip": {"flip_probability": 1.0},
+    "brightness": {"jitter_probability": 1.0, "contrast": 0.0, "saturation": 0.0, "hue_turns": 0.0},
+    "contrast": {"jitter_probability": 1.0, "brightness": 0.0, "saturation": 0.0, "hue_turns": 0.0},
+    "saturation": {"jitter_probability": 1.0, "brightness": 0.0, "contrast": 0.0, "hue_turns": 0.0},
+    "hue": {"jitter_probability": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0},
+    "grey": {"grayscale_probability": 1.0},
+    "blur": {"blur_probability": 1.0},
+}
+
+
+def _batch(
+    generator: np.random.Generator, count: int = 8, size_px: int = 64
+) -> tuple[list[bytes], NDArray[np.int32]]:
+    """Images of two to four times the size of a view. (Beyond eight times DALI's filter differs by more.)"""
+    sizes = [(2 * size_px + 10 * i, 4 * size_px - 7 * i) for i in range(count)]
+    images = [encode(photograph_like(generator, h, w), "JPEG", quality=92) for h, w in sizes]
+    return images, np.array(sizes, np.int32)
+
+
+def _plan(views: ViewsConfig, sizes: NDArray[np.int32], num_views: int = 2) -> ViewPlan:
+    return draw_plan(
+        seed=0,
+        purpose=Purpose.GLOBAL_VIEWS,
+        epoch=0,
+        sample_ids=np.arange(len(sizes)),
+        heights=sizes[:, 0].copy(),
+        widths=sizes[:, 1].copy(),
+        num_views=num_views,
+        group=views.global_views,
+    )
+
+
+def _differences(views: ViewsConfig, images: list[bytes], plan: ViewPlan) -> NDArray[np.float64]:
+    cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan)
+    dali = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8).render(images, plan)
+    assert cpu.failures.keys() == dali.failures.keys()
+    return np.abs(cpu.global_pixels.astype(np.float64) - dali.global_pixels)
+
+
+@pytest.mark.parametrize("operation", list(OPERATIONS))
+def test_each_operation_agrees_with_the_cpu_renderer(generator: np.random.Generator, operation: str) -> None:
+    views = views_config(64, dataclasses.replace(NEUTRAL, **OPERATIONS[operation]))
+    images, sizes = _batch(generator)
+    difference = _differences(views, images, _plan(views, sizes))
+    assert difference.mean() < 0.5
+    assert (difference > 3).mean() < 0.01
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_whole_chain_of_each_recipe_agrees_with_the_cpu_renderer(generator: np.random.Generator, recipe: str) -> None:
+    views = RECIPES[recipe]().views
+    images, sizes = _batch(generator, size_px=max(16, views.global_views.size_px))
+    difference = _differences(views, images, _plan(views, sizes, num_views=4))
+    assert difference.mean() < 0.5
+    # At 8 px one value is the mean of many, and the two filters' tails show.
+    assert (difference > 3).mean() < (0.03 if recipe == "simsiam-digits" else 0.01)
+
+
+def test_solarize_and_bicubic_agree_away_from_the_threshold(generator: np.random.Generator) -> None:
+    transform = dataclasses.replace(NEUTRAL, solarize_probability=1.0, interpolation="bicubic")
+    views = views_config(64, transform)
+    images, sizes = _batch(generator)
+    difference = _differences(views, images, _plan(views, sizes))
+    assert np.median(difference) == 0
+    assert (difference > 3).mean() < 0.02
+
+
+def test_odd_and_damaged_images_are_treated_as_by_the_cpu_renderer(generator: np.random.Generator) -> None:
+    views = views_config(48, TransformConfig())
+    jpegs, _ = _batch(generator, 2)
+    grey = encode(photograph_like(generator, 60, 80)[..., 0])
+    images = [jpegs[0], grey, jpegs[1][: len(jpegs[1]) // 2], b"", encode(photograph_like(generator, 90, 1))]
+    sizes = np.array([[128, 256], [60, 80], [138, 249], [1, 1], [90, 1]], np.int32)
+    plan = _plan(views, sizes)
+    dali = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8).render(images, plan)
+    assert sorted(dali.failures) == [2, 3]
+    assert not dali.global_pixels[:, [2, 3]].any()
+    assert _differences(views, images, plan).mean() < 0.5
+
+
+def test_batches_of_other_sizes_and_view_counts_follow_each_other(generator: np.random.Generator) -> None:
+    views = views_config(32, TransformConfig())
+    images, sizes = _batch(generator)
+    renderer = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8)
+    four = renderer.render(images, _plan(views, sizes, num_views=4)).global_pixels
+    for count, num_views in ((3, 2), (8, 4), (5, 4)):
+        part = renderer.render(images[:count], _plan(views, sizes[:count], num_views=num_views)).global_pixels
+        assert np.array_equal(part, four[:num_views, :count])
+
+
+def test_local_views_come_from_the_same_decode(generator: np.random.Generator) -> None:
+    views = ViewsConfig(
+        global_views=ViewGroupConfig(size_px=48), local_views=ViewGroupConfig(size_px=24), evaluation_resize_px=48
+    )
+    images, sizes = _batch(generator, 4)
+    plan = _plan(views, sizes)
+    local = _plan(views_config(24, TransformConfig()), sizes, num_views=3)
+    cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan, local)
+    dali = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8).render(images, plan, local)
+    assert cpu.local_pixels is not None
+    assert dali.local_pixels is not None
+    assert dali.local_pixels.shape == (3, 4, 24, 24, 3)
+    assert np.abs(cpu.local_pixels.astype(int) - dali.local_pixels).mean() < 0.5
