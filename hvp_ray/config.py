@@ -163,7 +163,9 @@ class TransformConfig:
         _require(0.0 <= self.hue_turns <= 0.5, "hue_turns", self.hue_turns, "0 to 0.5 turns")
         low, high = self.blur_sigma_px
         _require(0.0 < low <= high, "blur_sigma_px", self.blur_sigma_px, "0 < min <= max")
-        _require(self.blur_kernel_px % 2 == 1 and self.blur_kernel_px >= 1, "blur_kernel_px", self.blur_kernel_px, "odd")
+        _require(
+            self.blur_kernel_px % 2 == 1 and self.blur_kernel_px >= 1, "blur_kernel_px", self.blur_kernel_px, "odd"
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -491,7 +493,8 @@ class RunConfig:
             allowed = f"at most views.global_views.size_px={size_px}"
             _require(scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)
         on_cpu = self.cluster.device == "cpu"
-        _require(not (self.training.compile and on_cpu), "training.compile", True, "False with cluster.device=cpu")
+        compiles = self.training.compile
+        _require(not (compiles and on_cpu), "training.compile", compiles, "False with cluster.device=cpu")
 
     @property
     def images_per_rank(self) -> int:
@@ -532,7 +535,9 @@ def _build(kind: type[Any], nested: dict[str, Any], path: str) -> object:
     hints = {field.name: field.type for field in dataclasses.fields(kind)}
     unknown = set(nested) - set(hints)
     if unknown:
-        raise ConfigError(f"config.json has unknown fields {sorted(unknown)} in {path or 'the run'}; written by another version?")
+        raise ConfigError(
+            f"config.json has unknown fields {sorted(unknown)} in {path or 'the run'}; written by another version?"
+        )
     values = {}
     for name, value in nested.items():
         hint = hints[name]

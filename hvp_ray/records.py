@@ -81,7 +81,10 @@ class ViewPlan:
 
     def view(self, view_index: int, image_index: int) -> dict[str, object]:
         """Return the decisions of one view as plain Python values."""
-        return {field.name: getattr(self, field.name)[view_index, image_index].tolist() for field in dataclasses.fields(self)}
+        return {
+            field.name: getattr(self, field.name)[view_index, image_index].tolist()
+            for field in dataclasses.fields(self)
+        }
 
     def with_images(self, image_indices: NDArray[np.int64], other: "ViewPlan") -> "ViewPlan":
         """Return this plan with the columns `image_indices` taken, in order, from `other` [V, len(image_indices)]."""

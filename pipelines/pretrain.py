@@ -1,6 +1,6 @@
 """Pretrain an encoder with hard views, on the Ray cluster that this is submitted to, or on a local Ray.
 
-    python pipelines/pretrain.py [RECIPE] [--section.field VALUE ...]
+python pipelines/pretrain.py [RECIPE] [--section.field VALUE ...]
 """
 
 import sys
@@ -29,7 +29,9 @@ def parse_arguments(arguments: list[str]) -> RunConfig:
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else arguments
     recipe = get_recipe(name)
     words = [{"true": "True", "false": "False", "none": "None"}.get(word, word) for word in rest]
-    uri_at = [index for index, word in enumerate(rest) if word in ("none",) and rest[index - 1].endswith("tracking.uri")]
+    uri_at = [
+        index for index, word in enumerate(rest) if word in ("none",) and rest[index - 1].endswith("tracking.uri")
+    ]
     for index in uri_at:
         words[index] = "none"
     parsed: RunConfig = tyro.cli(
@@ -123,7 +125,10 @@ def describe_result(summary: dict[str, Any], run_dir: Any, tracking_uri: str | N
             top1, few = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
             lines.append(f"  {title:<20}    {top1:.4f}       {few:.4f}")
     if summary["num_unreadable_images"]:
-        lines += ["", f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see unreadable-rank-*.jsonl"]
+        lines += [
+            "",
+            f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see unreadable-rank-*.jsonl",
+        ]
     lines += [
         "",
         f"summary  {run_dir}/summary.json",

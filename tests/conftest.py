@@ -13,7 +13,9 @@ import hvp_ray
 
 # DALI reads the source of its graph functions, which a checked function would hide from it.
 _CHECKED = [m.name for m in pkgutil.walk_packages(hvp_ray.__path__, "hvp_ray.") if not m.name.endswith("render_dali")]
-_hook = install_import_hook([name for name in _CHECKED if name.count(".") > 1 or "views" not in name], "beartype.beartype")
+_hook = install_import_hook(
+    [name for name in _CHECKED if name.count(".") > 1 or "views" not in name], "beartype.beartype"
+)
 
 from hvp_ray.training.ray_environment import prepare_ray_environment
 
@@ -50,9 +52,7 @@ def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need one."""
     import ray
 
-    ray.init(
-        address="local", num_cpus=8, object_store_memory=400 * 2**20, include_dashboard=False, log_to_driver=False
-    )
+    ray.init(address="local", num_cpus=8, object_store_memory=400 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

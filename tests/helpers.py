@@ -11,9 +11,7 @@ from PIL import Image
 from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.recipes import get_recipe
 
-NEUTRAL = TransformConfig(
-    flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0
-)
+NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
 
 
 def views_config(size_px: int = 32, transform: TransformConfig = NEUTRAL) -> ViewsConfig:
@@ -27,7 +25,7 @@ def tiny_config(output: str, **sections: dict[str, object]) -> RunConfig:
         "run": {"output": output},
         "data": {"num_images": 200},
         "training": {"epochs": 2, "images_per_step": 16, "checkpoint_every_steps": 4},
-        "tracking": {"uri": "none", "num_figure_images": 0, "knn_images": 40},
+        "tracking": {"uri": "none", "num_figure_images": 0, "knn_images": 40, "log_every_steps": 1},
         "cluster": {"num_view_workers": 1, "batches_in_flight": 3},
     }
     for section, values in sections.items():

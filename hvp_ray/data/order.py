@@ -112,9 +112,7 @@ def choose_subset(num_samples: int, num_images: int | None) -> NDArray[np.int64]
     return np.sort(permutation_from_words(words)[:num_images])
 
 
-def split_for_test(
-    sample_ids: NDArray[np.int64], test_fraction: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def split_for_test(sample_ids: NDArray[np.int64], test_fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split ids into (training, test), both ascending; fixed, the same for every seed."""
     num_test = round(len(sample_ids) * test_fraction)
     words = draw_stream(seed=0, purpose=Purpose.SPLIT, index=0, epoch=0, num_words=len(sample_ids))

@@ -69,7 +69,9 @@ def open_source(source: str, config: DataConfig) -> Source:
     if source == "digits":
         return DigitsSource()
     if source.startswith(REMOTE_SCHEMES):
-        raise DataError(f"data.source={source!r}: remote sources are not supported yet; copy the files to a local folder")
+        raise DataError(
+            f"data.source={source!r}: remote sources are not supported yet; copy the files to a local folder"
+        )
     path = Path(source).expanduser()
     if not path.exists():
         raise DataError(f"data.source={source!r} does not exist; expected `digits`, a folder or a Parquet file")

@@ -67,7 +67,9 @@ def convert_to_cpu_sync_batch_norm(module: nn.Module, num_ranks: int) -> nn.Modu
             synced.train(child.training)
             setattr(module, name, synced)
         elif isinstance(child, _BatchNorm):
-            raise ConfigError(f"{type(child).__name__} ({name}) cannot be synchronized on a CPU; use one trainer or GPUs")
+            raise ConfigError(
+                f"{type(child).__name__} ({name}) cannot be synchronized on a CPU; use one trainer or GPUs"
+            )
         else:
             convert_to_cpu_sync_batch_norm(child, num_ranks)
     return module

@@ -55,5 +55,5 @@ class _AllReduceSum(torch.autograd.Function):
 
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the differentiable sum over all ranks."""
-    result: Tensor = _AllReduceSum.apply(values)  # type: ignore[no-untyped-call]
+    result: Tensor = _AllReduceSum.apply(values)
     return result

@@ -37,9 +37,7 @@ def synchronize_batch_norm(method: nn.Module, world: World, device: torch.device
     return converted
 
 
-def wrap_for_training(
-    method: nn.Module, world: World, device: torch.device
-) -> tuple[nn.Module, Callable[[], None]]:
+def wrap_for_training(method: nn.Module, world: World, device: torch.device) -> tuple[nn.Module, Callable[[], None]]:
     """Return the module whose forward is trained, and what to call between backward and update."""
     if world.num_ranks == 1:
         return method, _nothing

@@ -62,7 +62,9 @@ def _labelled(source: Source, sample_ids: NDArray[np.int64], limit: int) -> NDAr
     return np.sort(labelled[permutation_from_words(words)[:limit]])
 
 
-def evaluate_encoder(backbone: nn.Module, knn_data: KnnData, config: RunConfig, device: torch.device) -> dict[str, float]:
+def evaluate_encoder(
+    backbone: nn.Module, knn_data: KnnData, config: RunConfig, device: torch.device
+) -> dict[str, float]:
     """Return knn_top1 and knn5shot_top1 of an encoder's features."""
     bank = extract_features(backbone, knn_data.bank, config.views, device=device)
     queries = extract_features(backbone, knn_data.queries, config.views, device=device)

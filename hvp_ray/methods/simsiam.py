@@ -43,7 +43,11 @@ class SimSiam(nn.Module):
         predictions = [self.predictor(projection).float() for projection in projections]
         targets = [projection.detach().float() for projection in projections]
         losses = [
-            -(F.cosine_similarity(predictions[m], targets[n]).mean() + F.cosine_similarity(predictions[n], targets[m]).mean()) / 2
+            -(
+                F.cosine_similarity(predictions[m], targets[n]).mean()
+                + F.cosine_similarity(predictions[n], targets[m]).mean()
+            )
+            / 2
             for m, n in pair_table(len(slots)).tolist()
         ]
         return MethodLoss(loss=torch.stack(losses).mean(), embeddings=targets[0])

@@ -63,7 +63,7 @@ def requests_of_rank(
 
 
 class InlineBatches:
-    """Renders in the trainer's own process, when the batch is asked for. For one process, torchrun, and as a baseline."""
+    """Renders in the trainer's own process, when asked: for one process, torchrun, and as a baseline."""
 
     def __init__(
         self, context: RenderContext, request_of: RequestOf, *, first_step: int, hand_over: DeviceHandOver

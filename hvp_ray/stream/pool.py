@@ -26,7 +26,7 @@ class ViewWorkerPool:
         """Return how often workers were started again since the pool was made."""
         restarts = 0
         for worker in self.workers:
-            record = ray._private.state.actors(worker._actor_id.hex())  # type: ignore[attr-defined]
+            record = ray._private.state.actors(worker._actor_id.hex())
             restarts += int(record.get("NumRestarts", 0))
         return restarts
 
@@ -60,7 +60,8 @@ def start_pool(config: RunConfig, renderer: RendererName, num_workers: int) -> V
         if not ready:
             raise ConfigError(
                 f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; the cluster has "
-                f"{ray.available_resources().get('CPU', 0)} free CPUs: see `ray status`, or lower cluster.num_view_workers"
+                f"{ray.available_resources().get('CPU', 0)} free CPUs: see `ray status`, "
+                "or lower cluster.num_view_workers"
             )
         ray.get(ready[0])
     except RayTaskError as error:

@@ -80,7 +80,9 @@ def draw_candidates(
     plt.close(figure)
 
 
-def _draw_scores(axis: Any, pairs: NDArray[np.int64], scores: NDArray[np.float32], ious: NDArray[np.float32], chosen: int) -> None:
+def _draw_scores(
+    axis: Any, pairs: NDArray[np.int64], scores: NDArray[np.float32], ious: NDArray[np.float32], chosen: int
+) -> None:
     low = float(scores.min())
     span = max(float(scores.max()) - low, 1e-6)
     base = low - 0.15 * span

@@ -36,13 +36,20 @@ class Journal:
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a journal; a last line that was cut off by a crash is left out."""
+    return (record for _, record in read_journal_from(path, 0))
+
+
+def read_journal_from(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (offset behind the record, record) for the complete lines from byte `offset` on."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
+        lines.seek(offset)
         for line in lines:
-            if line.endswith("\n"):
+            if line.endswith(b"\n"):
+                offset += len(line)
                 try:
-                    yield json.loads(line)
+                    yield offset, json.loads(line)
                 except json.JSONDecodeError:
                     continue
 

@@ -8,11 +8,12 @@ import json
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.journal import read_journal_from
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class MlflowFeed:
         self._closing = False
         self._artifacts: list[Path] = []
         self._final: dict[str, Any] | None = None
-        self._num_records_read = 0
+        self._offset = 0  # of the journal: what lies before it was sent
         self._sent_step = -1
         self.run_id: str | None = None
         self.experiment_id: str | None = None
@@ -138,8 +139,8 @@ class MlflowFeed:
         self._start_system_metrics()
 
     def _create_run(self, client: Any, experiment_id: str) -> str:
-        from mlflow.entities import DatasetInput, InputTag, Param
         from mlflow.entities import Dataset as MlflowDataset
+        from mlflow.entities import DatasetInput, InputTag, Param
 
         run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
         run_id: str = run.info.run_id
@@ -163,37 +164,30 @@ class MlflowFeed:
         self._monitor.start()
 
     def _send_new_records(self) -> None:
+        """Send what the journal has behind the last position, whole steps at a time; a failed call is sent again."""
         from mlflow.entities import Metric
 
-        records = list(read_journal(self._journal))[self._num_records_read :]
         pending: list[Metric] = []
-        num_taken = 0
+        offset = self._offset
+        for end, record in read_journal_from(self._journal, self._offset):
+            step, milliseconds = record["step"], int(record["time"] * 1000)
+            metrics = [Metric(key, value, milliseconds, step) for key, value in record["metrics"].items()]
+            if step > self._sent_step:
+                if len(pending) + len(metrics) > _MAX_METRICS_PER_CALL:
+                    self._send(pending, offset)
+                    pending = []
+                pending += metrics
+            offset = end
+        self._send(pending, offset)
 
-        def send() -> None:
-            if pending:
-                self._client.log_batch(self.run_id, metrics=pending)
-            self._num_records_read += num_taken
-
-        for record in records:
-            metrics = []
-            if record["step"] > self._sent_step:
-                metrics = [
-                    Metric(key, value, int(record["time"] * 1000), record["step"])
-                    for key, value in record["metrics"].items()
-                ]
-            if len(pending) + len(metrics) > _MAX_METRICS_PER_CALL:
-                send()
-                self._sent_step = max(self._sent_step, *(metric.step for metric in pending))
-                pending, num_taken = [], 0
-            pending = [*pending, *metrics] if metrics else pending
-            num_taken += 1
-        send()
-        self._sent_step = max([self._sent_step, *(metric.step for metric in pending)])
+    def _send(self, metrics: list[Any], offset: int) -> None:
+        if metrics:
+            self._client.log_batch(self.run_id, metrics=metrics)
+            self._sent_step = metrics[-1].step
+        self._offset = offset
 
     def _send_final(self) -> None:
         assert self._final is not None
-        import time
-
         from mlflow.entities import Metric
 
         if self._monitor is not None:

@@ -104,7 +104,9 @@ class CheckpointStore:
         except (OSError, ValueError) as error:
             raise _DamagedError(f"the checkpoint {folder} cannot be read: {error}") from error
         if hashlib.sha256(content).hexdigest() != manifest["files"][_STATE]["sha256"]:
-            raise _DamagedError(f"the checkpoint {folder} is damaged: {_STATE} does not have the digest of its manifest")
+            raise _DamagedError(
+                f"the checkpoint {folder} is damaged: {_STATE} does not have the digest of its manifest"
+            )
         if manifest["run_identity"] != self._run_identity:
             raise CheckpointError(f"the checkpoint {folder} belongs to a run of another identity")
         state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)

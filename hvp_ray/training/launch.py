@@ -213,9 +213,7 @@ def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, An
             shutil.rmtree(ray_train_dir, ignore_errors=True)
 
 
-def _watch(
-    board: Any, thread: threading.Thread, outcome: dict[str, Exception], watchers: Watchers
-) -> dict[str, Any]:
+def _watch(board: Any, thread: threading.Thread, outcome: dict[str, Exception], watchers: Watchers) -> dict[str, Any]:
     """Show what the board says until the trainers have ended."""
     stop = _StopSignal()
     shown: Progress | None = None

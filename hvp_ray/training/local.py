@@ -35,13 +35,17 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
             f"without Ray start them with torchrun --nproc-per-node {config.cluster.num_trainers}"
         )
     torch.set_num_threads(config.training.torch_threads)
-    device = torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0))) if device_type == "cuda" else torch.device("cpu")
+    device = (
+        torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)))
+        if device_type == "cuda"
+        else torch.device("cpu")
+    )
     renderer = "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = build_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)
 
-    def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
+    def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)
 
     return train_rank(
@@ -49,6 +53,6 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
         world,
         device,
         open_stream=open_stream,
-        report_progress=lambda progress: False,
+        report_progress=lambda _progress: False,
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )

@@ -30,7 +30,9 @@ def output_folder(config: RunConfig) -> Path:
     if config.run.output is None:
         return Path.home() / "hvp_runs" if is_shipped else Path.cwd() / "runs"
     if "://" in config.run.output:
-        raise ConfigError(f"run.output={config.run.output!r}: URIs are not supported yet; give a folder that all trainers see")
+        raise ConfigError(
+            f"run.output={config.run.output!r}: URIs are not supported yet; give a folder that all trainers see"
+        )
     path = Path(config.run.output).expanduser()
     if is_shipped and not path.is_absolute():
         raise ConfigError(
@@ -51,7 +53,9 @@ def check_before_start(config: RunConfig) -> None:
     output = output_folder(config)
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another")
+        raise ConfigError(
+            f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another"
+        )
 
 
 def _open_checked(config: RunConfig) -> Dataset:

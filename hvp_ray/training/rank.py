@@ -103,7 +103,7 @@ def train_rank(
         journal_path = job.run_dir / "metrics.jsonl"
         truncate_journal(journal_path, last_step=first_step)
         journal = Journal(journal_path)
-        feed = _start_feed(job, dataset)
+        feed = _start_feed(job)
         _note_attempt(job.run_dir, first_step)
     recorder = RunRecorder(
         config,
@@ -141,7 +141,7 @@ def train_rank(
         if feed is not None:
             feed.finish(status="KILLED", artifacts=[], values={}, timeout_seconds=1.0)
         return None
-    summary = _summarize(job, dataset, order, trainee, stream.stats, recorder, result)
+    summary = _summarize(job, dataset, order, trainee, stream.stats, result)
     summary |= {"num_unreadable_images": len(_unreadable_ids(job.run_dir)), **cluster_facts()}
     return _report(job, dataset, trainee, feed, summary)
 
@@ -161,7 +161,7 @@ def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
     )
 
 
-def _start_feed(job: RunJob, dataset: Dataset) -> MlflowFeed | None:
+def _start_feed(job: RunJob) -> MlflowFeed | None:
     if job.mlflow_uri is None:
         return None
     run = MlflowRun(
@@ -199,7 +199,6 @@ def _summarize(
     order: SampleOrder,
     trainee: Trainee,
     stats: StreamStats,
-    recorder: RunRecorder,
     result: LoopResult,
 ) -> dict[str, Any]:
     config = job.config
@@ -290,7 +289,8 @@ def _knn_results(
         "_pixels": evaluate_pixels(knn_data, config),
     }
     top1 = {f"knn_top1{suffix}": result["top1"] for suffix, result in results.items()}
-    return top1 | {f"knn5shot_top1{suffix}": result["5shot"] for suffix, result in results.items()}
+    few: dict[str, float | None] = {f"knn5shot_top1{suffix}": result["5shot"] for suffix, result in results.items()}
+    return few | top1
 
 
 def _draw_figures(job: RunJob, dataset: Dataset, trainee: Trainee) -> list[Path]:
@@ -325,9 +325,7 @@ def _draw_candidate_views(job: RunJob, dataset: Dataset, trainee: Trainee, path:
     )
     batch = render_batch(context, request)
     views_VB = normalise_views(torch.from_numpy(batch.global_views.pixels).to(trainee.device), config.views)
-    score = trainee.method.score
-    assert callable(score)
-    scores_BP = score_views(score, views_VB, module=trainee.method, batch_norm="batch").float()
+    scores_BP = score_views(trainee.score, views_VB, module=trainee.method, batch_norm="batch").float()
     chosen = choose_pairs(
         "hardest",
         num_views=config.selection.num_views,

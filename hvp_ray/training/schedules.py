@@ -5,7 +5,9 @@ import math
 from hvp_ray.config import OptimizerConfig
 
 
-def learning_rate_at(config: OptimizerConfig, step: int, *, num_steps: int, steps_per_epoch: int, images_per_step: int) -> float:
+def learning_rate_at(
+    config: OptimizerConfig, step: int, *, num_steps: int, steps_per_epoch: int, images_per_step: int
+) -> float:
     """Return the learning rate of step `step` (from 0).
 
     rate = base x images_per_step / 256 x (1 + cos(pi t)) / 2, where t in [0, 1) is the share of the run that lies

@@ -1,5 +1,7 @@
 """From a config to the parts in training: method, optimizer, wrappers, and the state to go on from."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -33,14 +35,13 @@ def build_trainee(config: RunConfig, world: World, device: torch.device, checkpo
         raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
     method = synchronize_batch_norm(build_untrained_method(config), world, device)
     if device.type == "cuda":
-        method = method.to(device, memory_format=torch.channels_last)
+        method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
     if checkpoint is not None:
         method.load_state_dict(checkpoint.method)
         optimizer.load_state_dict(checkpoint.optimizer)
     wrapped, reduce_gradients = wrap_for_training(method, world, device)
-    score = method.score
-    assert callable(score)
+    score: Any = method.score
     return Trainee(
         method=method,
         training_forward=torch.compile(wrapped) if config.training.compile else wrapped,

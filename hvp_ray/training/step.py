@@ -30,7 +30,7 @@ class StepMetrics:
     gradient_norm: Float[Tensor, ""] | None
     """Before clipping; None: not computed."""
     selection: Selection
-    scores_BP: Float[Tensor, "batch pairs"] | None
+    scores_BP: Float[Tensor, "batch pairs"] | None  # noqa: N815 (shape letters)
     """Loss that each pair would have given; None: the step did not score."""
     embeddings: Float[Tensor, "batch dim"]
     stop_requested: Float[Tensor, ""]
@@ -124,7 +124,11 @@ def resize_for_scoring(
     if resolution_px is None or resolution_px == views_VB.shape[-1]:
         return views_VB
     small = F.interpolate(
-        views_VB.flatten(0, 1), size=(resolution_px, resolution_px), mode="bilinear", antialias=True, align_corners=False
+        views_VB.flatten(0, 1),
+        size=(resolution_px, resolution_px),
+        mode="bilinear",
+        antialias=True,
+        align_corners=False,
     )
     return small.unflatten(0, views_VB.shape[:2])
 

@@ -16,9 +16,7 @@ from hvp_ray.randomness import (
 
 def _draw(seed: int = 3, ids: tuple[int, ...] = (5, 9, 2), epoch: int = 1, num_words: int = 7) -> np.ndarray:
     sample_ids = np.array(ids, dtype=np.int64)
-    return draw_words(
-        seed=seed, purpose=Purpose.GLOBAL_VIEWS, sample_ids=sample_ids, epoch=epoch, num_words=num_words
-    )
+    return draw_words(seed=seed, purpose=Purpose.GLOBAL_VIEWS, sample_ids=sample_ids, epoch=epoch, num_words=num_words)
 
 
 def test_words_equal_philox_at_that_counter() -> None:

@@ -8,9 +8,7 @@ from hvp_ray.errors import DataError
 
 
 def _order(seed: int = 0, samples: int = 103, images_per_step: int = 12, **options: object) -> SampleOrder:
-    return SampleOrder(
-        seed=seed, sample_ids=np.arange(0, 2 * samples, 2), images_per_step=images_per_step, **options
-    )
+    return SampleOrder(seed=seed, sample_ids=np.arange(0, 2 * samples, 2), images_per_step=images_per_step, **options)
 
 
 def _grouped(seed: int = 0) -> SampleOrder:

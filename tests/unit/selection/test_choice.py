@@ -14,9 +14,7 @@ CPU = torch.device("cpu")
 
 def _choose(rule: str, scores: torch.Tensor | None = None, num_views: int = 4, **options: torch.Tensor) -> np.ndarray:
     num_images = len(next(v for v in (scores, *options.values(), torch.zeros(3)) if v is not None))
-    selection = choose_pairs(
-        rule, num_views=num_views, num_images=num_images, device=CPU, scores_BP=scores, **options
-    )
+    selection = choose_pairs(rule, num_views=num_views, num_images=num_images, device=CPU, scores_BP=scores, **options)
     return selection.view_indices.numpy()
 
 

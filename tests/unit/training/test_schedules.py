@@ -1,5 +1,6 @@
 """Schedules: closed forms, and only the step counts."""
 
+import itertools
 import math
 
 import pytest
@@ -26,7 +27,7 @@ def test_cosine_per_epoch_is_that_of_simsiam() -> None:
 def test_cosine_per_step_falls_every_step_to_nearly_zero() -> None:
     rates = _rates("cosine-per-step")
     assert rates[0] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates))
     assert rates[-1] < 0.001
 
 

@@ -71,9 +71,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", list(OPERATIONS))
-def test_color_operation_is_torchvisions_to_half_a_level(
-    generator: np.random.Generator, name: str, kind: str
-) -> None:
+def test_color_operation_is_torchvisions_to_half_a_level(generator: np.random.Generator, name: str, kind: str) -> None:
     ours, theirs, factors = OPERATIONS[name]
     image = _image(kind, generator)
     for factor in factors:
@@ -138,9 +136,7 @@ CHAINS = {name: make().views.global_views for name, make in RECIPES.items()} | {
     "dino-chain": ViewGroupConfig(
         size_px=64,
         even=TransformConfig(interpolation="bicubic", saturation=0.2, blur_probability=1.0),
-        odd=TransformConfig(
-            interpolation="bicubic", saturation=0.2, blur_probability=0.1, solarize_probability=0.5
-        ),
+        odd=TransformConfig(interpolation="bicubic", saturation=0.2, blur_probability=0.1, solarize_probability=0.5),
     ),
 }
 
@@ -225,7 +221,10 @@ def test_pixels_are_the_same_without_avx2(generator: np.random.Generator, tmp_pa
             text=True,
             check=True,
         ).stdout
-        for extra in ({}, {"OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FP16,AVX,SSE4_2,SSE4_1", "NPY_DISABLE_CPU_FEATURES": ""})
+        for extra in (
+            {},
+            {"OPENCV_CPU_DISABLE": "AVX512_SKX,AVX2,FP16,AVX,SSE4_2,SSE4_1", "NPY_DISABLE_CPU_FEATURES": ""},
+        )
     }
     assert len(digests) == 1
     assert len(digests.pop().strip()) == hashlib.sha256().digest_size * 2

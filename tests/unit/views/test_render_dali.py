@@ -31,9 +31,7 @@ OPERATIONS: dict[str, dict[str, float]] = {
 }
 
 
-def _batch(
-    generator: np.random.Generator, count: int = 8, size_px: int = 64
-) -> tuple[list[bytes], NDArray[np.int32]]:
+def _batch(generator: np.random.Generator, count: int = 8, size_px: int = 64) -> tuple[list[bytes], NDArray[np.int32]]:
     """Images of two to four times the size of a view. (Beyond eight times DALI's filter differs by more.)"""
     sizes = [(2 * size_px + 10 * i, 4 * size_px - 7 * i) for i in range(count)]
     images = [encode(photograph_like(generator, h, w), "JPEG", quality=92) for h, w in sizes]

@@ -1,0 +1,47 @@
+# Every target is safe to repeat. Needs make, git and python3.11 or newer; installs into .venv only.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UI_PORT ?= 5000
+UI_STORE ?= runs/mlflow.db
+
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: setup pretrain test check ui gpu-check lock clean-runs
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml hvp_ray/__init__.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"hvp_ray needs Python 3.11 to 3.13, but $(PYTHON) is {v[0]}.{v[1]}; choose another: make setup PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed: install your system's package python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --compile-bytecode requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+pretrain: setup
+	$(BIN)/python pipelines/pretrain.py simsiam-digits
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell hvp_ray pipelines tests docs README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/mypy
+
+ui: setup
+	@test -f $(UI_STORE) || { echo "no runs in $(UI_STORE) yet: start with make pretrain, or name another store: make ui UI_STORE=path/to/mlflow.db" >&2; exit 1; }
+	@echo "open http://127.0.0.1:$(UI_PORT)/#/experiments/1/runs?compareRunsMode=CHART&workflowType=machine_learning"
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) \
+		--backend-store-uri sqlite:///$(abspath $(UI_STORE))
+
+gpu-check: setup
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+lock:
+	$(BIN)/uv pip compile pyproject.toml --group dev --python-version 3.11 --universal --no-emit-index-url \
+		--no-header --output-file requirements.lock

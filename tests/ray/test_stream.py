@@ -1,0 +1,249 @@
+"""The stream against real actors: order, bounds, retries, isolation, waiting, spilling."""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from hvp_ray.config import ClusterConfig, config_to_dict
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.errors import ConfigError, DataError, StageError
+from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.stream.batches import requests_of_rank
+from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
+from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.pool import start_pool
+from hvp_ray.stream.render_batch import render_batch
+from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.stream.view_worker import ViewWorker, build_render_context
+from hvp_ray.training.rank import build_order
+from tests.helpers import encode, photograph_like, tiny_config
+from tests.ray.runs import processes_titled
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+CONFIG = tiny_config("unused", run={"output": None})
+CPU = torch.device("cpu")
+
+
+class SlowWorker(ViewWorker):
+    """A view worker that takes at least `seconds` for each batch."""
+
+    def __init__(self, values: dict[str, Any], name: str, seconds: float) -> None:
+        super().__init__(values, "cpu", name)
+        self._seconds = seconds
+
+    def render(self, request: BatchRequest) -> ViewBatch:
+        started = time.perf_counter()
+        batch = super().render(request)
+        time.sleep(max(0.0, self._seconds - (time.perf_counter() - started)))
+        return batch
+
+
+class PoisonedWorker(ViewWorker):
+    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images."""
+
+    def __init__(self, values: dict[str, Any], name: str, poison_id: int) -> None:
+        super().__init__(values, "cpu", name)
+        self._poison_id = poison_id
+
+    def render(self, request: BatchRequest) -> ViewBatch:
+        if self._poison_id in request.sample_ids.tolist() and self._poison_id not in request.quarantined_ids:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().render(request)
+
+    def find_crashing_ids(self, request: BatchRequest) -> list[int]:
+        return [i for i in request.sample_ids.tolist() if i == self._poison_id]
+
+
+def _start(actor_class: type[ViewWorker], count: int, *arguments: object) -> list[Any]:
+    remote = ray.remote(max_restarts=-1, max_task_retries=0)(actor_class)
+    values = config_to_dict(CONFIG)
+    return [remote.options(num_cpus=0.5).remote(values, f"worker-{i}", *arguments) for i in range(count)]
+
+
+def _requests(config: Any = CONFIG) -> Any:
+    order = build_order(config, open_dataset(config.data))
+    return requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
+
+
+def _stream(workers: list[Any], *, end_step: int, request_of: Any = None, **cluster: Any) -> ViewStream:
+    settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
+    return ViewStream(
+        workers,
+        request_of or _requests(),
+        first_step=0,
+        end_step=end_step,
+        cluster=settings,
+        hand_over=DeviceHandOver(CPU),
+    )
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        ray.kill(worker, no_restart=True)
+
+
+def test_batches_come_in_order_and_equal_inline_rendering() -> None:
+    workers = _start(SlowWorker, 3, 0.0)
+    stream = _stream(workers, end_step=12)
+    context = build_render_context(config_to_dict(CONFIG), "cpu")
+    for step in range(12):
+        batch = stream.next_batch()
+        expected = render_batch(context, _requests()(step))
+        assert batch.batch.step == step
+        assert np.array_equal(batch.global_pixels.numpy(), expected.global_views.pixels)
+        assert np.array_equal(batch.batch.sample_ids, expected.sample_ids)
+    with pytest.raises(StopIteration):
+        stream.next_batch()
+    assert stream.stats.num_batches == 12
+    assert stream.stats.views == 12 * 4 * 16
+    assert stream.stats.num_bytes == 12 * batch_bytes(CONFIG)
+    assert set(stream.stats.views_per_second_by_worker()) == {"worker-0", "worker-1", "worker-2"}
+    stream.close()
+    _kill(workers)
+
+
+def test_no_more_batches_are_asked_for_than_allowed() -> None:
+    workers = _start(SlowWorker, 1, 0.0)
+    asked: list[int] = []
+    requests = _requests()
+
+    def request_of(step: int) -> BatchRequest:
+        asked.append(step)
+        return requests(step)
+
+    stream = _stream(workers, end_step=20, request_of=request_of, batches_in_flight=3)
+    stream.next_batch()
+    time.sleep(1.0)  # plenty of time to ask for more
+    assert asked == [0, 1, 2, 3]
+    stream.close()
+    _kill(workers)
+
+
+def test_data_wait_is_measured_within_ten_percent_of_the_computed_value() -> None:
+    """A worker of 0.25 s a batch and a trainer of 0.1 s a step: each step waits 0.15 s, 60 % of the time."""
+    workers = _start(SlowWorker, 1, 0.25)
+    ray.get(workers[0].process_id.remote())
+    stream = _stream(workers, end_step=25)
+    stream.next_batch()
+    started = time.perf_counter()
+    for _ in range(24):
+        time.sleep(0.1)
+        stream.next_batch()
+    elapsed = time.perf_counter() - started
+    # The look-ahead holds up to three batches at the start; from then on the worker sets the pace.
+    assert stream.stats.wait_seconds == pytest.approx(elapsed - 24 * 0.1, rel=0.1)
+    assert stream.stats.wait_seconds / elapsed == pytest.approx(0.6, rel=0.1)
+    stream.close()
+    _kill(workers)
+
+
+def test_late_worker_is_overtaken_by_another() -> None:
+    fast, slow = _start(SlowWorker, 1, 0.02)[0], _start(SlowWorker, 1, 60.0)[0]
+    ray.get([fast.process_id.remote(), slow.process_id.remote()])
+    stream = _stream([fast, slow], end_step=4, late_seconds=0.5, late_factor=2.0)
+    started = time.perf_counter()
+    assert [stream.next_batch().batch.step for _ in range(4)] == [0, 1, 2, 3]
+    assert time.perf_counter() - started < 30.0
+    assert stream.stats.num_retries >= 1
+    stream.close()
+    _kill([fast, slow])
+
+
+def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_is() -> None:
+    poison_id = int(_requests()(1).sample_ids[5])
+    workers = _start(PoisonedWorker, 2, poison_id)
+    stream = _stream(workers, end_step=4)
+    batches = [stream.next_batch().batch for _ in range(4)]
+    assert stream.stats.num_isolations >= 1
+    assert stream.stats.num_worker_deaths >= 3
+    context = build_render_context(config_to_dict(CONFIG), "cpu")
+    for step, batch in enumerate(batches):
+        expected = render_batch(context, _requests()(step))
+        same = batch.sample_ids == expected.sample_ids
+        assert same.tolist() == [i != poison_id for i in expected.sample_ids.tolist()]
+        healthy = np.flatnonzero(same)
+        assert np.array_equal(batch.global_views.pixels[:, healthy], expected.global_views.pixels[:, healthy])
+    assert [r.unreadable_id for r in batches[1].replacements] == [poison_id]
+    stream.close()
+    _kill(workers)
+
+
+def test_random_kills_of_workers_quarantine_nobody() -> None:
+    pool = start_pool(CONFIG, "cpu", 2)
+    stream = _stream(pool.workers, end_step=12)
+    for step in range(12):
+        if step in (2, 5, 8):
+            for process in processes_titled("ray::ViewWorker"):
+                os.kill(process.pid, signal.SIGKILL)
+        batch = stream.next_batch().batch
+        assert batch.step == step
+        assert not batch.replacements
+    assert stream.stats.num_retries >= 1
+    assert pool.num_restarts() >= 2
+    stream.close()
+    pool.close()
+
+
+def test_stall_is_an_error_with_the_numbers() -> None:
+    workers = _start(SlowWorker, 1, 30.0)
+    ray.get(workers[0].process_id.remote())
+    stream = _stream(workers, end_step=2, stall_seconds=1.5)
+    with pytest.raises(StageError, match=r"step 0.*stall_seconds.*1 of 1 view workers are up, 2 calls under way"):
+        stream.next_batch()
+    stream.close()
+    _kill(workers)
+
+
+def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        folder = tmp_path / "images" / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.png").write_bytes(encode(photograph_like(generator, 20, 20)))
+    config = tiny_config(str(tmp_path), data={"source": str(tmp_path / "images"), "num_images": None})
+    pool = start_pool(config, "cpu", 1)
+    requests = _requests(config)
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.unlink()
+    stream = _stream(pool.workers, end_step=2, request_of=requests)
+    with pytest.raises(DataError, match=r"reading 16 images.*failed 4 times.*No such file"):
+        stream.next_batch()
+    stream.close()
+    pool.close()
+
+
+def test_worker_that_cannot_open_the_data_says_so() -> None:
+    config = tiny_config("unused", data={"source": "/nowhere/images"})
+    with pytest.raises(DataError, match="/nowhere/images.*does not exist"):
+        start_pool(config, "cpu", 1)
+
+
+def test_look_ahead_that_would_spill_is_refused_with_a_number_that_fits() -> None:
+    config = tiny_config("unused", training={"images_per_step": 180}, cluster={"batches_in_flight": 100})
+    store = ray.cluster_resources()["object_store_memory"]
+    check_store(config, store)
+    per_batch = batch_bytes(config)
+    assert per_batch == 4 * 180 * 8 * 8 * 3
+    assert look_ahead_bytes(config) == 101 * per_batch
+    with pytest.raises(ConfigError, match=r"cluster.batches_in_flight=34.*object_store_mib"):
+        check_store(config, 50 * per_batch)
+
+
+def test_spilled_bytes_are_measured() -> None:
+    """The session's store holds 400 MiB: 640 MiB do not fit, and at least a quarter must have gone to disk."""
+    before = spilled_bytes()
+    references = [ray.put(np.full(64 * 2**20, index, np.uint8)) for index in range(10)]
+    deadline = time.monotonic() + 30
+    while spilled_bytes() - before < 160 * 2**20 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert spilled_bytes() - before >= 160 * 2**20
+    assert int(ray.get(references[0])[0]) == 0

@@ -1,0 +1,152 @@
+"""Replacement of unreadable images: deterministic, complete, never a neighbour's copy; and its journal."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hvp_ray.config import DataConfig, TransformConfig
+from hvp_ray.errors import DataError
+from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.stream.render_batch import RenderContext, render_batch
+from hvp_ray.tracking.journal import UnreadableLog
+from hvp_ray.views.render_cpu import CpuRenderer
+from tests.helpers import encode, views_config
+
+VIEWS = views_config(16, TransformConfig())
+
+
+@dataclass
+class ListSource:
+    """Images in memory; `failures_left` reads fail first."""
+
+    images: list[bytes]
+    failures_left: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        return None
+
+    @property
+    def block_starts(self) -> NDArray[np.int64] | None:
+        return None
+
+    def fingerprint(self) -> str:
+        return "list"
+
+    def read(self, sample_ids: list[int]) -> list[bytes]:
+        if self.failures_left:
+            self.failures_left -= 1
+            raise OSError("the disk is gone")
+        return [self.images[sample_id] for sample_id in sample_ids]
+
+    def describe(self, sample_id: int) -> str:
+        return f"image {sample_id}"
+
+
+def _images(count: int = 40, damaged: tuple[int, ...] = ()) -> list[bytes]:
+    images = [encode(np.full((20, 24, 3), 5 * i, np.uint8)) for i in range(count)]
+    for index in damaged:
+        images[index] = images[index][:60] if index % 2 else b""
+    return images
+
+
+def _render(images: list[bytes], ids: list[int], *, failures_left: int = 0, **request: object) -> ViewBatch:
+    context = RenderContext(
+        seed=3,
+        source=ListSource(images, failures_left),
+        training_ids=np.arange(len(images)),
+        data=DataConfig(source="list"),
+        views=VIEWS,
+        renderer=CpuRenderer(VIEWS, max_image_pixels=10**6),
+    )
+    sample_ids = np.array(ids, np.int64)
+    return render_batch(
+        context, BatchRequest(step=1, epoch=0, first_position=8, sample_ids=sample_ids, num_views=2, **request)
+    )
+
+
+def test_healthy_batch_is_what_was_asked_for() -> None:
+    batch = _render(_images(), [4, 9, 2])
+    assert batch.sample_ids.tolist() == [4, 9, 2]
+    assert batch.replacements == ()
+    assert batch.global_views.pixels.shape == (2, 3, 16, 16, 3)
+    assert batch.heights.tolist() == [20] * 3
+    assert batch.widths.tolist() == [24] * 3
+
+
+def test_damaged_images_are_replaced_by_others_and_neighbours_do_not_change() -> None:
+    ids = list(range(8))
+    healthy, batch = _render(_images(), ids), _render(_images(damaged=(2, 5)), ids)
+    assert [r.index for r in batch.replacements] == [2, 5]
+    assert [r.unreadable_id for r in batch.replacements] == [2, 5]
+    assert len(set(batch.sample_ids.tolist())) == 8  # nobody twice
+    assert not {2, 5} & set(batch.sample_ids.tolist())
+    kept = [0, 1, 3, 4, 6, 7]
+    assert np.array_equal(batch.global_views.pixels[:, kept], healthy.global_views.pixels[:, kept])
+    for index in (2, 5):
+        new_id = int(batch.sample_ids[index])
+        alone = _render(_images(), [new_id])
+        assert not np.array_equal(batch.global_views.plan.top[:, index], alone.global_views.plan.top[:, 0]) or (
+            not np.array_equal(batch.global_views.plan.brightness[:, index], alone.global_views.plan.brightness[:, 0])
+        )  # a view stream of its own
+
+
+def test_same_request_gives_the_same_replacements_and_pixels() -> None:
+    ids = list(range(8))
+    first, second = (_render(_images(damaged=(2, 5, 20, 21, 22)), ids) for _ in range(2))
+    assert first.replacements == second.replacements
+    assert np.array_equal(first.global_views.pixels, second.global_views.pixels)
+
+
+def test_replacement_that_is_damaged_too_is_replaced_again() -> None:
+    damaged = tuple(range(40))[8:36] + (3,)
+    batch = _render(_images(damaged=damaged), list(range(8)))
+    assert int(batch.sample_ids[3]) in range(36, 40)
+    assert batch.replacements[0].unreadable_id == 3
+    for before, after in zip(batch.replacements, batch.replacements[1:], strict=False):
+        assert after.unreadable_id == before.replacement_id
+
+
+def test_known_decisions_are_replayed_even_where_the_image_is_readable_now() -> None:
+    ids = list(range(8))
+    decided = _render(_images(damaged=(2, 12, 13)), ids)
+    replayed = _render(_images(), ids, known_replacements=decided.replacements)
+    assert replayed.sample_ids.tolist() == decided.sample_ids.tolist()
+    assert np.array_equal(replayed.global_views.pixels, decided.global_views.pixels)
+
+
+def test_quarantined_image_is_never_decoded() -> None:
+    batch = _render(_images(), list(range(8)), quarantined_ids=(6,))
+    assert [r.unreadable_id for r in batch.replacements] == [6]
+
+
+def test_nothing_readable_left_is_an_error() -> None:
+    with pytest.raises(DataError, match="no readable image was found"):
+        _render(_images(count=10, damaged=(0, 1, 8, 9)), list(range(8)))
+
+
+def test_storage_errors_are_retried_and_then_stop_the_run() -> None:
+    assert _render(_images(), [1, 2], failures_left=2).sample_ids.tolist() == [1, 2]
+    with pytest.raises(DataError, match="failed 4 times: the disk is gone"):
+        _render(_images(), [1, 2], failures_left=4)
+
+
+def test_unreadable_log_replays_and_judges_after_a_thousand_images(tmp_path: Path) -> None:
+    path = tmp_path / "unreadable-rank-0.jsonl"
+    batch = _render(_images(damaged=(2,)), list(range(8)))
+    log = UnreadableLog(path, max_fraction=0.1)
+    log.take(batch)
+    log.close()
+    again = UnreadableLog(path, max_fraction=0.1)
+    assert again.known == {1: batch.replacements}
+    for _ in range(124):
+        again.take(batch)  # 1 of 8 unreadable: 12.5 %, but not yet 1,000 images
+    with pytest.raises(DataError, match=r"125 of 1000 images are unreadable \(12.5%\)"):
+        again.take(batch)

@@ -1,0 +1,75 @@
+"""MLflow on a SQLite file: everything arrives, nothing twice, and an absent server costs nothing."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from hvp_ray.tracking.journal import Journal, truncate_journal
+from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, quiet_mlflow
+
+pytestmark = pytest.mark.slow
+
+
+def _run(uri: str) -> MlflowRun:
+    return MlflowRun(
+        uri=uri,
+        experiment="tests",
+        artifact_root=None,
+        run_name="one",
+        params={f"section.{i}": i for i in range(130)},
+        tags={"selection_rule": "hardest"},
+        dataset_name="digits",
+        dataset_source="digits",
+        dataset_digest="0" * 64,
+    )
+
+
+def _write(run_dir: Path, steps: range) -> None:
+    journal = Journal(run_dir / "metrics.jsonl")
+    for step in steps:
+        metrics = {"train/loss": 1.0 / step} | {f"perf/{i}": float(i) for i in range(30)}
+        journal.write({"step": step, "time": time.time(), "metrics": metrics})
+    journal.close()
+
+
+def test_every_step_arrives_once_over_a_resume_with_params_tags_and_artifacts(tmp_path: Path) -> None:
+    quiet_mlflow()
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_dir = tmp_path / "one"
+    _write(run_dir, range(1, 81))
+    first = MlflowFeed(_run(uri), run_dir)
+    assert first.finish(status="FAILED", artifacts=[], values={})
+    truncate_journal(run_dir / "metrics.jsonl", last_step=60)
+    _write(run_dir, range(61, 101))
+    second = MlflowFeed(_run(uri), run_dir)
+    figure = run_dir / "a.png"
+    figure.write_bytes(b"png")
+    assert second.finish(status="FINISHED", artifacts=[figure], values={"summary/knn_top1": 0.5})
+    assert first.run_id == second.run_id
+    assert second.run_id is not None
+    client = mlflow.MlflowClient(uri)
+    history = client.get_metric_history(second.run_id, "train/loss")
+    assert [metric.step for metric in history] == list(range(1, 101))
+    run = client.get_run(second.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["section.129"] == "129"
+    assert run.data.tags["selection_rule"] == "hardest"
+    assert run.data.metrics["summary/knn_top1"] == 0.5
+    assert run.inputs.dataset_inputs[0].dataset.name == "digits"
+    assert [file.path for file in client.list_artifacts(second.run_id, "figures")] == ["figures/a.png"]
+    assert json.loads((run_dir / "mlflow.json").read_text())["run_id"] == second.run_id
+
+
+def test_absent_server_is_said_once_and_does_not_hold_the_run_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path, range(1, 4))
+    feed = MlflowFeed(_run("http://127.0.0.1:9"), tmp_path)
+    started = time.monotonic()
+    assert not feed.finish(status="FINISHED", artifacts=[], values={}, timeout_seconds=2.0)
+    assert time.monotonic() - started < 3.0
+    assert "the journal" in caplog.text
