@@ -17,7 +17,7 @@ from hvp_ray.errors import UnreadableImageError
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _HEADER_SEARCH_BYTES = 65_536
-_PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "MPO")
+_PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
 """Formats that PIL may open: plain images only, none that runs another program."""
 
 
@@ -93,6 +93,9 @@ def _open(image: bytes) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(image), formats=_PIL_FORMATS)
+        except Image.DecompressionBombError as error:
+            reason = "is more than data.max_image_pixels, and than PIL opens at all"
+            raise UnreadableImageError(f"{_first_line(error)}: {reason}") from error
         except Exception as error:
             raise UnreadableImageError(f"not an image that can be decoded: {_first_line(error)}") from error
 

@@ -33,8 +33,8 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.training.preparation import check_before_start, prepare_run
+from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
-from hvp_ray.training.recorder import Progress
 from hvp_ray.training.run_board import BoardContent, BoardLogHandler, RunBoardActor
 
 logger = logging.getLogger(__name__)
@@ -152,14 +152,17 @@ def _decide_placement(config: RunConfig) -> _Placement:
         raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
     if config.training.compile and device != "cuda":
         raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
+    # auto takes what is free now; an explicit number is judged by what the cluster has.
+    if cluster.num_view_workers == "auto":
+        cpus = ray.available_resources().get("CPU", 0.0)
     left = cpus - cluster.num_trainers * cluster.cpus_per_trainer
     room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
     wanted = cluster.num_view_workers
     if room < (1 if wanted == "auto" else wanted):
         raise ConfigError(
-            f"the cluster has {cpus:g} CPUs; {cluster.num_trainers} trainer(s) of {cluster.cpus_per_trainer:g} leave room "
-            f"for {max(room, 0)} view worker(s) of {cluster.cpus_per_view_worker:g}, but cluster.num_view_workers={wanted}; "
-            f"ask for fewer, lower cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
+            f"the cluster has {cpus:g} free CPUs; {cluster.num_trainers} trainer(s) of {cluster.cpus_per_trainer:g} leave "
+            f"room for {max(room, 0)} view worker(s) of {cluster.cpus_per_view_worker:g}, but "
+            f"cluster.num_view_workers={wanted}; ask for fewer, lower cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
         )
     return _Placement(
         renderer=renderer,
@@ -307,6 +310,8 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             "num_worker_restarts": pool.num_restarts(),
         }
 
+    if ray.get(board.read.remote()).fatal is not None:
+        return  # another rank met an error that starting again does not mend; the driver knows
     try:
         summary = train_rank(
             job,
@@ -319,10 +324,13 @@ def _trainer_main(settings: dict[str, Any]) -> None:
     except HvpRayError as error:
         # Starting again would fail in the same way, so the driver is told to give up.
         error.add_note(f"rank {world.rank} of {world.num_ranks}, run {job.run_name}")
-        ray.get(board.post_fatal.remote(str(error)))
-        raise
+        ray.get(board.post_fatal.remote("\n".join([str(error), *error.__notes__])))
+        if world.num_ranks == 1:
+            return
+        raise  # the other ranks wait in a collective; this tears them out of it
     finally:
         logging.getLogger("hvp_ray").removeHandler(handler)
+        handler.close()
     if summary is not None:
         ray.get(board.post_summary.remote(summary))
 

@@ -15,6 +15,7 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.training.rank import RunJob, build_order
+from hvp_ray.training.setup import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
@@ -43,14 +44,16 @@ def output_folder(config: RunConfig) -> Path:
 
 
 def check_before_start(config: RunConfig) -> None:
-    """Find what is wrong with data and output folder before anything is started.
+    """Find what is wrong with data, network and output folder before anything is started.
 
     Raises:
-        ConfigError: the output folder cannot be written.
+        ConfigError: the output folder cannot be written, or the network cannot be built.
+        CheckpointError: the initial weights do not fit.
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
-    _open_checked(config)
     output = output_folder(config)
+    _open_checked(config)
+    build_untrained_method(config)
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(

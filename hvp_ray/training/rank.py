@@ -35,7 +35,8 @@ from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, trunc
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun
 from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.training.loop import LoopResult, run_loop
-from hvp_ray.training.recorder import ReportProgress, RunRecorder
+from hvp_ray.training.progress import ReportProgress
+from hvp_ray.training.recorder import RunRecorder
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import Trainee
 from hvp_ray.views.normalise import normalise_views

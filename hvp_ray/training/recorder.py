@@ -2,8 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,26 +12,11 @@ from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_s
 from hvp_ray.tracking.journal import Journal, UnreadableLog
 from hvp_ray.tracking.selection_metrics import describe_selection
 from hvp_ray.training.checkpoint import CheckpointStore
+from hvp_ray.training.progress import Progress, ReportProgress
 from hvp_ray.training.setup import take_checkpoint
 from hvp_ray.training.step import StepMetrics, Trainee
 
 _PROGRESS_SECONDS = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
-    """What is shown while a run goes on."""
-
-    steps_done: int
-    num_steps: int
-    epoch: float
-    loss: float
-    images_per_second: float
-    data_wait_fraction: float
-
-
-ReportProgress = Callable[[Progress], bool]
-"""Shows progress somewhere, without waiting, and returns whether the run was asked to stop."""
 
 
 class RunRecorder:

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from hvp_ray.training.recorder import Progress
+from hvp_ray.training.progress import Progress
 
 
 @dataclass(slots=True)

@@ -1,0 +1,105 @@
+"""Wrong input gets a sentence that says what to do, exit status 1 or 2, no traceback, and nothing is written."""
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.pretrain import main
+from tests.helpers import encode
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Run the pipeline's main in this process; return exit status and what was printed."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as error:  # tyro ends the program itself
+        status = int(error.code or 0)
+    captured = capfd.readouterr()
+    printed = captured.out + captured.err
+    assert "Traceback" not in printed
+    return status, " ".join(printed.replace("│", " ").split())
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "readme.txt").write_text("no image")
+    (tmp_path / "few" / "a").mkdir(parents=True)
+    for index in range(5):
+        (tmp_path / "few" / "a" / f"{index}.png").write_bytes(encode(np.zeros((9, 9, 3), np.uint8)))
+    (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
+    pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "column.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.source", "{}/absent"], "does not exist; expected `digits`, a folder or a Parquet file"),
+        (["--data.source", "{}/empty"], "no images in"),
+        (["--data.source", "{}/texts"], "(1 files of other kinds); expected class folders"),
+        (["--data.source", "{}/broken.parquet"], "cannot be read as Parquet"),
+        (["--data.source", "{}/column.parquet"], "has no column 'image'; it has ['picture']"),
+        (["--data.source", "{}/few"], "the data has 4 images for training, fewer than one step needs"),
+        (["--data.num_images", "5000"], "the source has only 1797 images"),
+        (["--run.output", "s3://bucket/runs"], "URIs are not supported yet"),
+        (["simsiam-digit"], "did you mean 'simsiam-digits'"),
+        (["--trainig.epochs", "3"], "--training.epochs"),
+        (["--selection.rule", "hardes"], "Expected one of ('hardest', 'first'"),
+        (["--selection.num_views", "1"], "selection.num_views=1 is not allowed: 2 to 64"),
+        (["--run.seed", "-4"], "run.seed=-4"),
+        (["--training.images_per_step", "63", "--cluster.num_trainers", "2"], "a multiple of cluster.num_trainers=2"),
+        (["--recipe", "other"], "--recipe is set by the first argument"),
+        (["--method.backbone.name", "resnet19"], "not known to timm"),
+        (["--training.initial_weights", "{}/absent"], "there is no file"),
+    ],
+)
+def test_is_refused_with_a_sentence_before_anything_starts(
+    capfd: pytest.CaptureFixture[str], sources: Path, arguments: list[str], message: str
+) -> None:
+    before = sorted(sources.rglob("*"))
+    output = [] if "--run.output" in arguments else ["--run.output", str(sources / "runs")]
+    status, printed = _run(capfd, *[argument.format(sources) for argument in arguments], *output)
+    assert status in (1, 2)
+    assert message in printed
+    assert sorted(sources.rglob("*")) == before
+
+
+def test_output_folder_that_cannot_be_written_is_refused(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    status, printed = _run(capfd, "--run.output", str(file / "runs"))
+    assert status == 1
+    assert "cannot be written" in printed
+    if os.getuid() != 0:  # root may write anywhere
+        tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+        assert "cannot be written" in _run(capfd, "--run.output", str(tmp_path / "runs"))[1]
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+def test_help_lists_recipes_and_options(capfd: pytest.CaptureFixture[str]) -> None:
+    status, printed = _run(capfd, "--help")
+    assert status == 0
+    for text in ("simsiam-imagenet-r50-100ep", "--selection.num_views INT", "--cluster.batches_in_flight INT"):
+        assert text in printed
+
+
+def test_readme_example_of_an_own_loop_runs() -> None:
+    readme = (ROOT / "README.md").read_text()
+    example = readme.split("```python\n")[1].split("```")[0]
+    assert len(example.strip().splitlines()) <= 24
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True, timeout=120)
+    losses = [float(line.split()[1]) for line in result.stdout.splitlines()]
+    assert len(losses) == 3
+    assert all(-1.0 <= loss <= 1.0 for loss in losses)

@@ -1,0 +1,219 @@
+"""pretrain.py as a user runs it: killed and started again, on odd images, with a small object store."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hvp_ray.training.local import pretrain_in_process
+from pipelines.pretrain import main
+from tests.helpers import encode, photograph_like, tiny_config
+from tests.ray.runs import attempts, digest_from_checkpoint, launch_quietly, recorded_steps
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SUMMARY_FIELDS = (
+    "run_name recipe method selection_rule seed num_steps num_epochs images_seen train_seconds images_per_second "
+    "first_batch_seconds data_wait_fraction step_seconds_median spilled_bytes peak_memory_bytes num_unreadable_images "
+    "num_worker_restarts num_resumes loss_first loss_last knn_top1 knn_top1_untrained knn5shot_top1 "
+    "knn5shot_top1_untrained knn5shot_top1_pixels chosen_iou_mean other_iou_mean weights_digest run_identity mlflow_run_id"
+)
+
+
+SETTINGS = {
+    "data.num_images": "200",
+    "training.epochs": "2",
+    "training.images_per_step": "16",
+    "training.checkpoint_every_steps": "4",
+    "tracking.knn_images": "40",
+    "tracking.log_every_steps": "1",
+    "cluster.num_view_workers": "1",
+    "cluster.batches_in_flight": "3",
+}
+
+
+def _start(output: Path, name: str, **extra: str) -> subprocess.Popen[str]:
+    settings = SETTINGS | {key.replace("__", "."): value for key, value in extra.items()}
+    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    command = [sys.executable, "pipelines/pretrain.py", "--run.name", name, "--run.output", str(output), *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 180
+    while not any(recorded >= step for recorded in recorded_steps(run_dir)):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.005)
+
+
+def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL of the driver in mid-run; then a complete run with MLflow, figures and summary."""
+    inline = pretrain_in_process(tiny_config(str(tmp_path), run={"name": "inline"}))
+    assert inline is not None
+
+    first = _start(tmp_path, "killed")
+    _wait_for_step(tmp_path / "killed", 6, first)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+
+    second = _start(tmp_path, "killed")
+    printed = second.communicate(timeout=300)[0]
+    assert second.returncode == 0, printed
+    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
+    assert summary["weights_digest"] == inline["weights_digest"] == digest_from_checkpoint(tmp_path / "killed")
+    assert summary["num_resumes"] == 1
+    assert attempts(tmp_path / "killed")[1]["step"] in (4, 8, 12, 16)
+    assert recorded_steps(tmp_path / "killed") == list(range(1, 21))
+
+    assert [name for name in SUMMARY_FIELDS.split() if name not in summary] == []
+    assert [name for name in SUMMARY_FIELDS.split() if summary[name] is None] == []
+    figures = sorted(path.name for path in (tmp_path / "killed" / "figures").iterdir())
+    assert figures == ["candidate_views.png", "loss.png", "overlap.png"]
+    for text in ("trained encoder", "untrained encoder", "raw pixels", "summary.json", "mlflow ui"):
+        assert text in printed
+    assert (tmp_path / "mlflow.db").exists()
+
+    assert main(["--run.name", "killed", "--run.output", str(tmp_path)]) == 0
+    assert "has ended already" in capfd.readouterr().out
+
+
+def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path) -> None:
+    process = _start(tmp_path, "stopped", training__epochs="400", training__checkpoint_every_steps="100000")
+    _wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(signal.SIGTERM)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "stopped behind a checkpoint" in printed
+    assert "Traceback" not in printed
+    assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*/manifest.json"))) == 1
+
+
+def test_small_object_store_is_refused(tmp_path: Path) -> None:
+    process = _start(
+        tmp_path, "small", training__images_per_step="150", views__global_views__size_px="64",
+        views__evaluation_resize_px="64", cluster__batches_in_flight="30", cluster__object_store_mib="80",
+    )  # fmt: skip
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    assert "the look-ahead needs" in printed
+    assert "set cluster.batches_in_flight=" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "small").exists()
+
+
+def _odd_images(root: Path) -> None:
+    """Two classes of healthy images, and in them one of every odd and of every damaged kind."""
+    generator = np.random.default_rng(0)
+    for index in range(60):
+        folder = root / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = photograph_like(generator, 24 + index % 7, 30)
+        (folder / f"{index:02d}.jpg").write_bytes(encode(pixels, "JPEG"))
+    rgb = photograph_like(generator, 30, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    cmyk, gif = io.BytesIO(), io.BytesIO()
+    Image.fromarray(rgb).convert("CMYK").save(cmyk, "JPEG")
+    Image.fromarray(rgb).save(gif, "GIF", save_all=True, append_images=[Image.fromarray(rgb[::-1])])
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    odd = {
+        "alpha.png": encode(np.dstack([rgb, rgb[..., 0]])),
+        "cmyk.jpg": cmyk.getvalue(),
+        "sixteen.png": encode(rgb[..., 0].astype(np.uint16) * 257),
+        "turned.jpg": encode(rgb, "JPEG", exif=exif),
+        "animated.gif": gif.getvalue(),
+        "one_px_wide.png": encode(rgb[:, :1]),
+    }
+    damaged = {
+        "truncated.jpg": encode(rgb, "JPEG")[:500],
+        "empty.jpg": b"",
+        "text.jpg": b"this is a text file named .jpg",
+        "bomb.png": bomb.getvalue(),
+    }
+    for name, content in (odd | damaged).items():
+        (root / "class0" / name).write_bytes(content)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("renderer", ["cpu", "dali-cpu"])
+def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path, renderer: str) -> None:
+    _odd_images(tmp_path / "images")
+    config = tiny_config(
+        str(tmp_path),
+        run={"name": "odd"},
+        data={"source": str(tmp_path / "images"), "num_images": None, "test_fraction": 0.0},
+        training={"epochs": 3},
+        cluster={"renderer": renderer},
+    )
+    summary = launch_quietly(config)
+    assert summary["num_unreadable_images"] == 4
+    assert summary["num_steps"] == 3 * (70 // 16)
+    lines = (tmp_path / "odd" / "unreadable-rank-0.jsonl").read_text()
+    for reason in ("0 bytes", "not an image", "data.max_image_pixels", "cannot be decoded"):
+        assert reason in lines
+    assert summary["knn_top1"] is None  # nothing was held out
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_too_many_damaged_images_stop_the_run_with_the_numbers(tmp_path: Path) -> None:
+    from hvp_ray.errors import TrainingError
+
+    generator = np.random.default_rng(1)
+    folder = tmp_path / "images" / "a"
+    folder.mkdir(parents=True)
+    for index in range(100):
+        content = encode(photograph_like(generator, 20, 20)) if index % 10 else b"damaged"
+        (folder / f"{index}.png").write_bytes(content)
+    config = tiny_config(
+        str(tmp_path),
+        run={"name": "damaged"},
+        data={"source": str(tmp_path / "images"), "num_images": None, "test_fraction": 0.0},
+        training={"epochs": 15},
+    )
+    with pytest.raises(
+        TrainingError, match=r"images are unreadable \(.*%\), more than data.max_unreadable_fraction=0.01"
+    ):
+        launch_quietly(config)
+    assert os.path.exists(tmp_path / "damaged" / "checkpoints" / "step-00000060" / "manifest.json")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_cifar10_runs_from_parquet_with_the_test_file(cifar10: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    from hvp_ray.recipes import get_recipe
+
+    recipe = get_recipe("simsiam-cifar10-small")
+    config = dataclasses.replace(
+        recipe,
+        run=dataclasses.replace(recipe.run, name="cifar", output=str(tmp_path)),
+        data=dataclasses.replace(
+            recipe.data,
+            source=str(cifar10 / "cifar10-train.parquet"),
+            test_source=str(cifar10 / "cifar10-test.parquet"),
+            num_images=512,
+        ),
+        training=dataclasses.replace(recipe.training, epochs=1),
+        cluster=dataclasses.replace(recipe.cluster, num_view_workers=1),
+        tracking=dataclasses.replace(recipe.tracking, uri="none", knn_images=300, num_figure_images=2),
+    )
+    summary = launch_quietly(config)
+    assert summary["num_steps"] == 4
+    assert 0.1 < summary["knn_top1"] < 0.6
+    assert (tmp_path / "cifar" / "figures" / "candidate_views.png").stat().st_size > 10_000

@@ -1,0 +1,69 @@
+"""What only a GPU can show. `make gpu-check` runs these; without a GPU they are skipped."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hvp_ray.config import TransformConfig
+from hvp_ray.randomness import Purpose
+from hvp_ray.records import ViewBatch
+from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.views.plan import draw_plan
+from hvp_ray.views.render_cpu import CpuRenderer
+from tests.helpers import encode, photograph_like, tiny_config, views_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine"),
+]
+
+
+def test_dali_on_the_gpu_agrees_with_the_cpu_renderer(generator: np.random.Generator) -> None:
+    from hvp_ray.views.render_dali import DaliRenderer
+
+    views = views_config(224, TransformConfig())
+    sizes = np.array([(400 + 9 * i, 520 - 7 * i) for i in range(16)], np.int32)
+    images = [encode(photograph_like(generator, h, w), "JPEG", quality=92) for h, w in sizes.tolist()]
+    plan = draw_plan(
+        seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(16), heights=sizes[:, 0].copy(),
+        widths=sizes[:, 1].copy(), num_views=4, group=views.global_views,
+    )  # fmt: skip
+    cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan).global_pixels
+    gpu = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8).render(images, plan).global_pixels
+    difference = np.abs(cpu.astype(int) - gpu)
+    assert difference.mean() < 1.5  # nvJPEG decodes chroma otherwise than libjpeg-turbo
+    assert (difference > 8).mean() < 0.01
+
+
+def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Path) -> None:
+    from hvp_ray.config import config_to_dict
+    from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.stream.batches import requests_of_rank
+    from hvp_ray.stream.render_batch import render_batch
+    from hvp_ray.stream.view_worker import build_render_context
+    from hvp_ray.training.rank import build_order
+
+    config = tiny_config(str(tmp_path))
+    context = build_render_context(config_to_dict(config), "cpu")
+    requests = requests_of_rank(
+        config, build_order(config, open_dataset(config.data)), rank=0, num_ranks=1, known_replacements={}
+    )
+    hand_over = DeviceHandOver(torch.device("cuda", 0))
+    batches: list[ViewBatch] = [render_batch(context, requests(step)) for step in range(8)]
+    on_device = [hand_over(batch) for batch in batches]
+    for batch, moved in zip(batches, on_device, strict=True):
+        moved.wait()
+        assert np.array_equal(moved.global_pixels.cpu().numpy(), batch.global_views.pixels)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bfloat16"}, {"compile": True}])
+def test_training_on_the_gpu_runs_and_learns(tmp_path: Path, options: dict[str, object]) -> None:
+    config = tiny_config(str(tmp_path), training={"epochs": 4, **options}, cluster={"device": "cuda"})
+    summary = pretrain_in_process(dataclasses.replace(config))
+    assert summary is not None
+    assert summary["device"] == "cuda"
+    assert summary["loss_last"] < summary["loss_first"]
