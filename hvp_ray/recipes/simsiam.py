@@ -59,7 +59,7 @@ def _cifar_transform() -> TransformConfig:
 
 
 def simsiam_cifar10_small() -> RunConfig:
-    """CIFAR-10 on CPUs: a ResNet-18 of a quarter of the width at 24 px; needs --data.source.
+    """CIFAR-10 on CPUs: a ResNet-10 of a quarter of the width at 24 px; needs --data.source.
 
     python pipelines/pretrain.py simsiam-cifar10-small --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
@@ -74,13 +74,13 @@ def simsiam_cifar10_small() -> RunConfig:
             evaluation_resize_px=24,
         ),
         method=SimSiamConfig(
-            backbone=BackboneConfig(name="resnet18", stem="cifar", channels=(16, 32, 64, 128)),
+            backbone=BackboneConfig(name="resnet10", stem="cifar", channels=(16, 32, 64, 128)),
             projector_layers=2,
             projector_dim=512,
             predictor_hidden_dim=128,
         ),
         optimizer=OptimizerConfig(learning_rate_per_256=0.06, weight_decay=5e-4),
-        training=TrainingConfig(epochs=20, images_per_step=128, checkpoint_every_steps=200),
+        training=TrainingConfig(epochs=20, images_per_step=128, checkpoint_every_steps=200, torch_threads=2),
         tracking=TrackingConfig(knn_images=5_000),
     )
 

@@ -32,7 +32,7 @@ from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.training.preparation import check_before_start, prepare_run
+from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
 from hvp_ray.training.run_board import BoardContent, BoardLogHandler, RunBoardActor
@@ -77,6 +77,7 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     Raises:
         HvpRayError: with a sentence for the user; nothing that was committed is lost.
     """
+    config = with_absolute_paths(config)
     check_before_start(config)
     is_ours = not ray.is_initialized()
     joined = _connect(config)
@@ -162,7 +163,8 @@ def _decide_placement(config: RunConfig) -> _Placement:
         raise ConfigError(
             f"the cluster has {cpus:g} free CPUs; {cluster.num_trainers} trainer(s) of {cluster.cpus_per_trainer:g} leave "
             f"room for {max(room, 0)} view worker(s) of {cluster.cpus_per_view_worker:g}, but "
-            f"cluster.num_view_workers={wanted}; ask for fewer, lower cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
+            f"cluster.num_view_workers={wanted}; ask for fewer, lower cluster.cpus_per_view_worker or "
+            f"cluster.cpus_per_trainer, or add nodes"
         )
     return _Placement(
         renderer=renderer,

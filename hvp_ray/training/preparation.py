@@ -1,5 +1,6 @@
 """Before a run starts: its folder, its identity, and whether it may go on."""
 
+import dataclasses
 import json
 import os
 import secrets
@@ -41,6 +42,24 @@ def output_folder(config: RunConfig) -> Path:
             f"is a temporary copy ({Path.cwd()}); give an absolute path"
         )
     return path.absolute()
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with its local paths made absolute: Ray's processes have other working folders."""
+
+    def absolute(location: str | None) -> str | None:
+        if location is None or location == "digits" or "://" in location:
+            return location
+        return str(Path(location).expanduser().absolute())
+
+    data = dataclasses.replace(
+        config.data,
+        source=absolute(config.data.source) or config.data.source,
+        test_source=absolute(config.data.test_source),
+    )
+    weights = absolute(config.training.initial_weights)
+    training = dataclasses.replace(config.training, initial_weights=weights)
+    return dataclasses.replace(config, data=data, training=training)
 
 
 def check_before_start(config: RunConfig) -> None:

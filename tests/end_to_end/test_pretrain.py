@@ -194,7 +194,10 @@ def test_too_many_damaged_images_stop_the_run_with_the_numbers(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_cifar10_runs_from_parquet_with_the_test_file(cifar10: Path, tmp_path: Path) -> None:
+def test_cifar10_runs_from_relative_parquet_paths_with_the_test_file(
+    cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(cifar10)
     import dataclasses
 
     from hvp_ray.recipes import get_recipe
@@ -205,8 +208,8 @@ def test_cifar10_runs_from_parquet_with_the_test_file(cifar10: Path, tmp_path: P
         run=dataclasses.replace(recipe.run, name="cifar", output=str(tmp_path)),
         data=dataclasses.replace(
             recipe.data,
-            source=str(cifar10 / "cifar10-train.parquet"),
-            test_source=str(cifar10 / "cifar10-test.parquet"),
+            source="cifar10-train.parquet",
+            test_source="cifar10-test.parquet",
             num_images=512,
         ),
         training=dataclasses.replace(recipe.training, epochs=1),
