@@ -254,6 +254,8 @@ class ViewStream:
             self._unassigned = deque(sorted(self._unassigned))
 
     def _quarantine(self, step: int, crashing_ids: list[int]) -> None:
+        if step not in self._requests or step in self._arrived:
+            return  # another worker has rendered it in the meantime
         self.stats.num_isolations += 1
         self._deaths[step] = 0
         if crashing_ids:
@@ -291,7 +293,8 @@ class ViewStream:
         now = time.perf_counter()
         calls_of_step = Counter(call.step for call in self._calls.values())
         for call in list(self._calls.values()):
-            if now - call.asked_at > limit and calls_of_step[call.step] == 1:
+            is_missing = call.step >= self._next_to_hand_over and call.step not in self._arrived
+            if is_missing and now - call.asked_at > limit and calls_of_step[call.step] == 1:
                 other = self._least_busy(other_than=call.worker)
                 if other is not None:
                     logger.warning("step %d is late (%.1f s); asked again", call.step, now - call.asked_at)

@@ -14,7 +14,7 @@ import torch
 
 from hvp_ray.config import ClusterConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
-from hvp_ray.errors import ConfigError, DataError, StageError
+from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
@@ -223,7 +223,7 @@ def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: 
 
 def test_worker_that_cannot_open_the_data_says_so() -> None:
     config = tiny_config("unused", data={"source": "/nowhere/images"})
-    with pytest.raises(DataError, match="/nowhere/images.*does not exist"):
+    with pytest.raises(HvpRayError, match="/nowhere/images.*does not exist"):
         start_pool(config, "cpu", 1)
 
 
@@ -235,7 +235,7 @@ def test_look_ahead_that_would_spill_is_refused_with_a_number_that_fits() -> Non
     assert per_batch == 4 * 180 * 8 * 8 * 3
     assert look_ahead_bytes(config) == 101 * per_batch
     with pytest.raises(ConfigError, match=r"cluster.batches_in_flight=34.*object_store_mib"):
-        check_store(config, 50 * per_batch)
+        check_store(config, 50.0 * per_batch)
 
 
 def test_spilled_bytes_are_measured() -> None:
