@@ -35,7 +35,8 @@ def build_trainee(config: RunConfig, world: World, device: torch.device, checkpo
         raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
     method = synchronize_batch_norm(build_untrained_method(config), world, device)
     if device.type == "cuda":
-        method = method.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        on_device: Any = method.to(device)
+        method = on_device.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
     if checkpoint is not None:
         method.load_state_dict(checkpoint.method)
