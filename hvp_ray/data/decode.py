@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from hvp_ray.errors import UnreadableImageError
 
@@ -27,7 +27,7 @@ def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
     Raises:
         UnreadableImageError: no image, or more than `max_pixels` pixels.
     """
-    height, width = _jpeg_size(image) or _pil_size(image)
+    height, width = _jpeg_size(image) or _pil_size(image, max_pixels)
     if height < 1 or width < 1:
         raise UnreadableImageError(f"an image of {width} x {height} px has no pixels")
     if height * width > max_pixels:
@@ -44,7 +44,7 @@ def decode_rgb(image: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     height, width = read_size(image, max_pixels=max_pixels)
     pixels = _decode_plain_jpeg(image)
     if pixels is None:
-        pixels = _decode_with_pil(image)
+        pixels = _decode_with_pil(image, max_pixels)
     if pixels.shape != (height, width, 3):
         raise UnreadableImageError(f"the header says {width} x {height} px, decoding gives {pixels.shape}")
     return pixels
@@ -85,7 +85,7 @@ def _decode_plain_jpeg(image: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
-def _open(image: bytes) -> Image.Image:
+def _open(image: bytes, max_pixels: int) -> Image.Image:
     if not image:
         raise UnreadableImageError("the file is empty (0 bytes)")
     with warnings.catch_warnings():
@@ -94,14 +94,17 @@ def _open(image: bytes) -> Image.Image:
         try:
             return Image.open(io.BytesIO(image), formats=_PIL_FORMATS)
         except Image.DecompressionBombError as error:
-            reason = "is more than data.max_image_pixels, and than PIL opens at all"
-            raise UnreadableImageError(f"{_first_line(error)}: {reason}") from error
+            # "Image size (900000000 pixels) exceeds limit of 178956970 pixels, could be ..."
+            size = _first_line(error).split(" exceeds")[0]
+            raise UnreadableImageError(f"{size} is more than data.max_image_pixels={max_pixels}") from error
+        except UnidentifiedImageError as error:
+            raise UnreadableImageError("not an image: the bytes have no known format") from error
         except Exception as error:
             raise UnreadableImageError(f"not an image that can be decoded: {_first_line(error)}") from error
 
 
-def _pil_size(image: bytes) -> tuple[int, int]:
-    with _open(image) as opened:
+def _pil_size(image: bytes, max_pixels: int) -> tuple[int, int]:
+    with _open(image, max_pixels) as opened:
         width, height = opened.size
         try:
             orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
@@ -110,8 +113,8 @@ def _pil_size(image: bytes) -> tuple[int, int]:
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _decode_with_pil(image: bytes) -> NDArray[np.uint8]:
-    with _open(image) as opened:
+def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    with _open(image, max_pixels) as opened:
         try:
             upright = ImageOps.exif_transpose(opened)
             return np.ascontiguousarray(_to_rgb(upright))

@@ -141,7 +141,7 @@ def _odd_images(root: Path) -> None:
         "one_px_wide.png": encode(rgb[:, :1]),
     }
     damaged = {
-        "truncated.jpg": encode(rgb, "JPEG")[:500],
+        "truncated.jpg": encode(rgb, "JPEG", quality=98)[:-400],
         "empty.jpg": b"",
         "text.jpg": b"this is a text file named .jpg",
         "bomb.png": bomb.getvalue(),
