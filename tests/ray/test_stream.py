@@ -15,7 +15,7 @@ import torch
 from hvp_ray.config import ClusterConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
-from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.records import BatchRequest
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceHandOver
@@ -26,41 +26,12 @@ from hvp_ray.stream.view_worker import ViewWorker, build_render_context
 from hvp_ray.training.rank import build_order
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import processes_titled
+from tests.ray.workers import PoisonedWorker, SlowWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
 CONFIG = tiny_config("unused", run={"output": None})
 CPU = torch.device("cpu")
-
-
-class SlowWorker(ViewWorker):
-    """A view worker that takes at least `seconds` for each batch."""
-
-    def __init__(self, values: dict[str, Any], name: str, seconds: float) -> None:
-        super().__init__(values, "cpu", name)
-        self._seconds = seconds
-
-    def render(self, request: BatchRequest) -> ViewBatch:
-        started = time.perf_counter()
-        batch = super().render(request)
-        time.sleep(max(0.0, self._seconds - (time.perf_counter() - started)))
-        return batch
-
-
-class PoisonedWorker(ViewWorker):
-    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images."""
-
-    def __init__(self, values: dict[str, Any], name: str, poison_id: int) -> None:
-        super().__init__(values, "cpu", name)
-        self._poison_id = poison_id
-
-    def render(self, request: BatchRequest) -> ViewBatch:
-        if self._poison_id in request.sample_ids.tolist() and self._poison_id not in request.quarantined_ids:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().render(request)
-
-    def find_crashing_ids(self, request: BatchRequest) -> list[int]:
-        return [i for i in request.sample_ids.tolist() if i == self._poison_id]
 
 
 def _start(actor_class: type[ViewWorker], count: int, *arguments: object) -> list[Any]:

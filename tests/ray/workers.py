@@ -1,0 +1,39 @@
+"""View workers with faults. A file of its own, and light, because each actor's process imports it."""
+
+import os
+import signal
+import time
+from typing import Any
+
+from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.stream.view_worker import ViewWorker
+
+
+class SlowWorker(ViewWorker):
+    """A view worker that takes at least `seconds` for each batch."""
+
+    def __init__(self, values: dict[str, Any], name: str, seconds: float) -> None:
+        super().__init__(values, "cpu", name)
+        self._seconds = seconds
+
+    def render(self, request: BatchRequest) -> ViewBatch:
+        started = time.perf_counter()
+        batch = super().render(request)
+        time.sleep(max(0.0, self._seconds - (time.perf_counter() - started)))
+        return batch
+
+
+class PoisonedWorker(ViewWorker):
+    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images."""
+
+    def __init__(self, values: dict[str, Any], name: str, poison_id: int) -> None:
+        super().__init__(values, "cpu", name)
+        self._poison_id = poison_id
+
+    def render(self, request: BatchRequest) -> ViewBatch:
+        if self._poison_id in request.sample_ids.tolist() and self._poison_id not in request.quarantined_ids:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().render(request)
+
+    def find_crashing_ids(self, request: BatchRequest) -> list[int]:
+        return [i for i in request.sample_ids.tolist() if i == self._poison_id]
