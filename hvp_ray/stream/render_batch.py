@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_ray.config import DataConfig, ViewsConfig
+from hvp_ray.config import DataConfig, RendererName, RunConfig, ViewsConfig
+from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.randomness import Purpose, draw_stream
 from hvp_ray.records import BatchRequest, EncodedBatch, Replacement, ViewBatch, ViewPlan, Views
 from hvp_ray.views.plan import draw_plan
-from hvp_ray.views.renderer import Renderer
+from hvp_ray.views.renderer import Renderer, build_renderer
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,22 @@ class RenderContext:
     data: DataConfig
     views: ViewsConfig
     renderer: Renderer
+
+
+def build_render_context(config: RunConfig, dataset: Dataset, renderer: RendererName) -> RenderContext:
+    """Return the context of a run in the process that renders.
+
+    Raises:
+        ConfigError: the renderer cannot be had here.
+    """
+    return RenderContext(
+        seed=config.run.seed,
+        source=dataset.source,
+        training_ids=dataset.training_ids,
+        data=config.data,
+        views=config.views,
+        renderer=build_renderer(renderer, config.views, max_image_pixels=config.data.max_image_pixels),
+    )
 
 
 def render_batch(context: RenderContext, request: BatchRequest, *, worker: str = "inline") -> ViewBatch:

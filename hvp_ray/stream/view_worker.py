@@ -16,11 +16,10 @@ from hvp_ray.config import RendererName, config_from_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.isolation import find_crashing_images
-from hvp_ray.stream.render_batch import RenderContext, read_images, render_batch
-from hvp_ray.views.renderer import build_renderer
+from hvp_ray.stream.render_batch import RenderContext, build_render_context, read_images, render_batch
 
 
-def build_render_context(config_values: dict[str, Any], renderer: RendererName) -> RenderContext:
+def open_render_context(config_values: dict[str, Any], renderer: RendererName) -> RenderContext:
     """Open the data and make the renderer of a run, in the process that renders.
 
     Raises:
@@ -28,15 +27,7 @@ def build_render_context(config_values: dict[str, Any], renderer: RendererName) 
         ConfigError: the renderer cannot be had here.
     """
     config = config_from_dict(config_values)
-    dataset = open_dataset(config.data)
-    return RenderContext(
-        seed=config.run.seed,
-        source=dataset.source,
-        training_ids=dataset.training_ids,
-        data=config.data,
-        views=config.views,
-        renderer=build_renderer(renderer, config.views, max_image_pixels=config.data.max_image_pixels),
-    )
+    return build_render_context(config, open_dataset(config.data), renderer)
 
 
 class ViewWorker:
@@ -46,7 +37,7 @@ class ViewWorker:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         self._name = name
-        self._context = build_render_context(config_values, renderer)
+        self._context = open_render_context(config_values, renderer)
 
     def process_id(self) -> int:
         """Return the process id; also serves to wait until the worker is up."""

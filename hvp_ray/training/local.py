@@ -12,7 +12,7 @@ from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
-from hvp_ray.stream.view_worker import build_render_context
+from hvp_ray.stream.view_worker import open_render_context
 from hvp_ray.training.preparation import prepare_run
 from hvp_ray.training.rank import train_rank
 
@@ -42,7 +42,7 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
     )
     renderer = "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
-    context = build_render_context(config_to_dict(config), renderer)
+    context = open_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:

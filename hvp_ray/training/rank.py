@@ -28,7 +28,7 @@ from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.records import BatchRequest
 from hvp_ray.selection import choose_pairs, score_views
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
-from hvp_ray.stream.render_batch import RenderContext, render_batch
+from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.figures import draw_candidates, draw_curves
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
@@ -40,7 +40,6 @@ from hvp_ray.training.recorder import RunRecorder
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import Trainee
 from hvp_ray.views.normalise import normalise_views
-from hvp_ray.views.renderer import build_renderer
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ def _summarize(
     if trainee.device.type == "cuda":
         peak_bytes = torch.cuda.max_memory_allocated(trainee.device)
 
-    def last_values(name: str) -> float | None:
+    def mean_value(name: str) -> float | None:
         values = [record["metrics"][name] for record in records if name in record["metrics"]]
         return float(np.mean(values)) if values else None
 
@@ -236,8 +235,8 @@ def _summarize(
         "num_resumes": len(attempts) - 1,
         "loss_first": records[0]["metrics"]["train/loss"] if records else None,
         "loss_last": records[-1]["metrics"]["train/loss"] if records else None,
-        "chosen_iou_mean": last_values("selection/chosen_iou"),
-        "other_iou_mean": last_values("selection/other_iou"),
+        "chosen_iou_mean": mean_value("selection/chosen_iou"),
+        "other_iou_mean": mean_value("selection/other_iou"),
         "weights_digest": weights_digest(trainee.method.state_dict()),
         "run_identity": job.run_identity,
         "renderer": job.renderer,
@@ -305,14 +304,7 @@ def _draw_figures(job: RunJob, dataset: Dataset, trainee: Trainee) -> list[Path]
 def _draw_candidate_views(job: RunJob, dataset: Dataset, trainee: Trainee, path: Path) -> Path:
     """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
     config = job.config
-    context = RenderContext(
-        seed=config.run.seed,
-        source=dataset.source,
-        training_ids=dataset.training_ids,
-        data=config.data,
-        views=config.views,
-        renderer=build_renderer("cpu", config.views, max_image_pixels=config.data.max_image_pixels),
-    )
+    context = build_render_context(config, dataset, "cpu")
     # BatchNorm scores with the statistics of the batch, so more images are scored than are drawn.
     num_scored = min(len(dataset.training_ids), max(64, config.tracking.num_figure_images))
     spread = np.linspace(0, len(dataset.training_ids) - 1, num_scored).astype(np.int64)

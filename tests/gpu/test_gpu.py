@@ -44,11 +44,11 @@ def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Pa
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.stream.batches import requests_of_rank
     from hvp_ray.stream.render_batch import render_batch
-    from hvp_ray.stream.view_worker import build_render_context
+    from hvp_ray.stream.view_worker import open_render_context
     from hvp_ray.training.rank import build_order
 
     config = tiny_config(str(tmp_path))
-    context = build_render_context(config_to_dict(config), "cpu")
+    context = open_render_context(config_to_dict(config), "cpu")
     requests = requests_of_rank(
         config, build_order(config, open_dataset(config.data)), rank=0, num_ranks=1, known_replacements={}
     )

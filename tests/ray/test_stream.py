@@ -22,7 +22,7 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import render_batch
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.stream.view_worker import ViewWorker, build_render_context
+from hvp_ray.stream.view_worker import ViewWorker, open_render_context
 from hvp_ray.training.rank import build_order
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import processes_titled
@@ -65,7 +65,7 @@ def _kill(workers: list[Any]) -> None:
 def test_batches_come_in_order_and_equal_inline_rendering() -> None:
     workers = _start(SlowWorker, 3, 0.0)
     stream = _stream(workers, end_step=12)
-    context = build_render_context(config_to_dict(CONFIG), "cpu")
+    context = open_render_context(config_to_dict(CONFIG), "cpu")
     for step in range(12):
         batch = stream.next_batch()
         expected = render_batch(context, _requests()(step))
@@ -136,7 +136,7 @@ def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_i
     batches = [stream.next_batch().batch for _ in range(4)]
     assert stream.stats.num_isolations >= 1
     assert stream.stats.num_worker_deaths >= 3
-    context = build_render_context(config_to_dict(CONFIG), "cpu")
+    context = open_render_context(config_to_dict(CONFIG), "cpu")
     for step, batch in enumerate(batches):
         expected = render_batch(context, _requests()(step))
         same = batch.sample_ids == expected.sample_ids

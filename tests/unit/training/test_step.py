@@ -18,13 +18,12 @@ from hvp_ray.methods.method import build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
-from hvp_ray.stream.render_batch import RenderContext
+from hvp_ray.stream.render_batch import build_render_context
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.rank import build_order
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import resize_for_scoring, train_step
 from hvp_ray.views.normalise import normalise_views
-from hvp_ray.views.renderer import build_renderer
 from tests.helpers import slow_hardest_pairs, tiny_config
 
 CPU = torch.device("cpu")
@@ -32,14 +31,7 @@ CPU = torch.device("cpu")
 
 def _batches(config: RunConfig, count: int) -> list[DeviceBatch]:
     dataset = open_dataset(config.data)
-    context = RenderContext(
-        seed=config.run.seed,
-        source=dataset.source,
-        training_ids=dataset.training_ids,
-        data=config.data,
-        views=config.views,
-        renderer=build_renderer("cpu", config.views, max_image_pixels=10**8),
-    )
+    context = build_render_context(config, dataset, "cpu")
     requests = requests_of_rank(config, build_order(config, dataset), rank=0, num_ranks=1, known_replacements={})
     stream = InlineBatches(context, requests, first_step=0, hand_over=DeviceHandOver(CPU))
     return [stream.next_batch() for _ in range(count)]
