@@ -6,8 +6,9 @@ at run time is stored here. `identity.py` says which fields may change a bit of 
 """
 
 import dataclasses
+import importlib
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from hvp_ray.errors import ConfigError
 from hvp_ray.randomness import check_seed
@@ -195,6 +196,39 @@ class ViewGroupConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MaskConfig:
+    """Block masks of global views, for masked image modelling (iBOT)."""
+
+    patch_px: int
+    """Height and width of a patch of the encoder; the mask has one cell per patch."""
+
+    unmasked_probability: float = 0.5
+    """A view stays unmasked with this probability. (iBOT: prediction ratios 0 and 0.3, one of them at random.)"""
+
+    ratio: tuple[float, float] = (0.1, 0.5)
+    """Share of the patches that are masked otherwise, uniform (iBOT: 0.3 with a variance of 0.2)."""
+
+    block_ratio: tuple[float, float] = (0.3, 1 / 0.3)
+    """Width / height of a block, log-uniform (iBOT, BEiT)."""
+
+    def __post_init__(self) -> None:
+        _require(self.patch_px >= 1, "views.masks.patch_px", self.patch_px, "1 or more")
+        _require_probability("views.masks.unmasked_probability", self.unmasked_probability)
+        low, high = self.ratio
+        _require(0.0 <= low <= high <= 1.0, "views.masks.ratio", self.ratio, "0 <= min <= max <= 1")
+        low, high = self.block_ratio
+        _require(1 / 7 <= low <= high <= 7, "views.masks.block_ratio", self.block_ratio, "1/7 <= min <= max <= 7")
+
+    def grid(self, size_px: int) -> int:
+        """Return the number of cells along a side of a view."""
+        return size_px // self.patch_px
+
+    def max_cells(self, size_px: int) -> int:
+        """Return how many cells of a view can be masked at most."""
+        return int(self.ratio[1] * self.grid(size_px) ** 2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewsConfig:
     """All views of an image, and how pixels become network inputs."""
 
@@ -203,6 +237,9 @@ class ViewsConfig:
 
     local_views: ViewGroupConfig | None = None
     """Small multi-crop views (DINO, iBOT). None: there are none."""
+
+    masks: MaskConfig | None = None
+    """Masks of the global views (iBOT). None: there are none."""
 
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the channels, of values in [0, 1]; default ImageNet."""
@@ -217,6 +254,15 @@ class ViewsConfig:
         fits = self.evaluation_resize_px >= self.global_views.size_px
         _require(fits, "views.evaluation_resize_px", self.evaluation_resize_px, "global_views.size_px or more")
         _require(min(self.std) > 0.0, "views.std", self.std, "positive")
+        if self.masks is not None:
+            size_px, patch_px = self.global_views.size_px, self.masks.patch_px
+            allowed = f"a divisor of global_views.size_px={size_px} that leaves 2x2 patches or more"
+            _require(size_px % patch_px == 0 and size_px >= 2 * patch_px, "views.masks.patch_px", patch_px, allowed)
+
+    @property
+    def slots_keep_transforms(self) -> bool:
+        """Whether the two global slots have different transforms, so that pairs are (even view, odd view) only."""
+        return self.global_views.odd is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,31 +272,62 @@ class SelectionConfig:
     rule: Rule = "hardest"
     """hardest | first | random | easiest | min_iou | all_pairs; see `Rule`."""
 
-    num_views: int = 4
-    """Views rendered per image; the pair is chosen among num_views * (num_views - 1) / 2. (The paper: 4; 8 gave
-    nothing more.)"""
+    num_views: int | None = 4
+    """Methods without local views (SimSiam, SimCLR): views rendered per image; the pair is chosen among
+    num_views * (num_views - 1) / 2. (The paper: 4; 8 gave nothing more.) None with multi-crop."""
+
+    num_global_views: int | None = None
+    """Multi-crop (DINO, iBOT): global views rendered per image. None: `num_views` is used."""
+
+    num_local_views: int | None = None
+    """Multi-crop: local views rendered per image. None: there are none."""
+
+    num_chosen_local_views: int | None = None
+    """Multi-crop: local views trained on. None: there are none."""
+
+    limit: int | None = None
+    """Compare only so many randomly drawn candidates, the same for all images of a rank's step, as the authors' code
+    does (64 or 128). None: the exact maximum over all candidates, which costs nothing more."""
 
     every: int = 1
-    """A hard step every k-th step; the others are vanilla steps, which render and ship two views only."""
+    """A hard step every k-th step; the others are vanilla steps, which render and ship only what they train on."""
 
     score_always: bool = False
     """Score although the rule does not need it: the control "extra views seen only by BatchNorm"."""
 
     scoring_resolution_px: int | None = None
-    """Views are scored at this resolution, antialiased on the device. None: at full resolution."""
+    """Global views are scored at this resolution, antialiased on the device; local views shrink by the same factor.
+    None: at full resolution."""
 
     scoring_batch_norm: Literal["batch", "faithful", "running"] = "batch"
     """Statistics used while scoring. batch: of the batch, running statistics untouched. faithful: as automl/hvp, where
     scoring also moves the running statistics. running: the running statistics."""
 
     def __post_init__(self) -> None:
-        _require(2 <= self.num_views <= 64, "selection.num_views", self.num_views, "2 to 64")
+        if self.num_views is not None:
+            _require(2 <= self.num_views <= 64, "selection.num_views", self.num_views, "2 to 64")
+        if self.num_global_views is not None:
+            _require(2 <= self.num_global_views <= 64, "selection.num_global_views", self.num_global_views, "2 to 64")
+        known = (self.num_views is None) != (self.num_global_views is None)
+        allowed = "None with selection.num_global_views (multi-crop), and a number without it"
+        _require(known, "selection.num_views", self.num_views, allowed)
+        local, chosen = self.num_local_views or 0, self.num_chosen_local_views or 0
+        _require(0 <= local <= 256, "selection.num_local_views", self.num_local_views, "0 to 256, or None")
+        needs_globals = local == 0 or self.num_global_views is not None
+        _require(needs_globals, "selection.num_local_views", local, "None without selection.num_global_views")
+        fits = (chosen == 0) == (local == 0) and 0 <= chosen <= local
+        allowed = f"1 to selection.num_local_views={local}" if local else "None without local views"
+        _require(fits, "selection.num_chosen_local_views", self.num_chosen_local_views, allowed)
+        if self.limit is not None:
+            _require(self.limit >= 1, "selection.limit", self.limit, "1 or more, or None for the exact maximum")
+            allowed = "None with a rule that compares no scores"
+            _require(self.rule in RULES_THAT_SCORE, "selection.limit", self.limit, allowed)
         _require(self.every >= 1, "selection.every", self.every, "1 or more")
         conflict = self.rule == "first" and self.every > 1
         _require(not conflict, "selection.every", self.every, "1, because selection.rule=first has no hard steps")
         if self.scoring_resolution_px is not None:
             _require(
-                self.scoring_resolution_px >= 8, "selection.scoring_resolution_px", self.scoring_resolution_px, ">= 8"
+                self.scoring_resolution_px >= 4, "selection.scoring_resolution_px", self.scoring_resolution_px, ">= 4"
             )
 
     def is_hard_step(self, step: int) -> bool:
@@ -258,81 +335,142 @@ class SelectionConfig:
         return self.rule != "first" and step % self.every == 0
 
     def num_views_at(self, step: int) -> int:
-        """Return how many views of each image step `step` renders."""
+        """Return how many global views of each image step `step` renders."""
         if self.is_hard_step(step) or self.score_always:
-            return self.num_views
+            return self.num_candidate_views
         return 2
+
+    def num_local_views_at(self, step: int) -> int:
+        """Return how many local views of each image step `step` renders."""
+        if self.is_hard_step(step) or self.score_always:
+            return self.num_local_views or 0
+        return self.num_chosen_local_views or 0
+
+    @property
+    def num_candidate_views(self) -> int:
+        """Global views of a hard step: `num_global_views`, or `num_views` without multi-crop."""
+        number = self.num_views if self.num_global_views is None else self.num_global_views
+        assert number is not None
+        return number
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
-    """The encoder, from timm."""
+    """The encoder, from timm: a ResNet or a Vision Transformer."""
 
     name: str
-    """timm's model name, for instance resnet50."""
-
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    """cifar: 3x3 convolution of stride 1 and no max-pooling, for images of 16 to 64 px (ResNets only)."""
-
-    channels: tuple[int, ...] | None = None
-    """Widths of the stages of a ResNet, for small experiments. None: those of the named model."""
+    """timm's model name, for instance resnet50 or vit_small_patch16_224."""
 
     pretrained: bool = False
     """Start from timm's pretrained weights (fetched from the hub by timm)."""
 
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """ResNets. cifar: 3x3 convolution of stride 1 and no max-pooling, for images of 16 to 64 px."""
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SimSiamConfig:
-    """SimSiam (Chen and He, CVPR 2021) with the heads of the HVP authors."""
+    channels: tuple[int, ...] | None = None
+    """ResNets: widths of the stages, for small experiments. None: those of the named model."""
 
-    backbone: BackboneConfig
-    projector_layers: Literal[2, 3] = 3
-    """3 for ImageNet, 2 for CIFAR nets (SimSiam, appendix D)."""
+    drop_path: float = 0.0
+    """Vision Transformers: stochastic depth of the trained encoder, rising linearly to this in the last block. A
+    teacher has none."""
 
-    projector_dim: int = 2048
-    """Width and output dimension of the projector."""
+    patch_px: int | None = None
+    """Vision Transformers: size of a patch. None: that of the named model."""
 
-    predictor_hidden_dim: int = 512
-    """Bottleneck of the predictor."""
+    image_px: int | None = None
+    """Vision Transformers: resolution of the position embeddings' grid; they are interpolated for views of other
+    sizes. None: that of the named model."""
+
+    depth: int | None = None
+    """Vision Transformers: number of blocks, for small experiments. None: that of the named model."""
+
+    dim: int | None = None
+    """Vision Transformers: width, for small experiments. None: that of the named model."""
+
+    num_heads: int | None = None
+    """Vision Transformers: attention heads, for small experiments. None: those of the named model."""
 
     def __post_init__(self) -> None:
-        _require(self.projector_dim >= 2, "method.projector_dim", self.projector_dim, "2 or more")
-        _require(self.predictor_hidden_dim >= 1, "method.predictor_hidden_dim", self.predictor_hidden_dim, ">= 1")
-
-    @property
-    def name(self) -> str:
-        """Name of the method, as logged."""
-        return "simsiam"
+        _require_probability("method.backbone.drop_path", self.drop_path)
+        for name in ("patch_px", "image_px", "depth", "dim", "num_heads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"method.backbone.{name}", value, "1 or more, or None")
 
 
-MethodConfig = SimSiamConfig
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MethodConfig:
+    """What all methods have; a method's own config derives from it and names its implementation.
+
+    `hvp_ray.methods.configs` has those of the package; docs/new_method.md shows another one.
+    """
+
+    name: ClassVar[str]
+    """Name of the method, as logged."""
+
+    implementation: ClassVar[str]
+    """`module:class` of the `hvp_ray.methods.method.Method` that is built from this config."""
+
+    uses_local_views: ClassVar[bool] = False
+    """Whether the method is a multi-crop method."""
+
+    uses_masks: ClassVar[bool] = False
+    """Whether the method needs masks of the global views."""
+
+    backbone: BackboneConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     """Optimizer and schedules; every schedule is a function of the step."""
 
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    """sgd and adamw: torch's; lars: timm's, trust coefficient 0.001."""
+
     learning_rate_per_256: float
     """Base learning rate for 256 images per step; the rate used is this x images_per_step / 256."""
 
     momentum: float = 0.9
+    """sgd and lars; adamw has betas of 0.9 and 0.999."""
+
     weight_decay: float = 1e-4
-    """On every parameter, as SimSiam does it."""
+    """At the start of the run."""
+
+    final_weight_decay: float | None = None
+    """At the end of the run, reached along a cosine by step (DINO). None: constant."""
+
+    decay_exempts_vectors: bool = False
+    """No weight decay, and no LARS adaptation, on biases and other one-dimensional parameters."""
 
     schedule: Literal["cosine-per-epoch", "cosine-per-step"] = "cosine-per-epoch"
-    """Cosine to 0 without warm-up; SimSiam evaluates it once per epoch."""
+    """Cosine of the learning rate; SimSiam evaluates it once per epoch."""
+
+    warmup_epochs: float = 0.0
+    """Linear warm-up from 0 at the start, by step; the cosine spans the rest."""
+
+    final_learning_rate: float = 0.0
+    """The cosine ends here; not scaled with the images per step."""
 
     constant_predictor_rate: bool = True
-    """The predictor keeps the initial learning rate (SimSiam, section 4.2)."""
+    """Parameters that the method names (SimSiam's predictor) keep the initial learning rate (SimSiam, section 4.2)."""
 
     clip_gradient_norm: float | None = None
-    """Largest global norm of the gradient. None: no clipping (SimSiam)."""
+    """Largest norm of the gradient. None: no clipping (SimSiam)."""
+
+    clip_scope: Literal["global", "tensor"] = "global"
+    """global: one norm over all parameters. tensor: each parameter's own (DINO's and iBOT's published code)."""
 
     def __post_init__(self) -> None:
         path = "optimizer.learning_rate_per_256"
         _require(self.learning_rate_per_256 > 0.0, path, self.learning_rate_per_256, "positive")
         _require(0.0 <= self.momentum < 1.0, "optimizer.momentum", self.momentum, "0 or more, below 1")
         _require(self.weight_decay >= 0.0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        final_decay = self.final_weight_decay
+        _require(final_decay is None or final_decay >= 0.0, "optimizer.final_weight_decay", final_decay, "0 or more")
+        _require(self.warmup_epochs >= 0.0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(self.final_learning_rate >= 0.0, "optimizer.final_learning_rate", self.final_learning_rate, ">= 0")
+        smooth = self.schedule == "cosine-per-step" or self.warmup_epochs == 0.0
+        allowed = "0 with optimizer.schedule=cosine-per-epoch"
+        _require(smooth, "optimizer.warmup_epochs", self.warmup_epochs, allowed)
         if self.clip_gradient_norm is not None:
             _require(self.clip_gradient_norm > 0.0, "optimizer.clip_gradient_norm", self.clip_gradient_norm, "positive")
 
@@ -349,6 +487,11 @@ class TrainingConfig:
 
     images_per_step: int
     """Images per optimizer step over all trainers (the global batch)."""
+
+    accumulation_steps: int = 1
+    """A step is forwarded in this many parts of equal size, to save memory: their gradients add up to those of the
+    whole step. BatchNorm sees one part at a time; SimCLR's loss still contrasts all images of the step, at the price of
+    a second forward pass; scores contrast the images of one part."""
 
     checkpoint_every_steps: int = 500
     """Steps between checkpoints; one more is written at the end."""
@@ -374,6 +517,8 @@ class TrainingConfig:
         if self.num_steps is not None:
             _require(self.num_steps >= 1, "training.num_steps", self.num_steps, "1 or more")
         _require(self.images_per_step >= 2, "training.images_per_step", self.images_per_step, "2 or more")
+        parts = self.accumulation_steps
+        _require(parts >= 1, "training.accumulation_steps", parts, "1 or more")
         every = self.checkpoint_every_steps
         _require(every >= 1, "training.checkpoint_every_steps", every, "1 or more")
         _require(self.keep_checkpoints >= 1, "training.keep_checkpoints", self.keep_checkpoints, "1 or more")
@@ -488,6 +633,11 @@ class RunConfig:
         images, trainers = self.training.images_per_step, self.cluster.num_trainers
         allowed = f"a multiple of cluster.num_trainers={trainers}"
         _require(images % trainers == 0, "training.images_per_step", images, allowed)
+        parts = self.training.accumulation_steps
+        allowed = f"a divisor of the {images // trainers} images of a trainer that leaves 2 or more"
+        fits = (images // trainers) % parts == 0 and images // trainers // parts >= min(2, images // trainers)
+        _require(fits, "training.accumulation_steps", parts, allowed)
+        self._check_views_of_method()
         scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
         if scoring_px is not None:
             allowed = f"at most views.global_views.size_px={size_px}"
@@ -496,17 +646,41 @@ class RunConfig:
         compiles = self.training.compile
         _require(not (compiles and on_cpu), "training.compile", compiles, "False with cluster.device=cpu")
 
+    def _check_views_of_method(self) -> None:
+        name, selection, views = self.method.name, self.selection, self.views
+        if self.method.uses_local_views:
+            allowed = f"None with {name}: set selection.num_global_views and selection.num_local_views"
+            _require(selection.num_views is None, "selection.num_views", selection.num_views, allowed)
+        else:
+            allowed = f"None with {name}: set selection.num_views"
+            number = selection.num_global_views
+            _require(number is None, "selection.num_global_views", number, allowed)
+        has_group, has_number = views.local_views is not None, bool(selection.num_local_views)
+        allowed = "a number where views.local_views is set, None where it is not"
+        _require(has_group == has_number, "selection.num_local_views", selection.num_local_views, allowed)
+        has_masks = views.masks is not None
+        allowed = f"set with {name}" if self.method.uses_masks else f"None with {name}, which has no masks"
+        _require(has_masks == self.method.uses_masks, "views.masks", views.masks, allowed)
+
     @property
     def images_per_rank(self) -> int:
         """Images of one step on one trainer."""
         return self.training.images_per_step // self.cluster.num_trainers
 
 
+METHOD_TYPE = "type"
+"""Key that says of which class a method's config is, as `module:class`."""
+
+
 def config_to_dict(config: object) -> dict[str, Any]:
     """Return the config as nested plain values, ready for JSON."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise ConfigError(f"expected a config value, got {config!r}")
-    return dataclasses.asdict(config)
+    values = dataclasses.asdict(config)
+    if isinstance(config, RunConfig):
+        kind = type(config.method)
+        values["method"] = {METHOD_TYPE: f"{kind.__module__}:{kind.__qualname__}"} | values["method"]
+    return values
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -532,6 +706,8 @@ def config_from_dict(nested: dict[str, Any]) -> RunConfig:
 
 
 def _build(kind: type[Any], nested: dict[str, Any], path: str) -> object:
+    if kind is MethodConfig:
+        kind, nested = _method_type(nested), {key: value for key, value in nested.items() if key != METHOD_TYPE}
     hints = {field.name: field.type for field in dataclasses.fields(kind)}
     unknown = set(nested) - set(hints)
     if unknown:
@@ -551,3 +727,15 @@ def _build(kind: type[Any], nested: dict[str, Any], path: str) -> object:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"config.json does not describe {kind.__name__} at {path or 'the run'}: {error}") from error
+
+
+def _method_type(nested: dict[str, Any]) -> type[Any]:
+    """Return the class of a method's config: a `MethodConfig` of the package or of anyone's own module."""
+    module, _, name = str(nested.get(METHOD_TYPE, "")).partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"config.json names the method {module}:{name}, which cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, MethodConfig)):
+        raise ConfigError(f"config.json names the method {module}:{name}, which is no MethodConfig")
+    return kind

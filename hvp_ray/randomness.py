@@ -35,6 +35,9 @@ class Purpose(IntEnum):
     SPLIT = 12
     PROBE = 13
     REPLACEMENT_LOCAL_VIEWS = 14
+    REPLACEMENT_MASKS = 15
+    RANDOM_LOCALS = 16
+    CANDIDATES = 17
 
 
 def check_seed(seed: int) -> int:
@@ -93,7 +96,7 @@ def permutation_from_words(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     return np.argsort(words, kind="stable").astype(np.int64)
 
 
-def draw_torch_seed(*, seed: int, purpose: Purpose, step: int, rank: int) -> int:
-    """Draw the seed of torch's generator for one step of one rank, in [0, 2**63)."""
-    word = draw_stream(seed=seed, purpose=purpose, index=rank, epoch=step, num_words=1)[0]
+def draw_torch_seed(*, seed: int, purpose: Purpose, step: int, rank: int, part: int = 0) -> int:
+    """Draw the seed of torch's generator for one part of one step of one rank, in [0, 2**63)."""
+    word = draw_stream(seed=seed, purpose=purpose, index=rank, epoch=step, num_words=part + 1)[part]
     return int(word >> np.uint64(1))

@@ -60,12 +60,16 @@ class ViewPlan:
     """Standard deviation of the blur in px of the view; 0: no blur."""
     solarize: NDArray[np.bool_]
     """Inversion of values of 128 and above, after the blur."""
+    mask: NDArray[np.bool_] | None = None
+    """[V, B, rows, columns]: masked patches; None: the method has no masks. No renderer looks at it."""
 
     def __post_init__(self) -> None:
         shape = self.top.shape
         for field in dataclasses.fields(self):
             array = getattr(self, field.name)
-            expected = (*shape, 4) if field.name == "jitter_order" else shape
+            if field.name == "mask" and array is None:
+                continue
+            expected = {"jitter_order": (*shape, 4), "mask": (*shape, *np.shape(array)[2:])}.get(field.name, shape)
             if array.shape != expected or len(shape) != 2:
                 raise ShapeError(f"ViewPlan.{field.name} has shape {array.shape}, expected [V, B] = {expected}")
 
@@ -84,12 +88,15 @@ class ViewPlan:
         return {
             field.name: getattr(self, field.name)[view_index, image_index].tolist()
             for field in dataclasses.fields(self)
+            if getattr(self, field.name) is not None
         }
 
     def with_images(self, image_indices: NDArray[np.int64], other: "ViewPlan") -> "ViewPlan":
         """Return this plan with the columns `image_indices` taken, in order, from `other` [V, len(image_indices)]."""
         columns = {}
         for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None:
+                continue
             column = getattr(self, field.name).copy()
             column[:, image_indices] = getattr(other, field.name)
             columns[field.name] = column
@@ -156,6 +163,7 @@ class BatchRequest:
     sample_ids: NDArray[np.int64]
     """[B]."""
     num_views: int
+    """Global views of each image."""
     num_local_views: int = 0
     known_replacements: tuple[Replacement, ...] = ()
     """Decisions on unreadable images that an earlier attempt at this step made; they are replayed."""

@@ -11,7 +11,7 @@ import tyro
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError, HvpRayError
-from hvp_ray.recipes import RECIPES, describe_recipes, get_recipe
+from hvp_ray.recipes import describe_recipes, get_recipe
 from hvp_ray.training.ray_environment import prepare_ray_environment
 
 DEFAULT_RECIPE = "simsiam-digits"
@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str]) -> RunConfig:
         use_underscores=True,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
     )
-    if parsed.recipe not in RECIPES:
+    if parsed.recipe != recipe.recipe:
         raise ConfigError(f"--recipe is set by the first argument, not as an option; got {parsed.recipe!r}")
     return parsed
 

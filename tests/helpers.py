@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,9 @@ def views_config(size_px: int = 32, transform: TransformConfig = NEUTRAL) -> Vie
     return ViewsConfig(global_views=ViewGroupConfig(size_px=size_px, even=transform), evaluation_resize_px=size_px)
 
 
-def tiny_config(output: str, **sections: dict[str, object]) -> RunConfig:
-    """The digits recipe, cut down to seconds; sections override fields, e.g. run={"seed": 1}."""
-    config = get_recipe("simsiam-digits")
+def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[str, object]) -> RunConfig:
+    """A digits recipe, cut down to seconds; sections override fields, e.g. run={"seed": 1}."""
+    config = get_recipe(recipe)
     small: dict[str, dict[str, object]] = {
         "run": {"output": output},
         "data": {"num_images": 200},
@@ -70,3 +71,65 @@ def photograph_like(generator: np.random.Generator, height: int, width: int) -> 
         wave += np.where((x - width / 2) ** 2 + (y - height / 2) ** 2 < (min(height, width) / 3) ** 2, 50, 0)
         channels.append(wave + generator.normal(0, 4, (height, width)))
     return np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+
+
+def slow_nt_xent_scores(
+    views: NDArray[np.float64], pair: tuple[int, int], temperature: float, *, all_negatives: bool = False
+) -> list[float]:
+    """SimCLR's loss of one pair of views for each image, as equation 1 writes it, mean of both directions; [V, N, D]."""
+
+    def similarity(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        return math.exp(float(a @ b) / (float(np.linalg.norm(a)) * float(np.linalg.norm(b))) / temperature)
+
+    num_views, num_images, _ = views.shape
+    scores = []
+    for image in range(num_images):
+        directions = []
+        for anchor, other in (pair, pair[::-1]):
+            row = views[anchor, image]
+            positive = similarity(row, views[other, image])
+            negatives = sum(
+                similarity(row, views[v, j])
+                for v in (range(num_views) if all_negatives else pair)
+                for j in range(num_images)
+                if j != image
+            )
+            directions.append(-math.log(positive / (positive + negatives)))
+        scores.append(sum(directions) / 2)
+    return scores
+
+
+def slow_cross_entropy(
+    teacher_logits: NDArray[np.float64],
+    student_logits: NDArray[np.float64],
+    center: NDArray[np.float64],
+    teacher_temperature: float,
+    student_temperature: float,
+) -> float:
+    """-sum q log p of one teacher and one student output, as DINO's algorithm 1 writes it, [K]."""
+
+    def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        shifted = np.exp(values - values.max())
+        return shifted / shifted.sum()
+
+    targets = softmax((teacher_logits - center) / teacher_temperature)
+    predicted = softmax(student_logits / student_temperature)
+    return float(-(targets * np.log(predicted)).sum())
+
+
+def slow_dino_score(
+    teacher: NDArray[np.float64],
+    student: NDArray[np.float64],
+    pair: tuple[int, int],
+    local_views: tuple[int, ...],
+    cross_entropy: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+) -> float:
+    """DINO's loss of one image on a pair of global views and some local views: mean of 2 + 2k terms; [G, K], [G + L, K]."""
+    num_views = len(teacher)
+    terms = []
+    for a in pair:
+        for v in (*pair, *(num_views + local for local in local_views)):
+            if v != a:
+                terms.append(cross_entropy(teacher[a], student[v]))
+    assert len(terms) == 2 + 2 * len(local_views)
+    return sum(terms) / len(terms)

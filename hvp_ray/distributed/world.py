@@ -57,3 +57,31 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     """Return the differentiable sum over all ranks."""
     result: Tensor = _AllReduceSum.apply(values)
     return result
+
+
+class _AllGather(torch.autograd.Function):
+    """Gather over ranks whose gradient is the sum of the gradients that all ranks have for this rank's part."""
+
+    @staticmethod
+    def forward(ctx: object, values: Tensor) -> Tensor:
+        parts = [torch.empty_like(values, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> Tensor:
+        summed = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(summed)
+        return summed[dist.get_rank()]
+
+
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """Return the values of all ranks, [R, ...]; differentiable, with the gradient of all ranks' losses.
+
+    With DDP's mean over ranks on top, a loss that every rank computes for its own rows has the gradient of the mean of
+    all ranks' losses: that of one rank with the global batch.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values[None]
+    result: Tensor = _AllGather.apply(values)
+    return result

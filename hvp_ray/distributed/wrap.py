@@ -14,6 +14,8 @@ two ranks does not depend on the order.
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -37,13 +39,27 @@ def synchronize_batch_norm(method: nn.Module, world: World, device: torch.device
     return converted
 
 
-def wrap_for_training(method: nn.Module, world: World, device: torch.device) -> tuple[nn.Module, Callable[[], None]]:
-    """Return the module whose forward is trained, and what to call between backward and update."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrappedMethod:
+    """A method as it is trained."""
+
+    forward: nn.Module
+    """The module whose forward is trained."""
+    reduce_gradients: Callable[[], None]
+    """To be called between the last backward and the update."""
+    without_reduction: Callable[[], AbstractContextManager[None]]
+    """Forward and backward in this context add up gradients on this rank only; for all parts of a step but the last."""
+
+
+def wrap_for_training(method: nn.Module, world: World, device: torch.device) -> WrappedMethod:
+    """Wrap a method so that all ranks train on the mean of their gradients."""
     if world.num_ranks == 1:
-        return method, _nothing
+        return WrappedMethod(forward=method, reduce_gradients=_nothing, without_reduction=nullcontext)
     if device.type == "cpu" and world.num_ranks > 2:
         logger.info("gradients: one flat all-reduce in the order of the parameters (gloo, %d ranks)", world.num_ranks)
-        return method, lambda: all_reduce_gradients(method)
+        return WrappedMethod(
+            forward=method, reduce_gradients=lambda: all_reduce_gradients(method), without_reduction=nullcontext
+        )
     logger.info("gradients: DistributedDataParallel (%s, %d ranks)", dist.get_backend(), world.num_ranks)
     wrapped = DistributedDataParallel(
         method,
@@ -51,7 +67,7 @@ def wrap_for_training(method: nn.Module, world: World, device: torch.device) -> 
         broadcast_buffers=False,  # synchronized BatchNorm keeps them equal
         gradient_as_bucket_view=True,
     )
-    return wrapped, _nothing
+    return WrappedMethod(forward=wrapped, reduce_gradients=_nothing, without_reduction=wrapped.no_sync)
 
 
 def all_reduce_gradients(module: nn.Module) -> None:

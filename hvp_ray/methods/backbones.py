@@ -1,7 +1,8 @@
-"""Encoders from timm, with the CIFAR stem where images are small.
+"""Encoders from timm: ResNets, with the CIFAR stem where images are small, and Vision Transformers.
 
-`build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features. The CIFAR variants are registered with
-timm by name (`hvp_ray_resnet18_cifar`, ...), so `timm.create_model(name)` loads an exported backbone.
+`build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
+which takes views of any size that its patches divide: its position embeddings are interpolated). The CIFAR variants are
+registered with timm by name (`hvp_ray_resnet18_cifar`, ...), so `timm.create_model(name)` loads an exported backbone.
 """
 
 import json
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models import register_model
+from timm.models import is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from hvp_ray.config import BackboneConfig
 from hvp_ray.errors import CheckpointError, ConfigError
@@ -21,11 +25,15 @@ from hvp_ray.errors import CheckpointError, ConfigError
 _CIFAR_NAME = "hvp_ray_{name}_cifar"
 
 
-def build_backbone(config: BackboneConfig) -> nn.Module:
+def build_backbone(config: BackboneConfig, *, drop_path: float | None = None) -> nn.Module:
     """Build the encoder without a classifier.
 
+    Args:
+        config: which one.
+        drop_path: stochastic depth; None: that of `config`. A teacher is built with 0.
+
     Raises:
-        ConfigError: timm does not know the name, or the option does not fit the network.
+        ConfigError: timm does not know the name, or an option does not fit the network.
     """
     name = config.name if config.stem == "imagenet" else _CIFAR_NAME.format(name=config.name)
     if not timm.is_model(name):
@@ -36,15 +44,80 @@ def build_backbone(config: BackboneConfig) -> nn.Module:
     if config.stem == "cifar" and config.pretrained:
         raise ConfigError("method.backbone.pretrained=True is not allowed with stem=cifar: timm has no such weights")
     kwargs = backbone_arguments(config)
+    drop_path = config.drop_path if drop_path is None else drop_path
+    if drop_path:
+        kwargs["drop_path_rate"] = drop_path
     try:
         return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **kwargs)
-    except TypeError as error:
-        raise ConfigError(f"method.backbone.channels={config.channels} does not fit {config.name}: {error}") from error
+    except (TypeError, AssertionError) as error:
+        options = {option: getattr(config, option) for option in ("channels", *_TRANSFORMER_OPTIONS)}
+        given = ", ".join(f"method.backbone.{option}={value}" for option, value in options.items() if value is not None)
+        raise ConfigError(f"{given or 'the options'} does not fit {config.name}: {error}") from error
+
+
+_TRANSFORMER_OPTIONS = {
+    "patch_px": "patch_size",
+    "image_px": "img_size",
+    "depth": "depth",
+    "dim": "embed_dim",
+    "num_heads": "num_heads",
+}
+"""Our names -> timm's."""
 
 
 def backbone_arguments(config: BackboneConfig) -> dict[str, Any]:
-    """Return the keyword arguments for `timm.create_model` besides name and classes."""
-    return {} if config.channels is None else {"channels": config.channels}
+    """Return the keyword arguments for `timm.create_model` that its weights depend on, besides name and classes."""
+    arguments: dict[str, Any] = {} if config.channels is None else {"channels": config.channels}
+    for option, argument in _TRANSFORMER_OPTIONS.items():
+        if getattr(config, option) is not None:
+            arguments[argument] = getattr(config, option)
+    if timm.is_model(config.name) and _is_vision_transformer(config.name):
+        arguments["dynamic_img_size"] = True
+    return arguments
+
+
+def _is_vision_transformer(name: str) -> bool:
+    return is_model_in_modules(name, ["vision_transformer"])
+
+
+def patch_px(backbone: nn.Module) -> int:
+    """Return the size of a Vision Transformer's patch; 1 for networks that take views of any size."""
+    if not isinstance(backbone, VisionTransformer):
+        return 1
+    size: int = backbone.patch_embed.patch_size[0]
+    return size
+
+
+def forward_tokens(
+    backbone: VisionTransformer,
+    images: Float[Tensor, "batch channels height width"],
+    *,
+    mask: Bool[Tensor, "batch rows columns"] | None = None,
+    mask_token: Float[Tensor, " dim"] | None = None,
+) -> Float[Tensor, "batch tokens dim"]:
+    """Forward a Vision Transformer and return all tokens, class token first, normalised.
+
+    Args:
+        backbone: the network.
+        images: images of any size that the patches divide.
+        mask: which patches are replaced by `mask_token`, before the position embedding; None: none.
+        mask_token: see `mask`.
+    """
+    if mask is None:
+        tokens: Tensor = backbone.forward_features(images)
+        return tokens
+    assert mask_token is not None
+    where, token = mask[..., None], mask_token
+
+    def replace_masked(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
+        return torch.where(where, token.to(embedded.dtype), embedded)
+
+    handle = backbone.patch_embed.register_forward_hook(replace_masked)
+    try:
+        tokens = backbone.forward_features(images)
+    finally:
+        handle.remove()
+    return tokens
 
 
 def feature_dim(backbone: nn.Module) -> int:

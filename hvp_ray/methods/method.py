@@ -1,17 +1,45 @@
-"""What a self-supervised method is to the training step.
+"""What a self-supervised method is to the training step: the seam where a new method is added.
 
-A method is an `nn.Module` whose `forward` is the training loss on the chosen views, so that DDP, compilation and
-autocast wrap it from outside, and whose `score` tells how hard each pair of views is.
+A method is one file: a `Method` whose `forward` is the training loss on the chosen views, so that DDP, compilation and
+autocast wrap it from outside, and whose `score` tells how hard each candidate is. docs/new_method.md has an example.
+
+Legend: V global views, L local views, B images, h, w patches (cells of a mask).
 """
 
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from hvp_ray.config import MethodConfig, SimSiamConfig
+from hvp_ray.config import MethodConfig
 from hvp_ray.errors import ConfigError
+from hvp_ray.selection.candidates import Candidates, CandidateScores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewTensors:
+    """Normalised views of B images, on the trainer's device: the candidates when scored, the chosen ones when trained."""
+
+    global_views: Float[Tensor, "views batch channels height width"]
+    local_views: Float[Tensor, "local_views batch channels small_height small_width"] | None = None
+    """None: there are none."""
+    masks: Bool[Tensor, "views batch patch_rows patch_columns"] | None = None
+    """Masks of the global views, True is masked; None: there are none."""
+    max_masked_patches: int | None = None
+    """No view has more masked patches than this; None: all may be masked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contrast:
+    """What a part of a step contrasts with, where gradients are accumulated and the loss is not per sample."""
+
+    features: Float[Tensor, "parts slots batch dim"]
+    """`Method.contrast_features` of all parts of the step on this rank."""
+    part: int
+    """Which of them is being trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,32 +50,99 @@ class MethodLoss:
     """Mean over the images of this rank; differentiable."""
     embeddings: Float[Tensor, "batch dim"]
     """Embeddings of one view of each image, detached; watched for collapse."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Detached means over the images, which `Method.after_update` gets back as means over all ranks."""
+    measurements: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    """Detached numbers to be recorded, by the names of `tracking.metric_names`."""
 
 
-@runtime_checkable
-class Method(Protocol):
-    """A module with these members; see the module's text."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepPosition:
+    """Where in the run a step is; schedules are functions of it."""
+
+    step: int
+    """From 0."""
+    num_steps: int
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> int:
+        """From 0."""
+        return self.step // self.steps_per_epoch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """The other trainers, as far as a method needs them."""
+
+    rank: int = 0
+    gather: Callable[[Tensor], Tensor] = lambda values: values[None]
+    """[...] -> [R, ...] of all ranks, differentiable: the gradient that arrives is that of all ranks' losses."""
+
+
+ALONE = Ranks()
+
+
+class Method(nn.Module):
+    """A self-supervised method. `score` and `forward` must be given; the rest has defaults."""
 
     backbone: nn.Module
+    """The encoder that is trained."""
 
-    def score(self, views_VB: Float[Tensor, "views batch channels height width"]) -> Float[Tensor, "batch pairs"]:
-        """Return the loss that each pair of views would give, higher is harder, columns as `pair_table`."""
-        ...
+    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
+        """Return the loss that each candidate would give; higher is harder; float32."""
+        raise NotImplementedError
 
-    def forward(self, slots: Float[Tensor, "slots batch channels height width"]) -> MethodLoss:
+    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
         """Return the training loss on the chosen views."""
-        ...
+        raise NotImplementedError
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that is evaluated and exported: a teacher's where there is one."""
+        return self.backbone
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """All copies of the encoder; initial weights are loaded into each."""
+        return [self.backbone]
+
+    @property
+    def patch_px(self) -> int:
+        """Views of other sizes than those configured must be multiples of this."""
+        return 1
 
     def constant_rate_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that may keep the initial learning rate."""
-        ...
+        return []
+
+    def contrast_features(self, views: ViewTensors) -> Float[Tensor, "slots batch dim"] | None:
+        """Return what the loss of one image needs of the other images; None: nothing, the loss is per sample."""
+        return None
+
+    def begin_step(self, position: StepPosition) -> None:
+        """Set what follows a schedule (temperatures, momenta)."""
+
+    def before_update(self) -> None:
+        """Edit the gradients, after clipping."""
+
+    def after_update(self, statistics: dict[str, Tensor]) -> None:
+        """Update what gradients do not (teacher, centre), with `MethodLoss.statistics` as means over all ranks."""
 
 
-def build_method(config: MethodConfig) -> nn.Module:
-    """Build the method that a config describes; the result satisfies `Method`."""
-    match config:
-        case SimSiamConfig():
-            from hvp_ray.methods.simsiam import SimSiam
+def build_method(config: MethodConfig, ranks: Ranks = ALONE) -> Method:
+    """Build the method that a config describes.
 
-            return SimSiam(config)
-    raise ConfigError(f"no method for {type(config).__name__}")
+    Raises:
+        ConfigError: the implementation cannot be imported, or is no `Method`.
+    """
+    module, _, name = config.implementation.partition(":")
+    try:
+        implementation: Any = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"the method {config.name} is {config.implementation}, which cannot be had: {error}"
+        ) from error
+    if not (isinstance(implementation, type) and issubclass(implementation, Method)):
+        raise ConfigError(f"the method {config.name} is {config.implementation}, which is no hvp_ray Method")
+    return implementation(config, ranks)

@@ -5,40 +5,44 @@ Legend: V views, B images, P pairs, D dimension of projections.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from hvp_ray.config import SimSiamConfig
 from hvp_ray.errors import ShapeError
 from hvp_ray.methods.backbones import build_backbone, feature_dim
+from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.heads import simsiam_predictor, simsiam_projector
-from hvp_ray.methods.method import MethodLoss
-from hvp_ray.selection.candidates import pair_table
+from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors
+from hvp_ray.selection.candidates import Candidates, CandidateScores, pair_table
 
 
-class SimSiam(nn.Module):
-    """Encoder, projector and predictor; see `hvp_ray.methods.method.Method`."""
+class SimSiam(Method):
+    """Encoder, projector and predictor."""
 
-    def __init__(self, config: SimSiamConfig) -> None:
+    def __init__(self, config: SimSiamConfig, ranks: Ranks = ALONE) -> None:
         super().__init__()
         self.backbone = build_backbone(config.backbone)
         dim = feature_dim(self.backbone)
         self.projector = simsiam_projector(dim, config.projector_dim, config.projector_layers)
         self.predictor = simsiam_predictor(config.projector_dim, config.predictor_hidden_dim)
 
-    def score(self, views_VB: Float[Tensor, "views batch channels height width"]) -> Float[Tensor, "batch pairs"]:
+    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Forward all views as one batch (one set of BatchNorm statistics, as the authors do) and score all pairs."""
-        num_views, num_images = views_VB.shape[:2]
+        views_VB = views.global_views
         projections = self.projector(self.backbone(views_VB.flatten(0, 1)))
         predictions = self.predictor(projections)
-        shape = (num_views, num_images, -1)
-        return score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float())
+        shape = (*views_VB.shape[:2], -1)
+        pairs = torch.from_numpy(candidates.pairs).to(projections.device)
+        return CandidateScores(
+            pairs_BP=score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float(), pairs)
+        )
 
-    def forward(self, slots: Float[Tensor, "slots batch channels height width"]) -> MethodLoss:
+    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
         """Forward each slot by itself (own BatchNorm statistics) and average the loss over all pairs of slots.
 
         Two slots are vanilla SimSiam: loss = -(mean cos(p1, z2) + mean cos(p2, z1)) / 2, z without gradient.
         """
+        slots = views.global_views
         projections = [self.projector(self.backbone(slot)) for slot in slots]
         predictions = [self.predictor(projection).float() for projection in projections]
         targets = [projection.detach().float() for projection in projections]
@@ -58,21 +62,22 @@ class SimSiam(nn.Module):
 
 
 def score_pairs(
-    projections_VBD: Float[Tensor, "views batch dim"], predictions_VBD: Float[Tensor, "views batch dim"]
+    projections_VBD: Float[Tensor, "views batch dim"],
+    predictions_VBD: Float[Tensor, "views batch dim"],
+    pairs: Int64[Tensor, "pairs 2"],
 ) -> Float[Tensor, "batch pairs"]:
-    """Score every pair of views by the SimSiam loss it would give; higher is harder.
+    """Score pairs of views by the SimSiam loss they would give; higher is harder.
 
-    score(m, n) = -(cos(p_m, z_n) + cos(p_n, z_m)) / 2, in [-1, 1]. Columns follow `pair_table(V)`.
+    score(m, n) = -(cos(p_m, z_n) + cos(p_n, z_m)) / 2, in [-1, 1].
 
     Raises:
-        ShapeError: fewer than two views, or shapes that differ.
+        ShapeError: shapes that differ.
 
     Source: Ferreira et al., ICLR 2025; automl/hvp select_crops.py:10-38.
     Differs: all pairs at once instead of a running minimum of the similarity, so ties go to the lowest pair.
     """
     if projections_VBD.shape != predictions_VBD.shape:
         raise ShapeError(f"projections {projections_VBD.shape} and predictions {predictions_VBD.shape} differ in shape")
-    pairs = torch.from_numpy(pair_table(projections_VBD.shape[0])).to(projections_VBD.device)
     targets, predicted = F.normalize(projections_VBD, dim=-1), F.normalize(predictions_VBD, dim=-1)
     first, second = pairs[:, 0], pairs[:, 1]
     forward = (predicted[first] * targets[second]).sum(dim=-1)

@@ -1,7 +1,19 @@
-"""The candidates: all unordered pairs of views, in lexicographic order."""
+"""The candidates: which views an image may be trained on, and what a method says about how hard they are.
+
+A candidate is a pair of global views and, with multi-crop, a set of k local views. All losses of this package are
+additive in the views, so a method scores the pairs and what each local view adds to each pair; nobody ever lists the
+P * C(L, k) candidates (51,480 for DINO's 4 + 16 views).
+
+Legend: V global views, L local views, B images, P pairs, k local views trained on.
+"""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hvp_ray.errors import ShapeError
 
@@ -11,12 +23,81 @@ def num_pairs(num_views: int) -> int:
     return num_views * (num_views - 1) // 2
 
 
-def pair_table(num_views: int) -> NDArray[np.int64]:
-    """Return the view indices of every pair, [P, 2]: (0,1), (0,2), ..., (1,2), ...
+def pair_table(num_views: int, *, alternating: bool = False) -> NDArray[np.int64]:
+    """Return the view indices of every pair, [P, 2].
+
+    All unordered pairs in lexicographic order, (0,1), (0,2), ..., (1,2), ...; `alternating`: all (even view, odd view),
+    (0,1), (0,3), ..., (2,1), ..., so that both slots keep the transform that they have in the vanilla arm.
 
     Raises:
         ShapeError: fewer than two views.
     """
     if num_views < 2:
         raise ShapeError(f"{num_views=}: a pair needs two views")
+    if alternating:
+        pairs = [(even, odd) for even in range(0, num_views, 2) for odd in range(1, num_views, 2)]
+        return np.array(pairs, dtype=np.int64)
     return np.argwhere(np.triu(np.ones((num_views, num_views), dtype=bool), k=1)).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """What can be chosen for an image."""
+
+    num_views: int
+    """Global views."""
+
+    num_local_views: int = 0
+    """Local views."""
+
+    num_chosen_local_views: int = 0
+    """Local views that are trained on."""
+
+    alternating: bool = False
+    """Pairs are (even view, odd view) only; see `pair_table`."""
+
+    def __post_init__(self) -> None:
+        if self.num_views < 2:
+            raise ShapeError(f"num_views={self.num_views}: a pair needs two views")
+        if not 0 <= self.num_chosen_local_views <= self.num_local_views:
+            raise ShapeError(
+                f"num_chosen_local_views={self.num_chosen_local_views} must be from 0 to "
+                f"num_local_views={self.num_local_views}"
+            )
+
+    @property
+    def pairs(self) -> NDArray[np.int64]:
+        """[P, 2]."""
+        return pair_table(self.num_views, alternating=self.alternating)
+
+    @property
+    def count(self) -> int:
+        """P * C(L, k)."""
+        return len(self.pairs) * math.comb(self.num_local_views, self.num_chosen_local_views)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CandidateScores:
+    """How hard every candidate is: the loss that it would give; higher is harder.
+
+    The score of (pair p, local views l_1 .. l_k) is pairs_BP[p] + locals_BPL[p, l_1] + ... + locals_BPL[p, l_k].
+    """
+
+    pairs_BP: Float[Tensor, "batch pairs"]  # noqa: N815 (shape letters)
+    """Columns as `Candidates.pairs`."""
+
+    locals_BPL: Float[Tensor, "batch pairs locals"] | None = None  # noqa: N815
+    """What each local view adds; None: there are no local views."""
+
+    def mean(self, num_chosen_local_views: int) -> Float[Tensor, " batch"]:
+        """Return the mean over all candidates of each image: what a random candidate would give."""
+        pairs = self.pairs_BP
+        if self.locals_BPL is not None:
+            pairs = pairs + num_chosen_local_views * self.locals_BPL.mean(dim=2)
+        return pairs.mean(dim=1)
+
+    def best_of_pairs(self, num_chosen_local_views: int) -> Float[Tensor, "batch pairs"]:
+        """Return for each pair the score of its hardest candidate."""
+        if self.locals_BPL is None:
+            return self.pairs_BP
+        return self.pairs_BP + self.locals_BPL.topk(num_chosen_local_views, dim=2).values.sum(dim=2)

@@ -2,34 +2,38 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hvp_ray.selection.candidates import Candidates, CandidateScores
+
 ScoringBatchNorm = Literal["batch", "faithful", "running"]
+V = TypeVar("V")
 
 
 def score_views(
-    score: Callable[[Float[Tensor, "views batch channels height width"]], Float[Tensor, "batch pairs"]],
-    views_VB: Float[Tensor, "views batch channels height width"],
+    score: Callable[[V, Candidates], CandidateScores],
+    views: V,
+    candidates: Candidates,
     *,
     module: nn.Module,
     batch_norm: ScoringBatchNorm = "batch",
-) -> Float[Tensor, "batch pairs"]:
-    """Score all pairs of views without a trace: no gradient, and BatchNorm as `batch_norm` says.
+) -> CandidateScores:
+    """Score all candidates without a trace: no gradient, and BatchNorm as `batch_norm` says.
 
     Args:
         score: the method's scoring function; it forwards all views at once.
-        views_VB: normalised views.
+        views: normalised views (`hvp_ray.methods.method.ViewTensors`).
+        candidates: what can be chosen.
         module: the network that `score` uses, in training mode.
         batch_norm: batch (statistics of these views, running statistics untouched), faithful (as the authors' code:
             scoring moves the running statistics), running (the running statistics).
     """
     with torch.no_grad(), batch_norm_for_scoring(module, batch_norm):
-        return score(views_VB)
+        return score(views, candidates)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ def requests_of_rank(
             first_position=order.first_position(step) + rank * per_rank,
             sample_ids=order.sample_ids_of_step(step, rank=rank, num_ranks=num_ranks),
             num_views=config.selection.num_views_at(step),
+            num_local_views=config.selection.num_local_views_at(step),
             known_replacements=known_replacements.get(step, ()),
         )
 

@@ -13,8 +13,10 @@ USABLE_STORE_FRACTION = 0.7
 def batch_bytes(config: RunConfig) -> int:
     """Return the bytes of pixels of one rank's largest batch."""
     selection, views = config.selection, config.views
-    num_views = max(selection.num_views_at(0), selection.num_views_at(1))
-    return num_views * config.images_per_rank * views.global_views.size_px**2 * 3
+    pixels = selection.num_views_at(0) * views.global_views.size_px**2
+    if views.local_views is not None:
+        pixels += selection.num_local_views_at(0) * views.local_views.size_px**2
+    return pixels * config.images_per_rank * 3
 
 
 def look_ahead_bytes(config: RunConfig) -> int:

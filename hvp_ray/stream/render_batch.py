@@ -3,6 +3,7 @@
 This is all that a view worker does. It knows no Ray: `InlineViews` calls it in the trainer's own process.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.randomness import Purpose, draw_stream
 from hvp_ray.records import BatchRequest, EncodedBatch, Replacement, ViewBatch, ViewPlan, Views
+from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.renderer import Renderer, build_renderer
 
@@ -109,6 +111,23 @@ def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
     raise AssertionError("unreachable")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Purposes:
+    """The streams that the plans of a batch are drawn from."""
+
+    global_views: Purpose
+    local_views: Purpose
+    masks: Purpose
+
+
+_FIRST_CHOICE = _Purposes(global_views=Purpose.GLOBAL_VIEWS, local_views=Purpose.LOCAL_VIEWS, masks=Purpose.MASKS)
+_REPLACEMENT = _Purposes(
+    global_views=Purpose.REPLACEMENT_VIEWS,
+    local_views=Purpose.REPLACEMENT_LOCAL_VIEWS,
+    masks=Purpose.REPLACEMENT_MASKS,
+)
+
+
 class _Assembly:
     """One batch while it is put together."""
 
@@ -141,9 +160,7 @@ class _Assembly:
                     failures[index] = failure
         # What failed on its header is rendered as an empty image: it fails there at once, and is replaced below.
         readable = [b"" if index in failures else image for index, image in enumerate(images)]
-        self.global_plan, self.local_plan = self._draw_plans(
-            self.sample_ids, self.heights, self.widths, Purpose.GLOBAL_VIEWS, Purpose.LOCAL_VIEWS
-        )
+        self.global_plan, self.local_plan = self._draw_plans(self.sample_ids, self.heights, self.widths, _FIRST_CHOICE)
         rendered = self._context.renderer.render(readable, self.global_plan, self.local_plan)
         self.global_pixels, self.local_pixels = rendered.global_pixels, rendered.local_pixels
         failures = rendered.failures | failures
@@ -164,8 +181,7 @@ class _Assembly:
         sample_ids: NDArray[np.int64],
         heights: NDArray[np.int32],
         widths: NDArray[np.int32],
-        global_purpose: Purpose,
-        local_purpose: Purpose,
+        purposes: "_Purposes",
     ) -> tuple[ViewPlan, ViewPlan | None]:
         views, request = self._context.views, self._request
 
@@ -183,8 +199,21 @@ class _Assembly:
                 group=group,
             )
 
-        local_plan = draw(local_purpose, request.num_local_views, local=True) if request.num_local_views else None
-        return draw(global_purpose, request.num_views, local=False), local_plan
+        global_plan, local_plan = draw(purposes.global_views, request.num_views, local=False), None
+        if request.num_local_views:
+            local_plan = draw(purposes.local_views, request.num_local_views, local=True)
+        if views.masks is not None:
+            mask = draw_masks(
+                seed=self._context.seed,
+                purpose=purposes.masks,
+                epoch=request.epoch,
+                sample_ids=sample_ids,
+                num_views=request.num_views,
+                size_px=views.global_views.size_px,
+                masks=views.masks,
+            )
+            global_plan = dataclasses.replace(global_plan, mask=mask)
+        return global_plan, local_plan
 
     def _replace(self, failures: dict[int, str], known: dict[int, Replacement]) -> dict[int, str]:
         """Replace the failed indices by other images; return those that failed again."""
@@ -219,8 +248,7 @@ class _Assembly:
             self.sample_ids[rows],
             self.heights[rows],
             self.widths[rows],
-            Purpose.REPLACEMENT_VIEWS,
-            Purpose.REPLACEMENT_LOCAL_VIEWS,
+            _REPLACEMENT,
         )
         readable = [b"" if row in failed_again else image for row, image in zip(indices, images, strict=True)]
         rendered = self._context.renderer.render(readable, global_plan, local_plan)

@@ -12,6 +12,12 @@ logger = logging.getLogger(__name__)
 COLLAPSED_STD = 0.1
 """Below this `collapse/embedding_std` a warning is given; 1 is the value of an isotropic distribution."""
 
+COLLAPSED_INFORMATION = 0.02
+"""Below this `collapse/teacher_information`, in nats, a warning is given."""
+
+TEACHER_GRACE_STEPS = 100
+"""A fresh teacher says little about the image, so it is judged after so many steps."""
+
 
 def embedding_std(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
     """Return the standard deviation of the normalised embeddings over the batch, x sqrt(D).
@@ -31,21 +37,40 @@ def effective_rank(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
 
 
 class CollapseWatch:
-    """Warns once when the embeddings have collapsed, and again after they had recovered."""
+    """Warns when embeddings or teacher have collapsed, once, and again after they had recovered."""
 
     def __init__(self) -> None:
-        self._warned = False
+        self.num_warnings = 0
+        self._warned: set[str] = set()
 
-    def see(self, step: int, std: float) -> None:
-        """Take note of `collapse/embedding_std` at a step."""
-        if std < COLLAPSED_STD and not self._warned:
+    def see(self, step: int, values: dict[str, float]) -> None:
+        """Take note of the `collapse/` values of a step."""
+        std = values.get("collapse/embedding_std", float("nan"))
+        self._judge(
+            "embeddings",
+            step,
+            collapsed=std < COLLAPSED_STD,
+            recovered=std > 2 * COLLAPSED_STD,
+            finding=f"the embeddings have nearly collapsed (standard deviation x sqrt(D) = {std:.3f}, healthy is 1)",
+        )
+        information = values.get("collapse/teacher_information", float("nan"))
+        self._judge(
+            "teacher",
+            step,
+            collapsed=information < COLLAPSED_INFORMATION and step > TEACHER_GRACE_STEPS,
+            recovered=information > 2 * COLLAPSED_INFORMATION,
+            finding=f"the teacher's output hardly depends on the image any more ({information:.4f} nats)",
+        )
+
+    def _judge(self, what: str, step: int, *, collapsed: bool, recovered: bool, finding: str) -> None:
+        if collapsed and what not in self._warned:
             logger.warning(
-                "step %d: the embeddings have nearly collapsed (standard deviation x sqrt(D) = %.3f, healthy is 1): "
-                "lower the learning rate, check the data for near-duplicates, or train on easier views "
+                "step %d: %s: lower the learning rate, check the data for near-duplicates, or train on easier views "
                 "(selection.every=2, a larger minimum of crop_scale)",
                 step,
-                std,
+                finding,
             )
-            self._warned = True
-        elif std > 2 * COLLAPSED_STD:
-            self._warned = False
+            self._warned.add(what)
+            self.num_warnings += 1
+        elif recovered:
+            self._warned.discard(what)

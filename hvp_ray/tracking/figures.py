@@ -1,5 +1,6 @@
 """Pictures of a run: candidate views with the chosen pair framed, overlap of chosen and other pairs, the loss."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +13,119 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from hvp_ray.records import ViewBatch
-from hvp_ray.selection.candidates import pair_table
+from hvp_ray.records import ViewBatch, ViewPlan, Views
 from hvp_ray.views.geometry import crop_iou
 
 _CHOSEN, _OTHER = "#c1440e", "#4878a8"
 
 
-def draw_candidates(
-    path: Path,
-    batch: ViewBatch,
-    rows: NDArray[np.int64],
-    originals: list[NDArray[np.uint8]],
-    chosen: NDArray[np.int64],
-    scores_BP: NDArray[np.float32],
-) -> None:
-    """Draw images with their crops, their V views with the chosen pair framed, and the score of every pair.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnChoice:
+    """Which images of a batch are drawn, and what was chosen for them."""
+
+    rows: NDArray[np.int64]
+    """[N], which of the B images."""
+    pairs: NDArray[np.int64]
+    """[P, 2], view indices."""
+    chosen: NDArray[np.int64]
+    """[B], row of `pairs`."""
+    chosen_locals: NDArray[np.int64] | None
+    """[k, B]; None: there are no local views."""
+    scores_BP: NDArray[np.float32]  # noqa: N815 (shape letters)
+    """Loss of each pair, with its hardest local views."""
+
+
+def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uint8]], choice: DrawnChoice) -> None:
+    """Draw images with their crops, their views with the chosen ones framed, and the score of every pair.
 
     Args:
         path: PNG to write.
         batch: the views of B images.
-        rows: [N], which of the B images are drawn.
         originals: N decoded images.
-        chosen: [B], row of `pair_table(V)`.
-        scores_BP: loss that each pair would give.
+        choice: what was chosen.
     """
-    views, plan = batch.global_views.pixels, batch.global_views.plan
-    num_views, num_images = views.shape[0], len(rows)
-    pairs = pair_table(num_views)
-    ious = crop_iou(plan.top, plan.left, plan.height, plan.width, pairs)
+    plan = batch.global_views.plan
+    num_views, num_images = plan.num_views, len(choice.rows)
+    has_locals = batch.local_views is not None
+    ious = crop_iou(plan.top, plan.left, plan.height, plan.width, choice.pairs)
+    ratios = [1.0] * (num_views + 1) + ([1.6] if has_locals else []) + [1.5]
     figure, axes = plt.subplots(
         num_images,
-        num_views + 2,
-        figsize=(1.9 * (num_views + 2) + 0.6, 2.0 * num_images),
+        len(ratios),
+        figsize=(1.9 * sum(ratios), 2.0 * num_images),
         squeeze=False,
-        width_ratios=[1.0] * (num_views + 1) + [1.5],
+        width_ratios=ratios,
         layout="constrained",
     )
-    for line, row in enumerate(rows.tolist()):
-        pair = pairs[chosen[row]]
-        original = axes[line][0]
-        original.imshow(originals[line])
-        original.set_axis_off()
+    for line, row in enumerate(choice.rows.tolist()):
+        pair = choice.pairs[choice.chosen[row]]
+        axes[line][0].imshow(originals[line])
+        axes[line][0].set_axis_off()
         for view in range(num_views):
-            is_chosen = view in pair
-            color = _CHOSEN if is_chosen else _OTHER
-            corner = (plan.left[view, row] - 0.5, plan.top[view, row] - 0.5)
-            original.add_patch(
-                Rectangle(
-                    corner, plan.width[view, row], plan.height[view, row], fill=False, edgecolor=color,
-                    linewidth=2.2 if is_chosen else 1.0, linestyle="-" if is_chosen else "--",
-                )
-            )  # fmt: skip
-            axis = axes[line][view + 1]
-            axis.imshow(views[view, row], interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
-            for spine in axis.spines.values():
-                spine.set_edgecolor(_CHOSEN if is_chosen else "#dddddd")
-                spine.set_linewidth(4.0 if is_chosen else 1.0)
-            axis.set_title(f"view {view}", fontsize=8, color=color if is_chosen else "#666666")
-        _draw_scores(axes[line][-1], pairs, scores_BP[row], ious[row], int(chosen[row]))
+            _draw_crop(axes[line][0], plan, view, row, is_chosen=view in pair)
+            _draw_view(axes[line][view + 1], batch.global_views, view, row, is_chosen=view in pair)
+        if batch.local_views is not None:
+            chosen_locals = set() if choice.chosen_locals is None else set(choice.chosen_locals[:, row].tolist())
+            _draw_local_views(axes[line][num_views + 1], batch.local_views.pixels[:, row], chosen_locals)
+        _draw_scores(axes[line][-1], choice.pairs, choice.scores_BP[row], ious[row], int(choice.chosen[row]))
     axes[0][0].set_title("image and crops", fontsize=8)
+    if has_locals:
+        axes[0][num_views + 1].set_title("local views", fontsize=8)
     axes[0][-1].set_title("loss of each pair, and its overlap", fontsize=8)
-    figure.suptitle("Candidate views, scored with the final weights: the hardest pair is framed", fontsize=10)
+    figure.suptitle("Candidate views, scored with the final weights: the hardest choice is framed", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_crop(axis: Any, plan: ViewPlan, view: int, row: int, *, is_chosen: bool) -> None:
+    axis.add_patch(
+        Rectangle(
+            (plan.left[view, row] - 0.5, plan.top[view, row] - 0.5),
+            plan.width[view, row],
+            plan.height[view, row],
+            fill=False,
+            edgecolor=_CHOSEN if is_chosen else _OTHER,
+            linewidth=2.2 if is_chosen else 1.0,
+            linestyle="-" if is_chosen else "--",
+        )
+    )
+
+
+def _draw_view(axis: Any, views: Views, view: int, row: int, *, is_chosen: bool) -> None:
+    pixels = views.pixels[view, row]
+    if views.plan.mask is not None:
+        pixels = _grey_out(pixels, views.plan.mask[view, row])
+    axis.imshow(pixels, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_edgecolor(_CHOSEN if is_chosen else "#dddddd")
+        spine.set_linewidth(4.0 if is_chosen else 1.0)
+    axis.set_title(f"view {view}", fontsize=8, color=_CHOSEN if is_chosen else "#666666")
+
+
+def _grey_out(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Cover the masked patches with grey, so that what the student sees can be guessed."""
+    cell_px = pixels.shape[0] // mask.shape[0]
+    covered = mask.repeat(cell_px, axis=0).repeat(cell_px, axis=1)[..., None]
+    return np.where(covered, pixels // 4 + 96, pixels).astype(np.uint8)
+
+
+def _draw_local_views(axis: Any, views: NDArray[np.uint8], chosen: set[int]) -> None:
+    """Draw local views [L, s, s, 3] as a mosaic."""
+    count, size_px = views.shape[0], views.shape[1]
+    columns = max(1, int(np.ceil(np.sqrt(1.6 * count))))
+    lines, cell = -(-count // columns), size_px + max(2, size_px // 8)
+    mosaic = np.full((lines * cell, columns * cell, 3), 255, np.uint8)
+    for index in range(count):
+        top, left = index // columns * cell, index % columns * cell
+        mosaic[top : top + size_px, left : left + size_px] = views[index]
+        is_chosen = index in chosen
+        corner = (left - 0.5, top - 0.5)
+        color, width = (_CHOSEN, 2.2) if is_chosen else ("#dddddd", 0.6)
+        axis.add_patch(Rectangle(corner, size_px, size_px, fill=False, edgecolor=color, linewidth=width))
+    axis.imshow(mosaic, interpolation="nearest")
+    axis.set_axis_off()
 
 
 def _draw_scores(
@@ -112,10 +160,10 @@ def draw_curves(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
         written.append(path)
     if any("train/loss" in record["metrics"] for record in records):
         path = folder / "loss.png"
-        series = {"train/loss": ("training loss, chosen pairs", _CHOSEN)}
+        series = {"train/loss": ("training loss, chosen views", _CHOSEN)}
         if any("selection/other_score" in record["metrics"] for record in records):
-            series["selection/other_score"] = ("scoring pass: other pairs, mean", _OTHER)
-        _draw_series(path, records, series, title="Loss", y_label="negative cosine similarity")
+            series["selection/other_score"] = ("scoring pass: other candidates, mean", _OTHER)
+        _draw_series(path, records, series, title="Loss", y_label="loss")
         written.append(path)
     return written
 

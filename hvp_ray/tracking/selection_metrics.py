@@ -1,4 +1,4 @@
-"""What was chosen: loss, overlap and colour distance of the chosen pairs against all others.
+"""What was chosen: loss, overlap, colour distance and masks of the chosen views against all others.
 
 Source: analysis of the HVP authors (overlap in px of the original image; colour distance Euclidean over the four
 factors, zeros without jitter).
@@ -8,34 +8,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.records import ViewPlan
-from hvp_ray.selection.candidates import pair_table
+from hvp_ray.selection import Candidates, CandidateScores, Selection
 from hvp_ray.views.geometry import crop_iou
 
 
-def color_distances(plan: ViewPlan) -> NDArray[np.float32]:
-    """Return the distance of the colour factors of every pair, [B, P]."""
-    pairs = pair_table(plan.num_views)
+def color_distances(plan: ViewPlan, pairs: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the distance of the colour factors of both views of every pair, [B, P]."""
     factors = np.stack([plan.brightness - 1, plan.contrast - 1, plan.saturation - 1, plan.hue_turns], axis=-1)
     difference = factors[pairs[:, 0]] - factors[pairs[:, 1]]
     distances: NDArray[np.float32] = np.sqrt((difference**2).sum(axis=-1)).T
     return distances
 
 
-def describe_selection(
-    plan: ViewPlan, chosen: NDArray[np.int64], scores_BP: NDArray[np.float32] | None
-) -> dict[str, float]:
-    """Return the `selection/` metrics of one batch.
+def describe_pairs(plan: ViewPlan, candidates: Candidates, chosen: NDArray[np.int64]) -> dict[str, float]:
+    """Return overlap and colour distance of chosen and other pairs of one batch.
 
     Args:
         plan: of the V global views.
-        chosen: [B], row of `pair_table(V)` of each image.
-        scores_BP: loss of every pair; None: not scored.
+        candidates: what could be chosen.
+        chosen: [B], row of `candidates.pairs` of each image.
     """
-    ious = crop_iou(plan.top, plan.left, plan.height, plan.width, pair_table(plan.num_views))
+    pairs = candidates.pairs
+    ious = crop_iou(plan.top, plan.left, plan.height, plan.width, pairs)
     metrics = {}
-    for name, values in (("iou", ious), ("color_distance", color_distances(plan)), ("score", scores_BP)):
-        if values is None:
-            continue
+    for name, values in (("iou", ious), ("color_distance", color_distances(plan, pairs))):
         chosen_values = np.take_along_axis(values, chosen[:, None], axis=1)[:, 0].astype(np.float64)
         metrics[f"selection/chosen_{name}"] = float(chosen_values.mean())
         if values.shape[1] > 1:
@@ -44,3 +40,31 @@ def describe_selection(
     if ious.shape[1] > 1:
         metrics["selection/min_iou_share"] = float((ious.argmin(axis=1) == chosen).mean())
     return metrics
+
+
+def describe_scores(scores: CandidateScores, selection: Selection, candidates: Candidates) -> dict[str, float]:
+    """Return the loss of the chosen candidates, and the mean of all others, in the scoring pass."""
+    mean = scores.mean(candidates.num_chosen_local_views).double()
+    if selection.scores is None:
+        return {"selection/mean_score": float(mean.mean())}
+    chosen = selection.scores.double()
+    metrics = {"selection/chosen_score": float(chosen.mean())}
+    if candidates.count > 1:
+        others = (mean * candidates.count - chosen) / (candidates.count - 1)
+        metrics["selection/other_score"] = float(others.mean())
+    return metrics
+
+
+def describe_masks(mask: NDArray[np.bool_], view_indices: NDArray[np.int64]) -> dict[str, float]:
+    """Return how many of the chosen views, and of all candidates, are not masked at all.
+
+    Args:
+        mask: [V, B, rows, columns].
+        view_indices: [S, B], the chosen views.
+    """
+    unmasked = ~mask.any(axis=(2, 3))
+    chosen = np.take_along_axis(unmasked, view_indices, axis=0)
+    return {
+        "selection/unmasked_share": float(chosen.mean()),
+        "selection/unmasked_share_offered": float(unmasked.mean()),
+    }

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from hvp_ray.config import RunConfig
+from hvp_ray.methods.method import StepPosition
 from hvp_ray.stream.batches import BatchStream
 from hvp_ray.stream.device import DeviceBatch
-from hvp_ray.training.optimizers import set_learning_rate
-from hvp_ray.training.schedules import learning_rate_at
+from hvp_ray.training.optimizers import set_schedule
+from hvp_ray.training.schedules import learning_rate_at, weight_decay_at
 from hvp_ray.training.step import StepMetrics, Trainee, train_step
 
 
@@ -75,14 +76,10 @@ def run_loop(
         if step == first_step:
             started_at = last_at = time.perf_counter()
         observer.before_step(batch)
-        rate = learning_rate_at(
-            config.optimizer,
-            step,
-            num_steps=num_steps,
-            steps_per_epoch=steps_per_epoch,
-            images_per_step=config.training.images_per_step,
-        )
-        set_learning_rate(trainee.optimizer, rate)
+        position = StepPosition(step=step, num_steps=num_steps, steps_per_epoch=steps_per_epoch)
+        rate = learning_rate_at(config.optimizer, position, images_per_step=config.training.images_per_step)
+        set_schedule(trainee.optimizer, learning_rate=rate, weight_decay=weight_decay_at(config.optimizer, position))
+        trainee.method.begin_step(position)
         metrics = train_step(trainee, batch, config, stop_requested=observer.stop_requested())
         steps_done = step + 1
         observer.after_step(steps_done, batch, metrics, rate)

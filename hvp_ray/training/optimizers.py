@@ -1,29 +1,70 @@
-"""The optimizer of a method, with the parameters whose rate stays constant in a group of their own."""
+"""The optimizer of a method, in parameter groups by what follows a schedule and what decays."""
 
 import torch
+from timm.optim import Lars
 from torch import nn
 
 from hvp_ray.config import OptimizerConfig
+from hvp_ray.methods.method import Method
 from hvp_ray.training.schedules import base_learning_rate
 
-CONSTANT_RATE_GROUP = 1
-"""Index of the parameter group that keeps the initial learning rate."""
+_SCHEDULED, _DECAYS = "follows_schedule", "decays"
+"""Keys of a parameter group."""
 
 
-def build_optimizer(method: nn.Module, config: OptimizerConfig, *, images_per_step: int) -> torch.optim.Optimizer:
-    """SGD with momentum; group 0 follows the schedule, group 1 keeps the initial rate (may be empty)."""
-    constant: list[nn.Parameter] = method.constant_rate_parameters() if config.constant_predictor_rate else []  # type: ignore[operator]
-    constant_ids = {id(parameter) for parameter in constant}
-    scheduled = [parameter for parameter in method.parameters() if id(parameter) not in constant_ids]
-    groups = [{"params": scheduled}, {"params": constant}]
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        lr=base_learning_rate(config, images_per_step),
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step: int) -> torch.optim.Optimizer:
+    """Build SGD, LARS or AdamW over the trained parameters of a method (a teacher's are not).
+
+    Groups differ in whether the learning rate follows the schedule (parameters that the method names keep the initial
+    one, if `constant_predictor_rate`) and in whether they decay (all do, unless `decay_exempts_vectors`).
+    """
+    constant = {id(p) for p in method.constant_rate_parameters()} if config.constant_predictor_rate else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in method.parameters():
+        if parameter.requires_grad:
+            decays = not (config.decay_exempts_vectors and parameter.ndim <= 1)
+            groups.setdefault((id(parameter) not in constant, decays), []).append(parameter)
+    described = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            _SCHEDULED: scheduled,
+            _DECAYS: decays,
+        }
+        for (scheduled, decays), parameters in groups.items()
+    ]
+    rate = base_learning_rate(config, images_per_step)
+    match config.name:
+        case "sgd":
+            return torch.optim.SGD(described, lr=rate, momentum=config.momentum)
+        case "lars":
+            # timm adapts the rate of groups with weight decay only, which is what the exemption of vectors means.
+            lars: torch.optim.Optimizer = Lars(described, lr=rate, momentum=config.momentum, trust_coeff=0.001)
+            return lars
+        case "adamw":
+            return torch.optim.AdamW(described, lr=rate)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of the scheduled group."""
-    optimizer.param_groups[0]["lr"] = rate
+def set_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:
+    """Set the learning rate of the scheduled groups, and the weight decay of those that decay."""
+    for group in optimizer.param_groups:
+        if group[_SCHEDULED]:
+            group["lr"] = learning_rate
+        if group[_DECAYS]:
+            group["weight_decay"] = weight_decay
+
+
+def clip_gradients(method: nn.Module, config: OptimizerConfig) -> torch.Tensor | None:
+    """Clip as configured; return the global norm before clipping, or None where clipping is off.
+
+    Source: global as automl/hvp (branch dino); tensor as facebookresearch/dino utils.py:132-141 and bytedance/ibot.
+    """
+    if config.clip_gradient_norm is None:
+        return None
+    gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
+    if config.clip_scope == "global":
+        return nn.utils.clip_grad_norm_(method.parameters(), config.clip_gradient_norm)
+    norms = torch._foreach_norm(gradients)
+    factors = [(config.clip_gradient_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    torch._foreach_mul_(gradients, factors)
+    return torch.stack(list(norms)).norm()

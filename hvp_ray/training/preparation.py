@@ -120,7 +120,8 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     )
     identity = identity_digest(parts)
     output = output_folder(config)
-    name = config.run.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
+    name = config.run.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = output / name
     commit = _git_commit()
     if is_writer:

@@ -20,26 +20,21 @@ import torch
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
 from hvp_ray.data.dataset import Dataset, open_dataset
-from hvp_ray.data.decode import decode_rgb
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
-from hvp_ray.records import BatchRequest
-from hvp_ray.selection import choose_pairs, score_views
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
-from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.stream.stats import StreamStats
-from hvp_ray.tracking.figures import draw_candidates, draw_curves
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun
 from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.training.loop import LoopResult, run_loop
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.recorder import RunRecorder
+from hvp_ray.training.run_figures import draw_figures
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import Trainee
-from hvp_ray.views.normalise import normalise_views
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +138,7 @@ def train_rank(
         return None
     summary = _summarize(job, dataset, order, trainee, stream.stats, result)
     summary |= {"num_unreadable_images": len(_unreadable_ids(job.run_dir)), **cluster_facts()}
+    summary["num_collapse_warnings"] = recorder.collapse.num_warnings
     return _report(job, dataset, trainee, feed, summary)
 
 
@@ -249,12 +245,12 @@ def _report(
     job: RunJob, dataset: Dataset, trainee: Trainee, feed: MlflowFeed | None, summary: dict[str, Any]
 ) -> dict[str, Any]:
     """Evaluate, draw, export, and end the MLflow run; the weights are safe in a checkpoint by now."""
-    backbone = trainee.method.backbone
-    assert isinstance(backbone, torch.nn.Module)
+    config = job.config
+    backbone = trainee.method.encoder
     backbone_path = job.run_dir / "backbone.safetensors"
-    export_backbone(backbone, job.config.method.backbone, backbone_path)
-    summary |= _knn_results(job.config, dataset, backbone, trainee.device)
-    figures = _draw_figures(job, dataset, trainee) if job.config.tracking.num_figure_images else []
+    export_backbone(backbone, config.method.backbone, backbone_path)
+    summary |= _knn_results(config, dataset, backbone, trainee.device)
+    figures = draw_figures(config, dataset, trainee, job.run_dir) if config.tracking.num_figure_images else []
     summary["mlflow_run_id"] = None
     if feed is not None:
         numbers = {
@@ -281,8 +277,7 @@ def _knn_results(
     if knn_data is None:
         logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
         return dict.fromkeys(names)
-    untrained = build_untrained_method(config).backbone
-    assert isinstance(untrained, torch.nn.Module)
+    untrained = build_untrained_method(config).encoder
     results = {
         "": evaluate_encoder(backbone, knn_data, config, device),
         "_untrained": evaluate_encoder(untrained.to(device), knn_data, config, device),
@@ -291,46 +286,3 @@ def _knn_results(
     top1 = {f"knn_top1{suffix}": result["top1"] for suffix, result in results.items()}
     few: dict[str, float | None] = {f"knn5shot_top1{suffix}": result["5shot"] for suffix, result in results.items()}
     return few | top1
-
-
-def _draw_figures(job: RunJob, dataset: Dataset, trainee: Trainee) -> list[Path]:
-    folder = job.run_dir / "figures"
-    folder.mkdir(exist_ok=True)
-    figures = draw_curves(folder, list(read_journal(job.run_dir / "metrics.jsonl")))
-    candidates = _draw_candidate_views(job, dataset, trainee, folder / "candidate_views.png")
-    return [candidates, *figures]
-
-
-def _draw_candidate_views(job: RunJob, dataset: Dataset, trainee: Trainee, path: Path) -> Path:
-    """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
-    config = job.config
-    context = build_render_context(config, dataset, "cpu")
-    # BatchNorm scores with the statistics of the batch, so more images are scored than are drawn.
-    num_scored = min(len(dataset.training_ids), max(64, config.tracking.num_figure_images))
-    spread = np.linspace(0, len(dataset.training_ids) - 1, num_scored).astype(np.int64)
-    shown = slice(0, None, max(1, num_scored // config.tracking.num_figure_images))
-    request = BatchRequest(
-        step=0,
-        epoch=config.training.epochs,
-        first_position=0,
-        sample_ids=dataset.training_ids[spread],
-        num_views=config.selection.num_views,
-    )
-    batch = render_batch(context, request)
-    views_VB = normalise_views(torch.from_numpy(batch.global_views.pixels).to(trainee.device), config.views)
-    scores_BP = score_views(trainee.score, views_VB, module=trainee.method, batch_norm="batch").float()
-    chosen = choose_pairs(
-        "hardest",
-        num_views=config.selection.num_views,
-        num_images=num_scored,
-        device=trainee.device,
-        scores_BP=scores_BP,
-    ).pair_indices
-    assert chosen is not None
-    rows = np.arange(num_scored)[shown][: config.tracking.num_figure_images]
-    originals = [
-        decode_rgb(dataset.source.read([int(batch.sample_ids[row])])[0], max_pixels=config.data.max_image_pixels)
-        for row in rows
-    ]
-    draw_candidates(path, batch, rows, originals, chosen.cpu().numpy(), scores_BP.cpu().numpy())
-    return path

@@ -10,7 +10,7 @@ from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
 from hvp_ray.tracking.journal import Journal, UnreadableLog
-from hvp_ray.tracking.selection_metrics import describe_selection
+from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, describe_scores
 from hvp_ray.training.checkpoint import CheckpointStore
 from hvp_ray.training.progress import Progress, ReportProgress
 from hvp_ray.training.setup import take_checkpoint
@@ -44,7 +44,7 @@ class RunRecorder:
         self._report_progress = report_progress
         self._num_steps = num_steps
         self._steps_per_epoch = steps_per_epoch
-        self._collapse = CollapseWatch()
+        self.collapse = CollapseWatch()
         self._stop_requested = False
         self._started_at: float | None = None
         self._last = (time.perf_counter(), 0, 0.0)  # time, steps, waiting at the last record
@@ -70,7 +70,7 @@ class RunRecorder:
         values["train/learning_rate"] = learning_rate
         values["train/epoch"] = steps_done / self._steps_per_epoch
         self._journal.write({"step": steps_done, "time": time.time(), "metrics": values})
-        self._collapse.see(steps_done, values["collapse/embedding_std"])
+        self.collapse.see(steps_done, values)
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now
@@ -110,11 +110,16 @@ class RunRecorder:
         values["collapse/embedding_std"] = float(embedding_std(metrics.embeddings))
         if steps_done % (10 * self._config.tracking.log_every_steps) == 1 or steps_done == self._num_steps:
             values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
-        pair_indices = metrics.selection.pair_indices
-        if pair_indices is not None:
-            scores = None if metrics.scores_BP is None else metrics.scores_BP.float().cpu().numpy()
-            chosen = pair_indices.cpu().numpy().astype(np.int64)
-            values |= describe_selection(batch.batch.global_views.plan, chosen, scores)
+        values |= {name: float(value) for name, value in metrics.measurements.items()}
+        plan = batch.batch.global_views.plan
+        if metrics.selection.pair_indices is not None:
+            chosen = metrics.selection.pair_indices.cpu().numpy().astype(np.int64)
+            values |= describe_pairs(plan, metrics.candidates, chosen)
+        if plan.mask is not None:
+            views = metrics.selection.view_indices.cpu().numpy().astype(np.int64)
+            values |= describe_masks(plan.mask, views)
+        if metrics.scores is not None:
+            values |= describe_scores(metrics.scores, metrics.selection, metrics.candidates)
         now, waited = time.perf_counter(), self._stats.wait_seconds
         last_at, last_steps, last_waited = self._last
         steps = self._steps_seen - last_steps

@@ -3,29 +3,27 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from hvp_ray.config import RunConfig
-from hvp_ray.distributed.world import World, mean_over_ranks
+from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.backbones import load_initial_weights
-from hvp_ray.methods.method import build_method
+from hvp_ray.methods.method import ALONE, Method, Ranks, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.training.checkpoint import Checkpoint
 from hvp_ray.training.optimizers import build_optimizer
 from hvp_ray.training.step import Trainee
 
 
-def build_untrained_method(config: RunConfig) -> nn.Module:
+def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     """Build the method with the initial weights of this run: the same on every rank, and at any time later."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
-        method = build_method(config.method)
+        method = build_method(config.method, ranks)
     if config.training.initial_weights is not None:
-        backbone = method.backbone
-        assert isinstance(backbone, nn.Module)
-        load_initial_weights(backbone, config.training.initial_weights)
+        for encoder in method.encoders:
+            load_initial_weights(encoder, config.training.initial_weights)
     return method
 
 
@@ -33,7 +31,9 @@ def build_trainee(config: RunConfig, world: World, device: torch.device, checkpo
     """Build everything a step needs, at the state of `checkpoint` or at the start."""
     if config.training.compile and device.type != "cuda":
         raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
-    method = synchronize_batch_norm(build_untrained_method(config), world, device)
+    ranks = Ranks(rank=world.rank, gather=gather_over_ranks)
+    method = synchronize_batch_norm(build_untrained_method(config, ranks), world, device)
+    assert isinstance(method, Method)
     if device.type == "cuda":
         on_device: Any = method.to(device)
         method = on_device.to(memory_format=torch.channels_last)
@@ -41,13 +41,14 @@ def build_trainee(config: RunConfig, world: World, device: torch.device, checkpo
     if checkpoint is not None:
         method.load_state_dict(checkpoint.method)
         optimizer.load_state_dict(checkpoint.optimizer)
-    wrapped, reduce_gradients = wrap_for_training(method, world, device)
-    score: Any = method.score
+    wrapped = wrap_for_training(method, world, device)
+    compiled = config.training.compile
     return Trainee(
         method=method,
-        training_forward=torch.compile(wrapped) if config.training.compile else wrapped,
-        score=torch.compile(score) if config.training.compile else score,
-        reduce_gradients=reduce_gradients,
+        training_forward=torch.compile(wrapped.forward) if compiled else wrapped.forward,
+        score=torch.compile(method.score) if compiled else method.score,
+        reduce_gradients=wrapped.reduce_gradients,
+        without_reduction=wrapped.without_reduction,
         optimizer=optimizer,
         mean_over_ranks=mean_over_ranks,
         device=device,

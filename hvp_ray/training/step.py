@@ -1,24 +1,28 @@
 """One training step of Hard View Pretraining, on one page: score -> choose -> gather -> train -> update.
 
-Legend: V views, B images, P pairs, S slots trained on.
+Legend: V global views, L local views, B images, P pairs, S slots trained on, k local views trained on.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from hvp_ray.config import RULES_THAT_SCORE, RunConfig
 from hvp_ray.errors import TrainingError
-from hvp_ray.methods.method import MethodLoss
+from hvp_ray.methods.method import Contrast, Method, MethodLoss, ViewTensors
 from hvp_ray.randomness import Purpose, draw_torch_seed
-from hvp_ray.selection import Selection, choose_pairs, gather_views, score_views
+from hvp_ray.records import ViewBatch
+from hvp_ray.selection import Candidates, CandidateScores, Selection, choose_views, score_views
+from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.device import DeviceBatch
-from hvp_ray.training.choosing import draw_random_pairs, pair_ious
-from hvp_ray.views.normalise import normalise_views
+from hvp_ray.training.choosing import candidates_of, draw_candidates, draw_random_locals, draw_random_pairs, pair_ious
+from hvp_ray.training.optimizers import clip_gradients
+from hvp_ray.training.pixel_views import PixelViews
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +33,13 @@ class StepMetrics:
     """Mean over all ranks."""
     gradient_norm: Float[Tensor, ""] | None
     """Before clipping; None: not computed."""
+    candidates: Candidates
     selection: Selection
-    scores_BP: Float[Tensor, "batch pairs"] | None  # noqa: N815 (shape letters)
-    """Loss that each pair would have given; None: the step did not score."""
+    scores: CandidateScores | None
+    """Loss that each candidate would have given; None: the step did not score."""
     embeddings: Float[Tensor, "batch dim"]
+    measurements: dict[str, Float[Tensor, ""]]
+    """What the method measured on this rank."""
     stop_requested: Float[Tensor, ""]
     """Above 0: some rank was asked to stop."""
 
@@ -41,13 +48,15 @@ class StepMetrics:
 class Trainee:
     """The parts of a model in training that a step needs."""
 
-    method: nn.Module
+    method: Method
     """The bare method: parameters, scoring."""
-    training_forward: Callable[[Tensor], MethodLoss]
+    training_forward: Callable[..., MethodLoss]
     """The method's forward as it is trained: wrapped, perhaps compiled."""
-    score: Callable[[Tensor], Tensor]
+    score: Callable[[ViewTensors, Candidates], CandidateScores]
     """The method's `score`, perhaps compiled."""
     reduce_gradients: Callable[[], None]
+    without_reduction: Callable[[], AbstractContextManager[None]]
+    """See `distributed.wrap.WrappedMethod`."""
     optimizer: torch.optim.Optimizer
     mean_over_ranks: Callable[[Tensor], Tensor]
     device: torch.device
@@ -55,80 +64,183 @@ class Trainee:
 
 
 def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_requested: bool = False) -> StepMetrics:
-    """Score the views with the current weights, choose one pair per image, and train on it.
+    """Score the views with the current weights, choose a candidate for each image, and train on it.
 
     Raises:
         TrainingError: the loss is not finite on some rank; raised on every rank, before the update.
     """
     step = batch.batch.step
     batch.wait()
-    is_hard = config.selection.is_hard_step(step)
-    rule = config.selection.rule if is_hard else "first"
+    pixels = PixelViews.of(batch)
+    candidates = candidates_of(config, step)
+    scores = _score(trainee, pixels, candidates, config, step)
+    selection = _choose(trainee, batch.batch, candidates, scores, config)
+    chosen = pixels.gather(selection)
 
-    scores_BP = None
-    if rule in RULES_THAT_SCORE or config.selection.score_always:
-        _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
-        scores_BP = _score(trainee, batch.global_pixels, config)
-    selection = choose_pairs(
-        rule,
-        num_views=batch.global_pixels.shape[0],
-        num_images=batch.global_pixels.shape[1],
-        device=trainee.device,
-        scores_BP=scores_BP,
-        iou_BP=pair_ious(batch.batch, trainee.device) if rule == "min_iou" else None,
-        random_pairs=draw_random_pairs(batch.batch, config.run.seed, trainee.device) if rule == "random" else None,
-    )
-    slots = gather_views(batch.global_pixels, selection.view_indices)
-
-    _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank)
-    with _autocast(config, trainee.device):
-        result = trainee.training_forward(normalise_views(slots, config.views))
-    stop = torch.tensor(float(stop_requested), device=trainee.device)
-    reduced = trainee.mean_over_ranks(torch.stack([result.loss.detach().float(), stop]))
-    finite = _AsyncFlag(torch.isfinite(reduced[0]))
-    trainee.optimizer.zero_grad(set_to_none=True)
-    result.loss.backward()
-    trainee.reduce_gradients()
-    if not finite.read():
+    trained = _forward_backward(trainee, chosen, config, step, stop_requested=stop_requested)
+    if not trained.finite.read():
         raise TrainingError(
-            f"the loss of step {step} is {reduced[0].item()} on at least one rank; the weights were not changed. Go back "
+            f"the loss of step {step} is {trained.loss.item()} on at least one rank; the weights were not changed. Go back "
             f"to an earlier checkpoint with a lower optimizer.learning_rate_per_256, or set optimizer.clip_gradient_norm"
         )
-    gradient_norm = None
-    if config.optimizer.clip_gradient_norm is not None:
-        parameters = trainee.method.parameters()
-        gradient_norm = nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_gradient_norm)
+    gradient_norm = clip_gradients(trainee.method, config.optimizer)
+    trainee.method.before_update()
     trainee.optimizer.step()
+    trainee.method.after_update(_mean_over_ranks(_mean_of_parts([r.statistics for r in trained.results]), trainee))
     return StepMetrics(
-        loss=reduced[0],
+        loss=trained.loss,
         gradient_norm=gradient_norm,
+        candidates=candidates,
         selection=selection,
-        scores_BP=scores_BP,
-        embeddings=result.embeddings,
-        stop_requested=reduced[1],
+        scores=scores,
+        embeddings=torch.cat([result.embeddings for result in trained.results]),
+        measurements=_mean_of_parts([result.measurements for result in trained.results]),
+        stop_requested=trained.stop_requested,
     )
 
 
-def _score(trainee: Trainee, pixels_VB: Tensor, config: RunConfig) -> Tensor:
-    views_VB = resize_for_scoring(normalise_views(pixels_VB, config.views), config.selection.scoring_resolution_px)
-    with _autocast(config, trainee.device):
-        return score_views(
-            trainee.score, views_VB, module=trainee.method, batch_norm=config.selection.scoring_batch_norm
-        )
+def _score(
+    trainee: Trainee, pixels: PixelViews, candidates: Candidates, config: RunConfig, step: int
+) -> CandidateScores | None:
+    """Score all candidates, part by part; None: the rule does not look at scores."""
+    rule = config.selection.rule if config.selection.is_hard_step(step) else "first"
+    if rule not in RULES_THAT_SCORE and not config.selection.score_always:
+        return None
+    _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
+    scores = []
+    for part in pixels.split(config.training.accumulation_steps):
+        views = resize_for_scoring(part.normalised(config), config, patch_px=trainee.method.patch_px)
+        with _autocast(config, trainee.device):
+            scores.append(
+                score_views(
+                    trainee.score,
+                    views,
+                    candidates,
+                    module=trainee.method,
+                    batch_norm=config.selection.scoring_batch_norm,
+                )
+            )
+    if len(scores) == 1:
+        return scores[0]
+    of_locals = [of_part.locals_BPL for of_part in scores if of_part.locals_BPL is not None]
+    return CandidateScores(
+        pairs_BP=torch.cat([of_part.pairs_BP for of_part in scores]),
+        locals_BPL=torch.cat(of_locals) if of_locals else None,
+    )
 
 
-def resize_for_scoring(
-    views_VB: Float[Tensor, "views batch channels height width"], resolution_px: int | None
+def _choose(
+    trainee: Trainee, batch: ViewBatch, candidates: Candidates, scores: CandidateScores | None, config: RunConfig
+) -> Selection:
+    selection, seed, device = config.selection, config.run.seed, trainee.device
+    rule = selection.rule if selection.is_hard_step(batch.step) else "first"
+    draws_locals = rule == "random" and candidates.num_chosen_local_views > 0
+    return choose_views(
+        rule,
+        candidates,
+        num_images=len(batch.sample_ids),
+        device=device,
+        scores=scores,
+        drawn=draw_candidates(candidates, selection.limit, seed=seed, step=batch.step, rank=trainee.rank)
+        if rule in RULES_THAT_SCORE
+        else None,
+        iou_BP=pair_ious(batch, candidates, device) if rule == "min_iou" else None,
+        random_pairs=draw_random_pairs(batch, candidates, seed, device) if rule == "random" else None,
+        random_locals=draw_random_locals(batch, candidates, seed, device) if draws_locals else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trained:
+    """Forward and backward of a step: gradients are in place."""
+
+    results: list[MethodLoss]
+    loss: Float[Tensor, ""]
+    stop_requested: Float[Tensor, ""]
+    finite: "_AsyncFlag"
+
+
+def _forward_backward(
+    trainee: Trainee, chosen: PixelViews, config: RunConfig, step: int, *, stop_requested: bool
+) -> _Trained:
+    parts = [part.normalised(config) for part in chosen.split(config.training.accumulation_steps)]
+    features = _contrast_features(trainee, parts, config, step)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    results: list[MethodLoss] = []
+    for part, views in enumerate(parts):
+        is_last = part == len(parts) - 1
+        _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
+        with nullcontext() if is_last else trainee.without_reduction():
+            with _autocast(config, trainee.device):
+                if features is None:
+                    results.append(trainee.training_forward(views))
+                else:
+                    results.append(trainee.training_forward(views, Contrast(features=features, part=part)))
+            if is_last:  # asked before the last backward, so that a GPU's host need not wait for that
+                stop = torch.tensor(float(stop_requested), device=trainee.device)
+                loss = torch.stack([result.loss.detach().float() for result in results]).mean()
+                reduced = trainee.mean_over_ranks(torch.stack([loss, stop]))
+                finite = _AsyncFlag(torch.isfinite(reduced[0]))
+            (results[-1].loss / len(parts)).backward()
+    trainee.reduce_gradients()
+    return _Trained(results=results, loss=reduced[0], stop_requested=reduced[1], finite=finite)
+
+
+def _contrast_features(trainee: Trainee, parts: list[ViewTensors], config: RunConfig, step: int) -> Tensor | None:
+    """Forward all parts once without gradient, where a part's loss needs the others; None: it does not."""
+    if len(parts) == 1:
+        return None
+    features = []
+    with torch.no_grad(), batch_norm_for_scoring(trainee.method, "batch"):
+        for part, views in enumerate(parts):
+            _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
+            with _autocast(config, trainee.device):
+                of_part = trainee.method.contrast_features(views)
+            if of_part is None:
+                return None
+            features.append(of_part)
+    return torch.stack(features)
+
+
+def _mean_of_parts(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(values) == 1:
+        return values[0]
+    return {name: torch.stack([of_part[name] for of_part in values]).mean(dim=0) for name in values[0]}
+
+
+def _mean_over_ranks(values: dict[str, Tensor], trainee: Trainee) -> dict[str, Tensor]:
+    """Average all values over the ranks in one collective."""
+    if not values:
+        return values
+    flat = trainee.mean_over_ranks(torch.cat([value.float().flatten() for value in values.values()]))
+    pieces = flat.split([value.numel() for value in values.values()])
+    return {name: piece.view_as(value) for (name, value), piece in zip(values.items(), pieces, strict=True)}
+
+
+def resize_for_scoring(views: ViewTensors, config: RunConfig, *, patch_px: int) -> ViewTensors:
+    """Scale views to `selection.scoring_resolution_px`, antialiased, on the device; None leaves them as they are.
+
+    Local views shrink by the same factor, to the nearest multiple of `patch_px`; a patch of a mask is masked where at least
+    half of what it stands for was.
+    """
+    resolution_px, size_px = config.selection.scoring_resolution_px, config.views.global_views.size_px
+    if resolution_px is None or resolution_px == size_px:
+        return views
+    local_views, masks = views.local_views, views.masks
+    if local_views is not None:
+        patches = max(1, round(local_views.shape[-1] * resolution_px / size_px / patch_px))
+        local_views = _resize(local_views, patches * patch_px)
+    if masks is not None:
+        grid = resolution_px // patch_px
+        masks = F.adaptive_avg_pool2d(masks.float(), (grid, grid)) >= 0.5
+    return ViewTensors(global_views=_resize(views.global_views, resolution_px), local_views=local_views, masks=masks)
+
+
+def _resize(
+    views_VB: Float[Tensor, "views batch channels height width"], size_px: int
 ) -> Float[Tensor, "views batch channels small_height small_width"]:
-    """Scale views down, antialiased, on the device; None or the same size leaves them as they are."""
-    if resolution_px is None or resolution_px == views_VB.shape[-1]:
-        return views_VB
     small = F.interpolate(
-        views_VB.flatten(0, 1),
-        size=(resolution_px, resolution_px),
-        mode="bilinear",
-        antialias=True,
-        align_corners=False,
+        views_VB.flatten(0, 1), size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False
     )
     return small.unflatten(0, views_VB.shape[:2])
 
@@ -137,9 +249,9 @@ def _autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bfloat16")
 
 
-def _seed_torch(config: RunConfig, purpose: Purpose, step: int, rank: int) -> None:
-    """Address dropout and drop path by (seed, step, rank, purpose): no state to save, nothing spills between passes."""
-    torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=purpose, step=step, rank=rank))
+def _seed_torch(config: RunConfig, purpose: Purpose, step: int, rank: int, part: int = 0) -> None:
+    """Address dropout and drop path by (seed, purpose, step, rank, part): no state to save, nothing spills over."""
+    torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=purpose, step=step, rank=rank, part=part))
 
 
 class _AsyncFlag:

@@ -1,7 +1,8 @@
 """Decide, then render: every random decision of augmentation, drawn as numbers before a pixel is touched.
 
 Each view takes a fixed block of `WORDS_PER_VIEW` random words, so switching one operation off changes no other
-decision, and view v of image i in epoch e is the same whatever the number of views is.
+decision, and view v of image i in epoch e is the same whatever the number of views is. Masks have words of their own
+(`masks.py`).
 """
 
 import numpy as np
@@ -54,7 +55,7 @@ def draw_plan(
     if group.odd is None:
         return _plan_from_words(words_VBK, heights, widths, group.even)
     parts = [_plan_from_words(words_VBK[v : v + 1], heights, widths, group.transform_of(v)) for v in range(num_views)]
-    fields = ViewPlan.__dataclass_fields__
+    fields = [name for name in ViewPlan.__dataclass_fields__ if name != "mask"]
     return ViewPlan(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvp_ray.selection import score_views
+from hvp_ray.selection import Candidates, CandidateScores, score_views
 
 
 def _network() -> nn.Module:
@@ -18,11 +18,11 @@ def _network() -> nn.Module:
 
 
 def _score(network: nn.Module, views: torch.Tensor, mode: str) -> torch.Tensor:
-    def score(views_VB: torch.Tensor) -> torch.Tensor:
+    def score(views_VB: torch.Tensor, candidates: Candidates) -> CandidateScores:
         out = network(views_VB.flatten(0, 1)).reshape(2, 6, -1)
-        return (out[0] * out[1]).sum(dim=-1, keepdim=True)
+        return CandidateScores(pairs_BP=(out[0] * out[1]).sum(dim=-1, keepdim=True))
 
-    return score_views(score, views, module=network, batch_norm=mode)
+    return score_views(score, views, Candidates(num_views=2), module=network, batch_norm=mode).pairs_BP
 
 
 @pytest.mark.parametrize("mode", ["batch", "running"])

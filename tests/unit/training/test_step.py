@@ -14,12 +14,14 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import TrainingError
-from hvp_ray.methods.method import build_method
+from hvp_ray.methods.method import StepPosition, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
+from hvp_ray.recipes import get_recipe
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context
 from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.rank import build_order
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import resize_for_scoring, train_step
@@ -111,7 +113,7 @@ def test_every_second_step_is_vanilla_and_renders_two_views(tmp_path: Path) -> N
     assert [batch.global_pixels.shape[0] for batch in batches] == [4, 2, 4, 2]
     trainee = build_trainee(config, World(), CPU, None)
     metrics = [train_step(trainee, batch, config) for batch in batches]
-    assert [m.scores_BP is not None for m in metrics] == [True, False, True, False]
+    assert [m.scores is not None for m in metrics] == [True, False, True, False]
 
 
 def test_scoring_always_changes_nothing_but_faithful_statistics(tmp_path: Path) -> None:
@@ -126,13 +128,29 @@ def test_scoring_always_changes_nothing_but_faithful_statistics(tmp_path: Path) 
     assert _digest(control, name="control") != _digest(plain, name="plain")
 
 
-def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size() -> None:
-    views = torch.randn(2, 3, 3, 16, 16)
-    assert resize_for_scoring(views, None) is views
-    assert resize_for_scoring(views, 16) is views
-    small = resize_for_scoring(views, 8)
-    assert small.shape == (2, 3, 3, 8, 8)
-    assert small.std() < views.std() * 0.7  # noise is averaged, not picked
+def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), recipe="ibot-digits")
+    views = ViewTensors(
+        global_views=torch.randn(2, 3, 3, 16, 16),
+        local_views=torch.randn(4, 3, 3, 8, 8),
+        masks=torch.zeros(2, 3, 4, 4, dtype=torch.bool),
+        max_masked_patches=8,
+    )
+    views.masks[0, 0, :2, :2] = views.masks[0, 0, 2, 2] = True
+    assert resize_for_scoring(views, config, patch_px=4) is views
+
+    def at(resolution_px: int) -> ViewTensors:
+        selection = dataclasses.replace(config.selection, scoring_resolution_px=resolution_px)
+        return resize_for_scoring(views, dataclasses.replace(config, selection=selection), patch_px=4)
+
+    assert at(16) is views
+    small = at(8)
+    assert small.global_views.shape == (2, 3, 3, 8, 8)
+    assert small.local_views.shape == (4, 3, 3, 4, 4)
+    assert small.global_views.std() < views.global_views.std() * 0.7  # noise is averaged, not picked
+    # A cell stands for 2 x 2 of the full mask: masked where at least half of them were.
+    assert small.masks[0, 0].tolist() == [[True, False], [False, False]]
+    assert small.max_masked_patches is None
 
 
 def test_low_resolution_scoring_and_clipping_train(tmp_path: Path) -> None:
@@ -155,6 +173,128 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
         train_step(trainee, _batches(config, 1)[0], config)
     for name, value in trainee.method.named_parameters():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+
+
+MULTI_CROP = ("dino-digits", "ibot-digits")
+
+
+@pytest.mark.parametrize("recipe", ["simclr-digits", *MULTI_CROP])
+def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Path, recipe: str) -> None:
+    """Vision Transformers with drop path included: scoring draws random numbers of its own and leaves no trace."""
+    if recipe in MULTI_CROP:
+        one = {"num_global_views": 2, "num_local_views": 2}
+        many = {"num_global_views": 4, "num_local_views": 4}
+    else:
+        one, many = {"num_views": 2}, {"num_views": 4}
+    states = {}
+    for name, selection in {
+        "vanilla": {"rule": "first"} | one,
+        "vanilla of many": {"rule": "first"} | many,
+        "hardest": {"rule": "hardest"} | one,
+        "limited": {"rule": "hardest", "limit": 3} | one,
+        "random": {"rule": "random"} | one,
+        "hardest of many": {"rule": "hardest"} | many,
+    }.items():
+        config = tiny_config(str(tmp_path), recipe=recipe, selection=selection, data={"num_images": 60})
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        drop_paths = [m for m in trainee.method.modules() if type(m).__name__ == "DropPath" and m.drop_prob > 0]
+        assert bool(drop_paths) == (recipe in MULTI_CROP)
+        for step, batch in enumerate(_batches(config, 3)):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
+            train_step(trainee, batch, config)
+        states[name] = trainee.method.state_dict()
+    for name in ("vanilla of many", "hardest", "limited", "random", "hardest of many"):
+        same = all(torch.equal(value, states["vanilla"][key]) for key, value in states[name].items())
+        assert same == (name != "hardest of many"), name
+
+
+@pytest.mark.parametrize("recipe", MULTI_CROP)
+def test_slots_keep_their_transforms_and_masks_stay_with_their_views(tmp_path: Path, recipe: str) -> None:
+    """Even and odd views differ in brightness here, so a slot shows which one it holds; a mask is told by its plan."""
+    config = tiny_config(str(tmp_path), recipe=recipe, data={"num_images": 60})
+    even = config.views.global_views.even
+    group = dataclasses.replace(
+        config.views.global_views,
+        even=dataclasses.replace(even, solarize_probability=0.0),
+        odd=dataclasses.replace(even, solarize_probability=1.0),
+    )
+    config = dataclasses.replace(config, views=dataclasses.replace(config.views, global_views=group))
+    trainee = build_trainee(config, World(), CPU, None)
+    trainee.method.train()
+    changed = 0
+    for batch in _batches(config, 3):
+        plan = batch.batch.global_views.plan
+        assert plan.solarize.all(axis=1).tolist() == [False, True, False, True]
+        metrics = train_step(trainee, batch, config)
+        slots = metrics.selection.view_indices
+        assert (slots[0] % 2 == 0).all()
+        assert (slots[1] % 2 == 1).all()
+        changed += int((slots != torch.tensor([[0], [1]])).sum())
+        chosen = PixelViews.of(batch).gather(metrics.selection)
+        for slot in range(2):
+            for image in range(16):
+                view = int(slots[slot, image])
+                assert torch.equal(chosen.global_pixels[slot, image], batch.global_pixels[view, image])
+                if plan.mask is not None:
+                    assert np.array_equal(chosen.masks[slot, image].numpy(), plan.mask[view, image])
+        assert metrics.selection.local_indices.shape == (2, 16)
+        assert (metrics.selection.local_indices.diff(dim=0) > 0).all()
+    assert changed > 0
+
+
+def test_chosen_candidate_is_no_easier_than_any_other(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), recipe="ibot-digits", data={"num_images": 60})
+    trainee = build_trainee(config, World(), CPU, None)
+    trainee.method.train()
+    for batch in _batches(config, 2):
+        metrics = train_step(trainee, batch, config)
+        assert metrics.scores is not None
+        best = metrics.scores.best_of_pairs(2)
+        torch.testing.assert_close(metrics.selection.scores, best.max(dim=1).values)
+
+
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
+def test_accumulated_step_is_the_whole_step(tmp_path: Path, recipe: str) -> None:
+    """A network without batch statistics and drop path: four parts give loss, gradient, centre and teacher of one."""
+    transformer = dataclasses.replace(
+        get_recipe("dino-digits").method.backbone, dim=32, depth=2, num_heads=2, drop_path=0.0
+    )
+    method = dataclasses.replace(get_recipe(recipe).method, backbone=transformer)
+    states, losses = [], []
+    for parts in (1, 4):
+        selection = {"rule": "first"}
+        config = tiny_config(
+            str(tmp_path),
+            recipe=recipe,
+            selection=selection,
+            training={"accumulation_steps": parts},
+            data={"num_images": 60},
+        )
+        config = dataclasses.replace(config, method=method)
+        trainee = build_trainee(config, World(), CPU, None)
+        for layer in trainee.method.modules():
+            if isinstance(layer, torch.nn.BatchNorm1d):
+                layer.eval()
+        optimizer = torch.optim.SGD(trainee.method.parameters(), lr=0.1)
+        trainee = dataclasses.replace(trainee, optimizer=optimizer)
+        losses.append([float(train_step(trainee, batch, config).loss) for batch in _batches(config, 2)])
+        states.append(trainee.method.state_dict())
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_faithful_batch_norm_counts_three_forwards_a_hard_step_and_two_a_vanilla_one(tmp_path: Path) -> None:
+    for rule, every, counts in (("hardest", 1, [3, 6]), ("hardest", 2, [3, 5]), ("first", 1, [2, 4])):
+        config = tiny_config(str(tmp_path), selection={"rule": rule, "every": every, "scoring_batch_norm": "faithful"})
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        counted = []
+        for batch in _batches(config, 2):
+            train_step(trainee, batch, config)
+            counted.append(int(trainee.method.backbone.bn1.num_batches_tracked))
+        assert counted == counts
 
 
 def test_dropout_is_addressed_by_step_and_rank(tmp_path: Path) -> None:

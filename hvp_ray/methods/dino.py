@@ -1,0 +1,121 @@
+"""DINO (Caron et al., ICCV 2021) with hard views.
+
+Legend: G global views, L local views, S slots of global views, B images, K prototypes, D features.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hvp_ray.methods import self_distillation as distillation
+from hvp_ray.methods.backbones import build_backbone, feature_dim, patch_px
+from hvp_ray.methods.configs import DinoConfig
+from hvp_ray.methods.heads import PrototypeHead
+from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, StepPosition, ViewTensors
+from hvp_ray.selection.candidates import Candidates, CandidateScores
+
+
+class Dino(Method):
+    """Student and teacher, each encoder and head; the teacher has no gradient and no drop path."""
+
+    center: Tensor
+    teacher_temperature: Tensor
+
+    def __init__(self, config: DinoConfig, ranks: Ranks = ALONE) -> None:
+        super().__init__()
+        self._config = config
+        self.backbone = build_backbone(config.backbone)
+        self.head = build_head(self.backbone, config)
+        self.teacher_backbone = distillation.freeze(build_backbone(config.backbone, drop_path=0.0))
+        self.teacher_backbone.load_state_dict(self.backbone.state_dict())
+        self.teacher_head = distillation.frozen_copy(self.head)
+        self.register_buffer("center", torch.zeros(config.num_prototypes))
+        self.register_buffer("teacher_temperature", torch.tensor(config.teacher_temperature), persistent=False)
+        self.begin_step(StepPosition(step=0, num_steps=1, steps_per_epoch=1))
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The teacher's: DINO, section 3.1, finds it better than the student throughout training."""
+        return self.teacher_backbone
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """Student and teacher."""
+        return [self.backbone, self.teacher_backbone]
+
+    @property
+    def patch_px(self) -> int:
+        """Views are multiples of the patch."""
+        return patch_px(self.backbone)
+
+    def begin_step(self, position: StepPosition) -> None:
+        """Set the teacher's temperature and momentum, and whether the prototypes are trained."""
+        config = self._config
+        self.teacher_temperature.fill_(
+            distillation.temperature_at(
+                config.warmup_teacher_temperature,
+                config.teacher_temperature,
+                config.warmup_teacher_epochs,
+                position.epoch,
+            )
+        )
+        self._momentum = distillation.teacher_momentum_at(config.teacher_momentum, position.step, position.num_steps)
+        self._prototypes_are_frozen = position.epoch < config.freeze_last_layer_epochs
+
+    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
+        """Teacher on the global views, student on all; every cross-entropy once. Centre and teacher stay as they are."""
+        targets_GBK = self._probabilities(self._teacher_logits(views.global_views))
+        logits = self.head.logits_by_view(self._student_bottleneck(views))
+        crosses = distillation.cross_entropies(targets_GBK, logits, self._config.student_temperature)
+        return distillation.score_tuples(crosses, candidates)
+
+    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
+        """Mean cross-entropy of all (teacher's global view, other view of the student)."""
+        with torch.no_grad():
+            teacher_logits = self._teacher_logits(views.global_views)
+            targets_SBK = self._probabilities(teacher_logits)
+        bottleneck = self._student_bottleneck(views)
+        logits = self.head.logits(bottleneck)
+        crosses = distillation.cross_entropies(targets_SBK, logits, self._config.student_temperature)
+        return MethodLoss(
+            loss=distillation.mean_of_cross_views(crosses),
+            embeddings=bottleneck[0].detach(),
+            statistics={"center": teacher_logits.mean(dim=(0, 1))},
+            measurements=distillation.teacher_measurements(targets_SBK),
+        )
+
+    def before_update(self) -> None:
+        """Drop the gradients of the prototypes in the first epochs. Source: facebookresearch/dino utils.py."""
+        if self._prototypes_are_frozen:
+            for parameter in self.head.prototypes.parameters():
+                parameter.grad = None
+
+    def after_update(self, statistics: dict[str, Tensor]) -> None:
+        """Move the teacher towards the student, and the centre towards the teacher's mean output."""
+        distillation.update_teacher(self.backbone, self.teacher_backbone, self._momentum)
+        distillation.update_teacher(self.head, self.teacher_head, self._momentum)
+        self.center.lerp_(statistics["center"], 1.0 - self._config.center_momentum)
+
+    def _teacher_logits(self, global_views: Tensor) -> Float[Tensor, "views batch prototypes"]:
+        features = self.teacher_backbone(global_views.flatten(0, 1)).unflatten(0, global_views.shape[:2])
+        logits: Tensor = self.teacher_head.logits(self.teacher_head(features))
+        return logits
+
+    def _probabilities(self, logits: Tensor) -> Float[Tensor, "views batch prototypes"]:
+        return distillation.teacher_probabilities(logits, self.center, self.teacher_temperature)
+
+    def _student_bottleneck(self, views: ViewTensors) -> Float[Tensor, "all_views batch bottleneck"]:
+        features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
+        bottleneck: Tensor = self.head(features)
+        return bottleneck
+
+
+def build_head(backbone: nn.Module, config: DinoConfig) -> PrototypeHead:
+    """Build the head that fits the encoder."""
+    return PrototypeHead(
+        feature_dim(backbone),
+        hidden_dim=config.head_hidden_dim,
+        bottleneck_dim=config.head_bottleneck_dim,
+        num_prototypes=config.num_prototypes,
+        norm_last_layer=config.norm_last_layer,
+    )

@@ -1,0 +1,209 @@
+"""iBOT (Zhou et al., ICLR 2022) with hard views: DINO on the class token, and masked patches as a second target.
+
+Legend: G global views, L local views, S slots of global views, B images, N patches of a view, M patches that may be
+masked, K prototypes, D features.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from hvp_ray.errors import ConfigError, ShapeError
+from hvp_ray.methods import self_distillation as distillation
+from hvp_ray.methods.backbones import forward_tokens
+from hvp_ray.methods.configs import IBotConfig
+from hvp_ray.methods.dino import Dino
+from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors
+from hvp_ray.selection.candidates import Candidates, CandidateScores
+
+
+class IBot(Dino):
+    """DINO's student and teacher with one head for class token and patches; the student sees masked global views."""
+
+    patch_center: Tensor
+    patch_teacher_temperature: Tensor
+
+    def __init__(self, config: IBotConfig, ranks: Ranks = ALONE) -> None:
+        super().__init__(config, ranks)
+        self._ibot = config
+        if not isinstance(self.backbone, VisionTransformer):
+            raise ConfigError(
+                f"method.backbone.name={config.backbone.name!r} is not allowed: iBOT masks patches, so it needs a Vision "
+                f"Transformer, for instance vit_small_patch16_224"
+            )
+        self.mask_token = nn.Parameter(torch.zeros(self.backbone.embed_dim))
+        self.register_buffer("patch_center", torch.zeros(config.num_prototypes))
+        self.register_buffer(
+            "patch_teacher_temperature", torch.tensor(config.patch_teacher_temperature), persistent=False
+        )
+        self.begin_step(StepPosition(step=0, num_steps=1, steps_per_epoch=1))
+
+    def begin_step(self, position: StepPosition) -> None:
+        """Set temperatures and momentum."""
+        super().begin_step(position)
+        if "patch_teacher_temperature" not in self._buffers:
+            return  # called by the constructor of Dino
+        config = self._ibot
+        self.patch_teacher_temperature.fill_(
+            distillation.temperature_at(
+                config.warmup_patch_teacher_temperature,
+                config.patch_teacher_temperature,
+                config.warmup_patch_teacher_epochs,
+                position.epoch,
+            )
+        )
+
+    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
+        """As DINO on class tokens of masked views, plus each global view's own patch loss where it is asked for.
+
+        score = class_weight * (DINO's score) + patch_weight * (P[g1] + P[g2]) / 2
+
+        Source: automl/hvp, branch ibot, main_ibot.py:586-654. Differs: the patch loss of a view is evaluated once, not
+        for every candidate, and on masked patches only.
+        """
+        config = self._ibot
+        student, teacher = self._student(views), self._teacher(views)
+        targets_GBK = self._probabilities(self.teacher_head.logits(teacher.class_bottleneck))
+        logits = self.head.logits_by_view(student.class_bottleneck)
+        crosses = distillation.cross_entropies(targets_GBK, logits, config.student_temperature)
+        of_class = distillation.score_tuples(crosses, candidates)
+        pairs_BP, locals_BPL = config.class_weight * of_class.pairs_BP, of_class.locals_BPL
+        if config.scoring == "full":
+            pairs = torch.from_numpy(candidates.pairs).to(pairs_BP.device)
+            losses_BG = self._patch_losses(student, teacher)
+            pairs_BP = pairs_BP + config.patch_weight * losses_BG[:, pairs].mean(dim=2)
+        if locals_BPL is not None:
+            locals_BPL = config.class_weight * locals_BPL
+        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL)
+
+    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
+        """Class loss over views, plus the mean patch loss of the global slots."""
+        config = self._ibot
+        with torch.no_grad():
+            teacher = self._teacher(views)
+            class_logits = self.teacher_head.logits(teacher.class_bottleneck)
+            targets_SBK = self._probabilities(class_logits)
+            # The logits are linear in the bottleneck, so the mean over all patches needs no logits of all patches.
+            assert teacher.patch_bottleneck_mean is not None
+            patch_mean = self.teacher_head.logits(teacher.patch_bottleneck_mean)
+        student = self._student(views)
+        logits = self.head.logits(student.class_bottleneck)
+        crosses = distillation.cross_entropies(targets_SBK, logits, config.student_temperature)
+        class_loss = distillation.mean_of_cross_views(crosses)
+        patch_loss = self._patch_losses(student, teacher).mean()
+        return MethodLoss(
+            loss=config.class_weight * class_loss + config.patch_weight * patch_loss,
+            embeddings=student.class_bottleneck[0].detach(),
+            statistics={"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean},
+            measurements={
+                "train/class_loss": class_loss.detach(),
+                "train/patch_loss": patch_loss.detach(),
+                **distillation.teacher_measurements(targets_SBK),
+            },
+        )
+
+    def after_update(self, statistics: dict[str, Tensor]) -> None:
+        """As DINO, and the centre of the patches."""
+        super().after_update(statistics)
+        self.patch_center.lerp_(statistics["patch_center"], 1.0 - self._ibot.patch_center_momentum)
+
+    def _student(self, views: ViewTensors) -> "_Bottlenecks":
+        masked = _MaskedPatches.of(views)
+        vit, images = cast(VisionTransformer, self.backbone), views.global_views
+        tokens = forward_tokens(
+            vit, images.flatten(0, 1), mask=masked.mask.flatten(0, 1), mask_token=self.mask_token
+        ).unflatten(0, images.shape[:2])
+        class_tokens = tokens[:, :, 0]
+        if views.local_views is not None:
+            of_locals = self.backbone(views.local_views.flatten(0, 1)).unflatten(0, views.local_views.shape[:2])
+            class_tokens = torch.cat([class_tokens, of_locals])
+        patches = masked.take(tokens[:, :, vit.num_prefix_tokens :])
+        return _Bottlenecks(
+            class_bottleneck=self.head(class_tokens),
+            patch_bottleneck=self.head(patches),
+            patch_bottleneck_mean=None,
+            masked=masked,
+        )
+
+    @torch.no_grad()
+    def _teacher(self, views: ViewTensors) -> "_Bottlenecks":
+        masked = _MaskedPatches.of(views)
+        vit, images = cast(VisionTransformer, self.teacher_backbone), views.global_views
+        tokens = forward_tokens(vit, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        patches = self.teacher_head(tokens[:, :, vit.num_prefix_tokens :])
+        return _Bottlenecks(
+            class_bottleneck=self.teacher_head(tokens[:, :, 0]),
+            patch_bottleneck=masked.take(patches),
+            patch_bottleneck_mean=patches.mean(dim=(0, 1, 2)),
+            masked=masked,
+        )
+
+    def _patch_losses(self, student: "_Bottlenecks", teacher: "_Bottlenecks") -> Float[Tensor, "batch views"]:
+        """Return P[b, g]: the mean cross-entropy of the masked patches of a view, 0 where none is masked."""
+        losses = []
+        for view, weights_BM in enumerate(student.masked.weights):
+            with torch.no_grad():
+                logits = self.teacher_head.logits(teacher.patch_bottleneck[view])
+                targets = distillation.teacher_probabilities(logits, self.patch_center, self.patch_teacher_temperature)
+            losses.append(
+                patch_loss(
+                    targets,
+                    self.head.logits(student.patch_bottleneck[view]),
+                    weights_BM,
+                    temperature=self._ibot.student_temperature,
+                )
+            )
+        return torch.stack(losses, dim=1)
+
+
+def patch_loss(
+    targets_BMK: Float[Tensor, "batch patches prototypes"],
+    logits_BMK: Float[Tensor, "batch patches prototypes"],
+    weights_BM: Float[Tensor, "batch patches"],
+    *,
+    temperature: float,
+) -> Float[Tensor, " batch"]:
+    """Return the weighted sum of the patches' cross-entropies; weights are 1 / number masked, or 0."""
+    scaled = logits_BMK / temperature
+    cross_BM = scaled.logsumexp(dim=-1) - (targets_BMK * scaled).sum(dim=-1)
+    return (cross_BM * weights_BM).sum(dim=1)
+
+
+class _MaskedPatches:
+    """Which patches of the global views are masked, as indices of fixed number, so that no shape depends on values."""
+
+    def __init__(self, mask: Bool[Tensor, "views batch rows columns"], max_masked: int | None) -> None:
+        self.mask = mask
+        flat = mask.flatten(2)
+        number = flat.shape[2] if max_masked is None else min(max(1, max_masked), flat.shape[2])
+        # Masked patches first, in their order; the rest fills up with weight 0.
+        self.indices: Int64[Tensor, "views batch masked"] = flat.float().argsort(dim=2, descending=True, stable=True)[
+            :, :, :number
+        ]
+        taken = flat.gather(2, self.indices).float()
+        self.weights: Float[Tensor, "views batch masked"] = taken / taken.sum(dim=2, keepdim=True).clamp_min(1.0)
+
+    @staticmethod
+    def of(views: ViewTensors) -> "_MaskedPatches":
+        if views.masks is None:
+            raise ShapeError("iBOT needs the masks of the global views (views.masks)")
+        return _MaskedPatches(views.masks, views.max_masked_patches)
+
+    def take(self, patches: Float[Tensor, "views batch patches dim"]) -> Float[Tensor, "views batch masked dim"]:
+        """Return what belongs to the masked patches."""
+        return patches.gather(2, self.indices[..., None].expand(-1, -1, -1, patches.shape[-1]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Bottlenecks:
+    """Outputs of one network before its prototypes."""
+
+    class_bottleneck: Float[Tensor, "all_views batch bottleneck"]
+    patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
+    patch_bottleneck_mean: Float[Tensor, " bottleneck"] | None
+    """Over all patches; of the teacher only."""
+    masked: _MaskedPatches

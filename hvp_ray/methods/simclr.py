@@ -1,0 +1,173 @@
+"""SimCLR (Chen et al., ICML 2020) with hard views.
+
+Legend: V views, B images on this rank, N images on all ranks, R ranks, P pairs, D dimension of projections, M parts of a
+step where gradients are accumulated.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from hvp_ray.methods.backbones import build_backbone, feature_dim
+from hvp_ray.methods.configs import SimCLRConfig
+from hvp_ray.methods.heads import simclr_projector
+from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors
+from hvp_ray.selection.candidates import Candidates, CandidateScores, pair_table
+
+
+class SimCLR(Method):
+    """Encoder and projector; negatives are the views of all other images of all ranks."""
+
+    def __init__(self, config: SimCLRConfig, ranks: Ranks = ALONE) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.backbone)
+        dim = feature_dim(self.backbone)
+        self.projector = simclr_projector(dim, config.projector_hidden_dim, config.projector_dim)
+        self._temperature = config.temperature
+        self._negatives_of_all_views = config.scoring_negatives == "all"
+        self._ranks = ranks
+
+    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
+        """Forward all views as one batch, gather their projections over the ranks once, and score all pairs."""
+        own_VBD = self._project(views.global_views)
+        everything_VND = _join_ranks(self._ranks.gather(own_VBD))
+        pairs = torch.from_numpy(candidates.pairs).to(own_VBD.device)
+        return CandidateScores(
+            pairs_BP=score_pairs(
+                own_VBD,
+                everything_VND,
+                pairs,
+                first_image=self._ranks.rank * own_VBD.shape[1],
+                temperature=self._temperature,
+                negatives_of_all_views=self._negatives_of_all_views,
+            )
+        )
+
+    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
+        """Forward the slots as one batch; NT-Xent over all images of the step, mean over all pairs of slots.
+
+        With `contrast`, the value is the loss of the whole step on this rank, and the gradient is scaled so that the
+        mean over the parts is the gradient of the whole step.
+        """
+        own_SBD = self._project(views.global_views)
+        everything_SND = _join_ranks(self._ranks.gather(own_SBD))
+        first_image = self._ranks.rank * own_SBD.shape[1]
+        if contrast is None:
+            loss = nt_xent(own_SBD, everything_SND, first_image=first_image, temperature=self._temperature)
+            return MethodLoss(loss=loss, embeddings=own_SBD[0].detach())
+        num_parts, part = contrast.features.shape[0], contrast.part
+        rows, columns = [], []
+        for other in range(num_parts):
+            if other == part:
+                rows.append(own_SBD)
+                columns.append(everything_SND)
+            else:
+                rows.append(contrast.features[other])
+                columns.append(_join_ranks(self._ranks.gather(contrast.features[other])))
+        images_of_part = everything_SND.shape[1]
+        whole_SND = torch.cat(columns, dim=1)
+        losses = [
+            nt_xent(row, whole_SND, first_image=other * images_of_part + first_image, temperature=self._temperature)
+            for other, row in enumerate(rows)
+        ]
+        loss = torch.stack(losses).mean()
+        return MethodLoss(loss=num_parts * loss - (num_parts - 1) * loss.detach(), embeddings=own_SBD[0].detach())
+
+    def contrast_features(self, views: ViewTensors) -> Float[Tensor, "slots batch dim"]:
+        """Return the normalised projections of the chosen views."""
+        return self._project(views.global_views)
+
+    def _project(
+        self, views_VB: Float[Tensor, "views batch channels height width"]
+    ) -> Float[Tensor, "views batch dim"]:
+        """Return projections of unit length, float32."""
+        projections = self.projector(self.backbone(views_VB.flatten(0, 1)))
+        return F.normalize(projections.float(), dim=-1).unflatten(0, views_VB.shape[:2])
+
+
+def nt_xent(
+    own_SBD: Float[Tensor, "slots batch dim"],
+    everything_SND: Float[Tensor, "slots images dim"],
+    *,
+    first_image: int,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Return the NT-Xent loss of this rank's rows, mean over them and over all pairs of slots.
+
+    For a pair of slots, l(i) = -log(exp(s(i, i+)/t) / sum over j != i of exp(s(i, j)/t)), j over both slots of all images.
+
+    Args:
+        own_SBD: projections of unit length of this rank's images.
+        everything_SND: of all ranks' images.
+        first_image: which of the N images is the first of the B.
+        temperature: t.
+
+    Source: SimCLR, equation 1. The mean over ranks of this loss is the loss of the global batch, and with a gather whose
+    gradient reaches the other ranks so is its gradient. (automl/hvp keeps the local part only: 1 / R of the gradient.)
+    """
+    positions = first_image + torch.arange(own_SBD.shape[1], device=own_SBD.device)
+    losses = []
+    for m, n in pair_table(own_SBD.shape[0]).tolist():
+        for anchor, other in ((m, n), (n, m)):
+            same = own_SBD[anchor] @ everything_SND[anchor].T / temperature
+            same = same.scatter(1, positions[:, None], -torch.inf)
+            across = own_SBD[anchor] @ everything_SND[other].T / temperature
+            losses.append(F.cross_entropy(torch.cat([across, same], dim=1), positions))
+    return torch.stack(losses).mean()
+
+
+def score_pairs(
+    own_VBD: Float[Tensor, "views batch dim"],
+    everything_VND: Float[Tensor, "views images dim"],
+    pairs: Int64[Tensor, "pairs 2"],
+    *,
+    first_image: int,
+    temperature: float,
+    negatives_of_all_views: bool = False,
+) -> Float[Tensor, "batch pairs"]:
+    """Score pairs of views by the NT-Xent loss they would give; higher is harder.
+
+    score(m, n) = (l(m -> n) + l(n -> m)) / 2 with l(m -> n) = log(E[m, m] + E[m, n]) - s(m, n)/t, where
+    E[m, v] = sum over images j of exp(s(view m of this image, view v of image j)/t), without this image where v = m.
+
+    Args:
+        own_VBD: projections of unit length of this rank's images.
+        everything_VND: of all ranks' images.
+        pairs: which pairs.
+        first_image: which of the N images is the first of the B.
+        temperature: t.
+        negatives_of_all_views: the denominator has the views of the other images of *all* V views, and the positive.
+
+    Source: automl/hvp, branch simclr, losses/nt_xent_loss.py:17-44 (the sum of both directions; here their mean). The
+    negatives of all views are a proposal of the paper's reviewers.
+    Differs: one gather and V * V blocks of similarities, instead of a gather and a [2N, 2N, D] product for each pair.
+    """
+    num_views, num_images = own_VBD.shape[:2]
+    device = own_VBD.device
+    positions = first_image + torch.arange(num_images, device=device)
+    own = torch.arange(num_images, device=device)
+    energy_VVB = own_VBD.new_empty(num_views, num_views, num_images)  # log of E
+    positive_VVB = own_VBD.new_empty(num_views, num_views, num_images)
+    for m in range(num_views):
+        for v in range(num_views):
+            block = own_VBD[m] @ everything_VND[v].T / temperature
+            positive_VVB[m, v] = block[own, positions]
+            if v == m or negatives_of_all_views:
+                block = block.scatter(1, positions[:, None], -torch.inf)
+            energy_VVB[m, v] = block.logsumexp(dim=1)
+    first, second = pairs[:, 0], pairs[:, 1]
+
+    def direction(anchor: Tensor, other: Tensor) -> Tensor:
+        positive = positive_VVB[anchor, other]
+        if negatives_of_all_views:
+            denominator = torch.logaddexp(energy_VVB[anchor].logsumexp(dim=1), positive)
+        else:
+            denominator = torch.logaddexp(energy_VVB[anchor, anchor], energy_VVB[anchor, other])
+        return denominator - positive
+
+    return ((direction(first, second) + direction(second, first)) / 2).T
+
+
+def _join_ranks(gathered_RVBD: Float[Tensor, "ranks views batch dim"]) -> Float[Tensor, "views images dim"]:
+    return gathered_RVBD.transpose(0, 1).flatten(1, 2)
