@@ -5,47 +5,16 @@ python pipelines/pretrain.py [RECIPE] [--section.field VALUE ...]
 
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import tyro
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.config import RunConfig
-from hvp_ray.errors import ConfigError, HvpRayError
-from hvp_ray.recipes import describe_recipes, get_recipe
+from hvp_ray.errors import HvpRayError
 from hvp_ray.training.ray_environment import prepare_ray_environment
+from pipelines.command_line import parse_run
 
-DEFAULT_RECIPE = "simsiam-digits"
 _LINE_SECONDS = 10.0
-
-
-def parse_arguments(arguments: list[str]) -> RunConfig:
-    """Return the run that the command line describes.
-
-    Raises:
-        ConfigError: unknown recipe.
-        SystemExit: unknown or wrong option (tyro has printed why), or --help.
-    """
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-    rest = arguments[1:] if arguments and not arguments[0].startswith("-") else arguments
-    recipe = get_recipe(name)
-    words = [{"true": "True", "false": "False", "none": "None"}.get(word, word) for word in rest]
-    uri_at = [
-        index for index, word in enumerate(rest) if word in ("none",) and rest[index - 1].endswith("tracking.uri")
-    ]
-    for index in uri_at:
-        words[index] = "none"
-    parsed: RunConfig = tyro.cli(
-        RunConfig,
-        default=recipe,
-        args=words,
-        prog="pretrain.py [RECIPE]",
-        description=f"{__doc__}\n\nRecipes (default {DEFAULT_RECIPE}):\n{describe_recipes()}",
-        use_underscores=True,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
-    )
-    if parsed.recipe != recipe.recipe:
-        raise ConfigError(f"--recipe is set by the first argument, not as an option; got {parsed.recipe!r}")
-    return parsed
 
 
 class Display:
@@ -146,7 +115,7 @@ def main(arguments: list[str]) -> int:
     """Run; return the exit status."""
     display = Display()
     try:
-        config = parse_arguments(arguments)
+        config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
         prepare_ray_environment()
         from hvp_ray.training.preparation import finished_summary, mlflow_location, output_folder
 

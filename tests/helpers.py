@@ -126,10 +126,11 @@ def slow_dino_score(
 ) -> float:
     """DINO's loss of one image on a pair of global views and some local views: mean of 2 + 2k terms; [G, K], [G + L, K]."""
     num_views = len(teacher)
-    terms = []
-    for a in pair:
-        for v in (*pair, *(num_views + local for local in local_views)):
-            if v != a:
-                terms.append(cross_entropy(teacher[a], student[v]))
+    terms = [
+        cross_entropy(teacher[a], student[v])
+        for a in pair
+        for v in (*pair, *(num_views + local for local in local_views))
+        if v != a
+    ]
     assert len(terms) == 2 + 2 * len(local_views)
     return sum(terms) / len(terms)

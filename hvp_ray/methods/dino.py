@@ -65,7 +65,8 @@ class Dino(Method):
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Teacher on the global views, student on all; every cross-entropy once. Centre and teacher stay as they are."""
         targets_GBK = self._probabilities(self._teacher_logits(views.global_views))
-        logits = self.head.logits_by_view(self._student_bottleneck(views))
+        features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
+        logits = self.head.logits_by_view(self.head(features))
         crosses = distillation.cross_entropies(targets_GBK, logits, self._config.student_temperature)
         return distillation.score_tuples(crosses, candidates)
 
@@ -74,12 +75,12 @@ class Dino(Method):
         with torch.no_grad():
             teacher_logits = self._teacher_logits(views.global_views)
             targets_SBK = self._probabilities(teacher_logits)
-        bottleneck = self._student_bottleneck(views)
-        logits = self.head.logits(bottleneck)
+        features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
+        logits = self.head.logits(self.head(features))
         crosses = distillation.cross_entropies(targets_SBK, logits, self._config.student_temperature)
         return MethodLoss(
             loss=distillation.mean_of_cross_views(crosses),
-            embeddings=bottleneck[0].detach(),
+            embeddings=features[0].detach(),
             statistics={"center": teacher_logits.mean(dim=(0, 1))},
             measurements=distillation.teacher_measurements(targets_SBK),
         )
@@ -103,11 +104,6 @@ class Dino(Method):
 
     def _probabilities(self, logits: Tensor) -> Float[Tensor, "views batch prototypes"]:
         return distillation.teacher_probabilities(logits, self.center, self.teacher_temperature)
-
-    def _student_bottleneck(self, views: ViewTensors) -> Float[Tensor, "all_views batch bottleneck"]:
-        features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
-        bottleneck: Tensor = self.head(features)
-        return bottleneck
 
 
 def build_head(backbone: nn.Module, config: DinoConfig) -> PrototypeHead:

@@ -97,7 +97,7 @@ class IBot(Dino):
         patch_loss = self._patch_losses(student, teacher).mean()
         return MethodLoss(
             loss=config.class_weight * class_loss + config.patch_weight * patch_loss,
-            embeddings=student.class_bottleneck[0].detach(),
+            embeddings=student.class_tokens[0].detach(),
             statistics={"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean},
             measurements={
                 "train/class_loss": class_loss.detach(),
@@ -123,6 +123,7 @@ class IBot(Dino):
             class_tokens = torch.cat([class_tokens, of_locals])
         patches = masked.take(tokens[:, :, vit.num_prefix_tokens :])
         return _Bottlenecks(
+            class_tokens=class_tokens,
             class_bottleneck=self.head(class_tokens),
             patch_bottleneck=self.head(patches),
             patch_bottleneck_mean=None,
@@ -136,6 +137,7 @@ class IBot(Dino):
         tokens = forward_tokens(vit, images.flatten(0, 1)).unflatten(0, images.shape[:2])
         patches = self.teacher_head(tokens[:, :, vit.num_prefix_tokens :])
         return _Bottlenecks(
+            class_tokens=tokens[:, :, 0],
             class_bottleneck=self.teacher_head(tokens[:, :, 0]),
             patch_bottleneck=masked.take(patches),
             patch_bottleneck_mean=patches.mean(dim=(0, 1, 2)),
@@ -202,6 +204,7 @@ class _MaskedPatches:
 class _Bottlenecks:
     """Outputs of one network before its prototypes."""
 
+    class_tokens: Float[Tensor, "all_views batch dim"]
     class_bottleneck: Float[Tensor, "all_views batch bottleneck"]
     patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
     patch_bottleneck_mean: Float[Tensor, " bottleneck"] | None

@@ -32,8 +32,16 @@ def build_trainee(config: RunConfig, world: World, device: torch.device, checkpo
     if config.training.compile and device.type != "cuda":
         raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
     ranks = Ranks(rank=world.rank, gather=gather_over_ranks)
-    method = synchronize_batch_norm(build_untrained_method(config, ranks), world, device)
-    assert isinstance(method, Method)
+    return build_trainee_of(build_untrained_method(config, ranks), config, world, device, checkpoint)
+
+
+def build_trainee_of(
+    method: Method, config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None = None
+) -> Trainee:
+    """Build everything that a step needs around a method; see `build_trainee`."""
+    synchronized = synchronize_batch_norm(method, world, device)
+    assert isinstance(synchronized, Method)
+    method = synchronized
     if device.type == "cuda":
         on_device: Any = method.to(device)
         method = on_device.to(memory_format=torch.channels_last)

@@ -69,34 +69,45 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
     Raises:
         TrainingError: the loss is not finite on some rank; raised on every rank, before the update.
     """
-    step = batch.batch.step
     batch.wait()
-    pixels = PixelViews.of(batch)
-    candidates = candidates_of(config, step)
-    scores = _score(trainee, pixels, candidates, config, step)
-    selection = _choose(trainee, batch.batch, candidates, scores, config)
-    chosen = pixels.gather(selection)
-
-    trained = _forward_backward(trainee, chosen, config, step, stop_requested=stop_requested)
+    chosen = choose_step_views(trainee, batch, config)
+    trained = forward_backward(trainee, chosen.pixels, config, batch.batch.step, stop_requested=stop_requested)
     if not trained.finite.read():
         raise TrainingError(
-            f"the loss of step {step} is {trained.loss.item()} on at least one rank; the weights were not changed. Go back "
-            f"to an earlier checkpoint with a lower optimizer.learning_rate_per_256, or set optimizer.clip_gradient_norm"
+            f"the loss of step {batch.batch.step} is {trained.loss.item()} on at least one rank; the weights were not "
+            f"changed. Go back to an earlier checkpoint with a lower optimizer.learning_rate_per_256, or set "
+            f"optimizer.clip_gradient_norm"
         )
-    gradient_norm = clip_gradients(trainee.method, config.optimizer)
-    trainee.method.before_update()
-    trainee.optimizer.step()
-    trainee.method.after_update(_mean_over_ranks(_mean_of_parts([r.statistics for r in trained.results]), trainee))
+    gradient_norm = update_weights(trainee, trained, config)
     return StepMetrics(
         loss=trained.loss,
         gradient_norm=gradient_norm,
-        candidates=candidates,
-        selection=selection,
-        scores=scores,
+        candidates=chosen.candidates,
+        selection=chosen.selection,
+        scores=chosen.scores,
         embeddings=torch.cat([result.embeddings for result in trained.results]),
         measurements=_mean_of_parts([result.measurements for result in trained.results]),
         stop_requested=trained.stop_requested,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenViews:
+    """What a step trains on, and why."""
+
+    candidates: Candidates
+    scores: CandidateScores | None
+    selection: Selection
+    pixels: PixelViews
+
+
+def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -> ChosenViews:
+    """Score the candidates, choose one for each image, and gather its views."""
+    pixels = PixelViews.of(batch)
+    candidates = candidates_of(config, batch.batch.step)
+    scores = _score(trainee, pixels, candidates, config, batch.batch.step)
+    selection = _choose(trainee, batch.batch, candidates, scores, config)
+    return ChosenViews(candidates=candidates, scores=scores, selection=selection, pixels=pixels.gather(selection))
 
 
 def _score(
@@ -151,7 +162,7 @@ def _choose(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Trained:
+class TrainedViews:
     """Forward and backward of a step: gradients are in place."""
 
     results: list[MethodLoss]
@@ -160,9 +171,10 @@ class _Trained:
     finite: "_AsyncFlag"
 
 
-def _forward_backward(
+def forward_backward(
     trainee: Trainee, chosen: PixelViews, config: RunConfig, step: int, *, stop_requested: bool
-) -> _Trained:
+) -> TrainedViews:
+    """Forward and backward on the chosen views, part by part; gradients are means over all parts and ranks."""
     parts = [part.normalised(config) for part in chosen.split(config.training.accumulation_steps)]
     features = _contrast_features(trainee, parts, config, step)
     trainee.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +195,17 @@ def _forward_backward(
                 finite = _AsyncFlag(torch.isfinite(reduced[0]))
             (results[-1].loss / len(parts)).backward()
     trainee.reduce_gradients()
-    return _Trained(results=results, loss=reduced[0], stop_requested=reduced[1], finite=finite)
+    return TrainedViews(results=results, loss=reduced[0], stop_requested=reduced[1], finite=finite)
+
+
+def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -> Tensor | None:
+    """Clip, update, and let the method follow (teacher, centre); return the norm of the gradient before clipping."""
+    gradient_norm = clip_gradients(trainee.method, config.optimizer)
+    trainee.method.before_update()
+    trainee.optimizer.step()
+    statistics = _mean_of_parts([result.statistics for result in trained.results])
+    trainee.method.after_update(_mean_over_ranks(statistics, trainee))
+    return gradient_norm
 
 
 def _contrast_features(trainee: Trainee, parts: list[ViewTensors], config: RunConfig, step: int) -> Tensor | None:
