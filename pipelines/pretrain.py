@@ -93,6 +93,9 @@ def describe_result(summary: dict[str, Any], run_dir: Any, tracking_uri: str | N
         for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
             top1, few = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
             lines.append(f"  {title:<20}    {top1:.4f}       {few:.4f}")
+    warnings = summary.get("num_collapse_warnings")
+    if warnings is not None:
+        lines += ["", f"collapse {'none was seen' if not warnings else f'warned of {warnings} time(s), see above'}"]
     if summary["num_unreadable_images"]:
         lines += [
             "",

@@ -61,7 +61,7 @@ def dino_digits() -> RunConfig:
 def tiny_transformer() -> BackboneConfig:
     """Return a Vision Transformer of 16 patches for images of 16 px."""
     return BackboneConfig(
-        name="vit_tiny_patch16_224", image_px=16, patch_px=4, dim=96, depth=4, num_heads=3, drop_path=0.05
+        name="vit_tiny_patch16_224", image_px=16, patch_px=4, dim=64, depth=3, num_heads=2, drop_path=0.05
     )
 
 

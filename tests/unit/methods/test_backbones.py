@@ -1,5 +1,6 @@
 """Encoders: CIFAR stem, export, and reload into timm by name."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from hvp_ray.methods.backbones import (
     build_backbone,
     export_backbone,
     feature_dim,
+    forward_tokens,
     load_exported_backbone,
     load_initial_weights,
+    patch_px,
 )
 
 SMALL = BackboneConfig(name="resnet18", stem="cifar", channels=(8, 8, 16, 16))
@@ -51,3 +54,42 @@ def test_wrong_names_and_weights_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "y").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_exported_backbone(tmp_path / "y")
+
+
+TINY_VIT = BackboneConfig(name="vit_tiny_patch16_224", image_px=16, patch_px=4, dim=24, depth=2, num_heads=2)
+
+
+@pytest.mark.parametrize("size_px", [8, 12, 16, 32])
+def test_vision_transformer_takes_other_sizes_with_interpolated_positions(size_px: int) -> None:
+    backbone = build_backbone(TINY_VIT).eval()
+    images = torch.randn(2, 3, size_px, size_px)
+    tokens = forward_tokens(backbone, images)
+    assert tokens.shape == (2, 1 + (size_px // 4) ** 2, 24)
+    torch.testing.assert_close(backbone(images), tokens[:, 0])
+    embedded = backbone.patch_embed(images)
+    of_class, grid = backbone.pos_embed[:, :1], backbone.pos_embed[:, 1:].reshape(1, 4, 4, 24).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, size=(size_px // 4,) * 2, mode="bicubic", antialias=True)
+    positions = torch.cat([of_class, resized.flatten(2).transpose(1, 2)], dim=1)
+    with_class = torch.cat([backbone.cls_token.expand(2, -1, -1), embedded.reshape(2, -1, 24)], dim=1)
+    torch.testing.assert_close(backbone.norm(backbone.blocks(with_class + positions)), tokens)
+
+
+def test_drop_path_is_the_students_and_the_named_sizes_are_timms() -> None:
+    student = build_backbone(dataclasses.replace(TINY_VIT, drop_path=0.2))
+    teacher = build_backbone(dataclasses.replace(TINY_VIT, drop_path=0.2), drop_path=0.0)
+    assert [block.drop_path1.drop_prob for block in student.blocks[1:]] == [pytest.approx(0.2)]
+    assert all(isinstance(block.drop_path1, torch.nn.Identity) for block in teacher.blocks)
+    teacher.load_state_dict(student.state_dict())
+    for name, dim, depth in (("vit_tiny", 192, 12), ("vit_small", 384, 12), ("vit_base", 768, 12)):
+        backbone = build_backbone(BackboneConfig(name=f"{name}_patch16_224"))
+        assert (feature_dim(backbone), len(backbone.blocks), patch_px(backbone)) == (dim, depth, 16)
+
+
+def test_exported_vision_transformer_loads_into_timm(tmp_path: Path) -> None:
+    backbone = build_backbone(dataclasses.replace(TINY_VIT, drop_path=0.1)).eval()
+    export_backbone(backbone, TINY_VIT, tmp_path / "vit.safetensors")
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(load_exported_backbone(tmp_path / "vit.safetensors")(images), backbone(images))
+    plain = build_backbone(BackboneConfig(name="vit_small_patch16_224"))
+    export_backbone(plain, BackboneConfig(name="vit_small_patch16_224"), tmp_path / "small.safetensors")
+    timm.create_model("vit_small_patch16_224", num_classes=0).load_state_dict(load_file(tmp_path / "small.safetensors"))

@@ -1,0 +1,245 @@
+"""Recipes: every hyper-parameter of the sources' tables, and one step of each ImageNet recipe at full size."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import math
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
+from hvp_ray.distributed.world import World
+from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.training.choosing import candidates_of
+from hvp_ray.training.imaginary import made_up_batch
+from hvp_ray.training.memory import estimate_memory
+from hvp_ray.training.operations import count_operations
+from hvp_ray.training.setup import build_trainee
+from hvp_ray.training.step import train_step
+
+IMAGENET = [name for name in RECIPES if "imagenet" in name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_survives_json_and_says_how_to_run_it(name: str) -> None:
+    config = get_recipe(name)
+    assert config.recipe == name
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+    page = RECIPES[name].__doc__ or ""
+    assert f"python pipelines/pretrain.py {name}" in page
+    if "digits" not in name and "small" not in name:
+        assert "Source:" in page or "Settings are this project's" in page or "Inferred" in page
+        assert "Expected:" in page or "No reference number" in page
+        assert "Not yet" in page
+
+
+TABLE: dict[str, dict[str, Any]] = {
+    # reference: name -> dotted setting -> value
+    "simsiam-imagenet-r50-100ep": {
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate_per_256": 0.05,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.decay_exempts_vectors": False,
+        "optimizer.schedule": "cosine-per-epoch",
+        "optimizer.constant_predictor_rate": True,
+        "training.images_per_step": 256,
+        "views.global_views.even.crop_scale": (0.2, 1.0),
+        "views.global_views.even.interpolation": "bilinear",
+        "views.global_views.even.blur_kernel_px": 9,
+    },
+    "simclr-imagenet-r50-100ep": {
+        "optimizer.name": "lars",
+        "optimizer.learning_rate_per_256": 0.3,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.decay_exempts_vectors": True,
+        "optimizer.warmup_epochs": 10,
+        "optimizer.final_learning_rate": 1e-6,
+        "training.images_per_step": 4096,
+        "training.epochs": 100,
+        "method.temperature": 0.1,
+        "method.projector_dim": 128,
+        "views.global_views.even.crop_scale": (0.08, 1.0),
+        "views.global_views.even.brightness": 0.8,
+        "views.global_views.even.hue_turns": 0.2,
+        "views.global_views.even.blur_kernel_px": 23,
+    },
+    "dino-imagenet-vits16-100ep": {
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate_per_256": 5e-4,
+        "optimizer.weight_decay": 0.04,
+        "optimizer.final_weight_decay": 0.4,
+        "optimizer.decay_exempts_vectors": True,
+        "optimizer.warmup_epochs": 10,
+        "optimizer.final_learning_rate": 1e-6,
+        "optimizer.clip_gradient_norm": 3.0,
+        "optimizer.clip_scope": "global",
+        "training.images_per_step": 512,
+        "method.num_prototypes": 65_536,
+        "method.head_hidden_dim": 2048,
+        "method.head_bottleneck_dim": 256,
+        "method.norm_last_layer": True,
+        "method.teacher_temperature": 0.04,
+        "method.warmup_teacher_epochs": 0,
+        "method.teacher_momentum": 0.996,
+        "method.freeze_last_layer_epochs": 1,
+        "method.backbone.drop_path": 0.1,
+        "views.global_views.even.crop_scale": (0.4, 1.0),
+        "views.global_views.even.interpolation": "bicubic",
+        "views.global_views.even.blur_probability": 1.0,
+        "views.global_views.odd.blur_probability": 0.1,
+        "views.global_views.even.solarize_probability": 0.0,
+        "views.global_views.odd.solarize_probability": 0.2,
+        "views.global_views.even.saturation": 0.2,
+        "views.local_views.size_px": 96,
+        "views.local_views.even.crop_scale": (0.05, 0.4),
+        "views.local_views.even.blur_probability": 0.5,
+        "selection.limit": 128,
+    },
+    "dino-imagenet-vits16-800ep": {
+        "training.images_per_step": 1024,
+        "training.precision": "float32",
+        "optimizer.clip_gradient_norm": None,
+        "optimizer.final_learning_rate": 1e-5,
+        "method.norm_last_layer": False,
+        "method.warmup_teacher_temperature": 0.04,
+        "method.teacher_temperature": 0.07,
+        "method.warmup_teacher_epochs": 30,
+        "views.global_views.even.crop_scale": (0.25, 1.0),
+        "views.local_views.even.crop_scale": (0.05, 0.25),
+        "selection.num_chosen_local_views": 10,
+        "selection.limit": 64,
+    },
+    "dino-imagenet-r50-100ep": {
+        "optimizer.name": "sgd",
+        "optimizer.learning_rate_per_256": 0.03,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.final_weight_decay": None,
+        "views.global_views.even.crop_scale": (0.14, 1.0),
+        "views.local_views.even.crop_scale": (0.05, 0.14),
+    },
+    "ibot-imagenet-vits16-100ep": {
+        "optimizer.clip_scope": "tensor",
+        "optimizer.clip_gradient_norm": 3.0,
+        "training.images_per_step": 512,
+        "method.num_prototypes": 8192,
+        "method.norm_last_layer": False,
+        "method.teacher_temperature": 0.04,
+        "method.warmup_patch_teacher_temperature": 0.04,
+        "method.patch_teacher_temperature": 0.07,
+        "method.warmup_patch_teacher_epochs": 30,
+        "method.class_weight": 1.0,
+        "method.patch_weight": 1.0,
+        "views.masks.patch_px": 16,
+        "views.masks.unmasked_probability": 0.5,
+        "views.masks.ratio": (0.1, 0.5),
+        "views.global_views.even.crop_scale": (0.14, 1.0),
+        "views.local_views.even.crop_scale": (0.05, 0.4),
+        "selection.every": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_recipe_has_the_settings_of_its_source(name: str) -> None:
+    config = get_recipe(name)
+    for path, expected in TABLE[name].items():
+        value: Any = config
+        for part in path.split("."):
+            value = getattr(value, part)
+        assert value == expected, path
+
+
+def test_view_counts_are_those_of_the_paper() -> None:
+    counts = {}
+    for name in IMAGENET:
+        candidates = candidates_of(get_recipe(name), 0)
+        counts[name] = (
+            candidates.num_views,
+            candidates.num_local_views,
+            candidates.num_chosen_local_views,
+            candidates.alternating,
+        )
+    assert counts == {
+        "simsiam-imagenet-r50-100ep": (4, 0, 0, False),
+        "simclr-imagenet-r50-100ep": (4, 0, 0, False),
+        "dino-imagenet-vits16-100ep": (4, 16, 8, True),
+        "dino-imagenet-vits16-800ep": (4, 16, 10, True),
+        "dino-imagenet-r50-100ep": (4, 16, 8, True),
+        "ibot-imagenet-vits16-100ep": (4, 4, 2, True),
+    }
+
+
+def _small(name: str, images: int) -> RunConfig:
+    config = get_recipe(name)
+    return dataclasses.replace(
+        config, training=dataclasses.replace(config.training, images_per_step=images, precision="float32")
+    )
+
+
+def _process_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _noise(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=dtype)
+
+
+def _train_one_step(names: list[str], results: Any) -> None:
+    """In a process of its own: a real step of each recipe; loss, and how far resident memory rose.
+
+    The optimizer's state is made before, by an update with gradients of zero, so that the step is one like any other.
+    """
+    torch.set_num_threads(2)
+    for name in names:
+        config = _small(name, 2)
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _process_bytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        trainee = build_trainee(config, World(), torch.device("cpu"), None)
+        trainee.method.train()
+        batch = made_up_batch(config, _noise)
+        for parameter in trainee.method.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        trainee.optimizer.step()
+        loss = float(train_step(trainee, batch, config).loss)
+        finite = all(bool(p.isfinite().all()) for p in trainee.method.parameters())
+        results.put((name, loss, finite, _process_bytes("VmHWM") - before))
+        del trainee, batch
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the process's memory from Linux's /proc")
+def test_imagenet_recipes_train_at_full_size_in_the_memory_that_is_estimated() -> None:
+    """Real network, heads and view sizes; two images. The estimate has no constant of any recipe."""
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_train_one_step, args=(IMAGENET, results))
+    process.start()
+    estimates = {name: estimate_memory(_small(name, 2)).peak for name in IMAGENET}
+    measured = {}
+    for _ in IMAGENET:
+        name, loss, finite, grew = results.get()
+        assert math.isfinite(loss), name
+        assert finite, name
+        measured[name] = grew
+    process.join()
+    for name, estimate in estimates.items():
+        assert abs(estimate / measured[name] - 1.0) < 0.35, (name, estimate, measured[name])
+
+
+def test_operation_counts_are_those_of_the_model() -> None:
+    """Forward 1, backward 2, a local view of ViT-S 0.176 of a global one: reference figures of a hard step."""
+    expected = {"simsiam-imagenet-r50-100ep": 1.67, "dino-imagenet-vits16-100ep": 1.88}
+    for name, ratio in expected.items():
+        assert count_operations(_small(name, 2)).ratio == pytest.approx(ratio, abs=0.015), name
+    half = get_recipe("simsiam-imagenet-r50-100ep")
+    half = dataclasses.replace(half, selection=dataclasses.replace(half.selection, scoring_resolution_px=112))
+    half = dataclasses.replace(half, training=dataclasses.replace(half.training, images_per_step=2))
+    assert count_operations(half).ratio == pytest.approx(1.17, abs=0.015)
