@@ -371,8 +371,7 @@ class BackboneConfig:
     """ResNets: widths of the stages, for small experiments. None: those of the named model."""
 
     drop_path: float = 0.0
-    """Vision Transformers: stochastic depth of the trained encoder, rising linearly to this in the last block. A
-    teacher has none."""
+    """Stochastic depth of the trained encoder, rising linearly to this in the last block. A teacher has none."""
 
     patch_px: int | None = None
     """Vision Transformers: size of a patch. None: that of the named model."""

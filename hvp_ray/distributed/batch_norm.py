@@ -64,6 +64,8 @@ def convert_to_cpu_sync_batch_norm(module: nn.Module, num_ranks: int) -> nn.Modu
             )
             synced.num_ranks = num_ranks
             synced.load_state_dict(child.state_dict())
+            for parameter, original in zip(synced.parameters(), child.parameters(), strict=True):
+                parameter.requires_grad_(original.requires_grad)  # a teacher's stay frozen
             synced.train(child.training)
             setattr(module, name, synced)
         elif isinstance(child, _BatchNorm):

@@ -72,11 +72,27 @@ def check_before_start(config: RunConfig) -> None:
     """
     output = output_folder(config)
     _open_checked(config)
-    build_untrained_method(config)
+    _check_view_sizes(config, patch_px=build_untrained_method(config).patch_px)
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
             f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another"
+        )
+
+
+def _check_view_sizes(config: RunConfig, *, patch_px: int) -> None:
+    views, selection = config.views, config.selection
+    sizes = {
+        "views.global_views.size_px": views.global_views.size_px,
+        "views.local_views.size_px": None if views.local_views is None else views.local_views.size_px,
+        "selection.scoring_resolution_px": selection.scoring_resolution_px,
+    }
+    for path, size_px in sizes.items():
+        if size_px is not None and size_px % patch_px:
+            raise ConfigError(f"{path}={size_px} is not allowed: a multiple of the patches of {patch_px} px")
+    if views.masks is not None and views.masks.patch_px != patch_px:
+        raise ConfigError(
+            f"views.masks.patch_px={views.masks.patch_px} is not allowed: the encoder's patches have {patch_px} px"
         )
 
 

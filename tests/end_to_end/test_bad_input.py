@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.describe import main as describe
 from pipelines.pretrain import main
 from tests.helpers import encode
 
@@ -59,6 +60,20 @@ def sources(tmp_path: Path) -> Iterator[Path]:
         (["--selection.rule", "hardes"], "Expected one of ('hardest', 'first'"),
         (["--selection.num_views", "1"], "selection.num_views=1 is not allowed: 2 to 64"),
         (["--run.seed", "-4"], "run.seed=-4"),
+        (["--selection.num_global_views", "4"], "selection.num_views=4 is not allowed: None with"),
+        (["dino-digits", "--selection.num_views", "4"], "selection.num_views=4 is not allowed: None with"),
+        (["dino-digits", "--selection.num_chosen_local_views", "9"], "1 to selection.num_local_views=4"),
+        (
+            ["dino-digits", "--selection.rule", "first", "--selection.limit", "9"],
+            "None with a rule that compares no scores",
+        ),
+        (["ibot-digits", "--views.masks.patch_px", "5"], "views.masks.patch_px=5 is not allowed: a divisor"),
+        (["ibot-digits", "--views.local_views.size_px", "9"], "a multiple of the patches of 4 px"),
+        (["ibot-digits", "--selection.scoring_resolution_px", "10"], "a multiple of the patches of 4 px"),
+        (["ibot-digits", "--views.masks.patch_px", "8"], "the encoder's patches have 4 px"),
+        (["ibot-digits", "--method.backbone.channels", "1", "2", "3", "4"], "does not fit vit_tiny_patch16_224"),
+        (["--training.accumulation_steps", "5"], "training.accumulation_steps=5 is not allowed: a divisor"),
+        (["no.module:recipe"], "cannot be had"),
         (["--training.images_per_step", "63", "--cluster.num_trainers", "2"], "a multiple of cluster.num_trainers=2"),
         (["--recipe", "other"], "--recipe is set by the first argument"),
         (["--method.backbone.name", "resnet19"], "not known to timm"),
@@ -91,7 +106,7 @@ def test_output_folder_that_cannot_be_written_is_refused(capfd: pytest.CaptureFi
 def test_help_lists_recipes_and_options(capfd: pytest.CaptureFixture[str]) -> None:
     status, printed = _run(capfd, "--help")
     assert status == 0
-    for text in ("simsiam-imagenet-r50-100ep", "--selection.num_views INT", "--cluster.batches_in_flight INT"):
+    for text in ("simsiam-imagenet-r50-100ep", "--selection.num_views {None}|INT", "--cluster.batches_in_flight INT"):
         assert text in printed
 
 
@@ -103,3 +118,21 @@ def test_readme_example_of_an_own_loop_runs() -> None:
     losses = [float(line.split()[1]) for line in result.stdout.splitlines()]
     assert len(losses) == 3
     assert all(-1.0 <= loss <= 1.0 for loss in losses)
+
+
+def test_describe_says_what_a_run_needs_and_starts_nothing(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert describe(["dino-digits", "--training.images_per_step", "16"]) == 0
+    printed = capfd.readouterr().out
+    for text in (
+        "4 global views of 8 px and 4 local views of 6 px",
+        "chosen among 36 candidates",
+        "random steps",
+        "PEAK",
+    ):
+        assert text in printed
+    assert describe(["dino-digit"]) == 1
+    assert "did you mean 'dino-digits'" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

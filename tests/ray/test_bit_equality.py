@@ -114,6 +114,25 @@ def test_two_trainers_killed_and_resumed_equal_two_straight(output: Path, straig
     assert _check(output, "two-killed", killed) == digest
 
 
+def test_ibot_killed_among_hard_and_vanilla_steps_equals_inline(output: Path) -> None:
+    """The method with the most state (teacher, two centres, masks, local views), every second step hard."""
+
+    def config(name: str) -> RunConfig:
+        return tiny_config(str(output), recipe="ibot-digits", run={"name": name}, selection={"every": 2})
+
+    def kill(step: int) -> None:
+        os.kill(attempts(output / "ibot-killed")[-1]["process_id"], signal.SIGKILL)
+
+    inline = pretrain_in_process(config("ibot-inline"))
+    assert inline is not None
+    killer = AtStep(output / "ibot-killed", [6], kill)
+    killer.start()
+    summary = launch_quietly(config("ibot-killed"))
+    killer.end()
+    assert summary["num_resumes"] == 1
+    assert _check(output, "ibot-killed", summary) == inline["weights_digest"]
+
+
 def test_resume_with_another_identity_is_refused_and_says_what_differs(output: Path, straight: str) -> None:
     config = _config(output, "straight")
     other = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, weight_decay=0.1))

@@ -18,13 +18,15 @@ from hvp_ray.recipes import get_recipe
 from hvp_ray.selection import Candidates, choose_views, score_views
 from tests.helpers import slow_cross_entropy, slow_dino_score
 
+VIT = get_recipe("ibot-digits").method.backbone
 CANDIDATES = Candidates(num_views=4, num_local_views=5, num_chosen_local_views=2, alternating=True)
 
 
 def _method(**options: object) -> Dino:
     config = get_recipe("dino-digits").method
-    backbone = dataclasses.replace(config.backbone, dim=32, depth=2, num_heads=2)
-    method = build_method(dataclasses.replace(config, backbone=backbone, num_prototypes=24, **options))
+    backbone = dataclasses.replace(VIT, dim=32, depth=2, num_heads=2)
+    settings = {"backbone": backbone, "num_prototypes": 24, "teacher_temperature": 0.04} | options
+    method = build_method(dataclasses.replace(config, **settings))
     assert isinstance(method, Dino)
     with torch.no_grad():
         method.center.copy_(torch.randn(24) * 0.02)
@@ -162,7 +164,7 @@ def test_prototypes_are_frozen_in_the_first_epochs_only() -> None:
 
 
 def test_teacher_has_no_drop_path_and_starts_as_the_student() -> None:
-    method = build_method(get_recipe("dino-digits").method)
+    method = build_method(dataclasses.replace(get_recipe("dino-digits").method, backbone=VIT))
     for mine, theirs in zip(method.teacher_backbone.parameters(), method.backbone.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 

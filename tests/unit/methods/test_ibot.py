@@ -23,7 +23,9 @@ CANDIDATES = Candidates(num_views=4, num_local_views=3, num_chosen_local_views=2
 def _method(**options: object) -> IBot:
     config = get_recipe("ibot-digits").method
     backbone = dataclasses.replace(config.backbone, dim=32, depth=2, num_heads=2)
-    method = build_method(dataclasses.replace(config, backbone=backbone, num_prototypes=K, **options))
+    temperatures = {"teacher_temperature": 0.04, "patch_teacher_temperature": 0.07, "warmup_patch_teacher_epochs": 9}
+    settings = {"backbone": backbone, "num_prototypes": K} | temperatures | options
+    method = build_method(dataclasses.replace(config, **settings))
     assert isinstance(method, IBot)
     with torch.no_grad():
         method.center.copy_(torch.randn(K) * 0.02)

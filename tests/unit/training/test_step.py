@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
 
 
 MULTI_CROP = ("dino-digits", "ibot-digits")
+VIT = get_recipe("ibot-digits").method.backbone
 
 
 @pytest.mark.parametrize("recipe", ["simclr-digits", *MULTI_CROP])
@@ -196,6 +198,10 @@ def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Pat
         "hardest of many": {"rule": "hardest"} | many,
     }.items():
         config = tiny_config(str(tmp_path), recipe=recipe, selection=selection, data={"num_images": 60})
+        if recipe == "dino-digits":
+            config = dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=VIT))
+            local = dataclasses.replace(config.views.local_views, size_px=4)
+            config = dataclasses.replace(config, views=dataclasses.replace(config.views, local_views=local))
         trainee = build_trainee(config, World(), CPU, None)
         trainee.method.train()
         drop_paths = [m for m in trainee.method.modules() if type(m).__name__ == "DropPath" and m.drop_prob > 0]
@@ -257,9 +263,8 @@ def test_chosen_candidate_is_no_easier_than_any_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
 def test_accumulated_step_is_the_whole_step(tmp_path: Path, recipe: str) -> None:
     """A network without batch statistics and drop path: four parts give loss, gradient, centre and teacher of one."""
-    transformer = dataclasses.replace(
-        get_recipe("dino-digits").method.backbone, dim=32, depth=2, num_heads=2, drop_path=0.0
-    )
+    patch_px = 4 if recipe == "ibot-digits" else 2
+    transformer = dataclasses.replace(VIT, dim=32, depth=2, num_heads=2, drop_path=0.0, patch_px=patch_px)
     method = dataclasses.replace(get_recipe(recipe).method, backbone=transformer)
     states, losses = [], []
     for parts in (1, 4):
@@ -318,8 +323,6 @@ def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp
 
     run = dataclasses.replace(config, run=dataclasses.replace(config.run, name="resumed"))
     pretrain_in_process(run)
-    import shutil
-
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000020")
     (tmp_path / "resumed" / "summary.json").unlink()
     summary = pretrain_in_process(run)
@@ -328,6 +331,29 @@ def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp
     assert summary["weights_digest"] == straight
     steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 21))
+
+
+@pytest.mark.parametrize("rule", ["hardest", "first"])
+@pytest.mark.parametrize("recipe", ["simclr-digits", "dino-digits", "ibot-digits"])
+def test_every_method_resumes_to_the_same_bits(tmp_path: Path, recipe: str, rule: str) -> None:
+    """Teacher, centres, momenta and schedules come back from a checkpoint in mid-epoch."""
+    config = tiny_config(
+        str(tmp_path),
+        recipe=recipe,
+        selection={"rule": rule},
+        data={"num_images": 100},
+        training={"num_steps": 9, "checkpoint_every_steps": 3},
+        tracking={"knn_images": 0},
+    )
+    straight = _digest(config, name="straight")
+    run = dataclasses.replace(config, run=dataclasses.replace(config.run, name="resumed"))
+    pretrain_in_process(run)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000009")
+    (tmp_path / "resumed" / "summary.json").unlink()
+    summary = pretrain_in_process(run)
+    assert summary is not None
+    assert json.loads((tmp_path / "resumed" / "attempts.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert summary["weights_digest"] == straight
 
 
 def test_initial_weights_of_a_run_are_the_start_of_another(tmp_path: Path) -> None:
