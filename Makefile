@@ -9,7 +9,7 @@ UI_STORE ?= runs/mlflow.db
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup pretrain test check ui gpu-check lock clean-runs
+.PHONY: setup pretrain test check bench ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -32,6 +32,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell hvp_ray pipelines tests docs README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.jsonl
 
 ui: setup
 	@test -f $(UI_STORE) || { echo "no runs in $(UI_STORE) yet: start with make pretrain, or name another store: make ui UI_STORE=path/to/mlflow.db" >&2; exit 1; }

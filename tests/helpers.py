@@ -10,13 +10,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsConfig
-from hvp_ray.recipes import get_recipe
+from hvp_ray.recipes import RECIPES, get_recipe
 
 NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
 
 
 def views_config(size_px: int = 32, transform: TransformConfig = NEUTRAL) -> ViewsConfig:
     return ViewsConfig(global_views=ViewGroupConfig(size_px=size_px, even=transform), evaluation_resize_px=size_px)
+
+
+def groups_of_recipes() -> dict[str, ViewGroupConfig]:
+    """The distinct view groups of all recipes, by the first recipe that has them."""
+    found: dict[str, ViewGroupConfig] = {}
+    for name, make in RECIPES.items():
+        views = make().views
+        for kind, group in (("", views.global_views), (" local", views.local_views)):
+            if group is not None and group not in found.values():
+                found[name + kind] = group
+    return found
 
 
 def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[str, object]) -> RunConfig:

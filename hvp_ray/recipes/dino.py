@@ -53,7 +53,7 @@ def dino_digits() -> RunConfig:
         optimizer=dataclasses.replace(
             VIT_OPTIMIZER, learning_rate_per_256=0.016, final_weight_decay=0.1, warmup_epochs=6
         ),
-        training=TrainingConfig(epochs=30, images_per_step=32, checkpoint_every_steps=400),
+        training=TrainingConfig(epochs=24, images_per_step=32, checkpoint_every_steps=400),
         tracking=TrackingConfig(log_every_steps=5),
     )
 

@@ -30,10 +30,8 @@ def _method(name: str, ranks: Ranks) -> Method:
     """A small network of the method; without drop path, which every rank draws for itself."""
     config = get_recipe(f"{name}-digits").method
     torch.manual_seed(0)
-    if name == "ibot":
-        small = {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.0}
-    else:
-        small = {"channels": (4, 8, 8, 16)}
+    transformer = {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.0}
+    small = transformer if name == "ibot" else {"channels": (4, 8, 8, 16)}
     backbone = dataclasses.replace(config.backbone, **small)
     return build_method(dataclasses.replace(config, backbone=backbone), ranks).train()
 

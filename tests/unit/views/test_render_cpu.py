@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import TransformConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.randomness import Purpose
-from hvp_ray.recipes import RECIPES
 from hvp_ray.records import ViewPlan
 from hvp_ray.views import color
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer, blur, render_view, resize
-from tests.helpers import encode, photograph_like
+from tests.helpers import encode, groups_of_recipes, photograph_like
 
 KINDS = ("photograph", "gradient", "checkerboard", "grey", "one_px_wide", "black", "white")
 
@@ -126,14 +125,8 @@ def _torchvision_view(image: NDArray[np.uint8], plan: ViewPlan, v: int, b: int, 
     return F.horizontal_flip(view) if p["flip"] else view
 
 
-CHAINS = {name: make().views.global_views for name, make in RECIPES.items()} | {
-    "simclr-chain": ViewGroupConfig(
-        size_px=64,
-        even=TransformConfig(
-            crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue_turns=0.2, blur_kernel_px=23
-        ),
-    ),
-    "dino-chain": ViewGroupConfig(
+CHAINS = groups_of_recipes() | {
+    "every second view solarized": ViewGroupConfig(
         size_px=64,
         even=TransformConfig(interpolation="bicubic", saturation=0.2, blur_probability=1.0),
         odd=TransformConfig(interpolation="bicubic", saturation=0.2, blur_probability=0.1, solarize_probability=0.5),

@@ -1,6 +1,6 @@
 """DALI (its CPU backend, the twin of the GPU's graph) against the CPU renderer. Units: uint8 levels.
 
-Bands: mean 0.5, at most 1 % of the values off by more than 3 levels. DALI resizes in
+Bands: mean 0.5 (0.8 for views below 16 px), at most 1 % (3 %) of the values off by more than 3 levels. DALI resizes in
 float32 and rounds once, torch's uint8 resize rounds between its two passes.
 """
 
@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import TransformConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.randomness import Purpose
-from hvp_ray.recipes import RECIPES
 from hvp_ray.records import ViewPlan
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from hvp_ray.views.render_dali import DaliRenderer
-from tests.helpers import NEUTRAL, encode, photograph_like, views_config
+from tests.helpers import NEUTRAL, encode, groups_of_recipes, photograph_like, views_config
 
 OPERATIONS: dict[str, dict[str, float]] = {
     "crop": {},
@@ -67,14 +66,19 @@ def test_each_operation_agrees_with_the_cpu_renderer(generator: np.random.Genera
     assert (difference > 3).mean() < 0.01
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
-def test_whole_chain_of_each_recipe_agrees_with_the_cpu_renderer(generator: np.random.Generator, recipe: str) -> None:
-    views = RECIPES[recipe]().views
-    images, sizes = _batch(generator, size_px=max(16, views.global_views.size_px))
+GROUPS = groups_of_recipes()
+
+
+@pytest.mark.parametrize("name", list(GROUPS))
+def test_whole_chain_of_each_recipe_agrees_with_the_cpu_renderer(generator: np.random.Generator, name: str) -> None:
+    group = GROUPS[name]
+    views = ViewsConfig(global_views=group, evaluation_resize_px=group.size_px)
+    images, sizes = _batch(generator, size_px=max(16, group.size_px))
     difference = _differences(views, images, _plan(views, sizes, num_views=4))
-    assert difference.mean() < 0.5
     # At 8 px one value is the mean of many, and the two filters' tails show.
-    assert (difference > 3).mean() < (0.03 if recipe == "simsiam-digits" else 0.01)
+    tiny = group.size_px < 16
+    assert difference.mean() < (0.8 if tiny else 0.5)
+    assert (difference > 3).mean() < (0.03 if tiny else 0.01)
 
 
 def test_solarize_and_bicubic_agree_away_from_the_threshold(generator: np.random.Generator) -> None:
