@@ -43,7 +43,7 @@ def ibot_digits() -> RunConfig:
             warmup_patch_teacher_epochs=0,
         ),
         optimizer=dataclasses.replace(_OPTIMIZER, learning_rate_per_256=4e-3, final_weight_decay=0.1, warmup_epochs=6),
-        training=TrainingConfig(epochs=20, images_per_step=32, checkpoint_every_steps=400),
+        training=TrainingConfig(epochs=24, images_per_step=32, checkpoint_every_steps=400),
         tracking=TrackingConfig(log_every_steps=5),
     )
 
