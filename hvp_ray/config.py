@@ -287,10 +287,12 @@ class SelectionConfig:
 
     limit: int | None = None
     """Compare only so many randomly drawn candidates, the same for all images of a rank's step, as the authors' code
-    does (64 or 128). None: the exact maximum over all candidates, which costs nothing more."""
+    does (64 or 128). None: the exact maximum over all candidates, which costs nothing more. Rules that compare no scores
+    do not look at it."""
 
     every: int = 1
-    """A hard step every k-th step; the others are vanilla steps, which render and ship only what they train on."""
+    """A hard step every k-th step; the others are vanilla steps, which render and ship only what they train on.
+    With rule first all steps are vanilla."""
 
     score_always: bool = False
     """Score although the rule does not need it: the control "extra views seen only by BatchNorm"."""
@@ -320,11 +322,7 @@ class SelectionConfig:
         _require(fits, "selection.num_chosen_local_views", self.num_chosen_local_views, allowed)
         if self.limit is not None:
             _require(self.limit >= 1, "selection.limit", self.limit, "1 or more, or None for the exact maximum")
-            allowed = "None with a rule that compares no scores"
-            _require(self.rule in RULES_THAT_SCORE, "selection.limit", self.limit, allowed)
         _require(self.every >= 1, "selection.every", self.every, "1 or more")
-        conflict = self.rule == "first" and self.every > 1
-        _require(not conflict, "selection.every", self.every, "1, because selection.rule=first has no hard steps")
         if self.scoring_resolution_px is not None:
             _require(
                 self.scoring_resolution_px >= 4, "selection.scoring_resolution_px", self.scoring_resolution_px, ">= 4"
@@ -423,7 +421,7 @@ class OptimizerConfig:
     """Optimizer and schedules; every schedule is a function of the step."""
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    """sgd and adamw: torch's; lars: timm's, trust coefficient 0.001."""
+    """sgd and adamw: torch's; lars: timm's."""
 
     learning_rate_per_256: float
     """Base learning rate for 256 images per step; the rate used is this x images_per_step / 256."""
@@ -440,11 +438,17 @@ class OptimizerConfig:
     decay_exempts_vectors: bool = False
     """No weight decay, and no LARS adaptation, on biases and other one-dimensional parameters."""
 
+    lars_trust_coefficient: float = 0.001
+    """lars: the rate of a tensor is scaled by this x its norm / the norm of its gradient."""
+
+    lars_clip: bool = False
+    """lars: a tensor's scaled rate is at most the learning rate (LARC)."""
+
     schedule: Literal["cosine-per-epoch", "cosine-per-step"] = "cosine-per-epoch"
     """Cosine of the learning rate; SimSiam evaluates it once per epoch."""
 
     warmup_epochs: float = 0.0
-    """Linear warm-up from 0 at the start, by step; the cosine spans the rest."""
+    """Linear warm-up from 0 at the start, by step; the cosine spans the rest. A run that is shorter is all warm-up."""
 
     final_learning_rate: float = 0.0
     """The cosine ends here; not scaled with the images per step."""
@@ -465,6 +469,8 @@ class OptimizerConfig:
         _require(self.weight_decay >= 0.0, "optimizer.weight_decay", self.weight_decay, "0 or more")
         final_decay = self.final_weight_decay
         _require(final_decay is None or final_decay >= 0.0, "optimizer.final_weight_decay", final_decay, "0 or more")
+        trust = self.lars_trust_coefficient
+        _require(trust > 0.0, "optimizer.lars_trust_coefficient", trust, "positive")
         _require(self.warmup_epochs >= 0.0, "optimizer.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(self.final_learning_rate >= 0.0, "optimizer.final_learning_rate", self.final_learning_rate, ">= 0")
         smooth = self.schedule == "cosine-per-step" or self.warmup_epochs == 0.0
@@ -535,7 +541,7 @@ class ClusterConfig:
     """Ray actors that render views. auto: the CPUs that the trainers leave, at least 1, at most 64."""
 
     renderer: RendererName | Literal["auto"] = "auto"
-    """cpu | dali-cpu | dali-gpu. auto: cpu (dali-gpu where `device` is cuda and DALI is installed)."""
+    """cpu | dali-cpu | dali-gpu. auto: cpu."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What trainers run on. auto: cuda where the cluster has enough GPUs for the trainers, else cpu."""

@@ -39,7 +39,9 @@ def describe_views(config: RunConfig) -> str:
 
     candidates = candidates_of(config, 0)
     per_image = batch_bytes(config) / config.images_per_rank
-    chosen = 2 if config.selection.rule != "all_pairs" else candidates.num_views
+    everything = config.selection.rule == "all_pairs"
+    chosen = candidates.num_views if everything else 2
+    chosen_locals = candidates.num_local_views if everything else candidates.num_chosen_local_views
     lines = [
         f"  per image      {candidates.num_views} global views of {config.views.global_views.size_px} px"
         + (
@@ -48,7 +50,7 @@ def describe_views(config: RunConfig) -> str:
             else ""
         ),
         f"  trained on     {chosen} global views"
-        + (f" and {candidates.num_chosen_local_views} local views" if candidates.num_chosen_local_views else "")
+        + (f" and {chosen_locals} local views" if chosen_locals else "")
         + f", chosen among {candidates.count:,} candidates"
         + (f", of which {config.selection.limit} are compared" if config.selection.limit else ""),
         f"  bytes          {per_image / 1024:.0f} KiB an image, {batch_bytes(config) / _MIB:.1f} MiB a batch of one trainer, "

@@ -84,7 +84,7 @@ class Byol(Method):
 
 def _losses(targets: Tensor, predictions: Tensor, candidates: Candidates) -> Tensor:
     """Loss of each pair: SimSiam's formula, with the target network's outputs in the place of the stopped gradient."""
-    return score_pairs(targets, predictions, torch.from_numpy(candidates.pairs).to(targets.device))
+    return score_pairs(targets, predictions, candidates.pairs_on(targets.device))
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:

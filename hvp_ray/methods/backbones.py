@@ -77,7 +77,8 @@ def backbone_arguments(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _is_vision_transformer(name: str) -> bool:
-    return is_model_in_modules(name, ["vision_transformer"])
+    """Tell whether the network is timm's VisionTransformer, whose position embeddings can be interpolated."""
+    return is_model_in_modules(name, ["vision_transformer", "deit"])
 
 
 def patch_px(backbone: nn.Module) -> int:
@@ -93,7 +94,7 @@ def forward_tokens(
     images: Float[Tensor, "batch channels height width"],
     *,
     mask: Bool[Tensor, "batch rows columns"] | None = None,
-    mask_token: Float[Tensor, " dim"] | None = None,
+    mask_token: Float[Tensor, "1 dim"] | None = None,
 ) -> Float[Tensor, "batch tokens dim"]:
     """Forward a Vision Transformer and return all tokens, class token first, normalised.
 
@@ -103,21 +104,14 @@ def forward_tokens(
         mask: which patches are replaced by `mask_token`, before the position embedding; None: none.
         mask_token: see `mask`.
     """
-    if mask is None:
-        tokens: Tensor = backbone.forward_features(images)
-        return tokens
-    assert mask_token is not None
-    where, token = mask[..., None], mask_token
-
-    def replace_masked(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
-        return torch.where(where, token.to(embedded.dtype), embedded)
-
-    handle = backbone.patch_embed.register_forward_hook(replace_masked)
-    try:
-        tokens = backbone.forward_features(images)
-    finally:
-        handle.remove()
-    return tokens
+    embedded: Tensor = backbone.patch_embed(images)
+    if mask is not None:
+        assert mask_token is not None
+        embedded = torch.where(mask[..., None], mask_token.to(embedded.dtype), embedded)
+    # The rest of timm's forward_features, which has no place for a mask token.
+    tokens = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(embedded)))
+    normalised: Tensor = backbone.norm(backbone.blocks(tokens))
+    return normalised
 
 
 def feature_dim(backbone: nn.Module) -> int:

@@ -17,7 +17,7 @@ from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.methods.backbones import forward_tokens
 from hvp_ray.methods.configs import IBotConfig
 from hvp_ray.methods.dino import Dino
-from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors
+from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores
 
 
@@ -30,12 +30,13 @@ class IBot(Dino):
     def __init__(self, config: IBotConfig, ranks: Ranks = ALONE) -> None:
         super().__init__(config, ranks)
         self._ibot = config
-        if not isinstance(self.backbone, VisionTransformer):
+        vit = self.backbone
+        if not (isinstance(vit, VisionTransformer) and vit.has_class_token and vit.global_pool == "token"):
             raise ConfigError(
-                f"method.backbone.name={config.backbone.name!r} is not allowed: iBOT masks patches, so it needs a Vision "
-                f"Transformer, for instance vit_small_patch16_224"
+                f"method.backbone.name={config.backbone.name!r} is not allowed: iBOT masks patches and has a loss on the "
+                f"class token, so it needs a Vision Transformer with one, for instance vit_small_patch16_224"
             )
-        self.mask_token = nn.Parameter(torch.zeros(self.backbone.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
         self.register_buffer("patch_center", torch.zeros(config.num_prototypes))
         self.register_buffer(
             "patch_teacher_temperature", torch.tensor(config.patch_teacher_temperature), persistent=False
@@ -73,9 +74,9 @@ class IBot(Dino):
         of_class = distillation.score_tuples(crosses, candidates)
         pairs_BP, locals_BPL = config.class_weight * of_class.pairs_BP, of_class.locals_BPL
         if config.scoring == "full":
-            pairs = torch.from_numpy(candidates.pairs).to(pairs_BP.device)
             losses_BG = self._patch_losses(student, teacher)
-            pairs_BP = pairs_BP + config.patch_weight * losses_BG[:, pairs].mean(dim=2)
+            of_pairs = losses_BG[:, candidates.pairs_on(pairs_BP.device)]
+            pairs_BP = pairs_BP + config.patch_weight * of_pairs.mean(dim=2)
         if locals_BPL is not None:
             locals_BPL = config.class_weight * locals_BPL
         return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL)
@@ -162,6 +163,7 @@ class IBot(Dino):
         return torch.stack(losses, dim=1)
 
 
+@in_float32
 def patch_loss(
     targets_BMK: Float[Tensor, "batch patches prototypes"],
     logits_BMK: Float[Tensor, "batch patches prototypes"],

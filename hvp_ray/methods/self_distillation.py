@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hvp_ray.methods.method import in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores
 
 Head = TypeVar("Head", bound=nn.Module)
@@ -72,11 +73,18 @@ def cross_entropies(
     As q sums to 1, T = logsumexp(s_v / t) - <q_a, s_v> / t: one log-sum-exp per student view and one product, no
     [B, P, K] tensor. The logits come one view at a time and need not all exist at once.
     """
-    columns = []
-    for logits in student_logits:
-        scaled = logits / temperature
-        columns.append(scaled.logsumexp(dim=1)[:, None] - torch.einsum("abk,bk->ba", targets_ABK, scaled))
-    return torch.stack(columns, dim=2)
+    # Logits are made as the loop goes, in the caller's precision; what follows from them is float32.
+    return torch.stack([_cross_entropies_of(targets_ABK, logits, temperature) for logits in student_logits], dim=2)
+
+
+@in_float32
+def _cross_entropies_of(
+    targets_ABK: Float[Tensor, "teacher_views batch prototypes"],
+    logits_BK: Float[Tensor, "batch prototypes"],
+    temperature: float,
+) -> Float[Tensor, "batch teacher_views"]:
+    scaled = logits_BK / temperature
+    return scaled.logsumexp(dim=1)[:, None] - torch.einsum("abk,bk->ba", targets_ABK, scaled)
 
 
 def mean_of_cross_views(crosses_BAV: Float[Tensor, "batch teacher_views student_views"]) -> Float[Tensor, ""]:
@@ -94,11 +102,12 @@ def score_tuples(
 
     score(g1, g2, l_1 .. l_k) = (T[g1, g2] + T[g2, g1] + sum over j of (T[g1, l_j] + T[g2, l_j])) / (2 + 2k)
 
-    Source: automl/hvp, branch dino, utils/dino.py:155-165 (the sum of the terms). Differs: every term is evaluated once,
-    76 for 4 + 16 views, where the reference evaluates 18 for each of its 128 candidates.
+    Source: automl/hvp, branch dino, utils/dino.py:155-165 (the sum of the terms). Differs: every term is evaluated once
+    (76 for 4 + 16 views; a view with itself makes 4 more, unused), where the reference evaluates 18 for each of its 128
+    candidates.
     """
     terms = 2 + 2 * candidates.num_chosen_local_views
-    pairs = torch.from_numpy(candidates.pairs).to(crosses_BAV.device)
+    pairs = candidates.pairs_on(crosses_BAV.device)
     first, second = pairs[:, 0], pairs[:, 1]
     pairs_BP = (crosses_BAV[:, first, second] + crosses_BAV[:, second, first]) / terms
     if not candidates.num_local_views:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hvp_ray.methods.backbones import build_backbone, feature_dim
 from hvp_ray.methods.configs import SimCLRConfig
 from hvp_ray.methods.heads import simclr_projector
-from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors
+from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, pair_table
 
 
@@ -32,12 +32,11 @@ class SimCLR(Method):
         """Forward all views as one batch, gather their projections over the ranks once, and score all pairs."""
         own_VBD = self._project(views.global_views)
         everything_VND = _join_ranks(self._ranks.gather(own_VBD))
-        pairs = torch.from_numpy(candidates.pairs).to(own_VBD.device)
         return CandidateScores(
             pairs_BP=score_pairs(
                 own_VBD,
                 everything_VND,
-                pairs,
+                candidates.pairs_on(own_VBD.device),
                 first_image=self._ranks.rank * own_VBD.shape[1],
                 temperature=self._temperature,
                 negatives_of_all_views=self._negatives_of_all_views,
@@ -86,6 +85,7 @@ class SimCLR(Method):
         return F.normalize(projections.float(), dim=-1).unflatten(0, views_VB.shape[:2])
 
 
+@in_float32
 def nt_xent(
     own_SBD: Float[Tensor, "slots batch dim"],
     everything_SND: Float[Tensor, "slots images dim"],
@@ -117,6 +117,7 @@ def nt_xent(
     return torch.stack(losses).mean()
 
 
+@in_float32
 def score_pairs(
     own_VBD: Float[Tensor, "views batch dim"],
     everything_VND: Float[Tensor, "views images dim"],

@@ -12,7 +12,7 @@ from hvp_ray.errors import ShapeError
 from hvp_ray.methods.backbones import build_backbone, feature_dim
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.heads import simsiam_predictor, simsiam_projector
-from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors
+from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, pair_table
 
 
@@ -32,7 +32,7 @@ class SimSiam(Method):
         projections = self.projector(self.backbone(views_VB.flatten(0, 1)))
         predictions = self.predictor(projections)
         shape = (*views_VB.shape[:2], -1)
-        pairs = torch.from_numpy(candidates.pairs).to(projections.device)
+        pairs = candidates.pairs_on(projections.device)
         return CandidateScores(
             pairs_BP=score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float(), pairs)
         )
@@ -61,6 +61,7 @@ class SimSiam(Method):
         return list(self.predictor.parameters())
 
 
+@in_float32
 def score_pairs(
     projections_VBD: Float[Tensor, "views batch dim"],
     predictions_VBD: Float[Tensor, "views batch dim"],

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable
 
 from hvp_ray.config import RunConfig
@@ -45,14 +46,17 @@ def get_recipe(name: str) -> RunConfig:
 def _recipe_of_module(name: str) -> RunConfig:
     module, _, function = name.partition(":")
     try:
-        config = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"the recipe {name!r} cannot be had: {error}; a recipe is a function of a module on PYTHONPATH, without "
             f"arguments"
         ) from error
+    config = make() if inspect.isfunction(make) else make
     if not isinstance(config, RunConfig):
-        raise ConfigError(f"the recipe {name!r} is {type(config).__name__}, expected a RunConfig")
+        raise ConfigError(
+            f"the recipe {name!r} gives {type(config).__name__}, expected a function that gives a RunConfig"
+        )
     return dataclasses.replace(config, recipe=name)
 
 

@@ -51,11 +51,11 @@ def simclr_cifar10() -> RunConfig:
     python pipelines/pretrain.py simclr-cifar10 --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet
 
-    Source: solo-learn scripts/pretrain/cifar/simclr.yaml (LARS, 0.4 per 256 images, temperature 0.2), the HVP authors
-    have no CIFAR settings of SimCLR. Expected: 90.7 linear with random views (solo-learn); no number with hard views is
-    published. Not yet run by this project.
+    Source: solo-learn scripts/pretrain/cifar/simclr.yaml (LARS with clipping, 0.4 per 256 images, temperature 0.2); the
+    HVP authors have no CIFAR settings of SimCLR. Expected: 90.7 linear with random views (solo-learn); no number with
+    hard views is published. Not yet run by this project.
     """
-    transform = dataclasses.replace(_STRONG_COLOR, blur_probability=0.0)
+    transform = dataclasses.replace(_STRONG_COLOR, crop_scale=(0.08, 1.0), blur_probability=0.0)
     return RunConfig(
         recipe="simclr-cifar10",
         data=data_sets.CIFAR10,
@@ -64,7 +64,9 @@ def simclr_cifar10() -> RunConfig:
         optimizer=OptimizerConfig(
             name="lars",
             learning_rate_per_256=0.4,
-            weight_decay=1e-5,
+            weight_decay=1e-4,
+            lars_trust_coefficient=0.02,
+            lars_clip=True,
             decay_exempts_vectors=True,
             schedule="cosine-per-step",
             warmup_epochs=10,

@@ -7,11 +7,14 @@ P * C(L, k) candidates (51,480 for DINO's 4 + 16 views).
 Legend: V global views, L local views, B images, P pairs, k local views trained on.
 """
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -70,10 +73,27 @@ class Candidates:
         """[P, 2]."""
         return pair_table(self.num_views, alternating=self.alternating)
 
+    def pairs_on(self, device: torch.device) -> Int64[Tensor, "pairs 2"]:
+        """Return `pairs` on a device; a GPU keeps its copy."""
+        if device.type == "cuda":
+            return _kept_pairs(self, device)
+        return torch.from_numpy(self.pairs).to(device)
+
     @property
     def count(self) -> int:
         """P * C(L, k)."""
         return len(self.pairs) * math.comb(self.num_local_views, self.num_chosen_local_views)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_pairs(candidates: Candidates, device: torch.device) -> Tensor:
+    return torch.from_numpy(candidates.pairs).to(device)
+
+
+def to_device(values: NDArray[Any], device: torch.device) -> Shaped[Tensor, "..."]:
+    """Copy an array to a device; on the way to a GPU through pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

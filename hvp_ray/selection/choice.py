@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvp_ray.config import Rule
 from hvp_ray.errors import ShapeError
-from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.candidates import Candidates, CandidateScores, to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +98,7 @@ def choose_views(
                 local_indices = random_locals.to(device)
         case "first":
             chosen = torch.zeros(num_images, dtype=torch.int64, device=device)
-    table = torch.from_numpy(candidates.pairs).to(device)
+    table = candidates.pairs_on(device)
     chosen = chosen.to(device)
     return Selection(
         pair_indices=chosen,
@@ -127,11 +127,11 @@ def _best_of_drawn(
     scores: CandidateScores, drawn: DrawnCandidates, sign: float
 ) -> tuple[Int64[Tensor, " batch"], Int64[Tensor, "chosen_locals batch"] | None, Float[Tensor, " batch"]]:
     device = scores.pairs_BP.device
-    pair_R = torch.from_numpy(drawn.pair_indices).to(device)
+    pair_R = to_device(drawn.pair_indices, device)
     totals_BR = sign * scores.pairs_BP[:, pair_R]
     local_Rk = None
     if scores.locals_BPL is not None and drawn.local_indices.shape[1]:
-        local_Rk = torch.from_numpy(drawn.local_indices).to(device)
+        local_Rk = to_device(drawn.local_indices, device)
         totals_BR = totals_BR + sign * scores.locals_BPL[:, pair_R[:, None], local_Rk].sum(dim=2)
     best, at = _lowest_argmax(totals_BR)
     return pair_R[at], None if local_Rk is None else local_Rk[at].T.contiguous(), sign * best

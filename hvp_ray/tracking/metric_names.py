@@ -8,7 +8,6 @@ METRICS: dict[str, str] = {
     "train/epoch": "Epochs done, as a fraction.",
     "train/class_loss": "iBOT: the class tokens' part of the loss.",
     "train/patch_loss": "iBOT: the masked patches' part of the loss.",
-    "train/weight_decay": "Weight decay, where it follows a schedule.",
     "selection/chosen_score": "Loss of the chosen candidate in the scoring pass, mean over images.",
     "selection/other_score": "Mean loss of all candidates that were not chosen.",
     "selection/mean_score": "Mean loss of all candidates, where the rule scores without choosing by it.",

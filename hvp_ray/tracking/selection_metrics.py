@@ -50,7 +50,8 @@ def describe_scores(scores: CandidateScores, selection: Selection, candidates: C
     chosen = selection.scores.double()
     metrics = {"selection/chosen_score": float(chosen.mean())}
     if candidates.count > 1:
-        others = (mean * candidates.count - chosen) / (candidates.count - 1)
+        count = float(candidates.count)
+        others = (mean * count - chosen) / (count - 1.0)
         metrics["selection/other_score"] = float(others.mean())
     return metrics
 

@@ -10,6 +10,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.randomness import Purpose, draw_stream, draw_words
 from hvp_ray.records import ViewBatch
 from hvp_ray.selection import Candidates, DrawnCandidates
+from hvp_ray.selection.candidates import to_device
 from hvp_ray.views.geometry import crop_iou
 
 
@@ -27,7 +28,7 @@ def pair_ious(batch: ViewBatch, candidates: Candidates, device: torch.device) ->
     """Return the overlap of the crops of every pair of global views."""
     plan = batch.global_views.plan
     ious = crop_iou(plan.top, plan.left, plan.height, plan.width, candidates.pairs)
-    return torch.from_numpy(np.ascontiguousarray(ious)).to(device)
+    return to_device(ious, device)
 
 
 def draw_random_pairs(
@@ -38,7 +39,7 @@ def draw_random_pairs(
         seed=seed, purpose=Purpose.RANDOM_PAIR, sample_ids=batch.sample_ids, epoch=batch.epoch, num_words=1
     )[:, 0]
     pairs = (words % np.uint64(len(candidates.pairs))).astype(np.int64)
-    return torch.from_numpy(pairs).to(device)
+    return to_device(pairs, device)
 
 
 def draw_random_locals(
@@ -53,7 +54,7 @@ def draw_random_locals(
         num_words=candidates.num_local_views,
     )
     chosen = _smallest(words, candidates.num_chosen_local_views)
-    return torch.from_numpy(np.ascontiguousarray(chosen.T)).to(device)
+    return to_device(chosen.T, device)
 
 
 def draw_candidates(

@@ -1,5 +1,7 @@
 """The optimizer of a method, in parameter groups by what follows a schedule and what decays."""
 
+from typing import Any
+
 import torch
 from timm.optim import Lars
 from torch import nn
@@ -24,7 +26,7 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
         if parameter.requires_grad:
             decays = not (config.decay_exempts_vectors and parameter.ndim <= 1)
             groups.setdefault((id(parameter) not in constant, decays), []).append(parameter)
-    described = [
+    described: list[dict[str, Any]] = [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
@@ -38,8 +40,15 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
         case "sgd":
             return torch.optim.SGD(described, lr=rate, momentum=config.momentum)
         case "lars":
-            # timm adapts the rate of groups with weight decay only, which is what the exemption of vectors means.
-            lars: torch.optim.Optimizer = Lars(described, lr=rate, momentum=config.momentum, trust_coeff=0.001)
+            for group in described:
+                group["always_adapt"] = group[_DECAYS]  # what is exempt from decay is exempt from adaptation
+            lars: torch.optim.Optimizer = Lars(
+                described,
+                lr=rate,
+                momentum=config.momentum,
+                trust_coeff=config.lars_trust_coefficient,
+                trust_clip=config.lars_clip,
+            )
             return lars
         case "adamw":
             return torch.optim.AdamW(described, lr=rate)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from hvp_ray.config import RunConfig
 from hvp_ray.methods.method import ViewTensors
 from hvp_ray.selection import Selection, gather_views
+from hvp_ray.selection.candidates import to_device
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.views.normalise import normalise_views
 
@@ -29,7 +29,7 @@ class PixelViews:
         return PixelViews(
             global_pixels=batch.global_pixels,
             local_pixels=batch.local_pixels,
-            masks=None if mask is None else torch.from_numpy(mask.copy()).to(device, non_blocking=True),
+            masks=None if mask is None else to_device(mask.copy(), device),
         )
 
     def gather(self, selection: Selection) -> "PixelViews":

@@ -15,6 +15,7 @@ from hvp_ray.config import RendererName, RunConfig, config_to_dict
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
+from hvp_ray.methods.method import Method
 from hvp_ray.training.rank import RunJob, build_order
 from hvp_ray.training.setup import build_untrained_method
 
@@ -72,7 +73,7 @@ def check_before_start(config: RunConfig) -> None:
     """
     output = output_folder(config)
     _open_checked(config)
-    _check_view_sizes(config, patch_px=build_untrained_method(config).patch_px)
+    _check_view_sizes(config, build_untrained_method(config))
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
@@ -80,8 +81,9 @@ def check_before_start(config: RunConfig) -> None:
         )
 
 
-def _check_view_sizes(config: RunConfig, *, patch_px: int) -> None:
-    views, selection = config.views, config.selection
+def _check_view_sizes(config: RunConfig, method: Method) -> None:
+    """Check that the encoder takes views of all sizes, by forwarding an empty image of each."""
+    views, selection, patch_px = config.views, config.selection, method.patch_px
     sizes = {
         "views.global_views.size_px": views.global_views.size_px,
         "views.local_views.size_px": None if views.local_views is None else views.local_views.size_px,
@@ -90,6 +92,13 @@ def _check_view_sizes(config: RunConfig, *, patch_px: int) -> None:
     for path, size_px in sizes.items():
         if size_px is not None and size_px % patch_px:
             raise ConfigError(f"{path}={size_px} is not allowed: a multiple of the patches of {patch_px} px")
+        if size_px is not None:
+            try:
+                with torch.no_grad():
+                    method.encoder.eval()(torch.zeros(1, 3, size_px, size_px))
+            except (AssertionError, RuntimeError) as error:
+                name = config.method.backbone.name
+                raise ConfigError(f"{path}={size_px} is not allowed: {name} does not take it: {error}") from error
     if views.masks is not None and views.masks.patch_px != patch_px:
         raise ConfigError(
             f"views.masks.patch_px={views.masks.patch_px} is not allowed: the encoder's patches have {patch_px} px"

@@ -83,6 +83,12 @@ def train_rank(
     store = CheckpointStore(
         str(job.run_dir / "checkpoints"), run_identity=job.run_identity, keep=config.training.keep_checkpoints
     )
+    if world.rank == 0 and config.optimizer.warmup_epochs * order.steps_per_epoch >= num_steps:
+        logger.warning(
+            "optimizer.warmup_epochs=%g covers the whole run of %d steps: the learning rate only rises",
+            config.optimizer.warmup_epochs,
+            num_steps,
+        )
     checkpoint = store.load_newest(map_location="cpu")
     first_step = checkpoint.step if checkpoint is not None else 0
     trainee = build_trainee(config, world, device, checkpoint)

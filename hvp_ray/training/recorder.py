@@ -108,7 +108,8 @@ class RunRecorder:
         if metrics.gradient_norm is not None:
             values["train/gradient_norm"] = float(metrics.gradient_norm)
         values["collapse/embedding_std"] = float(embedding_std(metrics.embeddings))
-        if steps_done % (10 * self._config.tracking.log_every_steps) == 1 or steps_done == self._num_steps:
+        is_tenth = steps_done % (10 * self._config.tracking.log_every_steps) == 0
+        if is_tenth or steps_done in (1, self._num_steps):
             values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
         values |= {name: float(value) for name, value in metrics.measurements.items()}
         plan = batch.batch.global_views.plan

@@ -103,6 +103,7 @@ class ChosenViews:
 
 def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -> ChosenViews:
     """Score the candidates, choose one for each image, and gather its views."""
+    trainee.optimizer.zero_grad(set_to_none=True)  # the last step's gradients make room
     pixels = PixelViews.of(batch)
     candidates = candidates_of(config, batch.batch.step)
     scores = _score(trainee, pixels, candidates, config, batch.batch.step)
@@ -175,11 +176,12 @@ def forward_backward(
     trainee: Trainee, chosen: PixelViews, config: RunConfig, step: int, *, stop_requested: bool
 ) -> TrainedViews:
     """Forward and backward on the chosen views, part by part; gradients are means over all parts and ranks."""
-    parts = [part.normalised(config) for part in chosen.split(config.training.accumulation_steps)]
+    parts = chosen.split(config.training.accumulation_steps)
     features = _contrast_features(trainee, parts, config, step)
     trainee.optimizer.zero_grad(set_to_none=True)
     results: list[MethodLoss] = []
-    for part, views in enumerate(parts):
+    for part, of_part in enumerate(parts):
+        views = of_part.normalised(config)
         is_last = part == len(parts) - 1
         _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
         with nullcontext() if is_last else trainee.without_reduction():
@@ -189,7 +191,7 @@ def forward_backward(
                 else:
                     results.append(trainee.training_forward(views, Contrast(features=features, part=part)))
             if is_last:  # asked before the last backward, so that a GPU's host need not wait for that
-                stop = torch.tensor(float(stop_requested), device=trainee.device)
+                stop = torch.full((), float(stop_requested), device=trainee.device)
                 loss = torch.stack([result.loss.detach().float() for result in results]).mean()
                 reduced = trainee.mean_over_ranks(torch.stack([loss, stop]))
                 finite = _AsyncFlag(torch.isfinite(reduced[0]))
@@ -208,19 +210,19 @@ def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -
     return gradient_norm
 
 
-def _contrast_features(trainee: Trainee, parts: list[ViewTensors], config: RunConfig, step: int) -> Tensor | None:
+def _contrast_features(trainee: Trainee, parts: list[PixelViews], config: RunConfig, step: int) -> Tensor | None:
     """Forward all parts once without gradient, where a part's loss needs the others; None: it does not."""
     if len(parts) == 1:
         return None
     features = []
     with torch.no_grad(), batch_norm_for_scoring(trainee.method, "batch"):
-        for part, views in enumerate(parts):
+        for part, of_part in enumerate(parts):
             _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
             with _autocast(config, trainee.device):
-                of_part = trainee.method.contrast_features(views)
-            if of_part is None:
+                of_images = trainee.method.contrast_features(of_part.normalised(config))
+            if of_images is None:
                 return None
-            features.append(of_part)
+            features.append(of_images)
     return torch.stack(features)
 
 

@@ -1,5 +1,7 @@
 """uint8 HWC pixels -> normalised float32 network inputs, on the device."""
 
+import functools
+
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -11,6 +13,13 @@ def normalise_views(
     pixels: UInt8[Tensor, "*batch height width channels"], views: ViewsConfig
 ) -> Float[Tensor, "*batch channels height width"]:
     """Return (pixels / 255 - mean) / std as channels first in shape, channels last in memory."""
-    mean = torch.tensor(views.mean, device=pixels.device) * 255.0
-    std = torch.tensor(views.std, device=pixels.device) * 255.0
+    make = _kept if pixels.device.type == "cuda" else _in_levels
+    mean, std = make(views.mean, pixels.device), make(views.std, pixels.device)
     return ((pixels.float() - mean) / std).movedim(-1, -3)
+
+
+def _in_levels(fractions: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(fractions, device=device) * 255.0
+
+
+_kept = functools.lru_cache(maxsize=16)(_in_levels)  # a GPU keeps its copy: copying makes the host wait

@@ -63,10 +63,6 @@ def sources(tmp_path: Path) -> Iterator[Path]:
         (["--selection.num_global_views", "4"], "selection.num_views=4 is not allowed: None with"),
         (["dino-digits", "--selection.num_views", "4"], "selection.num_views=4 is not allowed: None with"),
         (["dino-digits", "--selection.num_chosen_local_views", "9"], "1 to selection.num_local_views=4"),
-        (
-            ["dino-digits", "--selection.rule", "first", "--selection.limit", "9"],
-            "None with a rule that compares no scores",
-        ),
         (["ibot-digits", "--views.masks.patch_px", "5"], "views.masks.patch_px=5 is not allowed: a divisor"),
         (["ibot-digits", "--views.local_views.size_px", "9"], "a multiple of the patches of 4 px"),
         (["ibot-digits", "--selection.scoring_resolution_px", "10"], "a multiple of the patches of 4 px"),

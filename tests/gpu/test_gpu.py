@@ -1,17 +1,24 @@
 """What only a GPU can show. `make gpu-check` runs these; without a GPU they are skipped."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hvp_ray.config import TransformConfig
+from hvp_ray.config import ClusterConfig, TransformConfig
+from hvp_ray.distributed.world import World
 from hvp_ray.randomness import Purpose
+from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
 from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.training.imaginary import made_up_batch
 from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.memory import estimate_memory
+from hvp_ray.training.setup import build_trainee
+from hvp_ray.training.step import train_step
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, photograph_like, tiny_config, views_config
@@ -60,10 +67,31 @@ def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Pa
         assert np.array_equal(moved.global_pixels.cpu().numpy(), batch.global_views.pixels)
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "bfloat16"}, {"compile": True}])
-def test_training_on_the_gpu_runs_and_learns(tmp_path: Path, options: dict[str, object]) -> None:
-    config = tiny_config(str(tmp_path), training={"epochs": 4, **options}, cluster={"device": "cuda"})
-    summary = pretrain_in_process(dataclasses.replace(config))
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
+@pytest.mark.parametrize("options", [{}, {"precision": "bfloat16"}, {"compile": True}, {"accumulation_steps": 2}])
+def test_training_on_the_gpu_runs_and_learns(tmp_path: Path, recipe: str, options: dict[str, object]) -> None:
+    config = tiny_config(str(tmp_path), recipe=recipe, training={"epochs": 6, **options}, cluster={"device": "cuda"})
+    summary = pretrain_in_process(config)
     assert summary is not None
     assert summary["device"] == "cuda"
-    assert summary["loss_last"] < summary["loss_first"]
+    assert math.isfinite(summary["loss_last"])
+    assert summary["knn_top1"] > summary["knn_top1_untrained"] - 0.1
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if "imagenet" in name])
+def test_memory_is_the_estimated_one_within_15_percent(recipe: str) -> None:
+    config = get_recipe(recipe)
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, images_per_step=32), cluster=ClusterConfig(device="cuda")
+    )
+    device = torch.device("cuda", 0)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    trainee = build_trainee(config, World(), device, None)
+    trainee.method.train()
+    batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype, device=device))
+    for _ in range(2):
+        train_step(trainee, batch, config)
+    measured = torch.cuda.max_memory_allocated()
+    del trainee, batch
+    assert abs(estimate_memory(config).peak / measured - 1.0) < 0.15

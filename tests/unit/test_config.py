@@ -39,7 +39,6 @@ def test_unknown_recipe_names_the_nearest() -> None:
     ("build", "message"),
     [
         (lambda: SelectionConfig(num_views=1), r"selection.num_views=1 is not allowed: 2 to 64"),
-        (lambda: SelectionConfig(rule="first", every=2), "selection.every=2.*no hard steps"),
         (lambda: RunSettings(seed=-1), "run.seed=-1"),
         (lambda: RunSettings(name="../up"), "run.name='../up'"),
         (lambda: RunSettings(name=""), "run.name=''"),

@@ -7,12 +7,12 @@ import json
 import math
 import multiprocessing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
+from hvp_ray.config import Rule, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.distributed.world import World
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.training.choosing import candidates_of
@@ -152,6 +152,16 @@ def test_recipe_has_the_settings_of_its_source(name: str) -> None:
         for part in path.split("."):
             value = getattr(value, part)
         assert value == expected, path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_rule_is_one_switch_on_every_recipe(name: str) -> None:
+    config = get_recipe(name)
+    for rule in get_args(Rule):
+        selection = dataclasses.replace(config.selection, rule=rule)
+        arm = dataclasses.replace(config, selection=selection)
+        is_vanilla = rule == "first"
+        assert (arm.selection.num_views_at(0) == 2) == is_vanilla
 
 
 def test_view_counts_are_those_of_the_paper() -> None:

@@ -74,6 +74,11 @@ def test_vision_transformer_takes_other_sizes_with_interpolated_positions(size_p
     torch.testing.assert_close(backbone.norm(backbone.blocks(with_class + positions)), tokens)
 
 
+def test_deit_takes_other_sizes_too() -> None:
+    deit = dataclasses.replace(TINY_VIT, name="deit_tiny_patch16_224")
+    assert build_backbone(deit).eval()(torch.zeros(1, 3, 8, 8)).shape == (1, 24)
+
+
 def test_drop_path_is_the_students_and_the_named_sizes_are_timms() -> None:
     student = build_backbone(dataclasses.replace(TINY_VIT, drop_path=0.2))
     teacher = build_backbone(dataclasses.replace(TINY_VIT, drop_path=0.2), drop_path=0.0)

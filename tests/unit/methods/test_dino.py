@@ -58,6 +58,21 @@ def test_loss_and_centre_equal_lightlys() -> None:
     torch.testing.assert_close(center.lerp(teacher.mean(dim=(0, 1)), 0.1), loss.center.flatten())
 
 
+def test_terms_are_float32_under_autocast_and_logits_are_not() -> None:
+    targets, logits = torch.softmax(torch.randn(2, 6, 500), dim=-1), torch.randn(5, 6, 500)
+    terms = distillation.cross_entropies(targets, logits, 0.1)
+    made_under: list[bool] = []
+
+    def made_on_the_way():
+        for of_view in logits:
+            made_under.append(torch.is_autocast_enabled("cpu"))
+            yield of_view
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(distillation.cross_entropies(targets, made_on_the_way(), 0.1), terms)
+    assert made_under == [True] * 5  # the large product with the prototypes stays in bfloat16
+
+
 def _logits(method: Dino, views: ViewTensors) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the teacher on global views [G, B, K] and of the student on all [G + L, B, K], one view at a time."""
     assert views.local_views is not None

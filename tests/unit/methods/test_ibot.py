@@ -30,7 +30,7 @@ def _method(**options: object) -> IBot:
     with torch.no_grad():
         method.center.copy_(torch.randn(K) * 0.02)
         method.patch_center.copy_(torch.randn(K) * 0.02)
-        method.mask_token.copy_(torch.randn(32) * 0.1)
+        method.mask_token.copy_(torch.randn(1, 32) * 0.1)
         for parameter in method.teacher_head.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return method.eval()  # no drop path, so that views can be forwarded one by one
@@ -167,5 +167,8 @@ def test_resnets_and_missing_masks_are_refused() -> None:
     resnet = dataclasses.replace(get_recipe("simsiam-digits").method.backbone)
     with pytest.raises(ConfigError, match="needs a Vision Transformer"):
         build_method(dataclasses.replace(config, backbone=resnet))
+    without_class_token = dataclasses.replace(config.backbone, name="vit_medium_patch16_gap_256")
+    with pytest.raises(ConfigError, match="loss on the class token"):
+        build_method(dataclasses.replace(config, backbone=without_class_token))
     with pytest.raises(ShapeError, match="needs the masks"):
         _method()(dataclasses.replace(_views(num_views=2), masks=None))

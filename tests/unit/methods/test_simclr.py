@@ -47,6 +47,15 @@ def test_mean_score_of_the_only_pair_is_the_loss() -> None:
         torch.testing.assert_close(_scores(unit, **options).mean(), nt_xent(unit, unit, first_image=0, temperature=0.1))
 
 
+def test_scores_and_loss_are_the_same_under_autocast() -> None:
+    """Nearly equal views: in bfloat16 their similarities would be ties."""
+    unit = F.normalize(torch.randn(1, 32, 64) + 0.02 * torch.randn(4, 32, 64), dim=-1)
+    scores, loss = _scores(unit), nt_xent(unit[:2], unit[:2], first_image=0, temperature=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(_scores(unit), scores)
+        assert torch.equal(nt_xent(unit[:2], unit[:2], first_image=0, temperature=0.1), loss)
+
+
 def test_score_of_a_hand_computed_pair() -> None:
     """One image has no negatives, so its loss is 0; two orthogonal images have two negatives of similarity 0 each."""
     assert _scores(torch.ones(2, 1, 3)).tolist() == [[pytest.approx(0.0, abs=1e-6)]]

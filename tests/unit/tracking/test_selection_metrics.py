@@ -59,6 +59,14 @@ def test_one_pair_has_no_others() -> None:
     assert set(describe_scores(scores, selection, candidates)) == {"selection/chosen_score"}
 
 
+def test_numbers_of_candidates_beyond_64_bits_are_no_obstacle() -> None:
+    candidates = Candidates(num_views=4, num_local_views=96, num_chosen_local_views=48, alternating=True)
+    scores = CandidateScores(pairs_BP=torch.randn(3, 4), locals_BPL=torch.randn(3, 4, 96))
+    selection = choose_views("hardest", candidates, num_images=3, device=torch.device("cpu"), scores=scores)
+    metrics = describe_scores(scores, selection, candidates)
+    assert metrics["selection/other_score"] == pytest.approx(float(scores.mean(48).mean()), rel=1e-6)
+
+
 def test_share_of_unmasked_views_is_that_of_the_chosen_ones() -> None:
     mask = np.zeros((3, 2, 2, 2), np.bool_)
     mask[0, 0, 0, 1] = mask[2, 1, 1, 1] = True

@@ -290,6 +290,25 @@ def test_accumulated_step_is_the_whole_step(tmp_path: Path, recipe: str) -> None
         torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
+def test_bfloat16_is_for_the_networks_only(tmp_path: Path, recipe: str) -> None:
+    """Autocast reaches forward and scoring; scores, losses, centres and weights stay float32, and near those of it."""
+    config = tiny_config(str(tmp_path), recipe=recipe, data={"num_images": 60})
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        training = dataclasses.replace(config.training, precision=precision)
+        trainee = build_trainee(dataclasses.replace(config, training=training), World(), CPU, None)
+        trainee.method.train()
+        (batch,) = _batches(config, 1)
+        metrics = train_step(trainee, batch, dataclasses.replace(config, training=training))
+        assert metrics.scores is not None
+        assert {metrics.loss.dtype, metrics.scores.pairs_BP.dtype} == {torch.float32}
+        assert {value.dtype for value in trainee.method.state_dict().values()} <= {torch.float32, torch.int64}
+        losses.append(float(metrics.loss))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1, abs=0.02)
+    assert losses[1] != losses[0]
+
+
 def test_faithful_batch_norm_counts_three_forwards_a_hard_step_and_two_a_vanilla_one(tmp_path: Path) -> None:
     for rule, every, counts in (("hardest", 1, [3, 6]), ("hardest", 2, [3, 5]), ("first", 1, [2, 4])):
         config = tiny_config(str(tmp_path), selection={"rule": rule, "every": every, "scoring_batch_norm": "faithful"})
