@@ -25,7 +25,8 @@ pretrain: setup
 	$(BIN)/python pipelines/pretrain.py simsiam-digits
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit
+	$(BIN)/python -m pytest --ignore tests/unit
 
 check: setup
 	$(BIN)/ruff check .

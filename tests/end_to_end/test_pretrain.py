@@ -7,19 +7,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from hvp_ray.config import RunConfig
 from hvp_ray.training.local import pretrain_in_process
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
-from tests.ray.runs import attempts, digest_from_checkpoint, launch_quietly, recorded_steps
+from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -95,12 +92,19 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
     assert "has ended already" in capfd.readouterr().out
 
 
-def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path) -> None:
-    process = _start(tmp_path, "stopped", training__epochs="400", training__checkpoint_every_steps="100000")
-    _wait_for_step(tmp_path / "stopped", 5, process)
-    process.send_signal(signal.SIGTERM)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 1
+@pytest.mark.usefixtures("ray_session")
+def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def stop(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = SETTINGS | {"training.epochs": "400", "training.checkpoint_every_steps": "100000"}
+    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    stopper = AtStep(tmp_path / "stopped", [5], stop)
+    stopper.start()
+    status = main(["--run.name", "stopped", "--run.output", str(tmp_path), "--tracking.uri", "none", *options])
+    stopper.end()
+    assert status == 1
+    printed = capfd.readouterr().err
     assert "stopped behind a checkpoint" in printed
     assert "Traceback" not in printed
     assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*/manifest.json"))) == 1
@@ -157,11 +161,8 @@ def _odd_images(root: Path) -> None:
         (root / "class0" / name).write_bytes(content)
 
 
-@pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize(("renderer", "train"), [("cpu", launch_quietly), ("dali-cpu", pretrain_in_process)])
-def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(
-    tmp_path: Path, renderer: str, train: Callable[[RunConfig], dict[str, Any] | None]
-) -> None:
+@pytest.mark.parametrize("renderer", ["cpu", "dali-cpu"])
+def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path, renderer: str) -> None:
     _odd_images(tmp_path / "images")
     config = tiny_config(
         str(tmp_path),
@@ -170,7 +171,7 @@ def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(
         training={"epochs": 3},
         cluster={"renderer": renderer},
     )
-    summary = train(config)
+    summary = pretrain_in_process(config)
     assert summary is not None
     assert summary["num_unreadable_images"] == 4
     assert summary["num_steps"] == 3 * (70 // 16)
