@@ -30,8 +30,9 @@ class Dino(Method):
         self.teacher_backbone.load_state_dict(self.backbone.state_dict())
         self.teacher_head = distillation.frozen_copy(self.head)
         self.register_buffer("center", torch.zeros(config.num_prototypes))
-        self.register_buffer("teacher_temperature", torch.tensor(config.teacher_temperature), persistent=False)
-        self.begin_step(StepPosition(step=0, num_steps=1, steps_per_epoch=1))
+        self.register_buffer("teacher_temperature", torch.tensor(self._temperature_at(epoch=0)), persistent=False)
+        self._momentum = config.teacher_momentum
+        self._prototypes_are_frozen = config.freeze_last_layer_epochs > 0
 
     @property
     def encoder(self) -> nn.Module:
@@ -51,14 +52,7 @@ class Dino(Method):
     def begin_step(self, position: StepPosition) -> None:
         """Set the teacher's temperature and momentum, and whether the prototypes are trained."""
         config = self._config
-        self.teacher_temperature.fill_(
-            distillation.temperature_at(
-                config.warmup_teacher_temperature,
-                config.teacher_temperature,
-                config.warmup_teacher_epochs,
-                position.epoch,
-            )
-        )
+        self.teacher_temperature.fill_(self._temperature_at(position.epoch))
         self._momentum = distillation.teacher_momentum_at(config.teacher_momentum, position.step, position.num_steps)
         self._prototypes_are_frozen = position.epoch < config.freeze_last_layer_epochs
 
@@ -96,6 +90,12 @@ class Dino(Method):
         distillation.update_teacher(self.backbone, self.teacher_backbone, self._momentum)
         distillation.update_teacher(self.head, self.teacher_head, self._momentum)
         self.center.lerp_(statistics["center"], 1.0 - self._config.center_momentum)
+
+    def _temperature_at(self, epoch: int) -> float:
+        config = self._config
+        return distillation.temperature_at(
+            config.warmup_teacher_temperature, config.teacher_temperature, config.warmup_teacher_epochs, epoch
+        )
 
     def _teacher_logits(self, global_views: Tensor) -> Float[Tensor, "views batch prototypes"]:
         features = self.teacher_backbone(global_views.flatten(0, 1)).unflatten(0, global_views.shape[:2])

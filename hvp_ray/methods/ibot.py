@@ -38,25 +38,13 @@ class IBot(Dino):
             )
         self.mask_token = nn.Parameter(torch.zeros(1, vit.embed_dim))
         self.register_buffer("patch_center", torch.zeros(config.num_prototypes))
-        self.register_buffer(
-            "patch_teacher_temperature", torch.tensor(config.patch_teacher_temperature), persistent=False
-        )
-        self.begin_step(StepPosition(step=0, num_steps=1, steps_per_epoch=1))
+        temperature = torch.tensor(self._patch_temperature_at(epoch=0))
+        self.register_buffer("patch_teacher_temperature", temperature, persistent=False)
 
     def begin_step(self, position: StepPosition) -> None:
         """Set temperatures and momentum."""
         super().begin_step(position)
-        if "patch_teacher_temperature" not in self._buffers:
-            return  # called by the constructor of Dino
-        config = self._ibot
-        self.patch_teacher_temperature.fill_(
-            distillation.temperature_at(
-                config.warmup_patch_teacher_temperature,
-                config.patch_teacher_temperature,
-                config.warmup_patch_teacher_epochs,
-                position.epoch,
-            )
-        )
+        self.patch_teacher_temperature.fill_(self._patch_temperature_at(position.epoch))
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """As DINO on class tokens of masked views, plus each global view's own patch loss where it is asked for.
@@ -111,6 +99,15 @@ class IBot(Dino):
         """As DINO, and the centre of the patches."""
         super().after_update(statistics)
         self.patch_center.lerp_(statistics["patch_center"], 1.0 - self._ibot.patch_center_momentum)
+
+    def _patch_temperature_at(self, epoch: int) -> float:
+        config = self._ibot
+        return distillation.temperature_at(
+            config.warmup_patch_teacher_temperature,
+            config.patch_teacher_temperature,
+            config.warmup_patch_teacher_epochs,
+            epoch,
+        )
 
     def _student(self, views: ViewTensors) -> "_Bottlenecks":
         masked = _MaskedPatches.of(views)

@@ -10,11 +10,10 @@ Legend: V global views, L local views, B images, P pairs, k local views trained 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -88,12 +87,6 @@ class Candidates:
 @functools.lru_cache(maxsize=64)
 def _kept_pairs(candidates: Candidates, device: torch.device) -> Tensor:
     return torch.from_numpy(candidates.pairs).to(device)
-
-
-def to_device(values: NDArray[Any], device: torch.device) -> Shaped[Tensor, "..."]:
-    """Copy an array to a device; on the way to a GPU through pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hvp_ray.config import Rule
 from hvp_ray.errors import ShapeError
-from hvp_ray.selection.candidates import Candidates, CandidateScores, to_device
+from hvp_ray.host_to_device import to_device
+from hvp_ray.selection.candidates import Candidates, CandidateScores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

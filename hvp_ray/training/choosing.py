@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvp_ray.config import RunConfig
+from hvp_ray.host_to_device import to_device
 from hvp_ray.randomness import Purpose, draw_stream, draw_words
 from hvp_ray.records import ViewBatch
 from hvp_ray.selection import Candidates, DrawnCandidates
-from hvp_ray.selection.candidates import to_device
 from hvp_ray.views.geometry import crop_iou
 
 

@@ -6,9 +6,9 @@ from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 from hvp_ray.config import RunConfig
+from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import ViewTensors
 from hvp_ray.selection import Selection, gather_views
-from hvp_ray.selection.candidates import to_device
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.views.normalise import normalise_views
 

@@ -1,5 +1,6 @@
 """The pictures at the end of a run: curves from the journal, and candidate views scored with the final weights."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
 from hvp_ray.tracking.journal import read_journal
+from hvp_ray.training.choosing import candidates_of
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.setup import build_untrained_method
 from hvp_ray.training.step import Trainee
@@ -35,13 +37,8 @@ def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir:
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
     """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
-    selection = config.selection
-    candidates = Candidates(
-        num_views=selection.num_candidate_views,
-        num_local_views=selection.num_local_views or 0,
-        num_chosen_local_views=selection.num_chosen_local_views or 0,
-        alternating=config.views.slots_keep_transforms,
-    )
+    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
+    candidates = candidates_of(hard, step=0)
     batch = _render_some(config, dataset, candidates)
     scores = _score_alone(config, trainee, batch, candidates)
     choice = choose_views("hardest", candidates, num_images=len(batch.sample_ids), device=trainee.device, scores=scores)

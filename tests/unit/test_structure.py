@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "torch.distributed": ("distributed/", "training/local.py"),
 }
 LEVELS = [
-    ("errors.py",),
+    ("errors.py", "host_to_device.py"),
     ("randomness.py",),
     ("config.py",),
     ("records.py", "identity.py", "methods/configs.py"),
