@@ -9,7 +9,7 @@ UI_STORE ?= runs/mlflow.db
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup pretrain test check bench ui gpu-check lock
+.PHONY: setup pretrain compare test check bench ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -23,6 +23,9 @@ $(STAMP): requirements.lock pyproject.toml hvp_ray/__init__.py
 
 pretrain: setup
 	$(BIN)/python pipelines/pretrain.py simsiam-digits
+
+compare: setup
+	$(BIN)/python pipelines/compare.py simsiam-digits --training.epochs 20 --metric knn5shot_top1
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit

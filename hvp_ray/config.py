@@ -555,6 +555,9 @@ class ClusterConfig:
     cpus_per_view_worker: float = 1.0
     """CPUs that Ray reserves for a view worker."""
 
+    gpus_for_knn: float = 0.0
+    """Share of a GPU that Ray reserves for the evaluation of `tracking.knn_every_epochs`. 0: it works on a CPU."""
+
     gpus_per_dali_worker: float = 0.1
     """Share of a GPU that Ray reserves for a view worker with renderer dali-gpu."""
 
@@ -578,7 +581,13 @@ class ClusterConfig:
         workers = self.num_view_workers
         _require(workers == "auto" or workers >= 1, "cluster.num_view_workers", workers, "auto, or 1 or more")
         _require(self.batches_in_flight >= 1, "cluster.batches_in_flight", self.batches_in_flight, "1 or more")
-        for name in ("cpus_per_trainer", "cpus_per_view_worker", "gpus_per_dali_worker", "late_seconds"):
+        for name in (
+            "cpus_per_trainer",
+            "cpus_per_view_worker",
+            "gpus_for_knn",
+            "gpus_per_dali_worker",
+            "late_seconds",
+        ):
             _require(getattr(self, name) >= 0.0, f"cluster.{name}", getattr(self, name), "0 or more")
         _require(self.late_factor >= 1.0, "cluster.late_factor", self.late_factor, "1 or more")
         _require(self.stall_seconds > 0.0, "cluster.stall_seconds", self.stall_seconds, "positive")
@@ -606,6 +615,19 @@ class TrackingConfig:
     knn_images: int = 10_000
     """At most this many training images, and as many test images, take part in the final k-NN. 0: no k-NN."""
 
+    knn_every_epochs: int = 0
+    """Evaluate the encoder by k-NN every so many epochs while training goes on. 0: only at the end."""
+
+    selection_images_per_epoch: int = 2_000
+    """Of about so many images of an epoch, plan, scores and choice are written down, for pipelines/analyse_selection.py
+    (rank 0's share; some 200 bytes an image). 0: of none."""
+
+    comparison: str | None = None
+    """Comparison that the run belongs to (set by pipelines/compare.py); a tag in MLflow."""
+
+    arm: str | None = None
+    """Arm of the comparison; a tag in MLflow."""
+
     num_figure_images: int = 6
     """Images shown in the figure of candidate views. 0: no figures."""
 
@@ -614,6 +636,9 @@ class TrackingConfig:
         _require(self.log_every_steps >= 1, "tracking.log_every_steps", self.log_every_steps, "1 or more")
         _require(self.knn_neighbours >= 1, "tracking.knn_neighbours", self.knn_neighbours, "1 or more")
         _require(self.knn_images >= 0, "tracking.knn_images", self.knn_images, "0 or more")
+        every, images = self.knn_every_epochs, self.selection_images_per_epoch
+        _require(every >= 0, "tracking.knn_every_epochs", every, "0 or more")
+        _require(images >= 0, "tracking.selection_images_per_epoch", images, "0 or more")
         _require(self.num_figure_images >= 0, "tracking.num_figure_images", self.num_figure_images, "0 or more")
 
 

@@ -27,6 +27,8 @@ METRICS: dict[str, str] = {
     "one prototype.",
     "collapse/teacher_information": "DINO, iBOT: entropy of the mean output minus that mean, nats: what the output says "
     "about the image. Near 0 is collapse, to the uniform output or to one prototype.",
+    "eval/knn_top1": "k-NN accuracy of the frozen encoder on test images, all labels (cosine, temperature 0.07).",
+    "eval/knn5shot_top1": "The same with 5 labelled images per class, mean over 20 fixed draws.",
     "perf/images_per_second": "Images trained on per second, over the last recorded interval.",
     "perf/step_seconds": "Wall time of a step.",
     "perf/wait_seconds": "Time a step stood still for its batch. Above a few percent of the step: more view workers.",

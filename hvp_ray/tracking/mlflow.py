@@ -22,7 +22,9 @@ _MAX_PARAMS_PER_CALL = 100
 _MAX_PARAM_LENGTH = 6000
 _PAUSE_SECONDS = 2.0
 _STATE_FILE = "mlflow.json"
-_LAST_STEP_KEY = "train/loss"
+
+SHARED_VIEW_TAG = "mlflow.sharedViewState."
+"""An experiment tag of this name and a key holds the state of MLflow's page that `?viewStateShareKey=<key>` opens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +60,14 @@ class MlflowFeed:
     def __init__(self, run: MlflowRun, run_dir: Path) -> None:
         self._run = run
         self._run_dir = run_dir
-        self._journal = run_dir / "metrics.jsonl"
+        self._journals = [
+            _JournalPosition(run_dir / "metrics.jsonl", "train/loss"),
+            _JournalPosition(run_dir / "evaluations.jsonl", "eval/knn_top1"),
+        ]
         self._wake = threading.Event()
         self._closing = False
         self._artifacts: list[Path] = []
         self._final: dict[str, Any] | None = None
-        self._offset = 0  # of the journal: what lies before it was sent
-        self._sent_step = -1
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._monitor: Any = None
@@ -83,7 +86,9 @@ class MlflowFeed:
         self._thread.join(timeout=timeout_seconds)
         done = not self._thread.is_alive() and self._final is None
         if not done:
-            logger.warning("MLflow at %s did not take everything; the journal %s has it", self._run.uri, self._journal)
+            logger.warning(
+                "MLflow at %s did not take everything; the journal %s has it", self._run.uri, self._journals[0].path
+            )
         return done
 
     def _work(self) -> None:
@@ -94,7 +99,8 @@ class MlflowFeed:
             try:
                 if self._client is None:
                     self._open()
-                self._send_new_records()
+                for journal in self._journals:
+                    self._send_new_records(journal)
                 if self._closing:
                     self._send_final()
                     return
@@ -114,15 +120,7 @@ class MlflowFeed:
 
         mlflow.set_tracking_uri(self._run.uri)
         client = mlflow.MlflowClient()
-        experiment = client.get_experiment_by_name(self._run.experiment)
-        if experiment is None:
-            experiment_id = client.create_experiment(
-                self._run.experiment,
-                artifact_location=self._run.artifact_root,
-                tags={"mlflow.experimentKind": "custom_model_development"},
-            )
-        else:
-            experiment_id = experiment.experiment_id
+        experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
         state_path = self._run_dir / _STATE_FILE
         known = json.loads(state_path.read_text()) if state_path.exists() else {}
         run_id = known.get("run_id") if known.get("uri") == self._run.uri else None
@@ -131,8 +129,9 @@ class MlflowFeed:
             content = json.dumps({"uri": self._run.uri, "run_id": run_id, "experiment_id": experiment_id})
             state_path.write_text(content)
         else:
-            history = client.get_metric_history(run_id, _LAST_STEP_KEY)
-            self._sent_step = max((metric.step for metric in history), default=-1)
+            for journal in self._journals:
+                history = client.get_metric_history(run_id, journal.key)
+                journal.sent_step = max((metric.step for metric in history), default=-1)
             client.update_run(run_id, status="RUNNING")
         self.run_id, self.experiment_id = run_id, experiment_id
         self._client = client
@@ -163,28 +162,28 @@ class MlflowFeed:
         self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, samples_before_logging=2)
         self._monitor.start()
 
-    def _send_new_records(self) -> None:
+    def _send_new_records(self, journal: "_JournalPosition") -> None:
         """Send what the journal has behind the last position, whole steps at a time; a failed call is sent again."""
         from mlflow.entities import Metric
 
         pending: list[Metric] = []
-        offset = self._offset
-        for end, record in read_journal_from(self._journal, self._offset):
+        offset = journal.offset
+        for end, record in read_journal_from(journal.path, journal.offset):
             step, milliseconds = record["step"], int(record["time"] * 1000)
             metrics = [Metric(key, value, milliseconds, step) for key, value in record["metrics"].items()]
-            if step > self._sent_step:
+            if step > journal.sent_step:
                 if len(pending) + len(metrics) > _MAX_METRICS_PER_CALL:
-                    self._send(pending, offset)
+                    self._send(journal, pending, offset)
                     pending = []
                 pending += metrics
             offset = end
-        self._send(pending, offset)
+        self._send(journal, pending, offset)
 
-    def _send(self, metrics: list[Any], offset: int) -> None:
+    def _send(self, journal: "_JournalPosition", metrics: list[Any], offset: int) -> None:
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
-            self._sent_step = metrics[-1].step
-        self._offset = offset
+            journal.sent_step = metrics[-1].step
+        journal.offset = offset
 
     def _send_final(self) -> None:
         assert self._final is not None
@@ -206,5 +205,87 @@ class MlflowFeed:
         self._final = None
 
 
+@dataclass(slots=True)
+class _JournalPosition:
+    """How far a journal was sent."""
+
+    path: Path
+    key: str
+    """A value that every record has."""
+    offset: int = 0
+    """Bytes before this were sent."""
+    sent_step: int = -1
+
+
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PublishedReport:
+    """A comparison's report as MLflow shall have it."""
+
+    uri: str
+    experiment: str
+    artifact_root: str | None
+    run_name: str
+    comparison: str
+    text: str
+    """Description of the run, and of the experiment."""
+    metrics: dict[str, float]
+    artifacts: tuple[Path, ...]
+    figures: tuple[Path, ...]
+
+
+def publish(report: PublishedReport) -> str | None:
+    """Log a report as a run of its own, once for each comparison; return the experiment's id, or None without an answer."""
+    quiet_mlflow()
+    try:
+        return _publish(report)
+    except Exception as error:  # noqa: BLE001 (the report is on disk; a server may be away)
+        logger.warning("MLflow at %s: %s; the report is not published there", report.uri, _line(error))
+        return None
+
+
+def _publish(report: PublishedReport) -> str:
+    import mlflow
+
+    mlflow.set_tracking_uri(report.uri)
+    client = mlflow.MlflowClient()
+    experiment_id = open_experiment(client, report.experiment, report.artifact_root)
+    wanted = f"tags.comparison = '{report.comparison}' and tags.arm = 'report'"
+    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
+    tags = {"comparison": report.comparison, "arm": "report"}
+    run = found[0] if found else client.create_run(experiment_id, run_name=report.run_name, tags=tags)
+    run_id = run.info.run_id
+    client.set_tag(run_id, "mlflow.note.content", report.text)
+    for name, value in report.metrics.items():
+        client.log_metric(run_id, name, value)
+    for path in report.artifacts:
+        client.log_artifact(run_id, str(path))
+    for path in report.figures:
+        client.log_artifact(run_id, str(path), artifact_path="figures")
+    client.set_terminated(run_id)
+    client.set_experiment_tag(experiment_id, SHARED_VIEW_TAG + report.comparison, json.dumps(_shared_view(report)))
+    client.set_experiment_tag(experiment_id, "mlflow.note.content", f"{report.comparison}: {report.text}")
+    return str(experiment_id)
+
+
+def _shared_view(report: PublishedReport) -> dict[str, Any]:
+    """Return the state in which MLflow's page shows a comparison: its runs only, one mean curve for each arm."""
+    return {
+        "searchFilter": f"tags.comparison = '{report.comparison}' and tags.arm != 'report'",
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]},
+        "useGroupedValuesInCharts": True,
+        "runsHiddenMode": "SHOWALL",
+        "hideEmptyCharts": True,
+    }
+
+
+def open_experiment(client: Any, name: str, artifact_root: str | None) -> str:
+    """Return the id of an experiment, which is made where it is not there yet."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))

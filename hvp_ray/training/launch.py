@@ -24,9 +24,10 @@ import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
+from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceHandOver
@@ -175,6 +176,10 @@ def _decide_placement(config: RunConfig) -> _Placement:
 
 def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, Any]:
     board = RunBoardActor.remote()
+    knn = None
+    if job.config.tracking.knn_every_epochs:
+        options = {"num_gpus": job.config.cluster.gpus_for_knn}
+        knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
     pool = start_pool(job.config, placement.renderer, placement.num_view_workers)
     ray_train_dir = job.run_dir / "ray_train"
     trainer = TorchTrainer(
@@ -183,6 +188,7 @@ def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, An
             "job": job,
             "pool": pool,
             "board": board,
+            "knn": knn,
             "device": placement.device,
             "spilled_before": spilled_bytes(),
         },
@@ -321,6 +327,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             device,
             open_stream=open_stream,
             report_progress=_Reporter(board),
+            ask_knn=lambda snapshot: _RayAnswer(settings["knn"].evaluate.remote(snapshot)),
             cluster_facts=cluster_facts,
         )
     except HvpRayError as error:
@@ -335,6 +342,39 @@ def _trainer_main(settings: dict[str, Any]) -> None:
         handler.close()
     if summary is not None:
         ray.get(board.post_summary.remote(summary))
+
+
+class _SnapshotKnnActor:
+    """Evaluates snapshots in a process of its own, made by the driver so that it outlives a restart of the trainers."""
+
+    def __init__(self, config: dict[str, Any], *, gpu: bool) -> None:
+        torch.set_num_threads(1)
+        self._knn = SnapshotKnn(config_from_dict(config), torch.device("cuda" if gpu else "cpu"))
+
+    def evaluate(self, snapshot: bytes) -> dict[str, float]:
+        """Return the accuracies of one snapshot."""
+        return self._knn.evaluate(snapshot)
+
+
+_KnnActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=2)(_SnapshotKnnActor)
+
+
+class _RayAnswer:
+    """An answer of `_KnnActor`; implements `online_knn.KnnAnswer`."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+
+    def is_ready(self) -> bool:
+        return bool(ray.wait([self._reference], timeout=0)[0])
+
+    def values(self) -> dict[str, float]:
+        try:
+            values: dict[str, float] = ray.get(self._reference)
+        except Exception as error:  # noqa: BLE001 (a curve with a gap is better than a lost run)
+            logger.warning("a k-NN during training failed: %s", str(error).splitlines()[-1])
+            return {}
+        return values
 
 
 class _Reporter:

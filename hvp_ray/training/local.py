@@ -10,9 +10,11 @@ import torch.distributed as dist
 from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError
+from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.view_worker import open_render_context
+from hvp_ray.training.online_knn import AnswerAtHand
 from hvp_ray.training.preparation import prepare_run
 from hvp_ray.training.rank import train_rank
 
@@ -44,6 +46,7 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = open_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)
+    evaluator = SnapshotKnn(config, device)
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)
@@ -54,5 +57,6 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
         device,
         open_stream=open_stream,
         report_progress=lambda _progress: False,
+        ask_knn=lambda snapshot: AnswerAtHand(evaluator.evaluate(snapshot)),
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )

@@ -165,6 +165,10 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     }
     if commit is not None:
         tags["git_commit"] = commit
+    for name in ("comparison", "arm"):
+        value = getattr(config.tracking, name)
+        if value is not None:
+            tags[name] = value
     return RunJob(
         config=config,
         run_name=name,

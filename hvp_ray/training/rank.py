@@ -28,8 +28,10 @@ from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun
+from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.training.loop import LoopResult, run_loop
+from hvp_ray.training.online_knn import AskKnn, KnnDuringTraining
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.recorder import RunRecorder
 from hvp_ray.training.run_figures import draw_figures
@@ -64,6 +66,7 @@ def train_rank(
     *,
     open_stream: OpenStream,
     report_progress: ReportProgress,
+    ask_knn: AskKnn,
     cluster_facts: Callable[[], dict[str, float]],
 ) -> dict[str, Any] | None:
     """Train this rank to the end; return the summary on rank 0 of a finished run, else None.
@@ -74,6 +77,7 @@ def train_rank(
         device: what to train on.
         open_stream: where batches come from.
         report_progress: see `recorder.ReportProgress`.
+        ask_knn: who evaluates snapshots during training.
         cluster_facts: spilled_bytes and num_worker_restarts so far.
     """
     config = job.config
@@ -99,8 +103,21 @@ def train_rank(
         config, order, rank=world.rank, num_ranks=world.num_ranks, known_replacements=unreadable.known
     )
     stream = open_stream(request_of, first_step, num_steps)
-    journal = feed = None
+    journal = feed = selection_log = knn = None
     if world.rank == 0:
+        steps_per_epoch = order.steps_per_epoch
+        selection_log = SelectionLogWriter(
+            job.run_dir, config, run_name=job.run_name, steps_per_epoch=steps_per_epoch, first_step=first_step
+        )
+        knn = KnnDuringTraining(
+            job.run_dir,
+            config,
+            trainee.method.encoder,
+            ask_knn,
+            steps_per_epoch=steps_per_epoch,
+            num_steps=num_steps,
+            first_step=first_step,
+        )
         journal_path = job.run_dir / "metrics.jsonl"
         truncate_journal(journal_path, last_step=first_step)
         journal = Journal(journal_path)
@@ -113,6 +130,8 @@ def train_rank(
         stats=stream.stats,
         unreadable=unreadable,
         journal=journal,
+        selection_log=selection_log,
+        knn=knn,
         report_progress=report_progress,
         num_steps=num_steps,
         steps_per_epoch=order.steps_per_epoch,
@@ -136,8 +155,9 @@ def train_rank(
         unreadable.close()
     if world.rank != 0:
         return None
-    assert journal is not None
+    assert journal is not None and knn is not None and selection_log is not None
     journal.close()
+    selection_log.flush()
     if result.stopped_early:
         if feed is not None:
             feed.finish(status="KILLED", artifacts=[], values={}, timeout_seconds=1.0)
@@ -145,7 +165,7 @@ def train_rank(
     summary = _summarize(job, dataset, order, trainee, stream.stats, result)
     summary |= {"num_unreadable_images": len(_unreadable_ids(job.run_dir)), **cluster_facts()}
     summary["num_collapse_warnings"] = recorder.collapse.num_warnings
-    return _report(job, dataset, trainee, feed, summary)
+    return _report(job, dataset, trainee, feed, knn, summary)
 
 
 def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
@@ -248,7 +268,12 @@ def _summarize(
 
 
 def _report(
-    job: RunJob, dataset: Dataset, trainee: Trainee, feed: MlflowFeed | None, summary: dict[str, Any]
+    job: RunJob,
+    dataset: Dataset,
+    trainee: Trainee,
+    feed: MlflowFeed | None,
+    knn: KnnDuringTraining,
+    summary: dict[str, Any],
 ) -> dict[str, Any]:
     """Evaluate, draw, export, and end the MLflow run; the weights are safe in a checkpoint by now."""
     config = job.config
@@ -256,6 +281,8 @@ def _report(
     backbone_path = job.run_dir / "backbone.safetensors"
     export_backbone(backbone, config.method.backbone, backbone_path)
     summary |= _knn_results(config, dataset, backbone, trainee.device)
+    names = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
+    knn.finish({name: value for name, value in names.items() if value is not None})
     figures = draw_figures(config, dataset, trainee, job.run_dir) if config.tracking.num_figure_images else []
     summary["mlflow_run_id"] = None
     if feed is not None:

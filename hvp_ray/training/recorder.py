@@ -10,8 +10,10 @@ from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
 from hvp_ray.tracking.journal import Journal, UnreadableLog
+from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, describe_scores
 from hvp_ray.training.checkpoint import CheckpointStore
+from hvp_ray.training.online_knn import KnnDuringTraining
 from hvp_ray.training.progress import Progress, ReportProgress
 from hvp_ray.training.setup import take_checkpoint
 from hvp_ray.training.step import StepMetrics, Trainee
@@ -31,6 +33,8 @@ class RunRecorder:
         stats: StreamStats,
         unreadable: UnreadableLog,
         journal: Journal | None,
+        selection_log: SelectionLogWriter | None,
+        knn: KnnDuringTraining | None,
         report_progress: ReportProgress,
         num_steps: int,
         steps_per_epoch: int,
@@ -41,6 +45,8 @@ class RunRecorder:
         self._stats = stats
         self._unreadable = unreadable
         self._journal = journal
+        self._selection_log = selection_log
+        self._knn = knn
         self._report_progress = report_progress
         self._num_steps = num_steps
         self._steps_per_epoch = steps_per_epoch
@@ -63,6 +69,10 @@ class RunRecorder:
         self._steps_seen += 1
         if self._journal is None:
             return
+        if self._selection_log is not None and self._selection_log.wants(steps_done):
+            _log_selection(self._selection_log, steps_done, batch, metrics)
+        if self._knn is not None:
+            self._knn.after_step(steps_done)
         is_last = steps_done == self._num_steps
         if steps_done % self._config.tracking.log_every_steps and steps_done != 1 and not is_last:
             return
@@ -78,6 +88,8 @@ class RunRecorder:
 
     def save_checkpoint(self, steps_done: int) -> None:
         """Write a checkpoint, on rank 0."""
+        if self._selection_log is not None:
+            self._selection_log.flush()
         if self._journal is not None:
             self._store.write(take_checkpoint(self._trainee, steps_done))
 
@@ -135,3 +147,19 @@ class RunRecorder:
         values["stream/bytes"] = float(self._stats.num_bytes)
         values["stream/retries"] = float(self._stats.num_retries)
         return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _log_selection(log: SelectionLogWriter, steps_done: int, batch: DeviceBatch, metrics: StepMetrics) -> None:
+    candidates, chosen = metrics.candidates, metrics.selection.pair_indices
+    if chosen is None or len(candidates.pairs) < 2:
+        return  # all pairs were trained on, or there was nothing to choose
+    scores = metrics.scores
+    log.take(
+        steps_done,
+        batch.batch,
+        pairs=candidates.pairs,
+        chosen=chosen.cpu().numpy().astype(np.int64),
+        scores=None
+        if scores is None
+        else scores.best_of_pairs(candidates.num_chosen_local_views).float().cpu().numpy(),
+    )

@@ -24,7 +24,9 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     if config.training.initial_weights is not None:
         for encoder in method.encoders:
             load_initial_weights(encoder, config.training.initial_weights)
-    return method
+    convert: Any = method.to  # torch's stub does not know this form of the call
+    channels_last: Method = convert(memory_format=torch.channels_last)  # CPUs too: convolutions forward twice as fast
+    return channels_last
 
 
 def build_trainee(config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None) -> Trainee:
@@ -43,8 +45,7 @@ def build_trainee_of(
     assert isinstance(synchronized, Method)
     method = synchronized
     if device.type == "cuda":
-        on_device: Any = method.to(device)
-        method = on_device.to(memory_format=torch.channels_last)
+        method = method.to(device)
     optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
     if checkpoint is not None:
         method.load_state_dict(checkpoint.method)

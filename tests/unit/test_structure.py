@@ -12,7 +12,13 @@ PACKAGE = ROOT / "hvp_ray"
 
 HEAVY = {"ray", "torch", "nvidia", "mlflow"}
 MAY_IMPORT = {
-    "ray": ("stream/", "training/launch.py", "training/run_board.py"),
+    "ray": (
+        "stream/",
+        "training/launch.py",
+        "training/run_board.py",
+        "evaluation/feature_pool.py",
+        "comparison/runner.py",
+    ),
     "nvidia": ("views/render_dali.py",),
     "mlflow": ("tracking/mlflow.py",),
     "torch.distributed": ("distributed/", "training/local.py"),
@@ -29,6 +35,7 @@ LEVELS = [
     ("methods/",),
     ("distributed/", "evaluation/", "tracking/", "stream/"),
     ("training/",),
+    ("comparison/",),
 ]
 
 

@@ -51,7 +51,8 @@ def test_vanilla_arm_is_simsiam_written_out_by_hand(tmp_path: Path) -> None:
     config = tiny_config(str(tmp_path), selection={"rule": "first"})
     trainee = build_trainee(config, World(), CPU, None)
     torch.manual_seed(draw_torch_seed(seed=0, purpose=Purpose.TORCH_INIT, step=0, rank=0))
-    plain = build_method(config.method).train()
+    plain: Any = build_method(config.method).train()
+    plain = plain.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.8 * 16 / 256, momentum=0.9, weight_decay=5e-4)
     trainee.method.train()
     for batch in _batches(config, 6):

@@ -1,0 +1,47 @@
+"""The report into MLflow: a run of its own with the report as artifact, and the result as the experiment's description."""
+
+from hvp_ray.comparison.report import Report
+from hvp_ray.comparison.study import Study
+from hvp_ray.tracking.mlflow import PublishedReport, publish
+from hvp_ray.training.preparation import mlflow_location
+
+
+def publish_report(study: Study, report: Report) -> str | None:
+    """Log the report; return where to look at it, or None where MLflow is off.
+
+    A server that cannot be reached costs the publication only: the report lies in its folder, and the next start of the
+    comparison publishes it.
+    """
+    uri, artifact_root = mlflow_location(study.base, study.folder.parent)
+    if uri is None:
+        return None
+    differences = {
+        f"comparison/{d.arm}_minus_{d.reference}_points".replace("-", "_"): 100 * d.mean
+        for d in report.primary.differences
+    }
+    experiment_id = publish(
+        PublishedReport(
+            uri=uri,
+            experiment=study.base.tracking.experiment,
+            artifact_root=artifact_root,
+            run_name=f"{study.name}-report",
+            comparison=study.name,
+            text=report.sentence,
+            metrics=differences,
+            artifacts=(report.html_path, report.json_path),
+            figures=report.figures,
+        )
+    )
+    if experiment_id is None:
+        return None
+    return (
+        f"curves   `{ui_command(uri)}`, then http://127.0.0.1:5000/#/experiments/{experiment_id}/runs"
+        f"?viewStateShareKey={study.name}&compareRunsMode=CHART&workflowType=machine_learning"
+    )
+
+
+def ui_command(tracking_uri: str) -> str:
+    """Return the command that opens MLflow's page on these runs."""
+    if tracking_uri.endswith("/runs/mlflow.db"):
+        return "make ui"
+    return f"mlflow server --port 5000 --backend-store-uri {tracking_uri}"

@@ -1,0 +1,157 @@
+"""A comparison as it lies on disk: its settings, the cost of a step (measured once), and the runs that belong to it.
+
+`<run.output>/<comparison>/` holds `comparison.json`, the report and its figures; the runs lie beside it, under their names.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, PlannedRun, get_arm, hard_arm_of, plan_runs
+from hvp_ray.comparison.step_cost import StepCost
+from hvp_ray.config import RunConfig, config_to_dict, flatten
+from hvp_ray.errors import ConfigError
+from hvp_ray.identity import describe_difference
+from hvp_ray.training.preparation import output_folder
+
+Accounting = Literal["measured", "counted"]
+
+_FILE = "comparison.json"
+_NOT_COMPARED = ("run.", "cluster.", "tracking.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """Everything that the runs and the report of a comparison follow from."""
+
+    name: str
+    folder: Path
+    base: RunConfig
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    accounting: Accounting
+    costs: dict[str, StepCost]
+    num_steps: int
+    """Of the arms at equal epochs."""
+    steps_per_epoch: int
+
+    @property
+    def compute_ratio(self) -> float:
+        """Cost of the run with hard views in runs of the same length with random views."""
+        if VANILLA_LONG not in {arm.name for arm in self.arms}:
+            return 1.0
+        return self.ratio_of(hard_arm_of(self.arms).name)
+
+    def ratio_of(self, arm_name: str) -> float:
+        """Cost of an arm's step in random steps, by this comparison's accounting."""
+        cost, reference = self.costs[arm_name], self.costs[VANILLA]
+        if self.accounting == "measured":
+            return cost.step_seconds / reference.step_seconds
+        return cost.counted_operations / reference.counted_operations
+
+    def runs(self) -> list[PlannedRun]:
+        """Return all runs."""
+        return plan_runs(
+            self.base,
+            self.arms,
+            self.seeds,
+            comparison=self.name,
+            steps_per_epoch=self.steps_per_epoch,
+            compute_ratio=self.compute_ratio,
+        )
+
+
+def open_study(
+    base: RunConfig,
+    *,
+    name: str | None,
+    arm_names: Sequence[str],
+    seeds: Sequence[int],
+    accounting: Accounting,
+    steps_per_epoch: int,
+    measure: Callable[[list[str]], dict[str, StepCost]],
+) -> Study:
+    """Make the folder of a new comparison, or go on with an existing one: arms and seeds may be added, nothing else.
+
+    Args:
+        base: recipe and overrides, with absolute paths.
+        name: None: `compare-<recipe>`.
+        arm_names: see `arms.get_arm`.
+        seeds: of the runs.
+        accounting: what equal compute means.
+        steps_per_epoch: of the data.
+        measure: arm names -> costs; asked for arms whose costs are not known yet.
+
+    Raises:
+        ConfigError: unknown or repeated arms or seeds, or the comparison exists with other settings.
+    """
+    arms = _check(arm_names, seeds)
+    name = name or f"compare-{base.recipe.replace(':', '-')}"
+    folder = output_folder(base) / name
+    path = folder / _FILE
+    settings = _settings(base, accounting)
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if known:
+        difference = describe_difference(known["settings"], json.loads(json.dumps(settings)))
+        if difference:
+            lines = "\n  ".join(difference)
+            raise ConfigError(
+                f"the comparison {folder} was started with other settings (its value -> yours):\n  {lines}\n"
+                f"Take its settings, or another --comparison NAME"
+            )
+    costs = {arm: StepCost(**cost) for arm, cost in known.get("costs", {}).items()}
+    needed = [name for name in dict.fromkeys([VANILLA, *(arm.name for arm in arms)]) if name != VANILLA_LONG]
+    new = [arm for arm in needed if arm not in costs]
+    if new:
+        # Costs are ratios of one measurement: what is known is kept, and what is new is brought to its scale.
+        measured = measure(list(dict.fromkeys([VANILLA, *new])))
+        scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
+        for arm in new:
+            costs[arm] = measured[arm].scaled(scale)
+        _write(path, {"settings": settings, "costs": {arm: cost.to_dict() for arm, cost in costs.items()}})
+    return Study(
+        name=name,
+        folder=folder,
+        base=base,
+        arms=tuple(arms),
+        seeds=tuple(seeds),
+        accounting=accounting,
+        costs=costs,
+        num_steps=base.training.num_steps or base.training.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def _check(arm_names: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
+    arms = [get_arm(name) for name in arm_names]
+    for what, values in (("--arms", list(arm_names)), ("--seeds", list(seeds))):
+        if len(set(values)) != len(values):
+            raise ConfigError(f"{what} {' '.join(map(str, values))}: each only once")
+    if VANILLA not in arm_names:
+        raise ConfigError(
+            f"--arms {' '.join(arm_names)}: {VANILLA} is missing; it is what the others are compared with"
+        )
+    if VANILLA_LONG in arm_names:
+        hard_arm_of(arms)
+    return arms
+
+
+def _settings(base: RunConfig, accounting: Accounting) -> dict[str, Any]:
+    flat = flatten(config_to_dict(base))
+    kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
+    kept["cluster.num_trainers"] = base.cluster.num_trainers
+    kept["accounting"] = accounting
+    return kept
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}; give another --run.output") from error

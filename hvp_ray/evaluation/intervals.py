@@ -1,0 +1,110 @@
+"""How sure a number is: over test images (bootstrap), and over seeds (Student's t)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
+
+from hvp_ray.errors import ConfigError, ShapeError
+
+_CELLS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A confidence interval."""
+
+    low: float
+    high: float
+    level: float
+    """Nominal coverage, for instance 0.95."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedDifference:
+    """Result of `paired_difference`."""
+
+    mean: float
+    """Mean over the seeds of second - first."""
+    interval: Interval
+    standard_error: float
+    p_value: float
+    """Two-sided, of the hypothesis that the mean difference is 0. 1.0 where all differences are 0."""
+    num_seeds: int
+
+
+def bootstrap_interval(
+    correct: NDArray[np.bool_] | NDArray[np.float64], *, level: float = 0.95, num_draws: int = 10_000, seed: int = 0
+) -> Interval:
+    """Return the percentile bootstrap interval of a mean over test images, [M]; an accuracy where `correct` is bool.
+
+    It covers one thing: that other test images could have been drawn from the same distribution. The encoder, its seed,
+    the classifier and the training images are held fixed, so it says nothing about whether another pretraining run would
+    give the same; for that see `paired_difference`. Two arms on the same test images may differ significantly although
+    their intervals overlap. With no or all images correct it has no width, which understates the doubt (3 / M is the
+    usual upper limit of the error rate then); below some 30 images in either class it is too narrow.
+
+    Images of equal value are drawn together, by one multinomial number for each distinct value: the same distribution as
+    drawing M images with replacement. The same input gives the same interval (with the same version of NumPy).
+
+    Raises:
+        ConfigError: level or number of draws out of range.
+        ShapeError: no images.
+    """
+    _check_level(level)
+    if num_draws < 1:
+        raise ConfigError(f"{num_draws=} is not allowed: 1 or more")
+    if correct.ndim != 1 or not len(correct):
+        raise ShapeError(f"correct: expected [M] with M >= 1, got {correct.shape}")
+    values, counts = np.unique(correct.astype(np.float64), return_counts=True)
+    generator = np.random.default_rng(seed)
+    draws_at_once = max(1, _CELLS_AT_ONCE // len(values))
+    means = np.concatenate(
+        [
+            generator.multinomial(len(correct), counts / len(correct), size=min(draws_at_once, num_draws - start))
+            @ values
+            for start in range(0, num_draws, draws_at_once)
+        ]
+    ) / len(correct)
+    low, high = np.quantile(means, [(1.0 - level) / 2, (1.0 + level) / 2]).tolist()
+    return Interval(low=low, high=high, level=level)
+
+
+def paired_difference(
+    first: NDArray[np.float64], second: NDArray[np.float64], *, level: float = 0.95
+) -> PairedDifference:
+    """Compare two arms over seeds, [S] each, row s of both from the same seed; return second - first with a t interval.
+
+    It covers the seeds: initial weights, order and views of pretraining, under the assumption that the differences are
+    normally distributed, which so few seeds cannot show. It does not cover the test set: all seeds are measured on the
+    same images, so an advantage on these images only would not be noticed. With 2 or 3 seeds the interval is wide
+    (t = 12.7 and 4.3 standard errors), and rightly so.
+
+    Raises:
+        ConfigError: the level is out of range.
+        ShapeError: fewer than two seeds, or other lengths.
+    """
+    _check_level(level)
+    if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
+        raise ShapeError(f"expected two arms of the same two or more seeds, got {first.shape} and {second.shape}")
+    differences = np.asarray(second, dtype=np.float64) - first
+    num_seeds = len(differences)
+    mean = float(differences.mean())
+    error = float(differences.std(ddof=1) / np.sqrt(num_seeds))
+    half = float(student_t.ppf((1.0 + level) / 2, num_seeds - 1)) * error
+    p_value = 1.0 if mean == 0.0 else 0.0  # where all differences are equal
+    if error > 0.0:
+        p_value = 2.0 * float(student_t.sf(abs(mean) / error, num_seeds - 1))
+    return PairedDifference(
+        mean=mean,
+        interval=Interval(low=mean - half, high=mean + half, level=level),
+        standard_error=error,
+        p_value=p_value,
+        num_seeds=num_seeds,
+    )
+
+
+def _check_level(level: float) -> None:
+    if not 0.0 < level < 1.0:
+        raise ConfigError(f"{level=} is not allowed: between 0 and 1")

@@ -1,0 +1,39 @@
+"""k-NN of encoders while they are trained: snapshots of weights in, accuracies out. Knows neither Ray nor the trainer."""
+
+import dataclasses
+
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from hvp_ray.config import RunConfig
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.evaluation.report import KnnData, evaluate_encoder, load_knn_data
+from hvp_ray.methods.backbones import build_backbone
+
+
+def snapshot_encoder(encoder: nn.Module) -> bytes:
+    """Return the weights of an encoder as safetensors."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()})
+
+
+class SnapshotKnn:
+    """Evaluates snapshots of one run; images are read and cut once, at the first one."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._encoder: nn.Module | None = None
+        self._knn_data: KnnData | None = None
+
+    def evaluate(self, snapshot: bytes) -> dict[str, float]:
+        """Return knn_top1 and knn5shot_top1 of a snapshot; nothing where the data has no labels or no test images."""
+        if self._encoder is None:
+            self._knn_data = load_knn_data(self._config, open_dataset(self._config.data))
+            settings = dataclasses.replace(self._config.method.backbone, pretrained=False)
+            self._encoder = build_backbone(settings, drop_path=0.0).to(self._device)
+        if self._knn_data is None:
+            return {}
+        self._encoder.load_state_dict(load(snapshot))
+        results = evaluate_encoder(self._encoder, self._knn_data, self._config, self._device)
+        return {"eval/knn_top1": results["top1"], "eval/knn5shot_top1": results["5shot"]}

@@ -1,0 +1,116 @@
+"""The k-NN during training, off the critical path: rank 0 hands over a snapshot and goes on; answers come later.
+
+A snapshot lies in `<run>/knn_pending/` until its answer stands in `evaluations.jsonl`, so that a restart loses none.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import nn
+
+from hvp_ray.config import RunConfig
+from hvp_ray.evaluation.online import snapshot_encoder
+from hvp_ray.tracking.journal import Journal, truncate_journal
+
+EVALUATIONS = "evaluations.jsonl"
+
+
+@runtime_checkable
+class KnnAnswer(Protocol):
+    """What is to come of one snapshot."""
+
+    def is_ready(self) -> bool:
+        """Tell, without waiting, whether `values` would return at once."""
+        ...
+
+    def values(self) -> dict[str, float]:
+        """Return the accuracies; waits for them. Empty: there is nothing to evaluate on, or it failed."""
+        ...
+
+
+AskKnn = Callable[[bytes], KnnAnswer]
+"""Hands a snapshot over."""
+
+
+class KnnDuringTraining:
+    """Asks every `tracking.knn_every_epochs` epochs, and writes down what comes; made by rank 0."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: RunConfig,
+        encoder: nn.Module,
+        ask: AskKnn,
+        *,
+        steps_per_epoch: int,
+        num_steps: int,
+        first_step: int,
+    ) -> None:
+        self._folder = run_dir / "knn_pending"
+        self._encoder = encoder
+        self._ask = ask
+        self._interval = config.tracking.knn_every_epochs * steps_per_epoch
+        if not config.tracking.knn_images:
+            self._interval = 0
+        self._num_steps = num_steps
+        self._pending: list[tuple[int, KnnAnswer]] = []
+        truncate_journal(run_dir / EVALUATIONS, last_step=first_step)
+        self._journal = Journal(run_dir / EVALUATIONS)
+        for path in sorted(self._folder.glob("step-*")):
+            step = int(path.name.removeprefix("step-"))
+            if step <= first_step:
+                self._pending.append((step, ask(path.read_bytes())))
+            else:
+                path.unlink()
+        if first_step == 0:
+            self.after_step(0)
+
+    def after_step(self, steps_done: int) -> None:
+        """Ask where it is due; write down what has come. The final weights are evaluated at the end of the run anyway."""
+        if self._interval and steps_done % self._interval == 0 and steps_done < self._num_steps:
+            snapshot = snapshot_encoder(self._encoder)
+            self._folder.mkdir(exist_ok=True)
+            path = self._path(steps_done)
+            path.with_name(f"part-{path.name}").write_bytes(snapshot)
+            path.with_name(f"part-{path.name}").replace(path)
+            self._pending.append((steps_done, self._ask(snapshot)))
+        while self._pending and self._pending[0][1].is_ready():
+            self._write_first()
+
+    def finish(self, final: dict[str, float]) -> None:
+        """Wait for what is pending, and write it and the values of the final weights down."""
+        while self._pending:
+            self._write_first()
+        if final:
+            self._write(self._num_steps, final)
+        self._journal.close()
+
+    def _write_first(self) -> None:
+        step, answer = self._pending.pop(0)
+        values = answer.values()
+        if values:
+            self._write(step, values)
+        self._path(step).unlink(missing_ok=True)
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        self._journal.write({"step": step, "time": time.time(), "metrics": values})
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+
+class AnswerAtHand:
+    """An answer that was computed when it was asked for: where there is nobody else to do it."""
+
+    def __init__(self, values: dict[str, float]) -> None:
+        self._values = values
+
+    def is_ready(self) -> bool:
+        """Always."""
+        return True
+
+    def values(self) -> dict[str, float]:
+        """Return the accuracies."""
+        return self._values

@@ -1,0 +1,159 @@
+"""A comparison on disk: it grows by arms and seeds, and by nothing else; its costs are measured once."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvp_ray.comparison.arms import get_arm
+from hvp_ray.comparison.results import Difference, describe_difference, describe_result, summarize_metric
+from hvp_ray.comparison.results import RunResult as Result
+from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
+from hvp_ray.comparison.study import Study, open_study
+from hvp_ray.config import RunConfig
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.errors import ConfigError
+from tests.helpers import tiny_config
+
+import torch  # isort: skip
+
+
+def _cost(seconds: float, operations: float = 10.0) -> StepCost:
+    return StepCost(
+        step_seconds=seconds,
+        render_cpu_seconds=0.5,
+        views_per_image=2.0,
+        forwards_per_image=2.0,
+        counted_operations=operations,
+        memory_bytes=1.0,
+    )
+
+
+class _Stopwatch:
+    """Stands for a machine: `speed` seconds for a random step, 1.5 times as much for hard ones."""
+
+    def __init__(self, speed: float) -> None:
+        self.speed = speed
+        self.asked: list[list[str]] = []
+
+    def __call__(self, arms: list[str]) -> dict[str, StepCost]:
+        self.asked.append(arms)
+        hard = {"hardest": 1.5, "every-2": 1.25}
+        return {arm: _cost(self.speed * hard.get(arm, 1.0), 10.0 * (1.0 + (arm == "hardest") * 0.67)) for arm in arms}
+
+
+def _open(base: RunConfig, machine: _Stopwatch, *arms: str, seeds: tuple[int, ...] = (0, 1), **options: Any) -> Study:
+    return open_study(
+        base,
+        name="study",
+        arm_names=arms or ("vanilla", "hardest", "vanilla-long"),
+        seeds=seeds,
+        accounting=options.get("accounting", "measured"),
+        steps_per_epoch=10,
+        measure=machine,
+    )
+
+
+def test_costs_are_measured_once_and_new_arms_are_brought_to_their_scale(tmp_path: Path) -> None:
+    base = tiny_config(str(tmp_path))
+    first, slower = _Stopwatch(1.0), _Stopwatch(3.0)
+    study = _open(base, first)
+    assert first.asked == [["vanilla", "hardest"]]
+    assert study.compute_ratio == 1.5
+    grown = _open(base, slower, "vanilla", "hardest", "vanilla-long", "every-2", seeds=(0, 1, 2))
+    assert slower.asked == [["vanilla", "every-2"]]
+    assert grown.compute_ratio == 1.5 and grown.ratio_of("every-2") == pytest.approx(1.25)
+    assert len(grown.runs()) == 12
+    _open(base, slower)
+    assert len(slower.asked) == 1
+
+
+def test_counted_accounting_uses_operations(tmp_path: Path) -> None:
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), accounting="counted")
+    assert study.compute_ratio == pytest.approx(1.67)
+
+
+def test_other_settings_under_the_same_name_are_refused_with_the_difference(tmp_path: Path) -> None:
+    _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
+    with pytest.raises(ConfigError, match=r"training.epochs: 2 -> 3"):
+        _open(tiny_config(str(tmp_path), training={"epochs": 3}), _Stopwatch(1.0))
+    quieter = tiny_config(str(tmp_path), tracking={"log_every_steps": 7}, cluster={"num_view_workers": 2})
+    _open(quieter, _Stopwatch(1.0))
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "message"),
+    [
+        (("hardest",), (0,), "vanilla is missing"),
+        (("vanilla", "hardest", "hardest"), (0,), "each only once"),
+        (("vanilla", "hardest"), (0, 0), "each only once"),
+        (("vanilla", "vanilla-long"), (0,), "needs an arm with hard views"),
+    ],
+)
+def test_wrong_arms_and_seeds_are_refused(
+    tmp_path: Path, arms: tuple[str, ...], seeds: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), *arms, seeds=seeds)
+
+
+def test_measured_cost_of_a_hard_step_is_between_one_and_the_counted_ratio(tmp_path: Path) -> None:
+    """Real steps on real digits; bounds are wide, because two cores are shared: a hard step costs more than a random one."""
+    base = tiny_config(str(tmp_path))
+    arms = [get_arm(name) for name in ("vanilla", "hardest", "every-2", "all-pairs")]
+    costs = measure_step_costs(base, arms, open_dataset(base.data), device=torch.device("cpu"), repeats=5)
+    vanilla, hardest, every, everything = (costs[arm.name] for arm in arms)
+    assert 1.0 < hardest.step_seconds / vanilla.step_seconds < 3.0
+    assert hardest.counted_operations / vanilla.counted_operations == pytest.approx(5 / 3, rel=0.05)
+    assert every.counted_operations == pytest.approx((hardest.counted_operations + vanilla.counted_operations) / 2)
+    assert everything.counted_operations == pytest.approx(2 * vanilla.counted_operations)
+    assert [cost.views_per_image for cost in (vanilla, hardest, every, everything)] == [2.0, 4.0, 3.0, 4.0]
+    assert [cost.forwards_per_image for cost in (vanilla, hardest, every, everything)] == [2.0, 6.0, 4.0, 4.0]
+
+
+def _result(study: Study, arm: str, seed: int, value: float) -> Result:
+    return Result(arm=arm, seed=seed, folder=study.folder, summary={"knn_top1": value}, curve=())
+
+
+def _compared(tmp_path: Path, gains: list[float]) -> tuple[Study, Difference]:
+    seeds = tuple(range(len(gains)))
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=seeds)
+    results = []
+    for seed, gain in zip(seeds, gains, strict=True):
+        base = 0.5 + 0.1 * seed  # seeds differ by far more than arms: only pairing shows the gain
+        results += [
+            _result(study, "vanilla", seed, base),
+            _result(study, "hardest", seed, base + gain),
+            _result(study, "vanilla-long", seed, base + 0.02),
+        ]
+    metric = summarize_metric(study, results, "knn_top1")
+    sentence = describe_result(study, metric)
+    assert "equal epochs" in sentence and "equal compute" in sentence
+    assert [d.reference for d in metric.differences] == ["vanilla", "vanilla-long"]
+    return study, metric.differences[0]
+
+
+def test_a_small_gain_that_all_seeds_share_is_shown_by_pairing(tmp_path: Path) -> None:
+    """By hand: mean 0.010, standard deviation 0.001, t(2) = 4.303, so +-0.00248."""
+    _, difference = _compared(tmp_path, [0.009, 0.010, 0.011])
+    assert difference.test is not None
+    assert difference.mean == pytest.approx(0.010)
+    assert difference.test.interval.low == pytest.approx(0.010 - 4.3027 * 0.001 / 3**0.5, abs=1e-6)
+    assert difference.verdict == "better"
+    assert "+1.0 points (95% interval +0.8 to +1.2)" in describe_difference(difference)
+
+
+def test_nothing_is_claimed_where_chance_explains_it(tmp_path: Path) -> None:
+    study, difference = _compared(tmp_path, [0.03, -0.01, 0.01])
+    assert difference.verdict == "no difference shown"
+    one = dataclasses.replace(difference, test=None)
+    assert one.verdict == "not known" and "no interval" in describe_difference(one)
+    assert json.loads((study.folder / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
+
+
+def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
+    with pytest.raises(ConfigError, match="there are: knn_top1"):
+        summarize_metric(study, [_result(study, "vanilla", 0, 0.5)], "accuracy")

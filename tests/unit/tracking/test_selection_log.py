@@ -1,0 +1,103 @@
+"""What the log of choices gives back, and that a resumed run leaves no step out and none twice."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.records import ViewBatch
+from hvp_ray.selection import Candidates
+from hvp_ray.stream.batches import requests_of_rank
+from hvp_ray.stream.render_batch import build_render_context, render_batch
+from hvp_ray.tracking.selection_analysis import read_selection_log
+from hvp_ray.tracking.selection_log import SelectionLogWriter
+from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.rank import build_order
+from tests.helpers import tiny_config
+
+PAIRS = Candidates(num_views=4).pairs
+
+
+def _batches(config, count: int) -> list[ViewBatch]:  # type: ignore[no-untyped-def]
+    dataset = open_dataset(config.data)
+    context = build_render_context(config, dataset, "cpu")
+    request_of = requests_of_rank(config, build_order(config, dataset), rank=0, num_ranks=1, known_replacements={})
+    return [render_batch(context, request_of(step)) for step in range(count)]
+
+
+def _choice(step: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    generator = np.random.default_rng(step)
+    scores = generator.normal(size=(count, len(PAIRS))).astype(np.float32)
+    return scores.argmax(axis=1), scores
+
+
+def _writer(folder: Path, first_step: int, **tracking: int) -> SelectionLogWriter:
+    config = tiny_config(str(folder), tracking=dict(tracking))
+    return SelectionLogWriter(folder, config, run_name="one", steps_per_epoch=10, first_step=first_step)
+
+
+def test_plans_scores_and_choices_come_back_as_they_were(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path))
+    writer = _writer(tmp_path, 0)
+    batches = _batches(config, 3)
+    for step, batch in enumerate(batches, start=1):
+        chosen, scores = _choice(step, len(batch.sample_ids))
+        writer.take(step, batch, pairs=PAIRS, chosen=chosen, scores=scores if step < 3 else None)
+    writer.flush()
+    log = read_selection_log(tmp_path)
+    assert log.num_images == 3 * 16
+    plan = batches[1].global_views.plan
+    rows = slice(16, 32)
+    np.testing.assert_array_equal(log.top[rows], plan.top.T)
+    np.testing.assert_array_equal(log.brightness[rows], plan.brightness.T)
+    np.testing.assert_array_equal(log.chosen_pair[rows], _choice(2, 16)[0])
+    np.testing.assert_array_equal(log.scores[rows], _choice(2, 16)[1])
+    assert np.isnan(log.scores[32:]).all()
+
+
+def test_resumed_run_writes_the_same_log(tmp_path: Path) -> None:
+    """Stopped at step 7 behind a part of steps 5 to 7, resumed from a checkpoint of step 6."""
+    batches = _batches(tiny_config(str(tmp_path)), 9)
+
+    def take(writer: SelectionLogWriter, steps: range, flush_after: set[int]) -> None:
+        for step in steps:
+            chosen, scores = _choice(step, 16)
+            writer.take(step, batches[step - 1], pairs=PAIRS, chosen=chosen, scores=scores)
+            if step in flush_after:
+                writer.flush()
+
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    take(_writer(straight, 0), range(1, 10), {4, 9})
+    take(_writer(resumed, 0), range(1, 8), {4, 7})
+    take(_writer(resumed, 6), range(7, 10), {9})
+    first, second = read_selection_log(straight), read_selection_log(resumed)
+    for field in dataclasses.fields(first):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        if isinstance(a, np.ndarray):
+            np.testing.assert_array_equal(a, b, err_msg=field.name)
+        else:
+            assert a == b, field.name
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"), [(0, []), (16, [1, 11]), (32, [1, 6, 11, 16]), (10**6, list(range(1, 21)))]
+)
+def test_logged_steps_are_spread_over_the_epoch(tmp_path: Path, images: int, expected: list[int]) -> None:
+    writer = _writer(tmp_path, 0, selection_images_per_epoch=images)
+    assert [step for step in range(1, 21) if writer.wants(step)] == expected
+
+
+def test_a_run_logs_its_hard_choices_and_a_vanilla_run_nothing(tmp_path: Path) -> None:
+    summary = pretrain_in_process(tiny_config(str(tmp_path), run={"name": "hard"}, training={"num_steps": 4}))
+    assert summary is not None
+    log = read_selection_log(tmp_path / "hard")
+    assert np.unique(log.step).tolist() == [1, 2, 3, 4]
+    # The rule is "hardest", so the chosen pair is that of the largest score, in every row.
+    np.testing.assert_array_equal(log.scores.argmax(axis=1), log.chosen_pair)
+    pretrain_in_process(
+        tiny_config(str(tmp_path), run={"name": "vanilla"}, training={"num_steps": 2}, selection={"rule": "first"})
+    )
+    assert not (tmp_path / "vanilla" / "selection").exists()

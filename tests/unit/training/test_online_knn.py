@@ -1,0 +1,107 @@
+"""The k-NN during training: it changes no weight, waits for nobody, and a restart loses no point of the curve."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvp_ray.config import RunConfig
+from hvp_ray.evaluation.online import SnapshotKnn, snapshot_encoder
+from hvp_ray.tracking.journal import read_journal
+from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.online_knn import KnnDuringTraining
+from tests.helpers import tiny_config
+
+
+def _run(folder: Path, name: str, **tracking: object) -> dict[str, Any]:
+    config = tiny_config(str(folder), run={"name": name}, training={"epochs": 3}, tracking=tracking)
+    summary = pretrain_in_process(config)
+    assert summary is not None
+    return summary
+
+
+def test_curve_begins_untrained_ends_with_the_final_value_and_changes_no_weight(tmp_path: Path) -> None:
+    plain, watched = _run(tmp_path, "plain"), _run(tmp_path, "watched", knn_every_epochs=1)
+    assert plain["weights_digest"] == watched["weights_digest"]
+    records = list(read_journal(tmp_path / "watched" / "evaluations.jsonl"))
+    per_epoch = watched["num_steps"] // 3
+    assert [record["step"] for record in records] == [0, per_epoch, 2 * per_epoch, 3 * per_epoch]
+    assert records[0]["metrics"]["eval/knn_top1"] == watched["knn_top1_untrained"]
+    assert records[-1]["metrics"]["eval/knn_top1"] == watched["knn_top1"]
+    assert records[-1]["metrics"]["eval/knn5shot_top1"] == watched["knn5shot_top1"]
+    assert not list((tmp_path / "watched" / "knn_pending").iterdir())
+
+
+class _Slow:
+    """An answer that comes when the test lets it."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+        self.come = False
+
+    def is_ready(self) -> bool:
+        return self.come
+
+    def values(self) -> dict[str, float]:
+        assert self.come, "the trainer waited"
+        return {"eval/knn_top1": self.value}
+
+
+def _watch(folder: Path, asked: list[_Slow], first_step: int) -> KnnDuringTraining:
+    config: RunConfig = tiny_config(str(folder), tracking={"knn_every_epochs": 1})
+    encoder = nn.Linear(1, 1)
+
+    def ask(snapshot: bytes) -> _Slow:
+        asked.append(_Slow(float(len(asked))))
+        assert snapshot == snapshot_encoder(encoder) or first_step
+        return asked[-1]
+
+    return KnnDuringTraining(folder, config, encoder, ask, steps_per_epoch=2, num_steps=8, first_step=first_step)
+
+
+def _steps(folder: Path) -> list[int]:
+    lines = (folder / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_answers_are_not_waited_for_and_come_in_order(tmp_path: Path) -> None:
+    asked: list[_Slow] = []
+    watch = _watch(tmp_path, asked, 0)
+    for step in range(1, 5):
+        watch.after_step(step)
+    assert len(asked) == 3 and _steps(tmp_path) == []  # steps 0, 2, 4
+    asked[1].come = True
+    watch.after_step(5)
+    assert _steps(tmp_path) == []
+    asked[0].come = True
+    watch.after_step(5)
+    assert _steps(tmp_path) == [0, 2]
+
+
+def test_restart_asks_again_for_what_had_no_answer(tmp_path: Path) -> None:
+    """Died at step 5 with the answers of steps 2 and 4 to come; the checkpoint is that of step 3."""
+    before: list[_Slow] = []
+    watch = _watch(tmp_path, before, 0)
+    before[0].come = True
+    for step in range(1, 6):
+        watch.after_step(step)
+    after: list[_Slow] = []
+    again = _watch(tmp_path, after, 3)
+    assert len(after) == 1  # step 2; step 4 will be trained again
+    for step in range(4, 8):
+        again.after_step(step)
+    for answer in after:
+        answer.come = True
+    again.finish({"eval/knn_top1": 1.0})
+    assert _steps(tmp_path) == [0, 2, 4, 6, 8]
+
+
+def test_snapshot_evaluates_like_the_encoder_itself(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), run={"name": "one"}, training={"num_steps": 2})
+    summary = pretrain_in_process(config)
+    assert summary is not None
+    content = (tmp_path / "one" / "backbone.safetensors").read_bytes()
+    values = SnapshotKnn(config, torch.device("cpu")).evaluate(content)
+    assert values == {"eval/knn_top1": summary["knn_top1"], "eval/knn5shot_top1": summary["knn5shot_top1"]}
