@@ -23,6 +23,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def positive(text: str) -> int:
+    """Return a number of one or more."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
 def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the options of this program, and RECIPE and overrides for the run."""
     parser = argparse.ArgumentParser(
@@ -48,14 +55,18 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default="measured",
         help="equal compute by measured cost of a trainer's step (default), or by counted operations",
     )
-    parser.add_argument("--metric", default="knn_top1", help="value of summary.json that is compared first")
+    parser.add_argument(
+        "--metric", choices=["knn_top1", "knn5shot_top1"], default="knn_top1", help="what is compared first"
+    )
     parser.add_argument(
         "--views",
         choices=["auto", "inline", "workers"],
         default="auto",
         help="render in the run's own process, or in view workers",
     )
-    parser.add_argument("--parallel", type=int, help="runs side by side (default: as many as the cluster has room for)")
+    parser.add_argument(
+        "--parallel", type=positive, help="runs side by side (default: as many as the cluster has room for)"
+    )
     parser.add_argument("--plan-only", action="store_true", help="say what would be done and how long it takes")
     return parser.parse_known_args(arguments)
 
@@ -148,17 +159,18 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     """
     base = parse_run(rest or [DEFAULT_RECIPE], program="compare.py", description=__doc__ or "")
     prepare_ray_environment()
-    from hvp_ray.comparison.arms import get_arm
     from hvp_ray.comparison.runner import choose_mode, connect, do_runs, measure_on_cluster, num_parallel
     from hvp_ray.comparison.step_cost import StepCost
-    from hvp_ray.comparison.study import open_study
+    from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.training.preparation import check_before_start, with_absolute_paths
     from hvp_ray.training.rank import build_order
 
     base = with_absolute_paths(base)
-    for arm in options.arms:
-        check_before_start(get_arm(arm).configure(base))
+    for arm in check_arms_and_seeds(options.arms, options.seeds):
+        check_before_start(arm.configure(base))
+    dataset = open_dataset(base.data)
+    check_labels(base, dataset)
     device = connect(base)
 
     def measure(arms: list[str]) -> dict[str, StepCost]:
@@ -171,7 +183,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         arm_names=options.arms,
         seeds=options.seeds,
         accounting=options.accounting,
-        steps_per_epoch=build_order(base, open_dataset(base.data)).steps_per_epoch,
+        steps_per_epoch=build_order(base, dataset).steps_per_epoch,
         measure=measure,
     )
     mode = choose_mode(base, device) if options.views == "auto" else options.views

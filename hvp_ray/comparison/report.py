@@ -44,7 +44,7 @@ _FIGURE_TEXTS = {
     "selection_color.png": "Colour distance of the chosen pair, and of the others.",
     "selection_iou_histogram.png": "Overlap in the last third of the run.",
     "selection_importance.png": "Which differences between two views make a pair be chosen.",
-    "candidate_views.png": "Real candidates, scored with the final weights of the first hard run: the hardest is framed.",
+    "candidate_views.png": "Real candidates of one run, scored with its final weights: the hardest choice is framed.",
 }
 
 

@@ -13,8 +13,11 @@ from typing import Any, Literal
 from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, PlannedRun, get_arm, hard_arm_of, plan_runs
 from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.config import RunConfig, config_to_dict, flatten
+from hvp_ray.data.dataset import Dataset
+from hvp_ray.data.source import UNLABELLED
 from hvp_ray.errors import ConfigError
 from hvp_ray.identity import describe_difference
+from hvp_ray.randomness import check_seed
 from hvp_ray.training.preparation import output_folder
 
 Accounting = Literal["measured", "counted"]
@@ -88,7 +91,7 @@ def open_study(
     Raises:
         ConfigError: unknown or repeated arms or seeds, or the comparison exists with other settings.
     """
-    arms = _check(arm_names, seeds)
+    arms = check_arms_and_seeds(arm_names, seeds)
     name = name or f"compare-{base.recipe.replace(':', '-')}"
     folder = output_folder(base) / name
     path = folder / _FILE
@@ -125,8 +128,36 @@ def open_study(
     )
 
 
-def _check(arm_names: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
+def check_labels(base: RunConfig, dataset: Dataset) -> None:
+    """Check, before hours are spent, that the arms can be judged.
+
+    Raises:
+        ConfigError: there is no k-NN, because labels or test images are missing or it is switched off.
+    """
+    labelled = [
+        source.labels is not None and bool((source.labels[ids] != UNLABELLED).any())
+        for source, ids in (
+            (dataset.source, dataset.training_ids),
+            (dataset.test_source, dataset.test_ids),
+        )
+    ]
+    if not all(labelled) or not base.tracking.knn_images:
+        raise ConfigError(
+            "the arms are judged by k-NN on labelled images, which this data does not give: name labelled images by "
+            "data.test_source, or hold some out by data.test_fraction, with class folders or data.label_column; and leave "
+            "tracking.knn_images above 0"
+        )
+
+
+def check_arms_and_seeds(arm_names: Sequence[str], seeds: Sequence[int]) -> list[Arm]:
+    """Return the arms of these names.
+
+    Raises:
+        ConfigError: unknown, repeated or missing arms, or seeds that cannot be.
+    """
     arms = [get_arm(name) for name in arm_names]
+    for seed in seeds:
+        check_seed(seed)
     for what, values in (("--arms", list(arm_names)), ("--seeds", list(seeds))):
         if len(set(values)) != len(values):
             raise ConfigError(f"{what} {' '.join(map(str, values))}: each only once")

@@ -220,6 +220,8 @@ def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, An
         return _watch(board, thread, outcome, watchers)
     finally:
         pool.close()
+        if knn is not None:
+            ray.kill(knn)
         if not thread.is_alive():
             shutil.rmtree(ray_train_dir, ignore_errors=True)
 

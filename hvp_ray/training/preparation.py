@@ -165,10 +165,8 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     }
     if commit is not None:
         tags["git_commit"] = commit
-    for name in ("comparison", "arm"):
-        value = getattr(config.tracking, name)
-        if value is not None:
-            tags[name] = value
+    of_comparison = {"comparison": config.tracking.comparison, "arm": config.tracking.arm}
+    tags |= {tag: value for tag, value in of_comparison.items() if value is not None}
     return RunJob(
         config=config,
         run_name=name,

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.selection_analysis import read_selection_log
 from hvp_ray.training.local import pretrain_in_process
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
@@ -36,6 +38,7 @@ SETTINGS = {
     "training.checkpoint_every_steps": "4",
     "tracking.knn_images": "40",
     "tracking.log_every_steps": "1",
+    "tracking.knn_every_epochs": "1",
     "cluster.num_view_workers": "1",
     "cluster.batches_in_flight": "3",
 }
@@ -50,6 +53,11 @@ def _start(output: Path, name: str, **extra: str) -> subprocess.Popen[str]:
     )
 
 
+def _curve(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
+    """Return the k-NN during training: (step, values)."""
+    return [(record["step"], record["metrics"]) for record in read_journal(run_dir / "evaluations.jsonl")]
+
+
 def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 180
     while not any(recorded >= step for recorded in recorded_steps(run_dir)):
@@ -62,7 +70,8 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL of the driver in mid-run; then a complete run with MLflow, figures and summary."""
-    inline = pretrain_in_process(tiny_config(str(tmp_path), run={"name": "inline"}))
+    inline_config = tiny_config(str(tmp_path), run={"name": "inline"}, tracking={"knn_every_epochs": 1})
+    inline = pretrain_in_process(inline_config)
     assert inline is not None
 
     first = _start(tmp_path, "killed")
@@ -79,6 +88,11 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
     assert summary["num_resumes"] == 1
     assert attempts(tmp_path / "killed")[1]["step"] in (4, 8, 12, 16)
     assert recorded_steps(tmp_path / "killed") == list(range(1, 21))
+    assert _curve(tmp_path / "killed") == _curve(tmp_path / "inline")
+    assert [step for step, _ in _curve(tmp_path / "killed")] == [0, 10, 20]
+    killed_log, inline_log = (read_selection_log(tmp_path / name) for name in ("killed", "inline"))
+    np.testing.assert_array_equal(killed_log.step, inline_log.step)
+    np.testing.assert_array_equal(killed_log.scores, inline_log.scores)
 
     assert [name for name in SUMMARY_FIELDS.split() if name not in summary] == []
     assert [name for name in SUMMARY_FIELDS.split() if summary[name] is None] == []

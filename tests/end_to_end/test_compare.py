@@ -1,0 +1,164 @@
+"""compare.py as a user runs it: killed half-way and started again, it ends with the report of an undisturbed one."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvp_ray.comparison.report import write_report
+from hvp_ray.comparison.study import open_study
+from hvp_ray.training.local import pretrain_in_process
+from pipelines.command_line import parse_run
+from pipelines.compare import main
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+OVERRIDES = {
+    "data.num_images": "200",
+    "training.epochs": "6",
+    "training.images_per_step": "16",
+    "training.checkpoint_every_steps": "5",
+    "tracking.knn_images": "40",
+    "tracking.num_figure_images": "2",
+    "tracking.knn_every_epochs": "2",
+}
+
+
+def _options(output: Path) -> list[str]:
+    words = [word for name, value in OVERRIDES.items() for word in (f"--{name}", value)]
+    return ["simsiam-digits", "--run.output", str(output), *words]
+
+
+def _start(output: Path) -> subprocess.Popen[str]:
+    own = [
+        "--accounting",
+        "counted",
+        "--seeds",
+        "0",
+        "--arms",
+        "vanilla",
+        "hardest",
+        "vanilla-long",
+        "--comparison",
+        "c",
+    ]
+    return subprocess.Popen(
+        [sys.executable, "pipelines/compare.py", *_options(output), *own],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
+    """Do the same runs one after the other in this process, and write the report."""
+    from hvp_ray.comparison.step_cost import StepCost
+
+    study = open_study(
+        parse_run(_options(output), program="compare.py", description=""),
+        name="c",
+        arm_names=["vanilla", "hardest", "vanilla-long"],
+        seeds=[0],
+        accounting="counted",
+        steps_per_epoch=10,
+        measure=lambda arms: {arm: StepCost(**costs[arm]) for arm in arms},
+    )
+    for run in study.runs():
+        quiet = dataclasses.replace(run.config.tracking, uri="none")
+        pretrain_in_process(dataclasses.replace(run.config, tracking=quiet))
+    content: dict[str, Any] = json.loads(write_report(study, metric="knn_top1").json_path.read_text())
+    return content
+
+
+def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one(tmp_path: Path) -> None:
+    first = _start(tmp_path / "killed")
+    last_run = tmp_path / "killed" / "c-vanilla-long-s0" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not last_run.exists() or last_run.stat().st_size < 2000:
+        assert first.poll() is None, first.stdout.read() if first.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (tmp_path / "killed" / "c" / "report.json").exists()
+    done = {path.parent.name: path.stat().st_mtime for path in (tmp_path / "killed").glob("c-*/summary.json")}
+    assert done
+
+    second = _start(tmp_path / "killed")
+    printed = second.communicate(timeout=400)[0]
+    assert second.returncode == 0, printed
+    for name, written_at in done.items():
+        assert (tmp_path / "killed" / name / "summary.json").stat().st_mtime == written_at, f"{name} was done again"
+    killed = json.loads((tmp_path / "killed" / "c" / "report.json").read_text())
+    straight = _undisturbed_report(tmp_path / "straight", killed["costs"])
+    for report in (killed, straight):
+        report["settings"].pop("run.output")
+    assert killed == straight
+    assert [run["name"] for run in killed["runs"]] == ["c-vanilla-s0", "c-hardest-s0", "c-vanilla-long-s0"]
+
+    assert killed["result"] in printed
+    assert "all of it takes about" in printed and "make ui" not in printed and "viewStateShareKey=c" in printed
+    page = (tmp_path / "killed" / "c" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list((tmp_path / "killed" / "c" / "figures").glob("*.png"))) >= 8
+    assert 'src="http' not in page and 'href="http' not in page
+    _check_mlflow(tmp_path / "killed", killed)
+
+
+def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
+    """All runs are flat, tagged, and the report is an artifact of a run of its own."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{output}/mlflow.db")
+    experiment = client.get_experiment_by_name("hvp_ray")
+    assert experiment is not None
+    runs = client.search_runs(
+        [experiment.experiment_id], filter_string="tags.comparison = 'c' and tags.arm != 'report'"
+    )
+    assert {run.info.run_name for run in runs} == {run["name"] for run in report["runs"]}
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert all("mlflow.parentRunId" not in run.data.tags for run in runs)
+    by_name = {run.info.run_name: run for run in runs}
+    for wanted in report["runs"]:
+        history = client.get_metric_history(by_name[wanted["name"]].info.run_id, "eval/knn_top1")
+        got = [(metric.step, metric.value) for metric in history]
+        assert got == [(point["step"], point["values"]["knn_top1"]) for point in wanted["curve"]]
+    (published,) = client.search_runs([experiment.experiment_id], filter_string="tags.arm = 'report'")
+    artifacts = {file.path for file in client.list_artifacts(published.info.run_id)}
+    assert {"report.html", "report.json", "figures"} <= artifacts
+    state = json.loads(experiment.tags["mlflow.sharedViewState.c"])
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "arm"}]
+    assert report["result"] in experiment.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--arms", "vanilla", "hardst"], "did you mean 'hardest'"),
+        (["--arms", "hardest"], "vanilla is missing"),
+        (["--seeds", "-1"], "seed"),
+        (["--data.test_fraction", "0.0"], "judged by k-NN"),
+        (["--metric", "accuracy"], "knn5shot_top1"),
+        (["--parallel", "0"], "--parallel"),
+        (["--training.epoch", "3"], "training.epoch"),
+        (["simsiam-digit"], "did you mean 'simsiam-digits'"),
+    ],
+)
+def test_wrong_arguments_end_before_anything_starts(
+    tmp_path: Path, words: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main([*words, "--run.output", str(tmp_path)])
+    except SystemExit as stop:  # tyro has printed why
+        status = int(stop.code or 0)
+    assert status != 0
+    assert message in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
