@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.errors import DataError, HvpRayError
+from hvp_ray.errors import HvpRayError
 from hvp_ray.tracking.selection_analysis import (
     AUTHORS_FANOVA,
     FEATURES,
@@ -37,6 +37,7 @@ _MEASURE_TITLES = {
     "flip_differs": "flip differs, share",
     "solarize_differs": "solarize differs, share",
 }
+from pipelines.command_line import find_run
 
 _AUTHORS = {
     "first": {
@@ -55,19 +56,6 @@ _AUTHORS = {
     },
 }
 """Chosen, others: read off the figures of automl/hvp (branches barlow-twins, dino-wds, analysis/plots), two seeds."""
-
-
-def find_run(name: str) -> Path:
-    """Return the folder of a run: the path itself, or a name under `runs/` here or `hvp_runs/` in the home folder.
-
-    Raises:
-        DataError: there is no such run.
-    """
-    places = [Path(name), Path("runs") / name, Path.home() / "hvp_runs" / name]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise DataError(f"there is no run {name!r}; looked at {', '.join(map(str, places))}")
 
 
 def describe_measures(analysis: SelectionAnalysis) -> str:

@@ -1,9 +1,11 @@
-"""What the programs of this folder share: RECIPE and overrides -> a run."""
+"""What the programs of this folder share: RECIPE and overrides -> a run; the name of a run -> its folder."""
+
+from pathlib import Path
 
 import tyro
 
 from hvp_ray.config import RunConfig
-from hvp_ray.errors import ConfigError
+from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.recipes import describe_recipes, get_recipe
 
 DEFAULT_RECIPE = "simsiam-digits"
@@ -38,3 +40,32 @@ def parse_run(arguments: list[str], *, program: str, description: str) -> RunCon
     if parsed.recipe != recipe.recipe:
         raise ConfigError(f"--recipe is set by the first argument, not as an option; got {parsed.recipe!r}")
     return parsed
+
+
+def find_run(name: str, *, option: str = "", needs: tuple[str, ...] = ("config.json",)) -> Path:
+    """Return the folder of a run, absolute: a path, or a name under `runs/` here or `hvp_runs/` in the home folder.
+
+    Args:
+        name: path or name.
+        option: what it was given by, for messages.
+        needs: files that must be there.
+
+    Raises:
+        CheckpointError: there is no such folder, or a file is missing in it.
+    """
+    places = [Path(name).expanduser(), Path("runs") / name, Path.home() / "hvp_runs" / name]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        here = sorted(path.parent.name for path in Path("runs").glob(f"*/{needs[-1]}"))
+        known = f"; runs/ has {', '.join(here[-5:])}" if here else ""
+        raise CheckpointError(
+            f"{option}{name}: expected the folder of a run, or its name under runs/; there is neither "
+            f"{' nor '.join(map(str, places))}{known}"
+        )
+    missing = [file for file in needs if not (folder / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{option}{name}: {folder} has no {' and no '.join(missing)}; expected the folder of a run"
+            + (" that has ended (the encoder is written at the end)" if "backbone.safetensors" in missing else "")
+        )
+    return folder.absolute()

@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.config import ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.data.source import Source
-from hvp_ray.errors import UnreadableImageError
+from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.views.normalise import normalise_views
 
 
@@ -45,18 +46,65 @@ def _centre_crop(pixels: NDArray[np.uint8], resize_px: int, size_px: int) -> NDA
     return np.ascontiguousarray(crop.numpy())
 
 
+def check_last_blocks(backbone: nn.Module, last_blocks: int) -> None:
+    """Check that the encoder has so many blocks with a class token.
+
+    Raises:
+        ConfigError: more than one block of a network that is no Vision Transformer, or more than it has.
+    """
+    if last_blocks == 1:
+        return
+    if not isinstance(backbone, VisionTransformer) or not backbone.has_class_token:
+        raise ConfigError(
+            f"{last_blocks=} is not allowed: {type(backbone).__name__} has no class token behind every block; use 1"
+        )
+    if not 1 <= last_blocks <= len(backbone.blocks):
+        raise ConfigError(f"{last_blocks=} is not allowed: 1 to {len(backbone.blocks)}, the encoder's depth")
+
+
 def extract_features(
-    backbone: nn.Module, pixels: NDArray[np.uint8], views: ViewsConfig, *, device: torch.device
+    backbone: nn.Module,
+    pixels: NDArray[np.uint8],
+    views: ViewsConfig,
+    *,
+    device: torch.device,
+    last_blocks: int = 1,
 ) -> Float[Tensor, "images dim"]:
-    """Return pooled features in evaluation mode; the module's mode is restored."""
+    """Return pooled features in evaluation mode; the module's mode is restored.
+
+    Args:
+        backbone: the encoder.
+        pixels: [N, S, S, 3].
+        views: mean and standard deviation of the channels.
+        device: where the encoder is.
+        last_blocks: Vision Transformers: class tokens of so many last blocks, each behind the final norm, concatenated
+            with the last block at the end (DINO's linear protocol takes 4 of a ViT-S, 1 of a ViT-B).
+
+    Raises:
+        ConfigError: see `check_last_blocks`.
+    """
+    check_last_blocks(backbone, last_blocks)
     was_training = backbone.training
     backbone.eval()
     try:
         with torch.no_grad():
             parts = [
-                backbone(normalise_views(torch.from_numpy(chunk).to(device), views)).float()
+                _forward(backbone, normalise_views(torch.from_numpy(chunk).to(device), views), last_blocks).float()
                 for chunk in np.array_split(pixels, max(1, len(pixels) // 256))
             ]
     finally:
         backbone.train(was_training)
     return torch.cat(parts)
+
+
+def _forward(
+    backbone: nn.Module, images: Float[Tensor, "batch channels height width"], last_blocks: int
+) -> Float[Tensor, "batch dim"]:
+    if last_blocks == 1:
+        pooled: Tensor = backbone(images)
+        return pooled
+    assert isinstance(backbone, VisionTransformer)
+    blocks = backbone.forward_intermediates(
+        images, indices=last_blocks, return_prefix_tokens=True, norm=True, output_fmt="NLC", intermediates_only=True
+    )
+    return torch.cat([prefix[:, 0] for _, prefix in blocks], dim=1)

@@ -6,7 +6,7 @@ Legend: N bank images, M query images, D features, C classes.
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -17,6 +17,30 @@ FEW_SHOT_DRAWS = 20
 """Fixed draws of labelled images over which few-label results are averaged."""
 
 
+def knn_correct(
+    bank: Float[Tensor, "bank dim"],
+    bank_labels: Int64[Tensor, " bank"],
+    queries: Float[Tensor, "queries dim"],
+    query_labels: Int64[Tensor, " queries"],
+    *,
+    neighbours: int,
+) -> Bool[Tensor, " queries"]:
+    """Tell for each query whether it is classified correctly: cosine similarity, votes weighted by exp(similarity / 0.07).
+
+    `neighbours` is cut to the size of the bank.
+    """
+    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    neighbours = min(neighbours, len(bank))
+    parts = []
+    for chunk, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
+        similarities, indices = (chunk @ bank.T).topk(neighbours, dim=1)
+        votes = torch.zeros(len(chunk), num_classes, device=chunk.device, dtype=chunk.dtype)
+        votes.scatter_add_(1, bank_labels[indices], (similarities / TEMPERATURE).exp())
+        parts.append(votes.argmax(dim=1) == labels)
+    return torch.cat(parts)
+
+
 def knn_accuracy(
     bank: Float[Tensor, "bank dim"],
     bank_labels: Int64[Tensor, " bank"],
@@ -25,17 +49,9 @@ def knn_accuracy(
     *,
     neighbours: int,
 ) -> float:
-    """Return top-1 accuracy in [0, 1]: cosine similarity, votes weighted by exp(similarity / 0.07)."""
-    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    neighbours = min(neighbours, len(bank))
-    correct = 0
-    for chunk, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
-        similarities, indices = (chunk @ bank.T).topk(neighbours, dim=1)
-        votes = torch.zeros(len(chunk), num_classes, device=chunk.device, dtype=chunk.dtype)
-        votes.scatter_add_(1, bank_labels[indices], (similarities / TEMPERATURE).exp())
-        correct += int((votes.argmax(dim=1) == labels).sum())
-    return correct / len(queries)
+    """Return top-1 accuracy in [0, 1] of `knn_correct`."""
+    correct = knn_correct(bank, bank_labels, queries, query_labels, neighbours=neighbours)
+    return int(correct.sum()) / len(queries)
 
 
 def few_shot_knn_accuracy(
@@ -53,12 +69,13 @@ def few_shot_knn_accuracy(
     """
     accuracies = []
     for draw in range(FEW_SHOT_DRAWS):
-        rows = torch.from_numpy(_draw_shots(bank_labels.cpu().numpy(), shots, draw)).to(bank.device)
+        rows = torch.from_numpy(draw_shots(bank_labels.cpu().numpy(), shots, draw)).to(bank.device)
         accuracies.append(knn_accuracy(bank[rows], bank_labels[rows], queries, query_labels, neighbours=shots))
     return float(np.mean(accuracies))
 
 
-def _draw_shots(labels: NDArray[np.int64], shots: int, draw: int) -> NDArray[np.int64]:
+def draw_shots(labels: NDArray[np.int64], shots: int, draw: int) -> NDArray[np.int64]:
+    """Return the rows, ascending, of the images of fixed draw number `draw`: `shots` per class, or all where fewer."""
     words = draw_stream(seed=0, purpose=Purpose.PROBE, index=draw, epoch=0, num_words=len(labels))
     shuffled = permutation_from_words(words)
     rows = [shuffled[labels[shuffled] == label][:shots] for label in np.unique(labels)]

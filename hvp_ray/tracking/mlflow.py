@@ -22,6 +22,9 @@ _MAX_PARAMS_PER_CALL = 100
 _MAX_PARAM_LENGTH = 6000
 _PAUSE_SECONDS = 2.0
 _STATE_FILE = "mlflow.json"
+_GROUP_TAG = "trained_views"
+"""Runs are grouped by this copy of the tag `arm`: MLflow's page derives a group's colour from key and value, and under `arm`
+hard and random views would have the same one."""
 
 SHARED_VIEW_TAG = "mlflow.sharedViewState."
 """An experiment tag of this name and a key holds the state of MLflow's page that `?viewStateShareKey=<key>` opens."""
@@ -266,6 +269,8 @@ def _publish(report: PublishedReport) -> str:
     for path in report.figures:
         client.log_artifact(run_id, str(path), artifact_path="figures")
     client.set_terminated(run_id)
+    for member in client.search_runs([experiment_id], filter_string=f"tags.comparison = '{report.comparison}'"):
+        client.set_tag(member.info.run_id, _GROUP_TAG, member.data.tags["arm"])
     client.set_experiment_tag(experiment_id, SHARED_VIEW_TAG + report.comparison, json.dumps(_shared_view(report)))
     client.set_experiment_tag(experiment_id, "mlflow.note.content", f"{report.comparison}: {report.text}")
     return str(experiment_id)
@@ -275,7 +280,7 @@ def _shared_view(report: PublishedReport) -> dict[str, Any]:
     """Return the state in which MLflow's page shows a comparison: its runs only, one mean curve for each arm."""
     return {
         "searchFilter": f"tags.comparison = '{report.comparison}' and tags.arm != 'report'",
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "arm"}]},
+        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": _GROUP_TAG}]},
         "useGroupedValuesInCharts": True,
         "runsHiddenMode": "SHOWALL",
         "hideEmptyCharts": True,

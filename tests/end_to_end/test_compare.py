@@ -124,6 +124,9 @@ def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
         [experiment.experiment_id], filter_string="tags.comparison = 'c' and tags.arm != 'report'"
     )
     assert {run.info.run_name for run in runs} == {run["name"] for run in report["runs"]}
+    assert {(run.data.tags["arm"], run.data.tags["trained_views"]) for run in runs} == {
+        (run["arm"], run["arm"]) for run in report["runs"]
+    }
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all("mlflow.parentRunId" not in run.data.tags for run in runs)
     by_name = {run.info.run_name: run for run in runs}
@@ -135,7 +138,7 @@ def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
     artifacts = {file.path for file in client.list_artifacts(published.info.run_id)}
     assert {"report.html", "report.json", "figures"} <= artifacts
     state = json.loads(experiment.tags["mlflow.sharedViewState.c"])
-    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "arm"}]
+    assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "trained_views"}]
     assert report["result"] in experiment.tags["mlflow.note.content"]
 
 

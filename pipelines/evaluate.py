@@ -1,0 +1,414 @@
+"""Evaluate the encoder of a run: k-NN, linear and logistic probes, few labels, fine-tuning; on its data or on others.
+
+python pipelines/evaluate.py --checkpoint RUN [--protocol knn linear ...] [--data SOURCE [--test-data SOURCE]]
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
+from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.order import choose_subset
+from hvp_ray.data.source import UNLABELLED, Source
+from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError
+from hvp_ray.training.ray_environment import prepare_ray_environment
+from pipelines.command_line import find_run
+
+PROTOCOLS = ("knn", "linear", "logistic", "few-label", "finetune")
+SHOTS = (1, 5, 10)
+AUTO_WORKERS_FROM_IMAGES = 5_000
+"""With fewer images starting a local Ray takes longer than the work."""
+_DEFAULT_TEST_FRACTION = 0.2
+_LINEAR_EPOCHS = 100
+_FINE_TUNING_EPOCHS = 30
+_FINE_TUNING_RATE = 5e-4
+_LINE_SECONDS = 5.0
+
+MEANINGS = {
+    "knn": "the k most similar training images vote (cosine, weights exp(similarity / 0.07)); nothing is trained",
+    "linear": "linear classifier on the frozen encoder, SGD; its rate was chosen on held-out training images",
+    "logistic": "logistic regression on the frozen encoder; C was chosen on held-out training images",
+    "few-label": "logistic regression with so many labelled images per class; mean over 20 draws of them",
+    "finetune": "encoder and classifier trained together (AdamW, no setting chosen on the test images)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One number of the table."""
+
+    protocol: str
+    accuracy: float
+    low: float
+    high: float
+    details: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Images:
+    """Labelled images of one part of the data: ids, then what was read of them."""
+
+    source: Source
+    sample_ids: NDArray[np.int64]
+
+    def labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the labels of these ids."""
+        assert self.source.labels is not None
+        return self.source.labels[sample_ids]
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Return the options; unknown ones end the program with a usage line."""
+
+    def count(text: str) -> int:
+        number = int(text)
+        if number < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        return number
+
+    def workers(text: str) -> int | str:
+        return text if text == "auto" else count(text)
+
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN", help="folder of a run, or its name under runs/")
+    add("--protocol", nargs="+", default=["knn"], choices=[*PROTOCOLS, "all"], help="default: knn")
+    add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
+    add("--test-data", metavar="SOURCE", help="test images; default: a fixed part of the data that is held out")
+    add("--num-images", type=count, metavar="N", help="at most N training images; default: all")
+    add("--num-test-images", type=count, metavar="N", help="at most N test images; default: all")
+    add("--neighbours", nargs="+", type=count, default=[10, 20, 100, 200], metavar="K", help="default: 10 20 100 200")
+    add("--epochs", type=count, metavar="N", help=f"default: linear {_LINEAR_EPOCHS}, finetune {_FINE_TUNING_EPOCHS}")
+    add("--learning-rate", type=float, metavar="X", help="of finetune, per 256 images; default: 5e-4")
+    add("--last-blocks", type=count, default=1, metavar="N",
+        help="Vision Transformers: the probes see class tokens of the last N blocks (DINO, ViT-S: 4)")  # fmt: skip
+    add("--num-workers", type=workers, default="auto", metavar="N",
+        help=f"Ray tasks that extract features; auto: 1 below {AUTO_WORKERS_FROM_IMAGES} images, else all CPUs")  # fmt: skip
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--seed", type=int, default=0, help="of the classifiers (not of the run)")
+    add("--no-cache", action="store_true", help="neither read nor keep features in RUN/features")
+    add("--json", metavar="FILE", help="default: RUN/evaluation-DATA-TIME.json")
+    return parser.parse_args(arguments)
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """Return the config of a run.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+        ConfigError: it is of another version.
+    """
+    path = run_dir / "config.json"
+    try:
+        values = json.loads(path.read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read as the config of a run: {error!r}") from error
+    return config_from_dict(values)
+
+
+def choose_data(config: DataConfig, options: argparse.Namespace) -> DataConfig:
+    """Return which data to evaluate on: the run's own, or what the options name."""
+    if options.data is not None:
+        fraction = config.test_fraction or _DEFAULT_TEST_FRACTION
+        config = dataclasses.replace(
+            config, source=options.data, test_source=None, num_images=None, test_fraction=fraction
+        )
+    if options.test_data is not None:
+        config = dataclasses.replace(config, test_source=options.test_data)
+    return config
+
+
+def choose_images(dataset: Dataset, options: argparse.Namespace) -> tuple[Images, Images]:
+    """Return the labelled training and test images.
+
+    Raises:
+        DataError: there are none.
+    """
+    both = (
+        ("training", dataset.source, dataset.training_ids, options.num_images, ""),
+        ("test", dataset.test_source, dataset.test_ids, options.num_test_images, "; give --test-data"),
+    )
+    chosen = []
+    for name, source, sample_ids, limit, advice in both:
+        labelled = sample_ids[:0] if source.labels is None else sample_ids[source.labels[sample_ids] != UNLABELLED]
+        if not len(labelled):
+            raise DataError(f"no labelled {name} images among {len(sample_ids)}: evaluation needs labels{advice}")
+        rows = choose_subset(len(labelled), None if limit is None else min(limit, len(labelled)))
+        chosen.append(Images(source=source, sample_ids=labelled[rows]))
+    return chosen[0], chosen[1]
+
+
+class Evaluation:
+    """One encoder, one data set; features and pixels are had when a protocol first asks for them."""
+
+    def __init__(self, run_dir: Path, config: RunConfig, options: argparse.Namespace) -> None:
+        from hvp_ray.evaluation.features import check_last_blocks
+        from hvp_ray.methods.backbones import load_exported_backbone
+        from hvp_ray.training.preparation import with_absolute_paths
+
+        data = choose_data(config.data, options)
+        self.data = with_absolute_paths(dataclasses.replace(config, data=data)).data
+        self.views = config.views
+        self.options = options
+        self.backbone_path = run_dir / "backbone.safetensors"
+        self.cache_dir = run_dir / "features"
+        self.backbone = load_exported_backbone(self.backbone_path)
+        check_last_blocks(self.backbone, options.last_blocks)
+        self.training, self.test = choose_images(open_dataset(self.data), options)
+        self.num_classes = len(np.unique(self.training.labels(self.training.sample_ids)))
+
+    def describe(self) -> str:
+        """Return what is evaluated on what."""
+        test_data = self.data.test_source or f"held-out part of {self.data.source}"
+        return (
+            f"encoder   {self.backbone_path}\n"
+            f"training  {len(self.training.sample_ids):,} images of {self.num_classes} classes, {self.data.source}\n"
+            f"test      {len(self.test.sample_ids):,} images, {test_data}"
+        )
+
+    def run(self, protocols: list[str]) -> Iterator[Row]:
+        """Yield the rows of these protocols, in their order."""
+        from hvp_ray.evaluation.feature_pool import start_workers
+
+        num_workers = self.options.num_workers
+        num_images = len(self.training.sample_ids) + len(self.test.sample_ids)
+        if num_workers == "auto" and num_images < AUTO_WORKERS_FROM_IMAGES:
+            num_workers = 1
+        features = None
+        if any(protocol != "finetune" for protocol in protocols):
+            with start_workers(num_workers, self.options.device) as workers:
+                features = self._extract(workers)
+        for protocol in protocols:
+            if protocol == "finetune":
+                yield self._fine_tune()
+            else:
+                assert features is not None
+                yield from self._probe(protocol, *features)
+
+    def _extract(self, workers: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        from hvp_ray.evaluation.feature_pool import FeatureCache, FeatureRequest, pool_features
+
+        found = []
+        for part, images in (("training", self.training), ("test", self.test)):
+            progress = Progress(f"features of the {part} images")
+            result = pool_features(
+                FeatureRequest(
+                    backbone_path=self.backbone_path,
+                    data=self.data,
+                    views=self.views,
+                    part="training" if part == "training" else "test",
+                    sample_ids=images.sample_ids,
+                    last_blocks=self.options.last_blocks,
+                ),
+                num_workers=workers.num_workers,
+                device=workers.device,
+                gpus_per_worker=workers.gpus_per_worker,
+                cache=None if self.options.no_cache else FeatureCache(self.cache_dir),
+                report_progress=progress,
+            )
+            self._warn_of_unreadable(part, images, result.sample_ids)
+            found += [torch.from_numpy(result.features), torch.from_numpy(images.labels(result.sample_ids))]
+        device = "cuda" if self.options.device != "cpu" and torch.cuda.is_available() else "cpu"
+        return found[0].to(device), found[1].to(device), found[2].to(device), found[3].to(device)
+
+    def _warn_of_unreadable(self, part: str, images: Images, readable: NDArray[np.int64]) -> None:
+        lost = np.setdiff1d(images.sample_ids, readable)
+        if len(lost):
+            say(
+                f"{len(lost)} {part} image(s) unreadable and left out, the first {images.source.describe(int(lost[0]))}"
+            )
+
+    def _probe(
+        self, protocol: str, bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
+    ) -> Iterator[Row]:
+        from hvp_ray.evaluation.knn import knn_correct
+        from hvp_ray.evaluation.linear import few_label_probe, linear_probe, logistic_probe
+
+        seed, arrays = self.options.seed, (bank, labels, queries, truth)
+        match protocol:
+            case "knn":
+                width = bank.shape[1] // self.options.last_blocks  # the last block is at the end
+                for neighbours in sorted({min(k, len(bank)) for k in self.options.neighbours}):
+                    correct = knn_correct(bank[:, -width:], labels, queries[:, -width:], truth, neighbours=neighbours)
+                    yield row("knn", correct.cpu().numpy(), {"k": neighbours})
+            case "linear":
+                epochs = self.options.epochs or _LINEAR_EPOCHS
+                linear = linear_probe(*arrays, epochs=epochs, seed=seed)
+                yield row("linear", linear.correct, {"learning_rate": linear.learning_rate, "epochs": epochs})
+            case "logistic":
+                logistic = logistic_probe(*arrays, seed=seed)
+                details: dict[str, Any] = {"C": logistic.inverse_regularisation}
+                yield row(
+                    "logistic", logistic.correct, details | ({} if logistic.has_converged else {"converged": False})
+                )
+            case "few-label":
+                for shots in SHOTS:
+                    few = few_label_probe(*arrays, shots=shots)
+                    spread = float(few.draw_accuracies.std(ddof=1))
+                    yield row(
+                        "few-label", few.mean_correct, {"per_class": shots, "deviation_of_draws": round(spread, 4)}
+                    )
+            case _:
+                raise ConfigError(f"unknown protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+
+    def _load_pixels(self, part: str, images: Images) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        from hvp_ray.evaluation.features import load_evaluation_pixels
+
+        try:
+            pixels, readable = load_evaluation_pixels(
+                images.source, images.sample_ids, self.views, max_image_pixels=self.data.max_image_pixels
+            )
+        except OSError as error:
+            raise DataError(f"the {part} images cannot be read: {error}") from error
+        self._warn_of_unreadable(part, images, readable)
+        return pixels, images.labels(readable)
+
+    def _fine_tune(self) -> Row:
+        from hvp_ray.evaluation.finetune import fine_tune
+
+        pixels, labels = self._load_pixels("training", self.training)
+        test_pixels, test_labels = self._load_pixels("test", self.test)
+        use_gpu = self.options.device != "cpu" and torch.cuda.is_available()
+        epochs = self.options.epochs or _FINE_TUNING_EPOCHS
+        rate = self.options.learning_rate or _FINE_TUNING_RATE
+        result = fine_tune(
+            self.backbone,
+            pixels,
+            labels,
+            test_pixels,
+            test_labels,
+            self.views,
+            device=torch.device("cuda" if use_gpu else "cpu"),
+            epochs=epochs,
+            learning_rate_per_256=rate,
+            seed=self.options.seed,
+        )
+        details = {"learning_rate": rate, "epochs": epochs, "training_loss": round(result.losses[-1], 4)}
+        return row("finetune", result.correct, details)
+
+
+class Progress:
+    """A line when extraction takes long, and at its end."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._line_at = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        if time.monotonic() - self._line_at > _LINE_SECONDS or done == total:
+            self._line_at = time.monotonic()
+            say(f"{self._title}: {done:,} of {total:,}")
+
+
+def row(protocol: str, correct: NDArray[Any], details: dict[str, Any]) -> Row:
+    """Return a row of the table: accuracy with its interval over test images."""
+    from hvp_ray.evaluation.intervals import bootstrap_interval
+
+    interval = bootstrap_interval(correct)
+    return Row(protocol=protocol, accuracy=float(correct.mean()), low=interval.low, high=interval.high, details=details)
+
+
+def describe_row(entry: Row) -> str:
+    """Return the line of the table."""
+    details = ", ".join(
+        f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+        for name, value in entry.details.items()
+    )
+    return f"{entry.protocol:<11} {entry.accuracy:>8.4f}   {entry.low:.4f} - {entry.high:.4f}   {details}"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the results.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"the results cannot be written to {path}: {error.strerror or error}; give --json") from error
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    print(text, flush=True)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Evaluate, print and write.
+
+    Raises:
+        HvpRayError: with a sentence for the user.
+    """
+    run_dir = find_run(options.checkpoint, option="--checkpoint ", needs=("config.json", "backbone.safetensors"))
+    config = read_config(run_dir)
+    torch.set_num_threads(config.training.torch_threads)  # as in training; more were slower on a busy machine
+    protocols = [p for p in PROTOCOLS if p in options.protocol or "all" in options.protocol]
+    evaluation = Evaluation(run_dir, config, options)
+    say(evaluation.describe())
+    rows: list[Row] = []
+    for entry in evaluation.run(protocols):
+        if not rows:
+            say(f"\n{'protocol':<11} accuracy   95 % interval     details")
+        rows.append(entry)
+        say(describe_row(entry))
+    say("\nAccuracy is top-1 on the test images. What it means:")
+    for protocol in protocols:
+        say(f"  {protocol:<10} {MEANINGS[protocol]}")
+    say(
+        "The interval (bootstrap) is over test images only: it does not say how much another seed of the run would change."
+    )
+    name = Path(evaluation.data.source).stem
+    path = run_dir / f"evaluation-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path = path if options.json is None else Path(options.json).expanduser()
+    content = {
+        "checkpoint": str(run_dir),
+        "recipe": config.recipe,
+        "run_seed": config.run.seed,
+        "data": config_to_dict(evaluation.data),
+        "num_training_images": len(evaluation.training.sample_ids),
+        "num_test_images": len(evaluation.test.sample_ids),
+        "num_classes": evaluation.num_classes,
+        "last_blocks": options.last_blocks,
+        "seed": options.seed,
+        "interval": "95 % percentile bootstrap over test images, 10,000 draws",
+        "results": [dataclasses.asdict(entry) for entry in rows],
+        "torch": torch.__version__,
+    }
+    write_json(path, content)
+    say(f"\nresults  {path}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run; return the exit status."""
+    options = parse_arguments(arguments)
+    prepare_ray_environment()
+    try:
+        evaluate(options)
+    except HvpRayError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
