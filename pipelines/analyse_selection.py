@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
     """Analyse; return the exit status."""
     options = parse_arguments(arguments)
     try:
-        run_dir = find_run(options.run)
+        run_dir = find_run(options.run, needs=())
         analysis = analyse_selection(read_selection_log(run_dir))
         print(describe_analysis(analysis), end="", flush=True)
         from hvp_ray.tracking.selection_figures import draw_selection_figures

@@ -56,7 +56,7 @@ def find_run(name: str, *, option: str = "", needs: tuple[str, ...] = ("config.j
     places = [Path(name).expanduser(), Path("runs") / name, Path.home() / "hvp_runs" / name]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        here = sorted(path.parent.name for path in Path("runs").glob(f"*/{needs[-1]}"))
+        here = sorted(path.parent.name for path in Path("runs").glob("*/config.json"))
         known = f"; runs/ has {', '.join(here[-5:])}" if here else ""
         raise CheckpointError(
             f"{option}{name}: expected the folder of a run, or its name under runs/; there is neither "
