@@ -53,7 +53,7 @@ def find_run(name: str, *, option: str = "", needs: tuple[str, ...] = ("config.j
     Raises:
         CheckpointError: there is no such folder, or a file is missing in it.
     """
-    places = [Path(name).expanduser(), Path("runs") / name, Path.home() / "hvp_runs" / name]
+    places = list(dict.fromkeys([Path(name).expanduser(), Path("runs") / name, Path.home() / "hvp_runs" / name]))
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         here = sorted(path.parent.name for path in Path("runs").glob("*/config.json"))

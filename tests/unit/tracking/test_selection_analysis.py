@@ -307,7 +307,7 @@ def test_program_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture
         f"selection_{name}.png" for name in ("iou", "min_iou_share", "color", "iou_histogram", "importance")
     }
     assert main([str(tmp_path / "nowhere")]) == 1
-    assert "error: there is no run" in capsys.readouterr().err
+    assert "expected the folder of a run" in capsys.readouterr().err
 
 
 def test_figures_of_a_tiny_log(tmp_path: Path) -> None:
