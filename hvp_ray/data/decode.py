@@ -7,56 +7,101 @@ animation the first frame is taken. Anything that cannot be decoded raises `Unre
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from hvp_ray.data.image_limits import (
+    JpegHeader,
+    check_bytes,
+    check_exif,
+    check_opened,
+    check_scans,
+    has_late_metadata,
+    read_jpeg_header,
+)
 from hvp_ray.errors import UnreadableImageError
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _HEADER_SEARCH_BYTES = 65_536
+_ROWS_PER_BLOCK_PIXELS = 2**20
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
 """Formats that PIL may open: plain images only, none that runs another program."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Header:
+    height: int
+    width: int
+    is_plain_jpeg: bool
 
 
 def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
     """Return (height, width) in px of the upright image, from the header alone.
 
     Raises:
-        UnreadableImageError: no image, or more than `max_pixels` pixels.
+        UnreadableImageError: no image, more than `max_pixels` pixels, or one that costs far more than its pixels.
     """
-    height, width = _jpeg_size(image) or _pil_size(image, max_pixels)
-    if height < 1 or width < 1:
-        raise UnreadableImageError(f"an image of {width} x {height} px has no pixels")
-    if height * width > max_pixels:
-        raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
-    return height, width
+    header = _read_header(image, max_pixels)
+    return header.height, header.width
 
 
 def decode_rgb(image: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
     """Decode to upright RGB, [H, W, 3] uint8, contiguous.
 
     Raises:
-        UnreadableImageError: the bytes are no image, are damaged, or the image is too large.
+        UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
     """
-    height, width = read_size(image, max_pixels=max_pixels)
-    pixels = _decode_plain_jpeg(image)
+    header = _read_header(image, max_pixels)
+    pixels = _decode_plain_jpeg(image) if header.is_plain_jpeg else None
     if pixels is None:
         pixels = _decode_with_pil(image, max_pixels)
-    if pixels.shape != (height, width, 3):
-        raise UnreadableImageError(f"the header says {width} x {height} px, decoding gives {pixels.shape}")
+    if pixels.shape != (header.height, header.width, 3):
+        raise UnreadableImageError(
+            f"the header says {header.width} x {header.height} px, decoding gives {pixels.shape}"
+        )
     return pixels
 
 
 def is_plain_jpeg(image: bytes) -> bool:
     """Tell whether the image is an upright grey or colour JPEG, which every JPEG decoder treats alike."""
-    return _jpeg_size(image) is not None
+    try:
+        jpeg = _read_jpeg_header(image)
+        return jpeg is not None and _jpeg_size(image, jpeg) is not None
+    except UnreadableImageError:
+        return False
 
 
-def _jpeg_size(image: bytes) -> tuple[int, int] | None:
-    if not image.startswith(_JPEG_MAGIC) or _has_orientation(image):
+def _read_header(image: bytes, max_pixels: int) -> _Header:
+    jpeg = _read_jpeg_header(image)
+    size = None if jpeg is None else _jpeg_size(image, jpeg)
+    height, width = size or _pil_size(image, max_pixels)
+    if height < 1 or width < 1:
+        raise UnreadableImageError(f"an image of {width} x {height} px has no pixels")
+    if height * width > max_pixels:
+        raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
+    if jpeg is not None:
+        check_scans(image, jpeg, num_pixels=height * width, max_pixels=max_pixels)
+    return _Header(height=height, width=width, is_plain_jpeg=size is not None)
+
+
+def _read_jpeg_header(image: bytes) -> JpegHeader | None:
+    if not image.startswith(_JPEG_MAGIC):
+        return None
+    header = read_jpeg_header(image)
+    if header is not None and header.exif is not None:
+        check_exif(image[header.exif : header.exif + _HEADER_SEARCH_BYTES])
+    return header
+
+
+def _jpeg_size(image: bytes, header: JpegHeader) -> tuple[int, int] | None:
+    """Return (height, width) of a JPEG that simplejpeg may decode; None: PIL decides."""
+    if header.exif is not None and header.exif <= _HEADER_SEARCH_BYTES and _has_orientation(image):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
@@ -66,18 +111,14 @@ def _jpeg_size(image: bytes) -> tuple[int, int] | None:
 
 
 def _has_orientation(image: bytes) -> bool:
-    if b"Exif\x00\x00" not in image[:_HEADER_SEARCH_BYTES]:
-        return False
     try:
-        with Image.open(io.BytesIO(image)) as opened:
+        with _quiet_pil(), Image.open(io.BytesIO(image), formats=("JPEG",)) as opened:
             return opened.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
     except Exception:  # noqa: BLE001 (PIL's parsers raise many types; the decoder will say what is wrong)
         return False
 
 
 def _decode_plain_jpeg(image: bytes) -> NDArray[np.uint8] | None:
-    if _jpeg_size(image) is None:
-        return None
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(image, colorspace="RGB")
     except ValueError:
@@ -85,39 +126,74 @@ def _decode_plain_jpeg(image: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
+@contextmanager
+def _quiet_pil() -> Iterator[None]:
+    """Silence PIL: a hostile file can make it warn thousands of times, and the limit on pixels is ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _open(image: bytes, max_pixels: int) -> Image.Image:
     if not image:
-        raise UnreadableImageError("the file is empty (0 bytes)")
-    with warnings.catch_warnings():
-        # The limit on pixels is ours (data.max_image_pixels) and is checked on the header.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        try:
-            return Image.open(io.BytesIO(image), formats=_PIL_FORMATS)
-        except Image.DecompressionBombError as error:
-            # "Image size (900000000 pixels) exceeds limit of 178956970 pixels, could be ..."
-            size = _first_line(error).split(" exceeds")[0]
-            raise UnreadableImageError(f"{size} is more than data.max_image_pixels={max_pixels}") from error
-        except UnidentifiedImageError as error:
-            raise UnreadableImageError("not an image: the bytes have no known format") from error
-        except Exception as error:
-            raise UnreadableImageError(f"not an image that can be decoded: {_first_line(error)}") from error
+        raise UnreadableImageError(
+            "there are no bytes: an empty file (0 bytes), a null, or more than data.max_image_mib"
+        )
+    try:
+        check_bytes(image, max_pixels=max_pixels)
+        opened = Image.open(io.BytesIO(image), formats=_PIL_FORMATS)
+        check_opened(opened, image)
+    except UnreadableImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        # "Image size (900000000 pixels) exceeds limit of 178956970 pixels, could be ..."
+        size = _first_line(error).split(" exceeds")[0]
+        raise UnreadableImageError(f"{size} is more than data.max_image_pixels={max_pixels}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("not an image: the bytes have no known format") from error
+    except Exception as error:
+        raise UnreadableImageError(f"not an image that can be decoded: {_first_line(error)}") from error
+    return opened
 
 
 def _pil_size(image: bytes, max_pixels: int) -> tuple[int, int]:
-    with _open(image, max_pixels) as opened:
+    with _quiet_pil(), _open(image, max_pixels) as opened:
         width, height = opened.size
-        try:
-            orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:  # noqa: BLE001 (a damaged EXIF block does not make pixels unreadable)
-            orientation = 1
+        if height * width > max_pixels:  # before anything is decoded for the sake of its metadata
+            raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
+        orientation = _orientation(opened, image)
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
+def _orientation(opened: Image.Image, image: bytes) -> int:
+    """Return the orientation tag; 1: upright, or no tag that can be read."""
+    try:
+        if opened.format == "PNG" and has_late_metadata(image):
+            opened.load()
+        for name in ("exif", "Raw profile type exif"):
+            block = opened.info.get(name)
+            if block:
+                check_exif(block if isinstance(block, bytes) else _from_hex(block))
+        # PIL's own `PngImageFile.getexif` would decode every PNG without EXIF.
+        exif = Image.Image.getexif(opened) if opened.format == "PNG" else opened.getexif()
+        orientation: int = exif.get(ExifTags.Base.Orientation, 1)
+    except UnreadableImageError:
+        raise
+    except Exception:  # noqa: BLE001 (a damaged EXIF block does not make pixels unreadable)
+        return 1
+    return orientation
+
+
+def _from_hex(profile: str) -> bytes:
+    """Return the block of a PNG's text chunk: three lines, then hexadecimal digits."""
+    return bytes.fromhex("".join(profile.split("\n")[3:]))
+
+
 def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
-    with _open(image, max_pixels) as opened:
+    with _quiet_pil(), _open(image, max_pixels) as opened:
         try:
-            upright = ImageOps.exif_transpose(opened)
-            return np.ascontiguousarray(_to_rgb(upright))
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened)
         except UnreadableImageError:
             raise
         except Exception as error:
@@ -125,13 +201,25 @@ def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert to [H, W, 3], some rows at a time, so that a large image is not held in every form at once."""
+    num_rows = max(1, _ROWS_PER_BLOCK_PIXELS // max(1, image.width))
+    if image.height <= num_rows:
+        return _block_to_rgb(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, num_rows):
+        bottom = min(top + num_rows, image.height)
+        pixels[top:bottom] = _block_to_rgb(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _block_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):  # 16 bits of grey; PIL's own conversion would clip to 255
         values = np.asarray(image).astype(np.int64)
         grey = (np.clip(values, 0, 65_535) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ UNLABELLED = -1
 """Label of an image without one."""
 
 REMOTE_SCHEMES = ("hf://", "s3://", "gs://", "http://", "https://")
+ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @runtime_checkable
@@ -44,7 +45,7 @@ class Source(Protocol):
         ...
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the encoded images of these ids.
+        """Return the encoded images of these ids; no bytes where there is none, or one of more than data.max_image_mib.
 
         Raises:
             OSError: the storage failed; the caller retries.
@@ -62,19 +63,26 @@ def open_source(source: str, config: DataConfig) -> Source:
     Raises:
         DataError: there is nothing usable at `source`; the message says what was found and what is expected.
     """
-    from hvp_ray.data.digits import DigitsSource
     from hvp_ray.data.folder import FolderSource
     from hvp_ray.data.parquet import ParquetSource, find_parquet_files
 
     if source == "digits":
+        from hvp_ray.data.digits import DigitsSource  # takes scikit-learn with it: seconds
+
         return DigitsSource()
     if source.startswith(REMOTE_SCHEMES):
         raise DataError(
             f"data.source={source!r}: remote sources are not supported yet; copy the files to a local folder"
         )
     path = Path(source).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise DataError(f"data.source={source!r} cannot be read: {error.strerror}") from error
+    if not exists:
         raise DataError(f"data.source={source!r} does not exist; expected `digits`, a folder or a Parquet file")
+    if not path.is_file() and not path.is_dir():
+        raise DataError(f"data.source={source!r} is a pipe, a device or a socket; expected a folder or a Parquet file")
     parquet_files = find_parquet_files(path)
     if parquet_files:
         return ParquetSource(
@@ -82,7 +90,14 @@ def open_source(source: str, config: DataConfig) -> Source:
             image_column=config.image_column,
             label_column=config.label_column,
             cache_bytes=config.block_cache_mib * 2**20,
+            max_row_group_bytes=config.max_row_group_mib * 2**20,
+            max_image_bytes=config.max_image_mib * 2**20,
+        )
+    if path.is_file() and path.name.lower().endswith(ARCHIVE_SUFFIXES):
+        raise DataError(
+            f"data.source={source!r} is an archive, and archives are not read; unpack it into a folder of images, or give "
+            f"Parquet"
         )
     if path.is_file():
         raise DataError(f"data.source={source!r} is a file, but not Parquet; expected *.parquet or a folder of images")
-    return FolderSource(path)
+    return FolderSource(path, max_image_bytes=config.max_image_mib * 2**20)

@@ -137,16 +137,18 @@ def load_exported_backbone(path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: no such file, or not one that `export_backbone` wrote.
     """
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    shapes, metadata = _read_header(Path(path))
     if "timm_name" not in metadata:
         raise CheckpointError(f"{path} does not say which network it holds; expected a backbone.safetensors of a run")
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(metadata["timm_arguments"]).items()}
-    backbone: nn.Module = timm.create_model(metadata["timm_name"], pretrained=False, num_classes=0, **arguments)
-    backbone.load_state_dict(load_file(path))
+    name, arguments = _described_network(Path(path), metadata, num_tensors=len(shapes))
+    try:
+        with torch.device("meta"):  # shapes without memory: the file may describe a network of any size
+            imagined: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        _check_shapes(shapes, imagined)
+        backbone: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        backbone.load_state_dict(load_file(path))
+    except Exception as error:
+        raise CheckpointError(f"{path} does not hold the network {name} that it names: {_first_line(error)}") from error
     return backbone.eval()
 
 
@@ -161,10 +163,78 @@ def load_initial_weights(backbone: nn.Module, location: str) -> None:
     if not path.is_file():
         raise CheckpointError(f"training.initial_weights={location!r}: there is no file {path}")
     try:
+        _check_shapes(_read_header(path)[0], backbone)
         backbone.load_state_dict(load_file(path))
-    except (RuntimeError, SafetensorError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise CheckpointError(f"training.initial_weights={location!r} does not fit the backbone: {first}") from error
+    except (RuntimeError, ValueError, SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"training.initial_weights={location!r} does not fit the backbone: {_first_line(error)}"
+        ) from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes of the tensors and the metadata of a safetensors file; no tensor is read.
+
+    Raises:
+        CheckpointError: no safetensors. Pickled weights are never opened, because opening them can run a program.
+    """
+    try:
+        with safe_open(path, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (no dict)
+            return shapes, opened.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {_first_line(error)}. Pickled weights (.pt, .pth, .bin) are not read, "
+            f"because that can run a program; convert them where you trust them"
+        ) from error
+
+
+_ALLOWED_ARGUMENTS = {"channels", "dynamic_img_size", *_TRANSFORMER_OPTIONS.values()}
+"""What `backbone_arguments` writes."""
+
+
+def _described_network(path: Path, metadata: dict[str, str], *, num_tensors: int) -> tuple[str, dict[str, Any]]:
+    """Return timm's name and arguments, if they are such as `export_backbone` writes.
+
+    timm's names can also fetch from a hub or from a folder, and its arguments name files: neither is let through.
+    """
+    name = metadata["timm_name"]
+    try:
+        arguments = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in json.loads(metadata.get("timm_arguments", "{}")).items()
+        }
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} does not say how its network is built: {_first_line(error)}") from error
+    numbers = [number for value in arguments.values() for number in (value if isinstance(value, tuple) else (value,))]
+    are_numbers = all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers)
+    if not timm.is_model(name) or not _ALLOWED_ARGUMENTS.issuperset(arguments) or not are_numbers:
+        raise CheckpointError(
+            f"{path} names the network {name[:100]!r} with {sorted(arguments)[:20]}; expected a name of timm's and whole "
+            f"numbers for {', '.join(sorted(_ALLOWED_ARGUMENTS))}"
+        )
+    depth = arguments.get("depth", 0)
+    if isinstance(depth, int) and depth > num_tensors:
+        raise CheckpointError(f"{path} has {num_tensors} tensors, fewer than the network's {depth=}")
+    return name, arguments
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], network: nn.Module) -> None:
+    """Compare names and shapes before memory is taken for them.
+
+    Raises:
+        ValueError: they are of another network; the message has the first difference.
+    """
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
+            raise ValueError(
+                f"{name[:100]} has the shape {found.get(name, 'of nothing')}, the network's has "
+                f"{expected.get(name, 'none of this name')}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 _CIFAR_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {

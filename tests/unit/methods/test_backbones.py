@@ -1,12 +1,13 @@
 """Encoders: CIFAR stem, export, and reload into timm by name."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hvp_ray.config import BackboneConfig
 from hvp_ray.errors import CheckpointError, ConfigError
@@ -19,6 +20,7 @@ from hvp_ray.methods.backbones import (
     load_initial_weights,
     patch_px,
 )
+from tests.helpers import ProgramInAPickle
 
 SMALL = BackboneConfig(name="resnet18", stem="cifar", channels=(8, 8, 16, 16))
 
@@ -98,3 +100,45 @@ def test_exported_vision_transformer_loads_into_timm(tmp_path: Path) -> None:
     plain = build_backbone(BackboneConfig(name="vit_small_patch16_224"))
     export_backbone(plain, BackboneConfig(name="vit_small_patch16_224"), tmp_path / "small.safetensors")
     timm.create_model("vit_small_patch16_224", num_classes=0).load_state_dict(load_file(tmp_path / "small.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "weights.bin", "backbone.safetensors"])
+def test_pickled_weights_are_never_opened(tmp_path: Path, name: str) -> None:
+    torch.save({"conv1.weight": ProgramInAPickle(tmp_path / "proof")}, tmp_path / name)
+    for load in (
+        lambda: load_initial_weights(build_backbone(SMALL), str(tmp_path / name)),
+        lambda: load_exported_backbone(tmp_path / name),
+    ):
+        with pytest.raises(CheckpointError, match=r"cannot be read as safetensors.*Pickled weights .* are not read"):
+            load()
+    assert not (tmp_path / "proof").exists()
+
+
+@pytest.mark.parametrize(
+    ("timm_name", "arguments"),
+    [
+        ("hf-hub:someone/network", "{}"),
+        ("local-dir:/tmp", "{}"),
+        ("resnet19", "{}"),
+        ("resnet18", '{"checkpoint_path": "/tmp/x.pth"}'),
+        ("resnet18", '{"pretrained_cfg": {"url": "http://127.0.0.1/x.pth"}}'),
+        ("resnet18", '{"pretrained": true}'),
+        ("vit_tiny_patch16_224", '{"embed_dim": 3000000000}'),
+        ("vit_tiny_patch16_224", '{"embed_dim": 300000, "num_heads": 3}'),
+        ("vit_tiny_patch16_224", '{"depth": 100000000}'),
+        ("vit_tiny_patch16_224", '{"depth": [3]}'),
+        ("vit_tiny_patch16_224", "[" * 100_000),
+        ("resnet18", "[1]"),
+        ("resnet50", "{}"),
+    ],
+)
+def test_exported_file_may_name_nothing_but_the_network_of_its_tensors(
+    tmp_path: Path, timm_name: str, arguments: str
+) -> None:
+    weights = build_backbone(BackboneConfig(name="resnet18")).state_dict()
+    metadata = {"timm_name": timm_name, "timm_arguments": arguments}
+    save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "x", metadata=metadata)
+    start = time.process_time()
+    with pytest.raises(CheckpointError):
+        load_exported_backbone(tmp_path / "x")
+    assert time.process_time() - start < 5.0

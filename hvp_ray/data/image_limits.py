@@ -1,0 +1,320 @@
+"""What an image may cost before anything is decoded: small files that would take minutes or gigabytes are refused.
+
+The number of pixels says what an ordinary image costs. Here are the ways to cost more than that, found format by format
+with Pillow 13 and libjpeg-turbo: they are seen in the bytes, before a library reads them. Called by `decode.py`.
+"""
+
+import re
+import struct
+from dataclasses import dataclass
+from itertools import islice
+
+from PIL import Image, TiffImagePlugin
+
+from hvp_ray.errors import UnreadableImageError
+
+MAX_SCANS = 100
+MAX_SCANNED_PIXELS_FACTOR = 16
+"""A JPEG of several scans: scans x pixels are at most this x data.max_image_pixels (encoders write about 10 scans)."""
+
+_SMALL_JPEG_BYTES = 8_192
+_FEW_SCANS = 16
+_MAX_JPEG_SEGMENTS = 2_000
+_MAX_JPEG_GAP_BYTES = 65_536
+_MAX_SEGMENTS_OF_SCANS = 20_000
+_MAX_EXIF_SEGMENTS = 16
+_MAX_EXIF_ENTRIES = 4_096
+_MAX_PNG_CHUNKS = 20_000
+_MAX_GIF_BLOCKS = 20_000
+_MAX_PPM_HEADER_BYTES = 4_096
+_MAX_PPM_COMMENTS = 1_000
+_MAX_SLOW_BMP_PIXELS = 4_000_000
+_MAX_SLOW_BMP_BYTES = 4 * 2**20
+_MAX_TILE_PIXELS = 2**22
+_MAX_JPEG2000_PARTS = 500_000
+_MAX_JPEG2000_SEGMENTS = 10_000
+
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
+_WITHOUT_LENGTH = frozenset({0x01, _SOI, *range(0xD0, 0xD8)})
+_NEXT_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])")
+_LATE_METADATA = frozenset({b"eXIf", b"iTXt", b"tEXt", b"zTXt"})
+_JPEG2000_SIZE = re.compile(rb"\xff\x4f\xff\x51(?=.{20})", re.DOTALL)
+_CODING_STYLE = re.compile(rb"\xff[\x52\x53]\x00[\x09-\x2f]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JpegHeader:
+    """What stands before the first scan of a JPEG."""
+
+    first_scan: int
+    """Offset of the first scan's marker, in bytes."""
+    exif: int | None
+    """Offset of the first EXIF block, in bytes. None: there is none."""
+    has_few_scans: bool
+    """Whether a decoder reads the first scan only (sequential, all components in one scan), or there are few anyway."""
+
+
+def read_jpeg_header(image: bytes) -> JpegHeader | None:
+    """Return what stands before the first scan; None: no complete header.
+
+    Raises:
+        UnreadableImageError: more metadata than any camera writes.
+    """
+    if len(image) < _SMALL_JPEG_BYTES and b"Exif\x00\x00" not in image and image.count(b"\xff\xda") <= _FEW_SCANS:
+        return JpegHeader(first_scan=2, exif=None, has_few_scans=True)  # thumbnails: faster than walking the segments
+    position, num_segments, num_exif, gap_bytes, num_components = 2, 0, 0, 0, -1
+    exif: int | None = None
+    is_sequential = False
+    while True:
+        start = image.find(b"\xff", position)
+        if start < 0:
+            return None
+        marker_at = start + 1
+        while marker_at < len(image) and image[marker_at] == 0xFF and marker_at - position <= _MAX_JPEG_GAP_BYTES:
+            marker_at += 1
+        gap_bytes += marker_at - position - 1
+        if gap_bytes > _MAX_JPEG_GAP_BYTES:
+            raise UnreadableImageError(f"a JPEG with more than {_MAX_JPEG_GAP_BYTES} bytes between its segments")
+        if marker_at + 3 >= len(image):
+            return None
+        marker, position = image[marker_at], marker_at + 1
+        if marker == 0x00 or marker in _WITHOUT_LENGTH:
+            gap_bytes += 2
+            continue
+        if marker == _EOI:
+            return None
+        if marker == _SOS:
+            has_one_scan = is_sequential and num_components == image[position + 2]
+            return JpegHeader(first_scan=marker_at - 1, exif=exif, has_few_scans=has_one_scan)
+        if marker in _FRAMES and position + 7 < len(image):
+            is_sequential, num_components = marker in _SEQUENTIAL_FRAMES, image[position + 7]
+        if marker == 0xE1 and image[position + 2 : position + 8] == b"Exif\x00\x00":
+            exif = position + 8 if exif is None else exif
+            num_exif += 1
+        num_segments += 1
+        if num_segments > _MAX_JPEG_SEGMENTS or num_exif > _MAX_EXIF_SEGMENTS:
+            raise UnreadableImageError(
+                f"a JPEG with more than {_MAX_JPEG_SEGMENTS} segments, or {_MAX_EXIF_SEGMENTS} of EXIF, before its pixels"
+            )
+        position += max(2, int.from_bytes(image[position : position + 2], "big"))
+
+
+def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels: int) -> None:
+    """Refuse a JPEG of many scans, each of which makes the decoder go over all pixels, at the price of a few bytes.
+
+    Raises:
+        UnreadableImageError: more than 100 scans, or scans x pixels are more than 16 x `max_pixels`.
+    """
+    if header.has_few_scans:
+        return
+    limit = min(MAX_SCANS, MAX_SCANNED_PIXELS_FACTOR * max_pixels // max(1, num_pixels))
+    # The two bytes of a scan's marker may also stand in what is appended to a picture (a second one, a film).
+    if image.count(b"\xff\xda", header.first_scan) <= limit:
+        return
+    position, num_scans, num_segments = header.first_scan, 0, 0
+    while num_scans <= limit and num_segments <= _MAX_SEGMENTS_OF_SCANS:
+        found = _NEXT_SEGMENT.search(image, position)
+        if found is None or found[1][0] == _EOI:
+            return
+        num_scans += found[1][0] == _SOS
+        num_segments += 1
+        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+    raise UnreadableImageError(
+        f"a JPEG of more than {limit} scans: at most {MAX_SCANS}, and {MAX_SCANNED_PIXELS_FACTOR} x data.max_image_pixels "
+        f"in all scans together"
+    )
+
+
+def check_exif(block: bytes) -> None:
+    """Refuse an EXIF block (or a TIFF) with more entries than anything writes; each one is slow to read.
+
+    Raises:
+        UnreadableImageError: more than 4,096 entries.
+    """
+    if block.startswith(b"Exif\x00\x00"):
+        block = block[6:]
+    order = "<" if block[:2] == b"II" else ">"
+    is_big = block[2:4] in (b"+\x00", b"\x00+")
+    if len(block) < 16:
+        return
+    (offset,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}I", block, 8 if is_big else 4)
+    if offset + 8 > len(block):
+        return
+    (num_entries,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}H", block, offset)
+    if num_entries > _MAX_EXIF_ENTRIES:
+        raise UnreadableImageError(f"an EXIF block or TIFF of more than {_MAX_EXIF_ENTRIES} entries")
+
+
+def check_bytes(image: bytes, *, max_pixels: int) -> None:
+    """Check what can be seen before a library opens the image; what is no image at all passes.
+
+    Raises:
+        UnreadableImageError: the image would cost much more than its size says.
+    """
+    if image.startswith(b"\x89PNG"):
+        _check_png(image, max_pixels)
+    elif image.startswith(b"GIF8"):
+        _check_gif(image)
+    elif image.startswith(b"BM"):
+        _check_bmp(image)
+    elif image.startswith((b"II", b"MM")):
+        check_exif(image)
+    elif image.startswith(b"P"):
+        _check_ppm(image)
+    elif image.startswith((b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP")):
+        _check_jpeg2000(image)
+
+
+def has_late_metadata(image: bytes) -> bool:
+    """Tell whether a PNG has metadata behind its pixels, which are to be had only by decoding it."""
+    kinds = [kind for kind, _ in _png_chunks(image)]
+    return b"IDAT" in kinds and not _LATE_METADATA.isdisjoint(kinds[kinds.index(b"IDAT") :])
+
+
+def check_opened(opened: Image.Image, image: bytes) -> None:
+    """Check what can be seen in an image that was opened and not decoded yet.
+
+    Raises:
+        UnreadableImageError: the image would cost much more than its size says.
+    """
+    if isinstance(opened, TiffImagePlugin.TiffImageFile):
+        _check_tiff(opened, image)
+
+
+def _check_tiff(opened: TiffImagePlugin.TiffImageFile, image: bytes) -> None:
+    """Refuse tiles far beyond the image (libtiff decodes whole tiles), and strips of JPEG with many scans."""
+    tags = opened.tag_v2
+    tile_width, tile_height = _number(tags.get(322)), _number(tags.get(323))
+    if tile_width * tile_height > max(_MAX_TILE_PIXELS, 4 * opened.width * opened.height):
+        raise UnreadableImageError(
+            f"a TIFF of {opened.width} x {opened.height} px in tiles of {tile_width} x {tile_height} px"
+        )
+    offsets = tags.get(324) or tags.get(273) or ()
+    num_parts = len(offsets) if isinstance(offsets, tuple) else 1
+    if _number(tags.get(259)) in (6, 7) and image.count(b"\xff\xda") > 16 * (num_parts + 1):
+        raise UnreadableImageError(f"a TIFF of {num_parts} JPEG parts with more than 16 scans each")
+
+
+def _number(value: object) -> int:
+    """Return a TIFF value as a number; 0: there is none."""
+    first = value[0] if isinstance(value, tuple) and value else value
+    return first if isinstance(first, int) else 0
+
+
+def _png_chunks(image: bytes) -> list[tuple[bytes, int]]:
+    """Return kind and length of the chunks up to IEND, at most `_MAX_PNG_CHUNKS` + 1 of them."""
+    chunks: list[tuple[bytes, int]] = []
+    position = 8
+    while position + 8 <= len(image) and len(chunks) <= _MAX_PNG_CHUNKS:
+        length, kind = struct.unpack_from(">I4s", image, position)
+        chunks.append((kind, length))
+        if kind == b"IEND":
+            break
+        position += 12 + length
+    return chunks
+
+
+def _check_png(image: bytes, max_pixels: int) -> None:
+    if len(_png_chunks(image)) > _MAX_PNG_CHUNKS:
+        raise UnreadableImageError(f"a PNG of more than {_MAX_PNG_CHUNKS} chunks")
+    if image[12:16] == b"IHDR" and len(image) >= 24:
+        width, height = struct.unpack_from(">II", image, 16)
+        if width * height > max_pixels:
+            raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
+
+
+def _check_gif(image: bytes) -> None:
+    """Count the parts of comments and other extensions before the first image, as Pillow reads them."""
+    if len(image) < 13:
+        return
+    position = 13 + (3 << ((image[10] & 7) + 1) if image[10] & 0x80 else 0)
+    num_blocks = 0
+
+    def count() -> None:
+        nonlocal num_blocks
+        num_blocks += 1
+        if num_blocks > _MAX_GIF_BLOCKS:
+            raise UnreadableImageError(f"a GIF with more than {_MAX_GIF_BLOCKS} blocks before its first image")
+
+    def skip_part() -> bool:
+        nonlocal position
+        count()
+        length = image[position] if position < len(image) else 0
+        position += 1 + length
+        return length > 0
+
+    while position < len(image) and image[position] not in b",;":
+        position += 1
+        count()
+        if image[position - 1] == 0x21:
+            label = image[position : position + 1]
+            position += 1
+            is_loop = image.startswith(b"NETSCAPE2.0", position + 1)
+            has_part = skip_part()
+            if label == b"\xfe":
+                while has_part:
+                    has_part = skip_part()
+                continue
+            if label == b"\xff" and is_loop:
+                skip_part()
+            while skip_part():
+                pass
+
+
+def _check_bmp(image: bytes) -> None:
+    """Refuse large run-length encoded bitmaps: Pillow decodes them in Python, byte by byte."""
+    if len(image) < 34 or struct.unpack_from("<I", image, 14)[0] < 40:
+        return
+    width, height = struct.unpack_from("<ii", image, 18)
+    is_run_length_encoded = struct.unpack_from("<I", image, 30)[0] in (1, 2)
+    is_large = abs(width * height) > _MAX_SLOW_BMP_PIXELS or len(image) > _MAX_SLOW_BMP_BYTES
+    if is_run_length_encoded and is_large:
+        raise UnreadableImageError(
+            f"a run-length encoded BMP of {width} x {abs(height)} px in {len(image)} bytes; at most "
+            f"{_MAX_SLOW_BMP_PIXELS} px and {_MAX_SLOW_BMP_BYTES} bytes are read"
+        )
+
+
+def _check_ppm(image: bytes) -> None:
+    """Refuse long headers, and comments between the numbers of plain files: Pillow reads both very slowly."""
+    if len(image) <= _MAX_PPM_HEADER_BYTES:
+        return
+    header = re.sub(rb"#[^\r\n]*[\r\n]?", b" ", image[:_MAX_PPM_HEADER_BYTES])
+    num_fields = 3 if image[1:2] in b"14" else 4
+    if len(header.split()) < num_fields:
+        raise UnreadableImageError(f"a PPM with a header of more than {_MAX_PPM_HEADER_BYTES} bytes")
+    if image[1:2] in b"123" and image.count(b"#") > _MAX_PPM_COMMENTS:
+        raise UnreadableImageError(f"a PPM with more than {_MAX_PPM_COMMENTS} comments")
+
+
+def _check_jpeg2000(image: bytes) -> None:
+    """Count precincts and code blocks: the decoder keeps some hundred bytes for each, whatever is in it."""
+    # All of them, because a file may have a decoy in front.
+    starts = [size.end() for size in islice(_JPEG2000_SIZE.finditer(image), _MAX_JPEG2000_SEGMENTS)]
+    styles = [style.start() + 2 for style in islice(_CODING_STYLE.finditer(image), _MAX_JPEG2000_SEGMENTS)]
+    if max(len(starts), len(styles)) >= _MAX_JPEG2000_SEGMENTS:
+        raise UnreadableImageError(f"a JPEG 2000 of more than {_MAX_JPEG2000_SEGMENTS} coding styles")
+    sizes = [struct.unpack_from(">4I", image, start + 4) for start in starts]
+    width = max((right - left for right, _, left, _ in sizes), default=0)
+    height = max((bottom - top for _, bottom, _, top in sizes), default=0)
+    for start in styles:
+        segment = image[start : start + struct.unpack_from(">H", image, start)[0]]
+        is_default = image[start - 1] == 0x52  # COD; otherwise COC, of one component
+        # Levels, width and height of code blocks, style, transform, precincts from the lowest level up.
+        style = segment[7 if is_default else 4 :]
+        if len(style) < 5:
+            continue
+        has_precincts = segment[2 if is_default else 3] & 1
+        levels = style[0]
+        num_precincts = 0
+        for level, size in enumerate(style[5 : 6 + levels] if has_precincts else b""):
+            shift = max(0, levels - level)
+            num_precincts += -(-width >> shift + (size & 15)) * -(-height >> shift + (size >> 4))
+        num_code_blocks = width * height >> (style[1] & 15) + (style[2] & 15) + 4
+        if num_precincts > _MAX_JPEG2000_PARTS or num_code_blocks > _MAX_JPEG2000_PARTS:
+            raise UnreadableImageError(
+                f"a JPEG 2000 of {num_precincts} precincts and {num_code_blocks} code blocks; at most {_MAX_JPEG2000_PARTS} "
+                f"are read"
+            )
