@@ -7,8 +7,10 @@ at run time is stored here. `identity.py` says which fields may change a bit of 
 
 import dataclasses
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
+from urllib.parse import parse_qsl
 
 from hvp_ray.errors import ConfigError
 from hvp_ray.randomness import check_seed
@@ -34,6 +36,53 @@ def _require_probability(path: str, value: float) -> None:
     _require(0.0 <= value <= 1.0, path, value, "a probability from 0 to 1")
 
 
+_SECRET_PARAMETERS = re.compile(r"key|secret|token|passw|pwd|signature|credential|^sig$", re.IGNORECASE)
+_AWS = "in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in ~/.aws/credentials or in the machine's role"
+_GOOGLE = "in the file that GOOGLE_APPLICATION_CREDENTIALS names or in the machine's service account"
+_AZURE = "in AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET or in the machine's identity"
+_PLACES_OF_CREDENTIALS = {
+    "s3": _AWS,
+    "gs": _GOOGLE,
+    "gcs": _GOOGLE,
+    "abfs": _AZURE,
+    "abfss": _AZURE,
+    "http": "in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (an MLflow server), or in ~/.netrc",
+    "https": "in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (an MLflow server), or in ~/.netrc",
+    "postgresql": "in PGUSER and PGPASSWORD or in ~/.pgpass",
+}
+
+
+def refuse_credentials(path: str, location: str | None) -> None:
+    """Refuse a password, key or token in a URI: it would be written to config.json, to logs and to MLflow.
+
+    Args:
+        path: what the location was given by, for the message.
+        location: a path or a URI. None: nothing was given.
+
+    Raises:
+        ConfigError: there is one. The message says where it belongs, and does not repeat the URI.
+    """
+    scheme, mark, rest = (location or "").partition("://")
+    if not mark:
+        return
+    scheme = scheme.lower()
+    before_query, _, query = rest.partition("?")
+    # A secret that was pasted as it is may hold slashes, so the whole path is looked at, and not the host alone.
+    named = (
+        before_query.partition("/")[0] if scheme in ("file", "hdfs") or scheme.startswith("sqlite") else before_query
+    )
+    is_user_secret = scheme in ("s3", "http", "https")  # access keys and tokens stand there without a colon
+    has_user = "@" in (named.partition("/")[0] if is_user_secret else "") or re.match(r"[^@]*:(?!\d+/)[^@]*@", named)
+    parameters = [name for name, value in parse_qsl(query) if _SECRET_PARAMETERS.search(name) or "@" in value]
+    if has_user or parameters:
+        what = f"the parameter {parameters[0]!r}" if parameters else "what stands before the @"
+        place = _PLACES_OF_CREDENTIALS.get(scheme.partition("+")[0], "in the environment of the processes")
+        raise ConfigError(
+            f"{path} carries credentials ({what}), and it is written to logs, to config.json and to MLflow; take them out of "
+            f"the {scheme}:// URI. They belong {place}, on every node"
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSettings:
     """Name, place and seed of a run."""
@@ -42,8 +91,10 @@ class RunSettings:
     """Folder name of the run under `run.output`. None: a new unique name. The name of an existing run resumes it."""
 
     output: str | None = None
-    """Folder that holds runs and the MLflow store. None: `runs/` in the working folder, or `hvp_runs/` in the home
-    folder where the working folder is a temporary copy made by `ray job submit --working-dir`."""
+    """Folder that holds runs and the MLflow store, and that all trainers see; or a URI (s3://bucket/prefix, gs://, abfs://,
+    hdfs://, file:///; a server that speaks S3: s3://bucket/prefix?endpoint_override=HOST:PORT&scheme=http), with credentials
+    in the environment of every node, never in the URI. None: `runs/` in the working folder, or `hvp_runs/` in the home folder
+    where the working folder is a temporary copy made by `ray job submit --working-dir`."""
 
     seed: int = 0
     """Seed of everything random: order, views, initial weights. 0 to 2**64 - 1."""
@@ -53,6 +104,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        refuse_credentials("run.output", self.output)
         if self.name is not None:
             allowed = "letters, digits, '.', '_' and '-', not beginning with '.' or '-', at most 120 characters"
             characters_fit = all(c.isascii() and (c.isalnum() or c in "._-") for c in self.name)
@@ -81,13 +133,21 @@ class DataConfig:
     """Share of unreadable images above which the run stops; judged after 1,000 images."""
 
     max_image_pixels: int = 100_000_000
-    """Images with more pixels than this count as unreadable; checked on the header, before decoding (image bombs)."""
+    """Images with more pixels than this count as unreadable; checked on the header, before decoding (image bombs). Decoding
+    takes about 7 bytes for each pixel for a moment."""
+
+    max_image_mib: int = 64
+    """Encoded images of more MiB than this count as unreadable, and are not read."""
 
     shuffle_window_images: int = 65_536
     """Row-grouped sources (Parquet): row groups are permuted, then samples inside windows of this many images."""
 
     block_cache_mib: int = 1024
     """Memory for decompressed Parquet row groups in each view worker."""
+
+    max_row_group_mib: int = 1024
+    """A Parquet row group with more MiB of images than this, decompressed, stops the run before it is read: it would not fit
+    into the workers' memory (or is made to do so: small files can hold huge row groups)."""
 
     image_column: str = "image"
     """Parquet column with `struct<bytes, path>` (or plain binary)."""
@@ -97,13 +157,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source", self.source, "a path, or `digits`")
+        refuse_credentials("data.source", self.source)
+        refuse_credentials("data.test_source", self.test_source)
         if self.num_images is not None:
             _require(self.num_images >= 1, "data.num_images", self.num_images, "1 or more")
         _require(0.0 <= self.test_fraction < 1.0, "data.test_fraction", self.test_fraction, "0 or more, below 1")
         _require_probability("data.max_unreadable_fraction", self.max_unreadable_fraction)
         _require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "1 or more")
         _require(self.shuffle_window_images >= 1, "data.shuffle_window_images", self.shuffle_window_images, ">= 1")
-        _require(self.block_cache_mib >= 1, "data.block_cache_mib", self.block_cache_mib, "1 or more")
+        for name in ("max_image_mib", "block_cache_mib", "max_row_group_mib"):
+            _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -514,8 +577,8 @@ class TrainingConfig:
     """torch.compile for scoring and training; GPUs only."""
 
     initial_weights: str | None = None
-    """Backbone weights to start from: a run's folder or its backbone.safetensors. None: random, or timm's where
-    `method.backbone.pretrained` is set."""
+    """Backbone weights to start from: a run's folder or its backbone.safetensors, path or URI. None: random, or timm's
+    where `method.backbone.pretrained` is set."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "training.epochs", self.epochs, "1 or more")
@@ -528,14 +591,27 @@ class TrainingConfig:
         _require(every >= 1, "training.checkpoint_every_steps", every, "1 or more")
         _require(self.keep_checkpoints >= 1, "training.keep_checkpoints", self.keep_checkpoints, "1 or more")
         _require(self.torch_threads >= 1, "training.torch_threads", self.torch_threads, "1 or more")
+        refuse_credentials("training.initial_weights", self.initial_weights)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
-    """Who works where. Only `num_trainers`, `renderer` and `device` can change a bit of the result."""
+    """Who works where. Only `num_trainers`, `min_trainers`, `renderer` and `device` can change a bit of the result."""
 
     num_trainers: int = 1
     """Training processes; each takes images_per_step / num_trainers images of a step."""
+
+    min_trainers: int | None = None
+    """Elastic training: where nodes are lost, go on with as few trainers as this, and with more again when nodes come, up to
+    num_trainers. The images of a step stay the same, but sums are added in another order, so two such runs are not equal
+    to the bit. None: always num_trainers; a lost node is waited for."""
+
+    resize_check_seconds: float = 60.0
+    """How often an elastic run looks whether there is room for more trainers; they begin at the newest checkpoint."""
+
+    placement: Literal["auto", "labels", "anywhere"] = "auto"
+    """Nodes labelled by Ray resources `view` and `trainer` take so many view workers and trainers. auto: labels count where
+    some node has them; labels: always, and nodes that do not exist yet are waited for; anywhere: never."""
 
     num_view_workers: int | Literal["auto"] = "auto"
     """Ray actors that render views. auto: the CPUs that the trainers leave, at least 1, at most 64."""
@@ -578,6 +654,10 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_trainers >= 1, "cluster.num_trainers", self.num_trainers, "1 or more")
+        least, most = self.min_trainers, self.num_trainers
+        allowed = f"None, or from 1 to cluster.num_trainers={most}"
+        _require(least is None or 1 <= least <= most, "cluster.min_trainers", least, allowed)
+        _require(self.resize_check_seconds > 0.0, "cluster.resize_check_seconds", self.resize_check_seconds, "positive")
         workers = self.num_view_workers
         _require(workers == "auto" or workers >= 1, "cluster.num_view_workers", workers, "auto, or 1 or more")
         _require(self.batches_in_flight >= 1, "cluster.batches_in_flight", self.batches_in_flight, "1 or more")
@@ -601,7 +681,9 @@ class TrackingConfig:
     """What is recorded, and where."""
 
     uri: str = "auto"
-    """MLflow tracking URI. auto: a SQLite file in `run.output`, no server needed. none: no MLflow."""
+    """MLflow tracking URI. auto: the environment's MLFLOW_TRACKING_URI, else a SQLite file in `run.output`, no server needed;
+    where that is a URI, in the folder that would be its default, on the machine of the first trainer: a cluster whose nodes
+    come and go wants a server. none: no MLflow."""
 
     experiment: str = "hvp_ray"
     """MLflow experiment."""
@@ -633,6 +715,7 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.uri), "tracking.uri", self.uri, "auto, none, or an MLflow tracking URI")
+        refuse_credentials("tracking.uri", self.uri)
         _require(self.log_every_steps >= 1, "tracking.log_every_steps", self.log_every_steps, "1 or more")
         _require(self.knn_neighbours >= 1, "tracking.knn_neighbours", self.knn_neighbours, "1 or more")
         _require(self.knn_images >= 0, "tracking.knn_images", self.knn_images, "0 or more")
@@ -660,13 +743,7 @@ class RunConfig:
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        images, trainers = self.training.images_per_step, self.cluster.num_trainers
-        allowed = f"a multiple of cluster.num_trainers={trainers}"
-        _require(images % trainers == 0, "training.images_per_step", images, allowed)
-        parts = self.training.accumulation_steps
-        allowed = f"a divisor of the {images // trainers} images of a trainer that leaves 2 or more"
-        fits = (images // trainers) % parts == 0 and images // trainers // parts >= min(2, images // trainers)
-        _require(fits, "training.accumulation_steps", parts, allowed)
+        self._check_images_per_step()
         self._check_views_of_method()
         scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
         if scoring_px is not None:
@@ -675,6 +752,19 @@ class RunConfig:
         on_cpu = self.cluster.device == "cpu"
         compiles = self.training.compile
         _require(not (compiles and on_cpu), "training.compile", compiles, "False with cluster.device=cpu")
+
+    def _check_images_per_step(self) -> None:
+        images, parts, cluster = self.training.images_per_step, self.training.accumulation_steps, self.cluster
+        for trainers in range(cluster.min_trainers or cluster.num_trainers, cluster.num_trainers + 1):
+            allowed = f"a multiple of cluster.num_trainers={trainers}"
+            if cluster.min_trainers is not None:
+                numbers = f"cluster.min_trainers={cluster.min_trainers} to cluster.num_trainers={cluster.num_trainers}"
+                allowed = f"a multiple of every number from {numbers}"
+            _require(images % trainers == 0, "training.images_per_step", images, allowed)
+            each = images // trainers
+            allowed = f"a divisor of the {each} images of a trainer that leaves 2 or more"
+            fits = each % parts == 0 and each // parts >= min(2, each)
+            _require(fits, "training.accumulation_steps", parts, allowed)
 
     def _check_views_of_method(self) -> None:
         name, selection, views = self.method.name, self.selection, self.views
@@ -694,8 +784,8 @@ class RunConfig:
 
     @property
     def images_per_rank(self) -> int:
-        """Images of one step on one trainer."""
-        return self.training.images_per_step // self.cluster.num_trainers
+        """Images of one step on one trainer; the most that it can be where training is elastic."""
+        return self.training.images_per_step // (self.cluster.min_trainers or self.cluster.num_trainers)
 
 
 METHOD_TYPE = "type"
@@ -730,6 +820,8 @@ def config_from_dict(nested: dict[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a field is missing, unknown or out of range.
     """
+    if not isinstance(nested, dict):
+        raise ConfigError(f"config.json does not describe a run, but has {str(nested)[:100]!r}")
     built = _build(RunConfig, nested, "")
     assert isinstance(built, RunConfig)
     return built
@@ -755,7 +847,7 @@ def _build(kind: type[Any], nested: dict[str, Any], path: str) -> object:
             values[name] = tuple(value) if isinstance(value, list) else value
     try:
         return kind(**values)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ConfigError(f"config.json does not describe {kind.__name__} at {path or 'the run'}: {error}") from error
 
 
@@ -764,7 +856,7 @@ def _method_type(nested: dict[str, Any]) -> type[Any]:
     module, _, name = str(nested.get(METHOD_TYPE, "")).partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"config.json names the method {module}:{name}, which cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, MethodConfig)):
         raise ConfigError(f"config.json names the method {module}:{name}, which is no MethodConfig")

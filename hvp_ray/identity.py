@@ -20,6 +20,7 @@ _WITHOUT_EFFECT = {
     "data.test_source",
     "data.max_unreadable_fraction",
     "data.block_cache_mib",
+    "data.max_row_group_mib",
     "training.checkpoint_every_steps",
     "training.keep_checkpoints",
     "training.initial_weights",  # their digest stands for it
@@ -48,6 +49,8 @@ def identity_parts(
         excluded = section == "tracking" or (section == "cluster" and name not in _CLUSTER_WITH_EFFECT)
         if name not in _WITHOUT_EFFECT and not excluded:
             parts[name] = list(value) if isinstance(value, tuple) else value
+    if config.cluster.min_trainers is not None:
+        parts["cluster.num_trainers"] = "elastic"  # whatever the numbers are, and were
     parts["renderer"] = renderer
     parts["device"] = device
     parts["data fingerprint"] = data_fingerprint

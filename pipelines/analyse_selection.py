@@ -37,7 +37,7 @@ _MEASURE_TITLES = {
     "flip_differs": "flip differs, share",
     "solarize_differs": "solarize differs, share",
 }
-from pipelines.command_line import find_run
+from pipelines.command_line import find_run, keep_results
 
 _AUTHORS = {
     "first": {
@@ -161,7 +161,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="analyse_selection.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or its name under runs/")
+    parser.add_argument("run", metavar="RUN", help="folder or URI of a run, or its name under runs/")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default RUN/selection_analysis.json")
     parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default RUN/figures")
     return parser.parse_args(arguments)
@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
     """Analyse; return the exit status."""
     options = parse_arguments(arguments)
     try:
-        run_dir = find_run(options.run, needs=())
+        run_dir = find_run(options.run, needs=(), folders=("selection",))
         analysis = analyse_selection(read_selection_log(run_dir))
         print(describe_analysis(analysis), end="", flush=True)
         from hvp_ray.tracking.selection_figures import draw_selection_figures
@@ -182,6 +182,7 @@ def main(arguments: list[str]) -> int:
         temporary.write_text(json.dumps(analysis.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, json_path)
         figures = draw_selection_figures(options.figures or run_dir / "figures", analysis)
+        keep_results(options.run, run_dir, [json_path, *figures])
     except (HvpRayError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1

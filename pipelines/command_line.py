@@ -42,17 +42,28 @@ def parse_run(arguments: list[str], *, program: str, description: str) -> RunCon
     return parsed
 
 
-def find_run(name: str, *, option: str = "", needs: tuple[str, ...] = ("config.json",)) -> Path:
+def find_run(
+    name: str, *, option: str = "", needs: tuple[str, ...] = ("config.json",), folders: tuple[str, ...] = ()
+) -> Path:
     """Return the folder of a run, absolute: a path, or a name under `runs/` here or `hvp_runs/` in the home folder.
 
+    Of a run on a bucket, what is needed is copied to this machine first, and the folder is that copy.
+
     Args:
-        name: path or name.
+        name: path, name, or the URI of a run's folder.
         option: what it was given by, for messages.
         needs: files that must be there.
+        folders: folders in it that are read.
 
     Raises:
         CheckpointError: there is no such folder, or a file is missing in it.
+        ConfigError: the URI cannot be used.
     """
+    if "://" in name:
+        from hvp_ray.training.run_storage import fetch_run
+
+        copy = fetch_run(name, files=needs, folders=folders, option=option.strip() or "RUN")
+        return _checked(copy, name, option, needs)
     places = list(dict.fromkeys([Path(name).expanduser(), Path("runs") / name, Path.home() / "hvp_runs" / name]))
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
@@ -62,10 +73,38 @@ def find_run(name: str, *, option: str = "", needs: tuple[str, ...] = ("config.j
             f"{option}{name}: expected the folder of a run, or its name under runs/; there is neither "
             f"{' nor '.join(map(str, places))}{known}"
         )
+    return _checked(folder.absolute(), name, option, needs)
+
+
+def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
+    """Bring results to a run on a bucket; those that lie elsewhere than in its copy were asked for elsewhere.
+
+    Args:
+        name: of the run, as `find_run` took it.
+        run_dir: what `find_run` returned.
+        paths: files.
+
+    Raises:
+        ConfigError: the bucket refused.
+    """
+    if "://" not in name:
+        return
+    from hvp_ray.training.remote_files import RemoteFolder
+
+    remote = RemoteFolder(name, option="RUN")
+    for path in paths:
+        if path.is_relative_to(run_dir):
+            try:
+                remote.write(path.relative_to(run_dir).as_posix(), path.read_bytes())
+            except OSError as error:
+                raise ConfigError(f"{path} could not be brought to {name}: {error}") from error
+
+
+def _checked(folder: Path, name: str, option: str, needs: tuple[str, ...]) -> Path:
     missing = [file for file in needs if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(
             f"{option}{name}: {folder} has no {' and no '.join(missing)}; expected the folder of a run"
             + (" that has ended (the encoder is written at the end)" if "backbone.safetensors" in missing else "")
         )
-    return folder.absolute()
+    return folder

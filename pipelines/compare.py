@@ -163,10 +163,11 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.step_cost import StepCost
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
-    from hvp_ray.training.preparation import check_before_start, with_absolute_paths
+    from hvp_ray.training.preparation import check_before_start, output_folder, with_absolute_paths
     from hvp_ray.training.rank import build_order
 
     base = with_absolute_paths(base)
+    output_folder(base)  # a bucket is refused before anything else
     for arm in check_arms_and_seeds(options.arms, options.seeds):
         check_before_start(arm.configure(base))
     dataset = open_dataset(base.data)

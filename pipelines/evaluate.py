@@ -24,7 +24,7 @@ from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError
 from hvp_ray.training.ray_environment import prepare_ray_environment
-from pipelines.command_line import find_run
+from pipelines.command_line import find_run, keep_results
 
 PROTOCOLS = ("knn", "linear", "logistic", "few-label", "finetune")
 SHOTS = (1, 5, 10)
@@ -85,7 +85,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="folder of a run, or its name under runs/")
+    add("--checkpoint", required=True, metavar="RUN", help="folder or URI of a run, or its name under runs/")
     add("--protocol", nargs="+", default=["knn"], choices=[*PROTOCOLS, "all"], help="default: knn")
     add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
     add("--test-data", metavar="SOURCE", help="test images; default: a fixed part of the data that is held out")
@@ -115,7 +115,7 @@ def read_config(run_dir: Path) -> RunConfig:
     path = run_dir / "config.json"
     try:
         values = json.loads(path.read_text())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as the config of a run: {error!r}") from error
     return config_from_dict(values)
 
@@ -378,7 +378,7 @@ def evaluate(options: argparse.Namespace) -> None:
     path = run_dir / f"evaluation-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path = path if options.json is None else Path(options.json).expanduser()
     content = {
-        "checkpoint": str(run_dir),
+        "checkpoint": options.checkpoint if "://" in options.checkpoint else str(run_dir),
         "recipe": config.recipe,
         "run_seed": config.run.seed,
         "data": config_to_dict(evaluation.data),
@@ -393,6 +393,7 @@ def evaluate(options: argparse.Namespace) -> None:
     }
     write_json(path, content)
     say(f"\nresults  {path}")
+    keep_results(options.checkpoint, run_dir, [path])
 
 
 def main(arguments: list[str]) -> int:

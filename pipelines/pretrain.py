@@ -29,7 +29,7 @@ class Display:
         """Say what is about to run."""
         where = "the Ray cluster it was submitted to" if announcement.joined_cluster else "a local Ray"
         say(f"run      {announcement.run_name}")
-        say(f"folder   {announcement.run_dir}")
+        say(f"folder   {announcement.location}")
         say(
             f"on       {where}: {announcement.num_trainers} trainer(s) on {announcement.device}, "
             f"{announcement.num_view_workers} view worker(s) rendering with {announcement.renderer}, "
@@ -74,8 +74,10 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def describe_result(summary: dict[str, Any], run_dir: Any, tracking_uri: str | None) -> str:
-    """Return what a person wants to know at the end."""
+def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | None) -> str:
+    """Return what a person wants to know at the end of the run in this folder, path or URI."""
+    from hvp_ray.training.remote_files import place_in
+
     lines = [
         "",
         f"finished: {summary['num_steps']} steps, {summary['num_epochs']:.1f} epochs, {summary['images_seen']} images "
@@ -103,14 +105,19 @@ def describe_result(summary: dict[str, Any], run_dir: Any, tracking_uri: str | N
         ]
     lines += [
         "",
-        f"summary  {run_dir}/summary.json",
-        f"encoder  {run_dir}/backbone.safetensors",
-        f"figures  {run_dir}/figures",
+        f"summary  {place_in(location, 'summary.json')}",
+        f"encoder  {place_in(location, 'backbone.safetensors')}",
+        f"figures  {place_in(location, 'figures')}",
     ]
     if tracking_uri is not None:
-        link = "http://127.0.0.1:5000/#/experiments/{}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-        ui = "make ui" if tracking_uri.endswith("/runs/mlflow.db") else f"mlflow ui --backend-store-uri {tracking_uri}"
-        lines.append(f"curves   `{ui}`, then {link.format(summary.get('mlflow_experiment_id'))}")
+        experiment = summary.get("mlflow_experiment_id")
+        page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+        if tracking_uri.startswith(("http://", "https://")):
+            lines.append(f"curves   {tracking_uri.rstrip('/')}{page}")
+        else:
+            is_default = tracking_uri.endswith("/runs/mlflow.db")
+            ui = "make ui" if is_default else f"mlflow ui --backend-store-uri {tracking_uri}"
+            lines.append(f"curves   `{ui}`, then http://127.0.0.1:5000{page}")
     return "\n".join(lines)
 
 
@@ -120,14 +127,21 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
         prepare_ray_environment()
-        from hvp_ray.training.preparation import finished_summary, mlflow_location, output_folder
+        from hvp_ray.training.preparation import finished_summary, local_output, mlflow_location, output_location
+        from hvp_ray.training.remote_files import place_in
 
         summary = finished_summary(config)
         if summary is not None and config.run.resume:
             assert config.run.name is not None
             say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
-            output = output_folder(config)
-            say(describe_result(summary, output / config.run.name, mlflow_location(config, output)[0]))
+            location = place_in(output_location(config), config.run.name)
+            from hvp_ray.training.catch_up import send_missing_records
+
+            sent = send_missing_records(config)
+            if sent is not None:
+                say("MLflow had not got everything of it; it has now")
+                summary = sent
+            say(describe_result(summary, location, mlflow_location(config, local_output(config))[0]))
             return 0
         from hvp_ray.training.launch import Watchers, launch
 
@@ -144,7 +158,7 @@ def main(arguments: list[str]) -> int:
         display.close()
         print("stopped; start the run again with its --run.name to go on", file=sys.stderr, flush=True)
         return 130
-    say(describe_result(summary, job.run_dir, job.mlflow_uri))
+    say(describe_result(summary, job.location, job.mlflow_uri))
     return 0
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import io
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +66,16 @@ def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np
                     best, best_pair = similarity, (n, m)
         chosen.append(best_pair)
     return chosen
+
+
+class ProgramInAPickle:
+    """Whoever unpickles this runs a program, which makes the file `proof`."""
+
+    def __init__(self, proof: Path) -> None:
+        self._proof = proof
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.system, (f"touch {self._proof}",))
 
 
 def encode(pixels: NDArray[np.uint8], kind: str = "PNG", **options: object) -> bytes:

@@ -83,11 +83,15 @@ class FeatureCache:
         """Return what was stored under `key`; None: nothing, or a file that cannot be read."""
         path = self._folder / f"{key}.npz"
         try:
+            _check_archive(path)
             with np.load(path, allow_pickle=False) as arrays:
-                return ImageFeatures(features=arrays["features"], sample_ids=arrays["sample_ids"])
+                found = ImageFeatures(features=arrays["features"], sample_ids=arrays["sample_ids"])
+            if found.features.ndim != 2 or found.sample_ids.shape != found.features.shape[:1]:
+                raise ValueError(f"features {found.features.shape} of {found.sample_ids.shape} images")
+            return found
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
             logger.warning("%s cannot be read (%s); its features are computed again", path, error)
             return None
 
@@ -113,6 +117,20 @@ class FeatureCache:
             ) from error
 
 
+def _check_archive(path: Path) -> None:
+    """Check that the archive is not larger inside than outside: `write` stores arrays as they are.
+
+    Raises:
+        ValueError: it is.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
+        sum(part.file_size for part in parts) > path.stat().st_size
+    ):
+        raise ValueError("the archive is compressed")
+
+
 def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, device: str) -> str:
     """Return a digest of everything that features depend on: weights, images, how they are cropped, and torch."""
     views = request.views
@@ -122,6 +140,7 @@ def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, de
         "data": fingerprint,
         "ids": hashlib.sha256(np.ascontiguousarray(request.sample_ids, dtype="<i8").tobytes()).hexdigest(),
         "max_image_pixels": request.data.max_image_pixels,
+        "max_image_mib": request.data.max_image_mib,
         "size_px": views.global_views.size_px,
         "resize_px": views.evaluation_resize_px,
         "mean": views.mean,

@@ -3,11 +3,13 @@
 import dataclasses
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import KnnData, evaluate_encoder, load_knn_data
 from hvp_ray.methods.backbones import build_backbone
 
@@ -27,13 +29,24 @@ class SnapshotKnn:
         self._knn_data: KnnData | None = None
 
     def evaluate(self, snapshot: bytes) -> dict[str, float]:
-        """Return knn_top1 and knn5shot_top1 of a snapshot; nothing where the data has no labels or no test images."""
+        """Return knn_top1 and knn5shot_top1 of a snapshot; nothing where the data has no labels or no test images.
+
+        Raises:
+            CheckpointError: no snapshot, or one of another encoder.
+        """
         if self._encoder is None:
             self._knn_data = load_knn_data(self._config, open_dataset(self._config.data))
             settings = dataclasses.replace(self._config.method.backbone, pretrained=False)
             self._encoder = build_backbone(settings, drop_path=0.0).to(self._device)
         if self._knn_data is None:
             return {}
-        self._encoder.load_state_dict(load(snapshot))
+        try:
+            self._encoder.load_state_dict(load(snapshot))
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(
+                f"a snapshot for the k-NN during training holds no weights of this encoder ({first}); delete the folder "
+                f"knn_pending of the run to go on without what is in it"
+            ) from error
         results = evaluate_encoder(self._encoder, self._knn_data, self._config, self._device)
         return {"eval/knn_top1": results["top1"], "eval/knn5shot_top1": results["5shot"]}

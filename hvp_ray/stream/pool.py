@@ -1,6 +1,7 @@
 """The pool of view workers: made by the driver, so that it survives a restart of the trainers."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,23 +37,28 @@ class ViewWorkerPool:
             ray.kill(worker, no_restart=True)
 
 
-def start_pool(config: RunConfig, renderer: RendererName, num_workers: int) -> ViewWorkerPool:
+def start_pool(
+    config: RunConfig, renderer: RendererName, num_workers: int, resources: Mapping[str, float]
+) -> ViewWorkerPool:
     """Start the workers and wait until one of them is up; the others may follow.
+
+    Args:
+        config: the run.
+        renderer: what they render with.
+        num_workers: how many.
+        resources: Ray resource -> amount that one worker reserves.
 
     Raises:
         ConfigError: the first worker could not open the data or make its renderer; or none came up in time.
     """
     from hvp_ray.stream.view_worker import ViewWorkerActor
 
-    cluster = config.cluster
     values = config_to_dict(config)
-    workers = [
-        ViewWorkerActor.options(
-            num_cpus=cluster.cpus_per_view_worker,
-            num_gpus=cluster.gpus_per_dali_worker if renderer == "dali-gpu" else 0,
-        ).remote(values, renderer, f"view-worker-{index}")
-        for index in range(num_workers)
-    ]
+    labels = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+    actor = ViewWorkerActor.options(
+        num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
+    )
+    workers = [actor.remote(values, renderer, f"view-worker-{index}") for index in range(num_workers)]
     try:
         ready, _ = ray.wait(
             [worker.process_id.remote() for worker in workers], num_returns=1, timeout=START_TIMEOUT_SECONDS
@@ -60,7 +66,7 @@ def start_pool(config: RunConfig, renderer: RendererName, num_workers: int) -> V
         if not ready:
             raise ConfigError(
                 f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; the cluster has "
-                f"{ray.available_resources().get('CPU', 0)} free CPUs: see `ray status`, "
+                f"{ray.available_resources()} free and each worker needs {dict(resources)}: see `ray status`, "
                 "or lower cluster.num_view_workers"
             )
         ray.get(ready[0])

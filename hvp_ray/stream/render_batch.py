@@ -8,12 +8,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_ray.config import DataConfig, RendererName, RunConfig, ViewsConfig
-from hvp_ray.data.dataset import Dataset
+from hvp_ray.config import DataConfig, RendererName, RunConfig, ViewsConfig, config_from_dict
+from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
@@ -58,6 +59,17 @@ def build_render_context(config: RunConfig, dataset: Dataset, renderer: Renderer
         views=config.views,
         renderer=build_renderer(renderer, config.views, max_image_pixels=config.data.max_image_pixels),
     )
+
+
+def open_render_context(config_values: dict[str, Any], renderer: RendererName) -> RenderContext:
+    """Open the data and make the renderer of a run, in the process that renders.
+
+    Raises:
+        DataError: the source cannot be opened from here.
+        ConfigError: the renderer cannot be had here.
+    """
+    config = config_from_dict(config_values)
+    return build_render_context(config, open_dataset(config.data), renderer)
 
 
 def render_batch(context: RenderContext, request: BatchRequest, *, worker: str = "inline") -> ViewBatch:

@@ -125,6 +125,26 @@ class ViewStream:
         self.stats.record_wait(now - start, since_start=now - self._started_at)
         return batch
 
+    def numbers(self) -> dict[str, float]:
+        """Return what `stream.metrics` publishes of this stream; any thread may ask."""
+        stats = self.stats
+        with self._lock:
+            ready, asked = len(self._ready), self._next_to_ask - self._next_to_take
+            up = sum(worker.is_up for worker in self._workers)
+        return {
+            "hvp_ray_ready_batches": float(ready),
+            "hvp_ray_under_way_batches": float(asked - ready),
+            "hvp_ray_up_workers": float(up),
+            "hvp_ray_first_batch_seconds": stats.first_batch_seconds,
+            "hvp_ray_wait_seconds_total": stats.wait_seconds,
+            "hvp_ray_batches_total": float(stats.num_batches),
+            "hvp_ray_views_total": float(stats.views),
+            "hvp_ray_view_bytes_total": float(stats.num_bytes),
+            "hvp_ray_repeated_batches_total": float(stats.num_retries),
+            "hvp_ray_worker_deaths_total": float(stats.num_worker_deaths),
+            "hvp_ray_isolated_batches_total": float(stats.num_isolations),
+        }
+
     def close(self) -> None:
         """Stop watching; calls under way end unheard."""
         with self._changed:

@@ -4,6 +4,7 @@ It returns values, never references, so that the trainer that asked owns them an
 no state between calls; every call may be repeated, on any worker, with the same result.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -12,22 +13,14 @@ import numpy as np
 import ray
 import torch
 
-from hvp_ray.config import RendererName, config_from_dict
-from hvp_ray.data.dataset import open_dataset
+from hvp_ray.config import RendererName
+from hvp_ray.logs import note_step, set_up_logging
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.isolation import find_crashing_images
-from hvp_ray.stream.render_batch import RenderContext, build_render_context, read_images, render_batch
+from hvp_ray.stream.metrics import WORKER_METRICS, MetricsPublisher, RenderedNumbers
+from hvp_ray.stream.render_batch import open_render_context, read_images, render_batch
 
-
-def open_render_context(config_values: dict[str, Any], renderer: RendererName) -> RenderContext:
-    """Open the data and make the renderer of a run, in the process that renders.
-
-    Raises:
-        DataError: the source cannot be opened from here.
-        ConfigError: the renderer cannot be had here.
-    """
-    config = config_from_dict(config_values)
-    return build_render_context(config, open_dataset(config.data), renderer)
+logger = logging.getLogger(__name__)
 
 
 class ViewWorker:
@@ -37,7 +30,12 @@ class ViewWorker:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         self._name = name
+        run = config_values["run"]["name"] or "unnamed"
+        set_up_logging(run=run, origin=f"worker={name}")
+        self._rendered = RenderedNumbers()
+        MetricsPublisher(WORKER_METRICS, {"run": run, "worker": name}).watch(self._rendered.numbers)
         self._context = open_render_context(config_values, renderer)
+        logger.info("renders with %s", renderer)
 
     def process_id(self) -> int:
         """Return the process id; also serves to wait until the worker is up."""
@@ -45,10 +43,14 @@ class ViewWorker:
 
     def render(self, request: BatchRequest) -> ViewBatch:
         """Render one batch."""
-        return render_batch(self._context, request, worker=self._name)
+        note_step(request.step)
+        batch = render_batch(self._context, request, worker=self._name)
+        self._rendered.take(batch)
+        return batch
 
     def find_crashing_ids(self, request: BatchRequest) -> list[int]:
         """Return the sample ids of the request that crash a decoder's process on their own."""
+        note_step(request.step)
         ids = [i for i in request.sample_ids.tolist() if i not in request.quarantined_ids]
         images = read_images(self._context.source, np.array(ids).tolist()).images
         crashing = find_crashing_images(images, max_pixels=self._context.data.max_image_pixels)

@@ -7,6 +7,7 @@ an unreadable image, so that a resumed run makes the same ones.
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +66,27 @@ def truncate_journal(path: Path, *, last_step: int) -> None:
 
 
 class UnreadableLog:
-    """Decisions on unreadable images of one rank, and the budget for them."""
+    """Decisions on unreadable images of one rank, and the budget for them.
 
-    def __init__(self, path: Path, *, max_fraction: float) -> None:
+    A rank writes `unreadable-rank-<rank>.jsonl` and reads those of all ranks: with another number of trainers than before,
+    a position may have been another rank's.
+    """
+
+    def __init__(self, run_dir: Path, *, rank: int, images_per_rank: int, max_fraction: float) -> None:
+        self._first_index = rank * images_per_rank
         self._max_fraction = max_fraction
         self.known: dict[int, tuple[Replacement, ...]] = {}
         """Step -> decisions, of earlier attempts at this run."""
-        for record in read_journal(path):
-            decisions = tuple(Replacement(**decision) for decision in record["replacements"])
-            self.known[record["step"]] = decisions
-        self._journal = Journal(path)
+        for path in sorted(run_dir.glob("unreadable-rank-*.jsonl")):
+            for record in read_journal(path):
+                decisions = [Replacement(**decision) for decision in record["replacements"]]
+                moved = [replace(d, index=d.index + record["first_index"] - self._first_index) for d in decisions]
+                here = tuple(d for d in moved if 0 <= d.index < images_per_rank)
+                others = self.known.get(record["step"], ())
+                taken = {d.index for d in others}
+                if here:
+                    self.known[record["step"]] = (*others, *(d for d in here if d.index not in taken))
+        self._journal = Journal(run_dir / f"unreadable-rank-{rank}.jsonl")
         self.num_images = 0
         self.num_unreadable = 0
 
@@ -88,7 +100,8 @@ class UnreadableLog:
         if not batch.replacements:
             return
         self.num_unreadable += len(batch.replacements)
-        if batch.step not in self.known:
+        known = {replacement.index for replacement in self.known.get(batch.step, ())}
+        if any(replacement.index not in known for replacement in batch.replacements):
             decisions = [
                 {
                     "index": r.index,
@@ -98,7 +111,7 @@ class UnreadableLog:
                 }
                 for r in batch.replacements
             ]
-            self._journal.write({"step": batch.step, "replacements": decisions})
+            self._journal.write({"step": batch.step, "first_index": self._first_index, "replacements": decisions})
             self.known[batch.step] = batch.replacements
         fraction = self.num_unreadable / self.num_images
         if self.num_images >= _JUDGED_AFTER_IMAGES and fraction > self._max_fraction:

@@ -1,7 +1,8 @@
 """MLflow, fed from the journal by one background thread: training never waits for it, and no step stands twice.
 
-The thread reads what is new in `metrics.jsonl`, sends it in batches, and goes on after an outage. What is not sent
-when the run ends (`close` waits a while) is sent by the next attempt at the run, or by `catch_up`.
+The thread reads what is new in `metrics.jsonl`, sends it in batches, and goes on after an outage. What is not sent when
+the run ends (`finish` waits a while) is sent by `catch_up`, when the run is started again by its name. `mlflow.json` in
+the run's folder says what MLflow shall know of the run, the ids that it has there, and whether everything arrived.
 """
 
 import json
@@ -9,7 +10,8 @@ import logging
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAMS_PER_CALL = 100
 _MAX_PARAM_LENGTH = 6000
 _PAUSE_SECONDS = 2.0
-_STATE_FILE = "mlflow.json"
+STATE_FILE = "mlflow.json"
 _GROUP_TAG = "trained_views"
 """Runs are grouped by this copy of the tag `arm`: MLflow's page derives a group's colour from key and value, and under `arm`
 hard and random views would have the same one."""
@@ -60,15 +62,30 @@ def quiet_mlflow() -> None:
 class MlflowFeed:
     """See the module. Made and closed by rank 0."""
 
-    def __init__(self, run: MlflowRun, run_dir: Path) -> None:
+    def __init__(self, run: MlflowRun, run_dir: Path, *, keep_state: Callable[[], None] = lambda: None) -> None:
+        """Start.
+
+        Args:
+            run: what is said about it.
+            run_dir: has the journals.
+            keep_state: called by the thread when `mlflow.json` has the ids of a new MLflow run.
+        """
         self._run = run
-        self._run_dir = run_dir
+        self._keep_state = keep_state
+        self._state_path = run_dir / STATE_FILE
+        known = _read_state(run_dir)
+        same_server = known.get("run", {}).get("uri") == run.uri
+        ids = {name: known.get(name) for name in ("run_id", "experiment_id")} if same_server else {}
+        self._state: dict[str, Any] = {"run": asdict(run), **ids, "complete": False}
+        _write_state(self._state_path, self._state)
         self._journals = [
             _JournalPosition(run_dir / "metrics.jsonl", "train/loss"),
             _JournalPosition(run_dir / "evaluations.jsonl", "eval/knn_top1"),
         ]
         self._wake = threading.Event()
         self._closing = False
+        self.is_away = False
+        """Whether the last attempt to send failed."""
         self._artifacts: list[Path] = []
         self._final: dict[str, Any] | None = None
         self.run_id: str | None = None
@@ -90,13 +107,19 @@ class MlflowFeed:
         done = not self._thread.is_alive() and self._final is None
         if not done:
             logger.warning(
-                "MLflow at %s did not take everything; the journal %s has it", self._run.uri, self._journals[0].path
+                "MLflow at %s did not take everything; %s has it, and starting the run again by its name sends it",
+                self._run.uri,
+                self._journals[0].path,
             )
         return done
 
+    def numbers(self) -> dict[str, float]:
+        """Return what `stream.metrics` publishes of this feed; one thread may ask."""
+        waiting = sum(journal.num_waiting() for journal in self._journals)
+        return {"hvp_ray_mlflow_backlog_records": float(waiting), "hvp_ray_mlflow_outage": float(self.is_away)}
+
     def _work(self) -> None:
         quiet_mlflow()
-        warned = False
         attempts_after_close = 0
         while True:
             try:
@@ -106,12 +129,13 @@ class MlflowFeed:
                     self._send_new_records(journal)
                 if self._closing:
                     self._send_final()
+                    self.is_away = False
                     return
-                warned = False
+                self.is_away = False
             except Exception as error:  # noqa: BLE001 (whatever the server or the network does, training goes on)
-                if not warned:
+                if not self.is_away:
                     logger.warning("MLflow at %s: %s; kept in the journal, tried again", self._run.uri, _line(error))
-                    warned = True
+                self.is_away = True
                 if self._closing:
                     attempts_after_close += 1
                     if attempts_after_close >= 5:
@@ -124,13 +148,12 @@ class MlflowFeed:
         mlflow.set_tracking_uri(self._run.uri)
         client = mlflow.MlflowClient()
         experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
-        state_path = self._run_dir / _STATE_FILE
-        known = json.loads(state_path.read_text()) if state_path.exists() else {}
-        run_id = known.get("run_id") if known.get("uri") == self._run.uri else None
-        if run_id is None:
+        run_id = self._state.get("run_id")
+        if run_id is None or not _knows(client, run_id):
             run_id = self._create_run(client, experiment_id)
-            content = json.dumps({"uri": self._run.uri, "run_id": run_id, "experiment_id": experiment_id})
-            state_path.write_text(content)
+            self._state |= {"run_id": run_id, "experiment_id": experiment_id}
+            _write_state(self._state_path, self._state)
+            self._keep_state()
         else:
             for journal in self._journals:
                 history = client.get_metric_history(run_id, journal.key)
@@ -205,7 +228,66 @@ class MlflowFeed:
             self._client.log_artifact(self.run_id, str(path), artifact_path=folder)
             self._artifacts.pop(0)
         self._client.set_terminated(self.run_id, status=self._final["status"])
+        self._state["complete"] = self._final["status"] == "FINISHED"
+        _write_state(self._state_path, self._state)
         self._final = None
+
+
+def final_values(summary: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a summary under the names that they have in MLflow."""
+    return {
+        f"summary/{name}": float(value)
+        for name, value in summary.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def final_artifacts(run_dir: Path) -> list[Path]:
+    """Return the files of an ended run that MLflow gets."""
+    figures = sorted((run_dir / "figures").glob("*.png"))
+    return [path for path in (*figures, run_dir / "backbone.safetensors", run_dir / "config.json") if path.exists()]
+
+
+def lacks_records(run_dir: Path) -> bool:
+    """Tell whether MLflow did not get everything of an ended run."""
+    return not _read_state(run_dir).get("complete", True)
+
+
+def catch_up(run_dir: Path) -> dict[str, Any] | None:
+    """Send what MLflow lacks of an ended run; return the summary with MLflow's ids, or None: it is still away."""
+    run = MlflowRun(**_read_state(run_dir)["run"])
+    path = run_dir / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text())
+    feed = MlflowFeed(run, run_dir)
+    if not feed.finish(status="FINISHED", artifacts=final_artifacts(run_dir), values=final_values(summary)):
+        return None
+    summary |= {"mlflow_run_id": feed.run_id, "mlflow_experiment_id": feed.experiment_id}
+    _write_state(path, summary)
+    return summary
+
+
+def _knows(client: Any, run_id: str) -> bool:
+    """Tell whether the store has the run: a file that was deleted, or that of another machine, has not."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
+
+
+def _read_state(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(state, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 @dataclass(slots=True)
@@ -218,6 +300,23 @@ class _JournalPosition:
     offset: int = 0
     """Bytes before this were sent."""
     sent_step: int = -1
+    _counted: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(bytes looked at, lines in them): of all that was written, and of what was sent."""
+
+    def num_waiting(self) -> int:
+        """Return how many records are not sent; reads only what is new since the last call."""
+        sent = self._num_lines("sent", self.offset)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        return max(self._num_lines("written", size) - sent, 0)
+
+    def _num_lines(self, what: str, end: int) -> int:
+        start, lines = self._counted.get(what, (0, 0))
+        if end > start:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                lines += file.read(end - start).count(b"\n")
+            self._counted[what] = (end, lines)
+        return lines
 
 
 def _line(error: Exception) -> str:

@@ -4,24 +4,32 @@
 and URIs go through pyarrow.fs alike; nothing relies on renaming, which buckets do not have.
 """
 
+import functools
 import hashlib
 import io
 import json
 import logging
+import re
 import time
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
 from hvp_ray.errors import CheckpointError
+from hvp_ray.training.remote_files import is_uri, open_uri, retried
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _STATE, _MANIFEST = "state.pt", "manifest.json"
+_STEP_FOLDER = re.compile(r"step-(\d{8,12})")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +46,7 @@ class CheckpointStore:
     """The checkpoints of one run. One process writes, all read."""
 
     def __init__(self, location: str, *, run_identity: str, keep: int) -> None:
+        self._is_remote = is_uri(location)
         self._filesystem, self._root = _resolve(location)
         self._run_identity = run_identity
         self._keep = keep
@@ -61,7 +70,7 @@ class CheckpointStore:
             "files": {_STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
         }
         try:
-            self._filesystem.create_dir(folder, recursive=True)
+            self._retried(lambda: self._filesystem.create_dir(folder, recursive=True), f"making {folder}")
             self._write_file(f"{folder}/{_STATE}", content)
             self._write_file(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
         except OSError as error:
@@ -74,15 +83,16 @@ class CheckpointStore:
     def committed_steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, ascending."""
         selector = pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
-        found = self._filesystem.get_file_info(selector)
+        found = self._retried(lambda: self._filesystem.get_file_info(selector), f"listing {self._root}")
         manifests = [Path(f.path) for f in found if f.is_file and Path(f.path).name == _MANIFEST]
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in manifests)
+        steps = [_STEP_FOLDER.fullmatch(path.parent.name) for path in manifests]
+        return sorted(int(step[1]) for step in steps if step is not None)
 
     def load_newest(self, map_location: torch.device | str = "cpu") -> Checkpoint | None:
         """Return the newest intact checkpoint; None: there is none. A damaged one is passed over with a warning.
 
         Raises:
-            CheckpointError: it belongs to a run of another identity.
+            CheckpointError: it belongs to a run of another identity, or holds something else than tensors.
         """
         for step in reversed(self.committed_steps()):
             try:
@@ -95,40 +105,112 @@ class CheckpointStore:
         """Read one checkpoint and check its digest.
 
         Raises:
-            CheckpointError: missing, damaged, or of another run.
+            CheckpointError: missing, damaged, of another run, or with something else in it than tensors and plain values,
+                none of which is executed.
         """
         folder = self._folder(step)
         try:
             manifest = json.loads(self._read_file(f"{folder}/{_MANIFEST}"))
             content = self._read_file(f"{folder}/{_STATE}")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
+            if self._is_remote and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                # Not damaged, but away: going on from an older one, or from none, would throw work away.
+                raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
             raise _DamagedError(f"the checkpoint {folder} cannot be read: {error}") from error
-        if hashlib.sha256(content).hexdigest() != manifest["files"][_STATE]["sha256"]:
+        try:
+            digest, identity = manifest["files"][_STATE]["sha256"], manifest["run_identity"]
+        except (KeyError, TypeError, IndexError) as error:
+            raise _DamagedError(f"the checkpoint {folder} is damaged: {_MANIFEST} is no manifest") from error
+        if hashlib.sha256(content).hexdigest() != digest:
             raise _DamagedError(
                 f"the checkpoint {folder} is damaged: {_STATE} does not have the digest of its manifest"
             )
-        if manifest["run_identity"] != self._run_identity:
+        if identity != self._run_identity:
             raise CheckpointError(f"the checkpoint {folder} belongs to a run of another identity")
-        state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
-        return Checkpoint(step=state["step"], method=state["method"], optimizer=state["optimizer"])
+        try:
+            return _unpack(content, step, map_location)
+        except Exception as error:
+            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+            reason = f"it asks for {asked[1]}" if asked else (str(error) or type(error).__name__).splitlines()[0][:200]
+            raise CheckpointError(
+                f"the checkpoint {folder} is refused: {_STATE} has the digest of its manifest, but holds something else than "
+                f"tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote it; without this "
+                f"folder the run goes on from the checkpoint before it"
+            ) from error
 
     def _drop_old(self) -> None:
         for step in self.committed_steps()[: -self._keep]:
             folder = self._folder(step)
-            self._filesystem.delete_file(f"{folder}/{_MANIFEST}")  # uncommitted first, then removed
-            self._filesystem.delete_dir(folder)
+            try:
+                self._retried(functools.partial(self._delete, folder), f"deleting {folder}")
+            except OSError as error:
+                logger.warning("the old checkpoint %s could not be deleted: %s", folder, error)
 
     def _folder(self, step: int) -> str:
         return f"{self._root}/step-{step:08d}"
 
+    def _delete(self, folder: str) -> None:
+        if self._filesystem.get_file_info(f"{folder}/{_MANIFEST}").is_file:
+            self._filesystem.delete_file(f"{folder}/{_MANIFEST}")  # uncommitted first, then removed
+        self._filesystem.delete_dir(folder)
+
     def _write_file(self, path: str, content: bytes) -> None:
-        with self._filesystem.open_output_stream(path) as stream:
-            stream.write(content)
+        def write() -> None:
+            with self._filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+
+        self._retried(write, f"writing {path}")
 
     def _read_file(self, path: str) -> bytes:
-        with self._filesystem.open_input_stream(path) as stream:
-            content: bytes = stream.read()
-            return content
+        def read() -> bytes:
+            with self._filesystem.open_input_stream(path) as stream:
+                content: bytes = stream.read()
+                return content
+
+        return self._retried(read, f"reading {path}")
+
+    def _retried(self, action: Callable[[], T], what: str) -> T:
+        """Do it, more than once where storage is a bucket; a full disk does not get better."""
+        return retried(action, what, pauses=None if self._is_remote else ())
+
+
+def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Checkpoint:
+    """Return the checkpoint in the bytes that `CheckpointStore.write` made; anything else raises, whatever it raises.
+
+    The archive is looked at first: stored, not compressed, and no part twice, so that it is not larger inside than outside.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > len(
+        content
+    ):
+        raise ValueError("the archive is compressed")
+    state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
+    method, optimizer = state["method"], state["optimizer"]
+    are_tensors = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in method.items())
+    if not are_tensors or set(optimizer) != {"state", "param_groups"} or type(state["step"]) is not int:
+        raise ValueError("no step, method and optimizer")
+    if state["step"] != step:
+        raise ValueError(f"it is of step {state['step']}")
+    _check_tensors(state)
+    return Checkpoint(step=step, method=method, optimizer=optimizer)
+
+
+def _check_tensors(state: object) -> None:
+    """Check that no tensor has more elements than it has memory: copying it would take memory that the file does not have."""
+    pending, seen = [state], set[int]()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {tuple(value.shape)} without its elements")
+        elif isinstance(value, dict):
+            pending.extend(value.values())
+        elif isinstance(value, list | tuple | set):
+            pending.extend(value)
 
 
 class _DamagedError(CheckpointError):
@@ -136,9 +218,8 @@ class _DamagedError(CheckpointError):
 
 
 def _resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    if "://" in location:
-        filesystem, path = pafs.FileSystem.from_uri(location)
-        return filesystem, path
+    if is_uri(location):
+        return open_uri(location, option="run.output")
     return pafs.LocalFileSystem(), str(Path(location).absolute())
 
 

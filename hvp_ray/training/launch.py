@@ -6,14 +6,12 @@ and watches. Ray Train starts the trainers again after a failure; they go on fro
 
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -23,26 +21,31 @@ import ray.train
 import torch
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.distributed.world import current_world
-from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
+from hvp_ray.errors import HvpRayError, StageError, TrainingError
 from hvp_ray.evaluation.online import SnapshotKnn
+from hvp_ray.logs import set_up_logging
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.training.placement import Placement, decide_placement
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
+from hvp_ray.training.remote_files import delete_folder, place_in
 from hvp_ray.training.run_board import BoardContent, BoardLogHandler, RunBoardActor
 
 logger = logging.getLogger(__name__)
 
-MAX_AUTO_WORKERS = 64
 _POLL_SECONDS = 0.5
 _STOP_PATIENCE_SECONDS = 60.0
+_CLUSTER_NUMBERS_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +53,8 @@ class Announcement:
     """What is known once everything is decided and nothing has started."""
 
     run_name: str
-    run_dir: Path
+    location: str
+    """The run's folder, path or URI."""
     joined_cluster: bool
     num_trainers: int
     num_view_workers: int
@@ -83,13 +87,13 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     is_ours = not ray.is_initialized()
     joined = _connect(config)
     try:
-        placement = _decide_placement(config)
+        placement = decide_placement(config, ray.cluster_resources(), ray.available_resources())
         check_store(config, ray.cluster_resources().get("object_store_memory", 0.0))
         job = prepare_run(config, renderer=placement.renderer, device=placement.device)
         watchers.announce(
             Announcement(
                 run_name=job.run_name,
-                run_dir=job.run_dir,
+                location=job.location,
                 joined_cluster=joined,
                 num_trainers=config.cluster.num_trainers,
                 num_view_workers=placement.num_view_workers,
@@ -102,13 +106,6 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     finally:
         if is_ours:
             ray.shutdown()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Placement:
-    renderer: RendererName
-    device: str
-    num_view_workers: int
 
 
 def _connect(config: RunConfig) -> bool:
@@ -134,54 +131,19 @@ def _connect(config: RunConfig) -> bool:
     return False
 
 
-def _decide_placement(config: RunConfig) -> _Placement:
-    """Fit the run to the cluster.
-
-    Raises:
-        ConfigError: the cluster has too few CPUs or GPUs; the message has the numbers.
-    """
-    cluster, resources = config.cluster, ray.cluster_resources()
-    gpus, cpus = resources.get("GPU", 0.0), resources.get("CPU", 0.0)
-    device = cluster.device
-    if device == "auto":
-        device = "cuda" if gpus >= cluster.num_trainers else "cpu"
-    if device == "cuda" and gpus < cluster.num_trainers:
-        raise ConfigError(f"cluster.device=cuda needs {cluster.num_trainers} GPU(s), the cluster has {gpus:g}")
-    renderer = cluster.renderer
-    if renderer == "auto":
-        renderer = "cpu"
-    if renderer == "dali-gpu" and gpus == 0:
-        raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
-    if config.training.compile and device != "cuda":
-        raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
-    # auto takes what is free now; an explicit number is judged by what the cluster has.
-    if cluster.num_view_workers == "auto":
-        cpus = ray.available_resources().get("CPU", 0.0)
-    left = cpus - cluster.num_trainers * cluster.cpus_per_trainer
-    room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
-    wanted = cluster.num_view_workers
-    if room < (1 if wanted == "auto" else wanted):
-        raise ConfigError(
-            f"the cluster has {cpus:g} free CPUs; {cluster.num_trainers} trainer(s) of {cluster.cpus_per_trainer:g} leave "
-            f"room for {max(room, 0)} view worker(s) of {cluster.cpus_per_view_worker:g}, but "
-            f"cluster.num_view_workers={wanted}; ask for fewer, lower cluster.cpus_per_view_worker or "
-            f"cluster.cpus_per_trainer, or add nodes"
-        )
-    return _Placement(
-        renderer=renderer,
-        device=device,
-        num_view_workers=min(room, MAX_AUTO_WORKERS) if wanted == "auto" else wanted,
-    )
-
-
-def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, Any]:
-    board = RunBoardActor.remote()
+def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any]:
+    # On this node, which the run cannot outlive anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = RunBoardActor.options(scheduling_strategy=here).remote()
     knn = None
     if job.config.tracking.knn_every_epochs:
         options = {"num_gpus": job.config.cluster.gpus_for_knn}
         knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
-    pool = start_pool(job.config, placement.renderer, placement.num_view_workers)
-    ray_train_dir = job.run_dir / "ray_train"
+    pool = start_pool(job.config, placement.renderer, placement.num_view_workers, placement.view_worker_resources)
+    num_trainers, least = job.config.cluster.num_trainers, job.config.cluster.min_trainers
+    # A fixed number of trainers waits for a lost node; an elastic one asks once for all, then takes what there is.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if least is None else "60")
+    ray_train = place_in(job.location, "ray_train")
     trainer = TorchTrainer(
         _trainer_main,
         train_loop_config={
@@ -194,15 +156,15 @@ def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, An
         },
         torch_config=TorchConfig(timeout_s=1800),
         scaling_config=ScalingConfig(
-            num_workers=job.config.cluster.num_trainers,
+            num_workers=num_trainers if least is None else (least, num_trainers),
+            elastic_resize_monitor_interval_s=job.config.cluster.resize_check_seconds,
             use_gpu=placement.device == "cuda",
-            resources_per_worker={"CPU": job.config.cluster.cpus_per_trainer}
-            | ({"GPU": 1.0} if placement.device == "cuda" else {}),
+            resources_per_worker=placement.trainer_resources,
         ),
         run_config=ray.train.RunConfig(
             # A name of its own for every attempt: resuming is our business, not that of Ray Train's state.
             name=f"{job.run_name}-{uuid.uuid4().hex[:8]}",
-            storage_path=str(ray_train_dir),
+            storage_path=ray_train,
             failure_config=FailureConfig(max_failures=job.config.cluster.max_trainer_failures),
         ),
     )
@@ -223,7 +185,7 @@ def _run(job: RunJob, placement: _Placement, watchers: Watchers) -> dict[str, An
         if knn is not None:
             ray.kill(knn)
         if not thread.is_alive():
-            shutil.rmtree(ray_train_dir, ignore_errors=True)
+            delete_folder(ray_train)
 
 
 def _watch(board: Any, thread: threading.Thread, outcome: dict[str, Exception], watchers: Watchers) -> dict[str, Any]:
@@ -296,15 +258,18 @@ def _trainer_main(settings: dict[str, Any]) -> None:
     board = settings["board"]
     config = job.config
     world = current_world()
+    set_up_logging(run=job.run_name, origin=f"rank={world.rank}")
     handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
     logging.getLogger("hvp_ray").addHandler(handler)
     torch.set_num_threads(config.training.torch_threads)
     cv2.setNumThreads(1)
     device = ray.train.torch.get_device() if settings["device"] == "cuda" else torch.device("cpu")
     hand_over = DeviceHandOver(device)
+    publisher = MetricsPublisher(TRAINER_METRICS, {"run": job.run_name, "rank": str(world.rank)})
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
-        return ViewStream(
+        logger.info("steps %d to %d, views from %d workers", first_step, end_step, len(pool.workers))
+        stream = ViewStream(
             pool.workers,
             request_of,
             first_step=first_step,
@@ -313,6 +278,8 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             hand_over=hand_over,
             rank=world.rank,
         )
+        publisher.watch(stream.numbers)
+        return stream
 
     def cluster_facts() -> dict[str, float]:
         return {
@@ -320,6 +287,15 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             "num_worker_restarts": pool.num_restarts(),
         }
 
+    def cluster_numbers() -> dict[str, float]:
+        facts = cluster_facts()
+        return {
+            "hvp_ray_spilled_bytes": float(facts["spilled_bytes"]),
+            "hvp_ray_worker_restarts": float(facts["num_worker_restarts"]),
+        }
+
+    if world.rank == 0:
+        publisher.watch(cluster_numbers, every_seconds=_CLUSTER_NUMBERS_SECONDS)
     if ray.get(board.read.remote()).fatal is not None:
         return  # another rank met an error that starting again does not mend; the driver knows
     try:
@@ -331,6 +307,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             report_progress=_Reporter(board),
             ask_knn=lambda snapshot: _RayAnswer(settings["knn"].evaluate.remote(snapshot)),
             cluster_facts=cluster_facts,
+            watch_numbers=publisher.watch,
         )
     except HvpRayError as error:
         # Starting again would fail in the same way, so the driver is told to give up.
@@ -340,6 +317,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             return
         raise  # the other ranks wait in a collective; this tears them out of it
     finally:
+        publisher.close()
         logging.getLogger("hvp_ray").removeHandler(handler)
         handler.close()
     if summary is not None:

@@ -13,7 +13,7 @@ from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
-from hvp_ray.stream.view_worker import open_render_context
+from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.online_knn import AnswerAtHand
 from hvp_ray.training.preparation import prepare_run
 from hvp_ray.training.rank import train_rank

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from hvp_ray.config import RunConfig
+from hvp_ray.logs import note_step
 from hvp_ray.methods.method import StepPosition
 from hvp_ray.stream.batches import BatchStream
 from hvp_ray.stream.device import DeviceBatch
@@ -72,6 +73,7 @@ def run_loop(
     started_at = last_at = time.perf_counter()
     steps_done = first_step
     for step in range(first_step, num_steps):
+        note_step(step)
         batch = stream.next_batch()
         if step == first_step:
             started_at = last_at = time.perf_counter()

@@ -12,7 +12,7 @@ from torch import nn
 
 from hvp_ray.config import RunConfig
 from hvp_ray.evaluation.online import snapshot_encoder
-from hvp_ray.tracking.journal import Journal, truncate_journal
+from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -58,9 +58,10 @@ class KnnDuringTraining:
         self._pending: list[tuple[int, KnnAnswer]] = []
         truncate_journal(run_dir / EVALUATIONS, last_step=first_step)
         self._journal = Journal(run_dir / EVALUATIONS)
-        for path in sorted(self._folder.glob("step-*")):
+        answered = {record["step"] for record in read_journal(run_dir / EVALUATIONS)}
+        for path in sorted(self._folder.glob("step-" + "[0-9]" * 8)):
             step = int(path.name.removeprefix("step-"))
-            if step <= first_step:
+            if step <= first_step and step not in answered:
                 self._pending.append((step, ask(path.read_bytes())))
             else:
                 path.unlink()

@@ -11,16 +11,33 @@ from typing import Any
 
 import torch
 
-from hvp_ray.config import RendererName, RunConfig, config_to_dict
+from hvp_ray.config import RendererName, RunConfig, config_to_dict, refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.methods.method import Method
 from hvp_ray.training.rank import RunJob, build_order
+from hvp_ray.training.remote_files import check_uri, check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
+
+_PAUSES_SECONDS = (1.0,)
+"""Between attempts at a bucket: somebody waits for the answer."""
+
+
+def output_location(config: RunConfig) -> str:
+    """Return what holds runs: an absolute path, or a URI.
+
+    Raises:
+        ConfigError: a relative path where the working folder is temporary, or credentials in a URI.
+    """
+    if config.run.output is not None and is_uri(config.run.output):
+        check_uri(config.run.output, option="run.output")
+        return config.run.output
+    return str(output_folder(config))
 
 
 def output_folder(config: RunConfig) -> Path:
@@ -32,9 +49,11 @@ def output_folder(config: RunConfig) -> Path:
     is_shipped = SHIPPED_CODE_MARK in Path.cwd().parts
     if config.run.output is None:
         return Path.home() / "hvp_runs" if is_shipped else Path.cwd() / "runs"
-    if "://" in config.run.output:
+    if is_uri(config.run.output):
+        check_uri(config.run.output, option="run.output")
         raise ConfigError(
-            f"run.output={config.run.output!r}: URIs are not supported yet; give a folder that all trainers see"
+            f"run.output={config.run.output!r}: a comparison needs a folder, which all its runs see; single runs "
+            f"(pretrain.py) can go to a bucket"
         )
     path = Path(config.run.output).expanduser()
     if is_shipped and not path.is_absolute():
@@ -67,13 +86,17 @@ def check_before_start(config: RunConfig) -> None:
     """Find what is wrong with data, network and output folder before anything is started.
 
     Raises:
-        ConfigError: the output folder cannot be written, or the network cannot be built.
+        ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
         CheckpointError: the initial weights do not fit.
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
-    output = output_folder(config)
+    location = output_location(config)
     _open_checked(config)
     _check_view_sizes(config, build_untrained_method(config))
+    if is_uri(location):
+        check_writable(location, option="run.output")
+        return
+    output = Path(location)
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
@@ -114,13 +137,17 @@ def _open_checked(config: RunConfig) -> Dataset:
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any] | None:
-    """Return the summary of the run of this name where it has ended; None: it has not, or the name is new."""
+    """Return the summary of the run of this name where it has ended; None: it has not, or the name is new.
+
+    Raises:
+        ConfigError: the output folder or bucket cannot be read.
+    """
     if config.run.name is None:
         return None
-    path = output_folder(config) / config.run.name / "summary.json"
-    if not path.exists():
+    content = _read(place_in(output_location(config), config.run.name, "summary.json"))
+    if content is None:
         return None
-    summary: dict[str, Any] = json.loads(path.read_text())
+    summary: dict[str, Any] = json.loads(content)
     return summary
 
 
@@ -141,17 +168,21 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     dataset = _open_checked(config)
     fingerprint = dataset.fingerprint()
     parts = identity_parts(
-        config, renderer=renderer, device=device, data_fingerprint=fingerprint, torch_version=torch.__version__
+        _with_local_weights(config),
+        renderer=renderer,
+        device=device,
+        data_fingerprint=fingerprint,
+        torch_version=torch.__version__,
     )
     identity = identity_digest(parts)
-    output = output_folder(config)
+    output = output_location(config)
     recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
     name = config.run.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = output / name
+    location = place_in(output, name)
     commit = _git_commit()
     if is_writer:
-        _write_or_check(run_dir, config, identity, parts, commit)
-    uri, artifact_root = mlflow_location(config, output)
+        _write_or_check(location, config, identity, parts, commit)
+    uri, artifact_root = mlflow_location(config, local_output(config))
     tags = {
         "recipe": config.recipe,
         "method": config.method.name,
@@ -161,16 +192,17 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         "device": device,
         "data_fingerprint": fingerprint,
         "run_identity": identity,
-        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {run_dir}",
+        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
     }
     if commit is not None:
         tags["git_commit"] = commit
     of_comparison = {"comparison": config.tracking.comparison, "arm": config.tracking.arm}
     tags |= {tag: value for tag, value in of_comparison.items() if value is not None}
     return RunJob(
-        config=config,
+        config=dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)),
         run_name=name,
-        run_dir=run_dir,
+        run_dir=working_folder(location) if is_uri(location) else Path(location),
+        run_uri=location if is_uri(location) else None,
         run_identity=identity,
         renderer=renderer,
         mlflow_uri=uri,
@@ -180,43 +212,69 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     )
 
 
+def local_output(config: RunConfig) -> Path:
+    """Return the folder of MLflow's SQLite file by default: of runs on a bucket, where runs without `run.output` would be."""
+    if config.run.output is not None and is_uri(config.run.output):
+        return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
+    return output_folder(config)
+
+
+def _with_local_weights(config: RunConfig) -> RunConfig:
+    """Return the config with initial weights behind a URI replaced by their copy here; what counts is their digest."""
+    if config.training.initial_weights is None:
+        return config
+    weights = local_weights(config.training.initial_weights)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=weights))
+
+
 def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | None]:
     """Return (tracking URI, artifact folder of a new experiment); (None, None): MLflow is off."""
     match config.tracking.uri:
         case "none":
             return None, None
+        case "auto" if os.environ.get("MLFLOW_TRACKING_URI"):
+            refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
+            return os.environ["MLFLOW_TRACKING_URI"], None
         case "auto":
             return f"sqlite:///{output}/mlflow.db", (output / "mlflow-artifacts").as_uri()
         case uri:
             return uri, None
 
 
-def _write_or_check(run_dir: Path, config: RunConfig, identity: str, parts: dict[str, Any], commit: str | None) -> None:
-    config_path = run_dir / "config.json"
-    if config_path.exists():
+def _write_or_check(run: str, config: RunConfig, identity: str, parts: dict[str, Any], commit: str | None) -> None:
+    """Check what config.json in the run's folder (path or URI) says, and write it."""
+    path = place_in(run, "config.json")
+    found = _read(path)
+    if found is not None:
         if not config.run.resume:
-            raise ConfigError(f"the run {run_dir} exists, and run.resume=False; choose another run.name, or resume it")
-        before = json.loads(config_path.read_text())
+            raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
+        before = json.loads(found)
         if before["run_identity"] != identity:
             difference = "\n  ".join(describe_difference(before["identity"], json.loads(json.dumps(parts))))
             raise CheckpointError(
-                f"the run {run_dir} cannot be resumed with other settings; its result would not be that of one run. "
+                f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
                 f"What differs (its value -> yours):\n  {difference}\nTake its settings, or another --run.name"
             )
+    content = {
+        "config": config_to_dict(config),
+        "run_identity": identity,
+        "identity": parts,
+        "git_commit": commit,
+    }
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        content = {
-            "config": config_to_dict(config),
-            "run_identity": identity,
-            "identity": parts,
-            "git_commit": commit,
-        }
-        temporary = config_path.with_name("config.json.part")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, config_path)
+        write_file(path, (json.dumps(content, indent=1) + "\n").encode(), pauses=_PAUSES_SECONDS)
     except OSError as error:
         raise ConfigError(
-            f"the run's folder {run_dir} cannot be written: {error.strerror or error}; give another --run.output"
+            f"the run's folder {run} cannot be written: {error.strerror or error}; give another --run.output"
+        ) from error
+
+
+def _read(location: str) -> bytes | None:
+    try:
+        return read_file(location, pauses=_PAUSES_SECONDS)
+    except OSError as error:
+        raise ConfigError(
+            f"{location} cannot be read: {error}; mend the storage, or give another --run.output"
         ) from error
 
 

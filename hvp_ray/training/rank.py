@@ -3,6 +3,7 @@
 `launch.py` calls this inside Ray Train's workers, `local.py` in a plain process or under torchrun.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -21,20 +22,24 @@ import torch
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.order import SampleOrder
-from hvp_ray.distributed.world import World
+from hvp_ray.distributed.world import World, mean_over_ranks
+from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
+from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
-from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun
+from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, MlflowRun, final_values
 from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.training.loop import LoopResult, run_loop
 from hvp_ray.training.online_knn import AskKnn, KnnDuringTraining
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.recorder import RunRecorder
+from hvp_ray.training.remote_files import place_in
 from hvp_ray.training.run_figures import draw_figures
+from hvp_ray.training.run_storage import RunStorage
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import Trainee
 
@@ -51,12 +56,20 @@ class RunJob:
     config: RunConfig
     run_name: str
     run_dir: Path
+    """Where this process reads and writes the run's files: the run's folder, or a working copy of it on this machine."""
+    run_uri: str | None = None
+    """The run's folder on a bucket; None: it is `run_dir`, which all trainers see."""
     run_identity: str
     renderer: RendererName
     mlflow_uri: str | None
     mlflow_artifact_root: str | None
     tags: dict[str, str]
     data_fingerprint: str
+
+    @property
+    def location(self) -> str:
+        """The run's folder as all processes and people know it: path or URI."""
+        return self.run_uri or str(self.run_dir)
 
 
 def train_rank(
@@ -68,6 +81,7 @@ def train_rank(
     report_progress: ReportProgress,
     ask_knn: AskKnn,
     cluster_facts: Callable[[], dict[str, float]],
+    watch_numbers: WatchNumbers = lambda _read: None,
 ) -> dict[str, Any] | None:
     """Train this rank to the end; return the summary on rank 0 of a finished run, else None.
 
@@ -79,13 +93,40 @@ def train_rank(
         report_progress: see `recorder.ReportProgress`.
         ask_knn: who evaluates snapshots during training.
         cluster_facts: spilled_bytes and num_worker_restarts so far.
+        watch_numbers: who publishes this rank's numbers while it trains; by default nobody.
     """
+    with RunStorage(job.run_dir, job.run_uri, rank=world.rank) as storage:
+        return _train_rank(
+            dataclasses.replace(job, run_dir=storage.folder),
+            storage,
+            world,
+            device,
+            open_stream=open_stream,
+            report_progress=report_progress,
+            ask_knn=ask_knn,
+            cluster_facts=cluster_facts,
+            watch_numbers=watch_numbers,
+        )
+
+
+def _train_rank(
+    job: RunJob,
+    storage: RunStorage,
+    world: World,
+    device: torch.device,
+    *,
+    open_stream: OpenStream,
+    report_progress: ReportProgress,
+    ask_knn: AskKnn,
+    cluster_facts: Callable[[], dict[str, float]],
+    watch_numbers: WatchNumbers,
+) -> dict[str, Any] | None:
     config = job.config
     dataset = open_dataset(config.data)
     order = build_order(config, dataset)
     num_steps = config.training.num_steps or config.training.epochs * order.steps_per_epoch
     store = CheckpointStore(
-        str(job.run_dir / "checkpoints"), run_identity=job.run_identity, keep=config.training.keep_checkpoints
+        place_in(job.location, "checkpoints"), run_identity=job.run_identity, keep=config.training.keep_checkpoints
     )
     if world.rank == 0 and config.optimizer.warmup_epochs * order.steps_per_epoch >= num_steps:
         logger.warning(
@@ -97,7 +138,10 @@ def train_rank(
     first_step = checkpoint.step if checkpoint is not None else 0
     trainee = build_trainee(config, world, device, checkpoint)
     unreadable = UnreadableLog(
-        job.run_dir / f"unreadable-rank-{world.rank}.jsonl", max_fraction=config.data.max_unreadable_fraction
+        job.run_dir,
+        rank=world.rank,
+        images_per_rank=config.training.images_per_step // world.num_ranks,
+        max_fraction=config.data.max_unreadable_fraction,
     )
     request_of = requests_of_rank(
         config, order, rank=world.rank, num_ranks=world.num_ranks, known_replacements=unreadable.known
@@ -121,8 +165,9 @@ def train_rank(
         journal_path = job.run_dir / "metrics.jsonl"
         truncate_journal(journal_path, last_step=first_step)
         journal = Journal(journal_path)
-        feed = _start_feed(job)
-        _note_attempt(job.run_dir, first_step)
+        feed = _start_feed(job, storage)
+        _note_attempt(job.run_dir, first_step, world.num_ranks)
+        storage.push()
     recorder = RunRecorder(
         config,
         trainee=trainee,
@@ -133,9 +178,13 @@ def train_rank(
         selection_log=selection_log,
         knn=knn,
         report_progress=report_progress,
+        before_commit=lambda: push_on_all_ranks(storage, job, device),
         num_steps=num_steps,
         steps_per_epoch=order.steps_per_epoch,
     )
+    watch_numbers(recorder.numbers)
+    if feed is not None:
+        watch_numbers(feed.numbers)
     try:
         result = run_loop(
             trainee,
@@ -162,10 +211,33 @@ def train_rank(
         if feed is not None:
             feed.finish(status="KILLED", artifacts=[], values={}, timeout_seconds=1.0)
         return None
+    storage.pull_decisions()
     summary = _summarize(job, dataset, order, trainee, stream.stats, result)
     summary |= {"num_unreadable_images": len(_unreadable_ids(job.run_dir)), **cluster_facts()}
     summary["num_collapse_warnings"] = recorder.collapse.num_warnings
-    return _report(job, dataset, trainee, feed, knn, summary)
+    summary = _report(job, dataset, trainee, feed, knn, summary)
+    storage.push(is_final=True)
+    return summary
+
+
+def push_on_all_ranks(storage: RunStorage, job: RunJob, device: torch.device) -> None:
+    """Bring to the bucket what a checkpoint presupposes; every rank returns when every rank has done so.
+
+    Raises:
+        CheckpointError: on all ranks, where one of them could not.
+    """
+    if job.run_uri is None:
+        return
+    failure: CheckpointError | None = None
+    try:
+        storage.push()
+    except CheckpointError as error:
+        failure = error
+    num_failed = mean_over_ranks(torch.tensor(float(failure is not None), device=device))
+    if failure is not None:
+        raise failure
+    if float(num_failed) > 0.0:
+        raise CheckpointError(f"another trainer could not write to {job.run_uri}; no checkpoint was written")
 
 
 def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
@@ -183,7 +255,7 @@ def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
     )
 
 
-def _start_feed(job: RunJob) -> MlflowFeed | None:
+def _start_feed(job: RunJob, storage: RunStorage) -> MlflowFeed | None:
     if job.mlflow_uri is None:
         return None
     run = MlflowRun(
@@ -197,12 +269,14 @@ def _start_feed(job: RunJob) -> MlflowFeed | None:
         dataset_source=job.config.data.source,
         dataset_digest=job.data_fingerprint,
     )
-    return MlflowFeed(run, job.run_dir)
+    # The ids go to the bucket at once: an attempt that finds none makes a second MLflow run.
+    return MlflowFeed(run, job.run_dir, keep_state=lambda: storage.push_file(STATE_FILE))
 
 
-def _note_attempt(run_dir: Path, first_step: int) -> None:
+def _note_attempt(run_dir: Path, first_step: int, num_trainers: int) -> None:
     attempts = Journal(run_dir / "attempts.jsonl")
-    attempts.write({"step": first_step, "time": time.time(), "process_id": os.getpid(), "host": socket.gethostname()})
+    process = {"process_id": os.getpid(), "host": socket.gethostname(), "num_trainers": num_trainers}
+    attempts.write({"step": first_step, "time": time.time(), **process})
     attempts.close()
 
 
@@ -286,13 +360,8 @@ def _report(
     figures = draw_figures(config, dataset, trainee, job.run_dir) if config.tracking.num_figure_images else []
     summary["mlflow_run_id"] = None
     if feed is not None:
-        numbers = {
-            f"summary/{name}": float(value)
-            for name, value in summary.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
         artifacts = [*figures, backbone_path, job.run_dir / "config.json"]
-        feed.finish(status="FINISHED", artifacts=artifacts, values=numbers)
+        feed.finish(status="FINISHED", artifacts=artifacts, values=final_values(summary))
         summary["mlflow_run_id"] = feed.run_id
         summary["mlflow_experiment_id"] = feed.experiment_id
     path = job.run_dir / "summary.json"

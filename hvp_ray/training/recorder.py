@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -36,6 +37,7 @@ class RunRecorder:
         selection_log: SelectionLogWriter | None,
         knn: KnnDuringTraining | None,
         report_progress: ReportProgress,
+        before_commit: Callable[[], None],
         num_steps: int,
         steps_per_epoch: int,
     ) -> None:
@@ -48,6 +50,7 @@ class RunRecorder:
         self._selection_log = selection_log
         self._knn = knn
         self._report_progress = report_progress
+        self._before_commit = before_commit
         self._num_steps = num_steps
         self._steps_per_epoch = steps_per_epoch
         self.collapse = CollapseWatch()
@@ -56,6 +59,11 @@ class RunRecorder:
         self._last = (time.perf_counter(), 0, 0.0)  # time, steps, waiting at the last record
         self._progress_at = 0.0
         self._steps_seen = 0
+        self._steps_done = 0
+        self._last_step_at = 0.0
+        self._last_values: dict[str, float] = {}
+        self._checkpoint_seconds: list[float] = []
+        self._checkpoint_at = 0.0
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Write down decisions on unreadable images before they take effect."""
@@ -67,6 +75,8 @@ class RunRecorder:
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
         """Record every `log_every_steps`-th step, and the first and last."""
         self._steps_seen += 1
+        self._steps_done = steps_done
+        self._last_step_at = time.perf_counter()
         if self._journal is None:
             return
         if self._selection_log is not None and self._selection_log.wants(steps_done):
@@ -80,6 +90,7 @@ class RunRecorder:
         values["train/learning_rate"] = learning_rate
         values["train/epoch"] = steps_done / self._steps_per_epoch
         self._journal.write({"step": steps_done, "time": time.time(), "metrics": values})
+        self._last_values = values
         self.collapse.see(steps_done, values)
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
@@ -87,11 +98,15 @@ class RunRecorder:
             self._stop_requested = self._report_progress(self._progress(steps_done, values["train/loss"]))
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Write a checkpoint, on rank 0."""
+        """Write a checkpoint, on rank 0, behind everything that it presupposes, on all ranks."""
+        started_at = time.perf_counter()
         if self._selection_log is not None:
             self._selection_log.flush()
+        self._before_commit()
         if self._journal is not None:
             self._store.write(take_checkpoint(self._trainee, steps_done))
+            self._checkpoint_seconds.append(time.perf_counter() - started_at)
+            self._checkpoint_at = time.time()
 
     def stop_requested(self) -> bool:
         """Tell whether the driver asked to stop; heard on rank 0, spread by the step."""
@@ -102,6 +117,27 @@ class RunRecorder:
         if self._started_at is None:
             return 0.0
         return self._stats.wait_seconds / max(time.perf_counter() - self._started_at, 1e-9)
+
+    def numbers(self) -> dict[str, float | list[float]]:
+        """Return what `stream.metrics` publishes of this rank; any thread may ask."""
+        numbers: dict[str, float | list[float]] = {
+            "hvp_ray_steps_total": float(self._steps_seen),
+            "hvp_ray_images_total": float(self._unreadable.num_images),
+            "hvp_ray_unreadable_images_total": float(self._unreadable.num_unreadable),
+        }
+        if self._started_at is not None and self._steps_seen:
+            seconds = max(self._last_step_at - self._started_at, 1e-9)
+            numbers["hvp_ray_wait_fraction"] = self._stats.wait_seconds / seconds
+            numbers["hvp_ray_progress_fraction"] = self._steps_done / self._num_steps
+        if self._journal is not None:
+            numbers["hvp_ray_checkpoints_total"] = float(len(self._checkpoint_seconds))
+            numbers["hvp_ray_checkpoint_seconds"] = list(self._checkpoint_seconds)
+        if self._checkpoint_at:
+            numbers["hvp_ray_last_checkpoint_timestamp_seconds"] = self._checkpoint_at
+        if self._last_values:
+            numbers["hvp_ray_loss"] = self._last_values["train/loss"]
+            numbers["hvp_ray_images_per_second"] = self._last_values["perf/images_per_second"]
+        return numbers
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
         assert self._started_at is not None

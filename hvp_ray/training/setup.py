@@ -13,6 +13,7 @@ from hvp_ray.methods.method import ALONE, Method, Ranks, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.training.checkpoint import Checkpoint
 from hvp_ray.training.optimizers import build_optimizer
+from hvp_ray.training.run_storage import local_weights
 from hvp_ray.training.step import Trainee
 
 
@@ -22,8 +23,9 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
         method = build_method(config.method, ranks)
     if config.training.initial_weights is not None:
+        weights = local_weights(config.training.initial_weights)
         for encoder in method.encoders:
-            load_initial_weights(encoder, config.training.initial_weights)
+            load_initial_weights(encoder, weights)
     convert: Any = method.to  # torch's stub does not know this form of the call
     channels_last: Method = convert(memory_format=torch.channels_last)  # CPUs too: convolutions forward twice as fast
     return channels_last

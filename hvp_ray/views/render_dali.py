@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
-from hvp_ray.data.decode import decode_rgb, is_plain_jpeg
+from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
 from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.records import ViewPlan
 from hvp_ray.views import color
@@ -98,6 +98,7 @@ class DaliRenderer:
     def _prepare(self, image: bytes, *, on_host: bool) -> NDArray[np.uint8]:
         """Return what DALI shall decode: the JPEG itself, or a bitmap of an odd image."""
         if not on_host and is_plain_jpeg(image) and _END_OF_JPEG in image[-_TAIL_BYTES:]:
+            read_size(image, max_pixels=self._max_image_pixels)  # DALI would decode whatever the header says
             return np.frombuffer(image, dtype=np.uint8)
         return _bitmap(decode_rgb(image, max_pixels=self._max_image_pixels))
 

@@ -149,7 +149,7 @@ def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_i
 
 
 def test_random_kills_of_workers_quarantine_nobody() -> None:
-    pool = start_pool(CONFIG, "cpu", 2)
+    pool = start_pool(CONFIG, "cpu", 2, {"CPU": 1.0})
     stream = _stream(pool.workers, end_step=12)
     for step in range(12):
         if step in (2, 5, 8):
@@ -181,7 +181,7 @@ def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: 
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index}.png").write_bytes(encode(photograph_like(generator, 20, 20)))
     config = tiny_config(str(tmp_path), data={"source": str(tmp_path / "images"), "num_images": None})
-    pool = start_pool(config, "cpu", 1)
+    pool = start_pool(config, "cpu", 1, {"CPU": 1.0})
     requests = _requests(config)
     for path in (tmp_path / "images").rglob("*.png"):
         path.unlink()
@@ -195,7 +195,7 @@ def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: 
 def test_worker_that_cannot_open_the_data_says_so() -> None:
     config = tiny_config("unused", data={"source": "/nowhere/images"})
     with pytest.raises(HvpRayError, match="/nowhere/images.*does not exist"):
-        start_pool(config, "cpu", 1)
+        start_pool(config, "cpu", 1, {"CPU": 1.0})
 
 
 def test_look_ahead_that_would_spill_is_refused_with_a_number_that_fits() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from hvp_ray.config import (
     config_to_dict,
     flatten,
 )
-from hvp_ray.errors import ConfigError
+from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.training.preparation import mlflow_location
+from pipelines.evaluate import read_config
 from tests.helpers import tiny_config
 
 
@@ -82,7 +85,7 @@ def _digest(config: RunConfig, **resolved: str) -> str:
 
 WITHOUT_EFFECT: list[dict[str, dict[str, Any]]] = [
     {"run": {"name": "x", "output": "elsewhere", "resume": False}},
-    {"data": {"source": "moved", "block_cache_mib": 7, "test_source": "t"}},
+    {"data": {"source": "moved", "block_cache_mib": 7, "max_row_group_mib": 7, "test_source": "t"}},
     {"training": {"checkpoint_every_steps": 9, "keep_checkpoints": 5}},
     {"cluster": {"num_view_workers": 7, "batches_in_flight": 9, "late_factor": 3.0}},
     {"tracking": {"uri": "http://127.0.0.1:1", "log_every_steps": 3}},
@@ -90,6 +93,8 @@ WITHOUT_EFFECT: list[dict[str, dict[str, Any]]] = [
 WITH_EFFECT: list[dict[str, dict[str, Any]]] = [
     {"run": {"seed": 1}},
     {"data": {"num_images": 100}},
+    {"data": {"max_image_mib": 1}},
+    {"data": {"max_image_pixels": 10_000}},
     {"selection": {"rule": "first"}},
     {"optimizer": {"weight_decay": 0.1}},
     {"training": {"torch_threads": 2}},
@@ -125,3 +130,84 @@ def test_configs_are_frozen_and_flatten_to_dotted_names() -> None:
     flat = flatten(config_to_dict(config))
     assert flat["selection.num_views"] == 4
     assert flat["views.global_views.even.crop_scale"] == (0.6, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("http://me:hunter2@host:5000", "before the @.*MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("HTTPS://hunter2@host/path", "before the @.*MLFLOW_TRACKING_PASSWORD"),
+        ("http://me:hun/ter2@host", "before the @"),
+        ("postgresql+psycopg2://me:hunter2@db:5432/mlflow", "before the @.*PGPASSWORD"),
+        ("mysql://db/mlflow?user=me&password=hunter2", "'password'"),
+        ("s3://AKIA:hunter2@bucket/x", "before the @.*AWS_SECRET_ACCESS_KEY"),
+        ("s3://bucket/x?secret_key=hunter2", "'secret_key'.*AWS_SECRET_ACCESS_KEY"),
+        ("https://host/x?X-Amz-Signature=hunter2", "'X-Amz-Signature'"),
+        ("https://host/x?sig=hunter2", "'sig'"),
+        ("gs://bucket/x?access_token=hunter2", "'access_token'.*GOOGLE_APPLICATION_CREDENTIALS"),
+        ("hf://me:hunter2@datasets/x", "before the @"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [
+        ("tracking", "uri"),
+        ("data", "source"),
+        ("data", "test_source"),
+        ("run", "output"),
+        ("training", "initial_weights"),
+    ],
+)
+def test_passwords_and_keys_in_uris_are_refused_and_not_repeated(
+    section: str, name: str, uri: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"^{section}.{name} carries credentials.*{message}") as refusal:
+        tiny_config("x", **{section: {name: uri}})
+    assert "ter2" not in str(refusal.value)
+    values = config_to_dict(tiny_config("x"))
+    values[section][name] = uri
+    with pytest.raises(ConfigError, match="carries credentials"):
+        config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://host:5000",
+        "http://host:5000/users/me@home",
+        "https://[::1]:5000/x",
+        "postgresql://me@db:5432/mlflow",
+        "sqlite:////home/me:you@home/mlflow.db",
+        "file:///data/a:b@c",
+        "s3://bucket/x?endpoint_override=host:9000&scheme=http",
+        "gs://anonymous@bucket/x",
+        "abfs://box@account.dfs.core.windows.net/x",
+        "hf://datasets/cifar10@main/x.parquet",
+        "/data/me:you@home/x",
+        "auto",
+    ],
+)
+def test_what_holds_no_secret_is_taken(uri: str) -> None:
+    assert tiny_config("x", tracking={"uri": uri}).tracking.uri == uri
+    assert tiny_config("x", data={"source": uri}).data.source == uri
+
+
+def test_password_in_the_environments_tracking_uri_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@host:5000")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI carries credentials.*MLFLOW_TRACKING_PASSWORD"):
+        mlflow_location(tiny_config("x", tracking={"uri": "auto"}), tmp_path)
+
+
+def test_config_of_a_run_imports_nothing_from_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "evil.py").write_text("import pathlib\npathlib.Path(__file__).with_name('proof').touch()\n")
+    values = config_to_dict(tiny_config("x"))
+    for name in ("evil:Config", "os:system", "hvp_ray.config:RunConfig", "..evil:x", "", "subprocess:Popen"):
+        values["method"]["type"] = name
+        (tmp_path / "config.json").write_text(json.dumps({"config": values}))
+        with pytest.raises(ConfigError, match="names the method"):
+            read_config(tmp_path)
+    for text in ("[" * 100_000, "{}", "[]", '{"config": []}', "\x00"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises((CheckpointError, ConfigError)):
+            read_config(tmp_path)
+    assert not (tmp_path / "proof").exists()

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "torch.distributed": ("distributed/", "training/local.py"),
 }
 LEVELS = [
-    ("errors.py", "host_to_device.py"),
+    ("errors.py", "host_to_device.py", "logs.py"),
     ("randomness.py",),
     ("config.py",),
     ("records.py", "identity.py", "methods/configs.py"),

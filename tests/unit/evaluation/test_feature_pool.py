@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hvp_ray.evaluation import feature_pool
 from hvp_ray.evaluation.feature_pool import FeatureCache, FeatureRequest, feature_key, pool_features, start_workers
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import export_backbone, load_exported_backbone
-from tests.helpers import encode, photograph_like, views_config
+from tests.helpers import ProgramInAPickle, encode, photograph_like, views_config
 
 BACKBONE = BackboneConfig(name="resnet10", stem="cifar", channels=(4, 4, 8, 8))
 
@@ -162,3 +163,27 @@ def test_one_worker_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     with start_workers(1, "cpu") as workers:
         assert (workers.num_workers, workers.device, workers.gpus_per_worker) == (1, "cpu", 0.0)
         assert not feature_pool.ray.is_initialized()
+
+
+def test_hostile_features_are_computed_again_and_run_no_program(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    proof = tmp_path / "proof"
+    ids = np.arange(3)
+    np.savez(tmp_path / "program.npz", features=np.array([ProgramInAPickle(proof)] * 3), sample_ids=ids)
+    np.savez_compressed(tmp_path / "bomb.npz", features=np.zeros((3, 2**22), np.float32), sample_ids=ids)
+    np.savez(tmp_path / "other.npz", features=np.zeros((5, 2), np.float32), sample_ids=ids)
+    np.savez(tmp_path / "lie.npz", features=np.zeros((3, 2), np.float32), sample_ids=ids)
+    with zipfile.ZipFile(tmp_path / "lie.npz") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "lie.npz", "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(b"(3, 2), }" + b" " * 13, b"(3, 2000000000000), }" + b" "))
+    cache = FeatureCache(tmp_path)
+    for name in ("program", "bomb", "other", "lie"):
+        caplog.clear()
+        assert cache.load(name) is None
+        assert "are computed again" in caplog.text
+    assert not proof.exists()
+    cache.write("own", feature_pool.ImageFeatures(features=np.ones((3, 2), np.float32), sample_ids=ids))
+    assert cache.load("own") is not None

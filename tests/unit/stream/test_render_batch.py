@@ -139,14 +139,32 @@ def test_storage_errors_are_retried_and_then_stop_the_run() -> None:
 
 
 def test_unreadable_log_replays_and_judges_after_a_thousand_images(tmp_path: Path) -> None:
-    path = tmp_path / "unreadable-rank-0.jsonl"
     batch = _render(_images(damaged=(2,)), list(range(8)))
-    log = UnreadableLog(path, max_fraction=0.1)
+    log = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=0.1)
     log.take(batch)
     log.close()
-    again = UnreadableLog(path, max_fraction=0.1)
+    again = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=0.1)
     assert again.known == {1: batch.replacements}
     for _ in range(124):
         again.take(batch)  # 1 of 8 unreadable: 12.5 %, but not yet 1,000 images
     with pytest.raises(DataError, match=r"125 of 1000 images are unreadable \(12.5%\)"):
         again.take(batch)
+
+
+def test_decisions_are_found_again_by_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """One rank of 8 images, then two of 4: each replays what stands at its positions, once."""
+    batch = _render(_images(damaged=(2, 5, 7)), list(range(8)))
+    by_index = {r.index: r for r in batch.replacements}
+    assert set(by_index) == {2, 5, 7}
+    one = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=1.0)
+    one.take(batch)
+    one.close()
+    first, second = (UnreadableLog(tmp_path, rank=rank, images_per_rank=4, max_fraction=1.0) for rank in (0, 1))
+    assert [(r.index, r.unreadable_id) for r in first.known[1]] == [(2, 2)]
+    assert [(r.index, r.unreadable_id) for r in second.known[1]] == [(1, 5), (3, 7)]
+    half = _render(_images(), [4, 5, 6, 7], known_replacements=second.known[1])
+    assert half.sample_ids[1] == by_index[5].replacement_id
+    second.take(half)
+    second.close()
+    assert (tmp_path / "unreadable-rank-1.jsonl").read_text() == ""  # nothing is decided twice
+    assert UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=1.0).known == {1: batch.replacements}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvp_ray.tracking.journal import Journal, truncate_journal
-from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, quiet_mlflow
+from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, lacks_records, quiet_mlflow
 
 pytestmark = pytest.mark.slow
 
@@ -72,4 +72,34 @@ def test_absent_server_is_said_once_and_does_not_hold_the_run_up(
     started = time.monotonic()
     assert not feed.finish(status="FINISHED", artifacts=[], values={}, timeout_seconds=2.0)
     assert time.monotonic() - started < 3.0
-    assert "the journal" in caplog.text
+    assert "metrics.jsonl has it" in caplog.text
+    assert lacks_records(tmp_path)
+
+
+def test_backlog_and_outage_are_known_and_end_when_the_server_took_everything(tmp_path: Path) -> None:
+    _write(tmp_path / "away", range(1, 6))
+    away = MlflowFeed(_run("http://127.0.0.1:9"), tmp_path / "away")
+    deadline = time.monotonic() + 60.0
+    while not away.is_away and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _write(tmp_path / "away", range(6, 9))
+    assert away.numbers() == {"hvp_ray_mlflow_backlog_records": 8.0, "hvp_ray_mlflow_outage": 1.0}
+    assert not away.finish(status="FAILED", artifacts=[], values={}, timeout_seconds=0.1)
+    _write(tmp_path / "here", range(1, 6))
+    here = MlflowFeed(_run(f"sqlite:///{tmp_path}/mlflow.db"), tmp_path / "here")
+    assert here.finish(status="FINISHED", artifacts=[], values={})
+    assert here.numbers() == {"hvp_ray_mlflow_backlog_records": 0.0, "hvp_ray_mlflow_outage": 0.0}
+
+
+def test_store_that_does_not_know_the_run_gets_a_new_one(tmp_path: Path) -> None:
+    """A run on a bucket may go on where MLflow's file is another one."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    _write(tmp_path, range(1, 6))
+    unknown = {"run": {"uri": uri}, "run_id": "f" * 32, "experiment_id": "1", "complete": False}
+    (tmp_path / "mlflow.json").write_text(json.dumps(unknown))
+    kept: list[str] = []
+    feed = MlflowFeed(_run(uri), tmp_path, keep_state=lambda: kept.append((tmp_path / "mlflow.json").read_text()))
+    assert feed.finish(status="FINISHED", artifacts=[], values={})
+    assert feed.run_id not in (None, "f" * 32)
+    assert [json.loads(state)["run_id"] for state in kept] == [feed.run_id]
+    assert feed.numbers()["hvp_ray_mlflow_backlog_records"] == 0.0

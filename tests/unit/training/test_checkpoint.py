@@ -1,6 +1,12 @@
 """Checkpoints: committed or not there, checked, kept, and refused where they do not belong."""
 
+import hashlib
+import io
 import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +14,7 @@ import torch
 
 from hvp_ray.errors import CheckpointError
 from hvp_ray.training.checkpoint import Checkpoint, CheckpointStore, weights_digest
+from tests.helpers import ProgramInAPickle
 
 
 def _store(root: Path, identity: str = "a", keep: int = 2) -> CheckpointStore:
@@ -83,24 +90,97 @@ def test_full_disk_leaves_the_one_before_usable(tmp_path: Path) -> None:
     assert loaded.step == 1
 
 
-def test_no_pickled_code_is_executed(tmp_path: Path) -> None:
-    import hashlib
-    import pickle
+def _saved(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
-    class Evil:
-        def __reduce__(self) -> tuple:
-            return (Path(tmp_path / "owned").touch, ())
 
+def _compressed(archive: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as before, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as after:
+        for name in before.namelist():
+            after.writestr(name, before.read(name))
+    return buffer.getvalue()
+
+
+def _replace_state(root: Path, step: int, content: bytes) -> None:
+    """Put another state into a checkpoint, with a manifest that agrees."""
+    folder = root / f"step-{step:08d}"
+    (folder / "state.pt").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.pt"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("saved", [_saved, pickle.dumps])
+@pytest.mark.parametrize("place", ["state", "method", "optimizer"])
+def test_program_in_a_checkpoint_is_refused_and_not_run(
+    tmp_path: Path, saved: Callable[[object], bytes], place: str
+) -> None:
+    proof = tmp_path / "proof"
+    program = ProgramInAPickle(proof)
+    state: object = {"step": 2, "method": {}, "optimizer": {"state": {}, "param_groups": []}} | {place: program}
+    content = saved(program if place == "state" else state)
+    torch.load(io.BytesIO(content), weights_only=False) if saved is _saved else pickle.loads(content)
+    assert proof.exists()  # it is a real one
+    proof.unlink()
+    store = _store(tmp_path / "run")
+    store.write(_checkpoint(1))
+    store.write(_checkpoint(2))
+    _replace_state(tmp_path / "run", 2, content)
+    for load in (lambda: store.load(2), store.load_newest):  # not passed over: somebody made it
+        with pytest.raises(CheckpointError, match="is refused.*Nothing in it was executed") as refusal:
+            load()
+        assert "weights_only" not in str(refusal.value)
+    assert not proof.exists()
+    shutil.rmtree(tmp_path / "run" / "step-00000002")
+    newest = store.load_newest()
+    assert newest is not None
+    assert newest.step == 1
+
+
+def test_checkpoint_that_is_larger_inside_than_outside_is_refused(tmp_path: Path) -> None:
     store = _store(tmp_path)
     store.write(_checkpoint(1))
-    content = pickle.dumps({"step": 1, "method": Evil(), "optimizer": {}})
-    (tmp_path / "step-00000001" / "state.pt").write_bytes(content)
-    manifest = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
-    manifest["files"]["state.pt"]["sha256"] = hashlib.sha256(content).hexdigest()
-    (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="[Ww]eights|pickle|load"):
-        store.load(1)
-    assert not (tmp_path / "owned").exists()
+    optimizer = _checkpoint(1).optimizer
+    small = {"step": 1, "method": {"weight": torch.zeros(2**22)}, "optimizer": optimizer}
+    spread = small | {"method": {"weight": torch.zeros(1).expand(10**12)}}
+    hidden = small | {
+        "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1).expand(10**12)}}, "param_groups": []}
+    }
+    for content, message in (
+        (_compressed(_saved(small)), "the archive is compressed"),
+        (_saved(spread), "without its elements"),
+        (_saved(hidden), "without its elements"),
+        (_saved(small | {"step": 7}), "it is of step 7"),
+        (_saved(small | {"method": {"weight": 3}}), "no step, method and optimizer"),
+        (_saved([1, 2]), "is refused"),
+        (b"not even an archive", "is refused"),
+    ):
+        _replace_state(tmp_path, 1, content)
+        with pytest.raises(CheckpointError, match=message):
+            store.load(1)
+
+
+def test_manifest_that_is_none_counts_as_damage(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    store.write(_checkpoint(1))
+    store.write(_checkpoint(2))
+    for text in ("[]", "{}", '{"files": 3}', '{"files": {"state.pt": {"sha256": 5}}}', "[" * 100_000, "\x00"):
+        (tmp_path / "step-00000002" / "manifest.json").write_text(text)
+        newest = store.load_newest()
+        assert newest is not None
+        assert newest.step == 1
+
+
+def test_other_folders_beside_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    store.write(_checkpoint(1))
+    for name in ("step-abc", "backup", "step-00000009-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    assert store.committed_steps() == [1]
 
 
 def test_digest_sees_names_types_shapes_and_bits() -> None:

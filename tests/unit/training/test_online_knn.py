@@ -1,18 +1,21 @@
 """The k-NN during training: it changes no weight, waits for nobody, and a restart loses no point of the curve."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 from hvp_ray.config import RunConfig
+from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.online import SnapshotKnn, snapshot_encoder
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.online_knn import KnnDuringTraining
-from tests.helpers import tiny_config
+from tests.helpers import ProgramInAPickle, tiny_config
 
 
 def _run(folder: Path, name: str, **tracking: object) -> dict[str, Any]:
@@ -105,3 +108,12 @@ def test_snapshot_evaluates_like_the_encoder_itself(tmp_path: Path) -> None:
     content = (tmp_path / "one" / "backbone.safetensors").read_bytes()
     values = SnapshotKnn(config, torch.device("cpu")).evaluate(content)
     assert values == {"eval/knn_top1": summary["knn_top1"], "eval/knn5shot_top1": summary["knn5shot_top1"]}
+
+
+def test_program_in_the_place_of_a_snapshot_is_not_run(tmp_path: Path) -> None:
+    knn = SnapshotKnn(tiny_config(str(tmp_path)), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="holds no weights of this encoder.*knn_pending"):
+        knn.evaluate(pickle.dumps(ProgramInAPickle(tmp_path / "proof")))
+    with pytest.raises(CheckpointError, match="holds no weights of this encoder"):
+        knn.evaluate(snapshot_encoder(nn.Linear(1, 1)))
+    assert not (tmp_path / "proof").exists()

@@ -17,6 +17,7 @@ from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from hvp_ray.views.render_dali import DaliRenderer
 from tests.helpers import NEUTRAL, encode, groups_of_recipes, photograph_like, views_config
+from tests.unit.data import bombs
 
 OPERATIONS: dict[str, dict[str, float]] = {
     "crop": {},
@@ -126,3 +127,17 @@ def test_local_views_come_from_the_same_decode(generator: np.random.Generator) -
     assert dali.local_pixels is not None
     assert dali.local_pixels.shape == (3, 4, 24, 24, 3)
     assert np.abs(cpu.local_pixels.astype(int) - dali.local_pixels).mean() < 0.5
+
+
+def test_jpegs_beyond_the_limits_never_come_to_dali(generator: np.random.Generator) -> None:
+    """A fine JPEG above the limit would be rendered by DALI; headers that lie and many scans would hang or kill it."""
+    views = views_config(16, NEUTRAL)
+    fine = [encode(photograph_like(generator, size, size), "JPEG") for size in (32, 33)]
+    images = [*fine, bombs.jpeg(65_500, 65_500), bombs.jpeg_of_scans(32, 32, 5_000)]
+    plan = _plan(views, np.full((4, 2), 32, np.int32))
+    rendered = DaliRenderer(views, name="dali-cpu", max_image_pixels=32 * 32).render(images, plan)
+    assert sorted(rendered.failures) == [1, 2, 3]
+    assert "33 x 33 px is more than data.max_image_pixels" in rendered.failures[1]
+    assert "65500 x 65500 px is more than data.max_image_pixels" in rendered.failures[2]
+    assert "scans" in rendered.failures[3]
+    assert rendered.global_pixels[:, 0].any()

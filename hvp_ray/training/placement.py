@@ -1,0 +1,114 @@
+"""Where a run fits on a cluster: which device, which renderer, how many view workers, and on nodes of which label.
+
+A node says what it is for by a Ray resource: `view` (so many view workers may be there), `trainer` (so many trainers).
+`ray start --resources '{"view": 4}'` sets it. Where no node says anything, everything may be anywhere.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.errors import ConfigError
+
+VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
+MAX_AUTO_WORKERS = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Placement:
+    """What is asked of Ray."""
+
+    renderer: RendererName
+    device: str
+    """cpu or cuda, for the trainers."""
+    num_view_workers: int
+    trainer_resources: dict[str, float]
+    """Of one trainer."""
+    view_worker_resources: dict[str, float]
+    """Of one view worker."""
+
+
+def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mapping[str, float]) -> Placement:
+    """Fit the run to the cluster.
+
+    Args:
+        config: the run.
+        total: Ray resource -> amount of the whole cluster.
+        free: the same, of what nobody has reserved.
+
+    Raises:
+        ConfigError: the cluster has too little; the message has the numbers.
+    """
+    cluster = config.cluster
+    device = _decide_device(config, total.get("GPU", 0.0))
+    renderer: RendererName = "cpu" if cluster.renderer == "auto" else cluster.renderer
+    if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0:
+        raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
+    trainer = {"CPU": cluster.cpus_per_trainer} | ({"GPU": 1.0} if device == "cuda" else {})
+    worker = {"CPU": cluster.cpus_per_view_worker}
+    if renderer == "dali-gpu":
+        worker["GPU"] = cluster.gpus_per_dali_worker
+    if _uses_label(config, TRAINER_LABEL, total):
+        trainer[TRAINER_LABEL] = 1.0
+        _check_trainers(config, total)
+    if _uses_label(config, VIEW_LABEL, total):
+        worker[VIEW_LABEL] = 1.0
+    return Placement(
+        renderer=renderer,
+        device=device,
+        num_view_workers=_decide_num_view_workers(config, total, free, labelled=VIEW_LABEL in worker),
+        trainer_resources=trainer,
+        view_worker_resources=worker,
+    )
+
+
+def _uses_label(config: RunConfig, label: str, total: Mapping[str, float]) -> bool:
+    placement = config.cluster.placement
+    return placement == "labels" or (placement == "auto" and total.get(label, 0.0) > 0.0)
+
+
+def _decide_device(config: RunConfig, gpus: float) -> str:
+    cluster = config.cluster
+    needed = cluster.min_trainers or cluster.num_trainers
+    device = cluster.device
+    if device == "auto":
+        device = "cuda" if gpus >= needed else "cpu"
+    if device == "cuda" and gpus < needed:
+        raise ConfigError(f"cluster.device=cuda needs {needed} GPU(s), the cluster has {gpus:g}")
+    if config.training.compile and device != "cuda":
+        raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
+    return device
+
+
+def _check_trainers(config: RunConfig, total: Mapping[str, float]) -> None:
+    cluster = config.cluster
+    needed, room = cluster.min_trainers or cluster.num_trainers, total.get(TRAINER_LABEL, 0.0)
+    if cluster.placement == "auto" and room < needed:
+        raise ConfigError(
+            f"the run needs {needed} trainer(s), but the nodes labelled `{TRAINER_LABEL}` have room for {room:g}; lower "
+            f"cluster.num_trainers, add nodes, or set cluster.placement=labels to wait for nodes that are to come"
+        )
+
+
+def _decide_num_view_workers(
+    config: RunConfig, total: Mapping[str, float], free: Mapping[str, float], *, labelled: bool
+) -> int:
+    cluster, wanted = config.cluster, config.cluster.num_view_workers
+    if cluster.placement == "labels" and wanted != "auto":
+        return wanted  # nodes may be added for them (autoscaling)
+    # auto takes what is free now; an explicit number is judged by what the cluster has.
+    resources = free if wanted == "auto" else total
+    cpus = resources.get("CPU", 0.0)
+    left = cpus - cluster.num_trainers * cluster.cpus_per_trainer
+    room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
+    if labelled:
+        room = min(room, int(resources.get(VIEW_LABEL, 0.0)))
+    if room < (1 if wanted == "auto" else wanted):
+        labels = f" and {resources.get(VIEW_LABEL, 0.0):g} free `{VIEW_LABEL}`" if labelled else ""
+        raise ConfigError(
+            f"the cluster has {cpus:g} free CPUs{labels}; {cluster.num_trainers} trainer(s) of "
+            f"{cluster.cpus_per_trainer:g} leave room for {max(room, 0)} view worker(s) of "
+            f"{cluster.cpus_per_view_worker:g}, but cluster.num_view_workers={wanted}; ask for fewer, lower "
+            f"cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
+        )
+    return min(room, MAX_AUTO_WORKERS) if wanted == "auto" else wanted

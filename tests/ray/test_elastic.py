@@ -1,0 +1,41 @@
+"""Elastic training: a node with a trainer is lost, another one comes; nobody does anything, and every step is done once."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hvp_ray.tracking.journal import read_journal
+from hvp_ray.training.local import pretrain_in_process
+from tests.ray.elastic_run import NUM_STEPS, elastic_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_trainers_become_fewer_and_more_and_every_step_is_done_once(tmp_path: Path) -> None:
+    """The same images in the same order: losses are those of one trainer, up to the order of sums."""
+    program = [sys.executable, "-m", "tests.ray.elastic_run", str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert "error" not in result, result
+    assert [attempt["num_trainers"] for attempt in result["attempts"]] == [2, 1, 2]
+    assert all(attempt["step"] % 20 == 0 for attempt in result["attempts"])
+    records = list(read_journal(tmp_path / "elastic" / "metrics.jsonl"))
+    assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
+
+    config = elastic_config(tmp_path)
+    alone = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, name="alone"),
+        training=dataclasses.replace(config.training, num_steps=60),
+        cluster=dataclasses.replace(config.cluster, num_trainers=1, min_trainers=None),
+    )
+    assert pretrain_in_process(alone) is not None
+    expected = [r["metrics"]["train/loss"] for r in read_journal(tmp_path / "alone" / "metrics.jsonl")]
+    losses = [record["metrics"]["train/loss"] for record in records[:60]]
+    assert np.allclose(losses, expected, atol=2e-3), np.abs(np.array(losses) - expected).max()

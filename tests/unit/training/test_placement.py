@@ -1,0 +1,93 @@
+"""Where a run fits: labels, devices, counts, and what is said where it does not."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hvp_ray.config import RunConfig
+from hvp_ray.errors import ConfigError
+from hvp_ray.recipes import get_recipe
+from hvp_ray.training.placement import Placement, decide_placement
+
+RECIPE = get_recipe("simsiam-digits")
+
+
+def _config(**cluster: Any) -> RunConfig:
+    return dataclasses.replace(RECIPE, cluster=dataclasses.replace(RECIPE.cluster, **cluster))
+
+
+def _place(config: RunConfig, free: dict[str, int] | None = None, **total: int) -> Placement:
+    resources = {name: float(amount) for name, amount in total.items()}
+    return decide_placement(config, resources, {n: float(a) for n, a in free.items()} if free else resources)
+
+
+def test_without_labels_everything_may_be_anywhere() -> None:
+    placement = _place(_config(num_trainers=2, num_view_workers="auto"), CPU=6)
+    assert placement.num_view_workers == 4
+    assert placement.trainer_resources == {"CPU": 1.0}
+    assert placement.view_worker_resources == {"CPU": 1.0}
+
+
+def test_labels_send_each_to_its_nodes_and_limit_their_number() -> None:
+    placement = _place(_config(num_view_workers="auto"), CPU=40, view=3, trainer=2)
+    assert placement.trainer_resources == {"CPU": 1.0, "trainer": 1.0}
+    assert placement.view_worker_resources == {"CPU": 1.0, "view": 1.0}
+    assert placement.num_view_workers == 3
+
+
+def test_a_gpu_node_may_do_both() -> None:
+    config = _config(renderer="dali-gpu", num_view_workers=2, gpus_per_dali_worker=0.2)
+    placement = _place(config, CPU=8, GPU=1, view=2, trainer=1)
+    assert placement.device == "cuda"
+    assert placement.trainer_resources == {"CPU": 1.0, "GPU": 1.0, "trainer": 1.0}
+    assert placement.view_worker_resources == {"CPU": 1.0, "GPU": 0.2, "view": 1.0}
+
+
+def test_anywhere_ignores_labels() -> None:
+    placement = _place(_config(placement="anywhere", num_view_workers=2), CPU=4, view=1, trainer=1)
+    assert placement.trainer_resources == {"CPU": 1.0}
+    assert placement.view_worker_resources == {"CPU": 1.0}
+
+
+def test_labels_wait_for_nodes_that_are_to_come() -> None:
+    placement = _place(_config(placement="labels", num_view_workers=16, num_trainers=2), CPU=0)
+    assert placement.num_view_workers == 16
+    assert placement.trainer_resources["trainer"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("cluster", "total", "says"),
+    [
+        ({"num_trainers": 2}, {"CPU": 9, "trainer": 1, "view": 4}, "room for 1; lower"),
+        ({"num_view_workers": 5}, {"CPU": 9, "trainer": 1, "view": 4}, "room for 4 view worker"),
+        ({"num_view_workers": 5}, {"CPU": 4}, "room for 3 view worker"),
+        ({"device": "cuda"}, {"CPU": 4}, "needs 1 GPU"),
+        ({"renderer": "dali-gpu"}, {"CPU": 4}, "no node of the cluster has a GPU"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    cluster: dict[str, Any], total: dict[str, int], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        _place(_config(**cluster), **total)
+
+
+def test_auto_counts_what_is_free_and_a_number_what_there_is() -> None:
+    assert _place(_config(num_view_workers="auto"), free={"CPU": 3}, CPU=8).num_view_workers == 2
+    assert _place(_config(num_view_workers=5), free={"CPU": 3}, CPU=8).num_view_workers == 5
+
+
+def test_elastic_training_needs_room_for_the_fewest_trainers_only() -> None:
+    config = _config(num_trainers=2, min_trainers=1, num_view_workers=2)
+    assert _place(config, CPU=4, GPU=1, view=2, trainer=1).device == "cuda"
+    with pytest.raises(ConfigError, match="room for 1"):
+        _place(_config(num_trainers=2, num_view_workers=2), CPU=4, view=2, trainer=1)
+
+
+def test_elastic_batches_must_be_divisible_for_every_number_of_trainers() -> None:
+    assert _config(num_trainers=2, min_trainers=1).images_per_rank == RECIPE.training.images_per_step
+    with pytest.raises(ConfigError, match="multiple of every number from cluster.min_trainers=1"):
+        _config(num_trainers=3, min_trainers=1)  # 32 images
+    with pytest.raises(ConfigError, match=r"cluster\.min_trainers=3"):
+        _config(num_trainers=2, min_trainers=3)
