@@ -52,3 +52,5 @@ gpu-check: setup
 lock:
 	$(BIN)/uv pip compile pyproject.toml --group dev --python-version 3.11 --universal --no-emit-index-url \
 		--no-header --output-file requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --group server --python-version 3.11 --universal --no-emit-index-url \
+		--no-header --constraint requirements.lock --output-file cluster/requirements.lock

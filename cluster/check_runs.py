@@ -1,0 +1,67 @@
+"""Compare runs on the cluster with each other and with what MLflow has; run where the runs and MLflow are (the head).
+
+python check_runs.py RUNS_FOLDER CALM=DISTURBED [CALM=DISTURBED ...]
+
+Prints one line for each pair and ends with 1 where weights differ, a step is missing or doubled, or MLflow holds other
+points than metrics.jsonl.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the summary and the records of the journal."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return summary, [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+def find_faults(name: str, summary: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    """Return what is wrong with a run's steps, here and in MLflow."""
+    steps = list(range(1, summary["num_steps"] + 1))
+    faults = (
+        [] if [record["step"] for record in records] == steps else [f"{name}: metrics.jsonl lacks or doubles steps"]
+    )
+    client = mlflow.MlflowClient()
+    run = client.get_run(summary["mlflow_run_id"])
+    if run.info.status != "FINISHED":
+        faults.append(f"{name}: MLflow says {run.info.status}")
+    for key in ("train/loss", "collapse/embedding_std"):
+        expected = [(record["step"], record["metrics"][key]) for record in records]
+        found = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
+        if sorted(found) != expected:
+            faults.append(f"{name}: {key} has {len(found)} points in MLflow and {len(expected)} in metrics.jsonl")
+    return faults
+
+
+def main(folder: Path, pairs: list[str]) -> int:
+    """See the module."""
+    faults: list[str] = []
+    for pair in pairs:
+        names = pair.split("=")
+        runs = {name: read_run(folder / name) for name in names}
+        for name, (summary, records) in runs.items():
+            faults += find_faults(name, summary, records)
+        (calm, _), (disturbed, records) = (runs[name] for name in names)
+        same = calm["weights_digest"] == disturbed["weights_digest"]
+        if not same:
+            faults.append(f"{pair}: weights differ")
+        pause = max(after["time"] - before["time"] for before, after in itertools.pairwise(records))
+        print(
+            f"{pair}: weights {'equal to the bit' if same else 'DIFFER'} ({disturbed['weights_digest'][:12]}), "
+            f"{disturbed['num_steps']} steps, {disturbed['num_resumes']} resume(s) of the trainer, "
+            f"{disturbed['num_worker_restarts']} restart(s) of view workers, longest pause {pause:.1f} s, "
+            f"data wait {disturbed['data_wait_fraction']:.1%}"
+        )
+    for fault in faults:
+        print(f"FAULT {fault}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# NOT RUN by this project: no Slurm was at hand. Checked by shellcheck, and by a test with programs in place of Slurm's
+# and Ray's that write down how they were called.
+#
+# One run on a Slurm allocation: the head and the trainers on the nodes of the first group, view workers on those of the
+# second (CPU nodes). From the checkout, which all nodes see at the same place, with `make setup` done:
+#
+#   sbatch cluster/slurm.sh simsiam-imagenet-r50-100ep --run.name NAME --data.source FOLDER ...
+#
+# What follows the file's name are the arguments of pipelines/pretrain.py. Submit the same line again to go on after a
+# time limit or a failure: a run with a name resumes. Sizes of the groups: the lines below.
+#SBATCH --job-name=hvp_ray
+#SBATCH --output=runs/slurm-%j.log
+#SBATCH --signal=B:TERM@120
+#SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=16 --gpus-per-node=1
+#SBATCH hetjob
+#SBATCH --nodes=2 --ntasks-per-node=1 --cpus-per-task=32
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
+# shellcheck source=/dev/null
+. .venv/bin/activate
+
+trainers_per_node=${HVP_TRAINERS_PER_NODE:-1}
+views_per_train_node=${HVP_VIEWS_PER_TRAIN_NODE:-0}
+port=$((20000 + SLURM_JOB_ID % 10000)) # nodes may be shared with other jobs
+train_cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_0:?} view_cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_1:?}
+mapfile -t train_nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:?expected a heterogeneous job}")
+head_node=${train_nodes[0]}
+# Of the network that the nodes share; name it by HVP_HEAD_IP where the host's name means another.
+head_ip=${HVP_HEAD_IP:-$(hostname --ip-address | cut -d ' ' -f 1)}
+
+# The token: one for this job, in a file on the shared disk that only this account can read. It is in no command line,
+# which other users of a node could see.
+mkdir -p runs
+state=$(mktemp --directory --tmpdir="$PWD/runs" .slurm-XXXXXXXX) # mode 0700
+(umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$state/token")
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
+export RAY_USAGE_STATS_ENABLED=0 RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/
+export RAY_TMPDIR=/tmp/hvp_ray_$SLURM_JOB_ID # short: Ray makes sockets in it
+export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=5
+
+nodes=()
+driver=
+# shellcheck disable=SC2329 # called by trap
+finish() {
+    for process in "${nodes[@]}"; do kill "$process" 2> /dev/null || true; done
+    wait || true
+    rm -rf "$state"
+}
+trap finish EXIT
+# Slurm's warning before the time limit goes to the driver, which lets the trainers write a checkpoint.
+trap '[ -z "$driver" ] || kill -TERM "$driver"' TERM
+
+# A node that loses the head ends by itself; the loop starts it again, and it joins anew.
+# shellcheck disable=SC2016 # expanded on the node
+keep_running='while true; do "$@" || true; sleep 5; done'
+common=(--block --disable-usage-stats)
+resources="{\"trainer\": $trainers_per_node, \"view\": $views_per_train_node}"
+
+# Neither srun nor Ray takes the number of CPUs from the allocation: both are told.
+srun --het-group=0 --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$train_cpus" \
+    ray start --head --port="$port" --node-ip-address="$head_ip" --include-dashboard=false \
+    --num-cpus="$train_cpus" --resources="$resources" "${common[@]}" &
+nodes+=($!)
+until ray health-check --address "$head_ip:$port" > /dev/null 2>&1; do
+    kill -0 "${nodes[0]}" || { echo "the head did not start" >&2; exit 1; }
+    sleep 2
+done
+others=$((${#train_nodes[@]} - 1))
+if [ "$others" -gt 0 ]; then
+    srun --het-group=0 --nodes="$others" --ntasks="$others" --exclude="$head_node" \
+        --cpus-per-task="$train_cpus" bash -c "$keep_running" node \
+        ray start --address="$head_ip:$port" --num-cpus="$train_cpus" --resources="$resources" "${common[@]}" &
+    nodes+=($!)
+fi
+srun --het-group=1 --cpus-per-task="$view_cpus" bash -c "$keep_running" node \
+    ray start --address="$head_ip:$port" --num-cpus="$view_cpus" --resources="{\"view\": $view_cpus}" "${common[@]}" &
+nodes+=($!)
+
+# The driver runs on the head's node, in this script; it waits for nodes that are still to come.
+RAY_ADDRESS=$head_ip:$port python pipelines/pretrain.py "$@" --cluster.placement labels &
+driver=$!
+status=0
+wait "$driver" || status=$?
+# A signal ends `wait` early; the driver needs some seconds more for its checkpoint.
+if kill -0 "$driver" 2> /dev/null; then
+    status=0
+    wait "$driver" || status=$?
+fi
+exit "$status"
