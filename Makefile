@@ -9,7 +9,7 @@ UI_STORE ?= runs/mlflow.db
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup pretrain compare test check bench ui gpu-check lock
+.PHONY: setup pretrain compare test check cluster-check bench ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -36,6 +36,11 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell hvp_ray pipelines tests docs README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
+
+cluster-check: setup
+	cluster/validate.sh
+	cluster/netns_cluster.sh
+	cluster/compose_check.sh
 
 bench: setup
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.jsonl

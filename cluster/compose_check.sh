@@ -48,7 +48,7 @@ cluster/make_secrets.sh
     fail "the cluster did not start (/tmp/compose_check.up)"
 alive=0
 for _ in $(seq 120); do
-    alive=$(on_head ray list nodes --format json 2> /dev/null | grep -c '"state": "ALIVE"' || true)
+    alive=$(on_head ray list nodes --format json 2> /dev/null | grep -o '"state": "ALIVE"' | wc -l || true)
     [ "$alive" != 5 ] || break
     sleep 2
 done
@@ -76,7 +76,7 @@ if [ -n "$foreign" ]; then
     refused "the dashboard from a foreign address" curl --silent --max-time 5 "http://$foreign:$HVP_DASHBOARD_PORT/"
     refused "MLflow from a foreign address" curl --silent --max-time 5 "http://$foreign:$HVP_MLFLOW_PORT/health"
 fi
-search=api/2.0/mlflow/experiments/search?max_results=1
+search="api/2.0/mlflow/experiments/search?max_results=1"
 [ "$(status "$mlflow/$search")" = 401 ] || fail "MLflow answers without credentials"
 say "refused: MLflow without credentials (401)"
 [ "$(status --user "admin:wrong" "$mlflow/$search")" = 401 ] || fail "MLflow takes a wrong password"

@@ -3,6 +3,7 @@
 python pipelines/pretrain.py [RECIPE] [--section.field VALUE ...]
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -111,9 +112,14 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
     ]
     if tracking_uri is not None:
         experiment = summary.get("mlflow_experiment_id")
+        if experiment is None:
+            return "\n".join([*lines, "curves   MLflow was away; start the run again by its name to send them"])
         page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
         if tracking_uri.startswith(("http://", "https://")):
-            lines.append(f"curves   {tracking_uri.rstrip('/')}{page}")
+            browsers_address = os.environ.get(
+                "HVP_MLFLOW_PAGE", tracking_uri
+            )  # nodes may know the server by another name
+            lines.append(f"curves   {browsers_address.rstrip('/')}{page}")
         else:
             is_default = tracking_uri.endswith("/runs/mlflow.db")
             ui = "make ui" if is_default else f"mlflow ui --backend-store-uri {tracking_uri}"

@@ -37,6 +37,13 @@ def mean_over_ranks(values: Tensor) -> Tensor:
     return summed / dist.get_world_size()
 
 
+def share_from_rank_0(text: str, device: torch.device) -> str:
+    """Return rank 0's text on every rank."""
+    shared = [text]
+    dist.broadcast_object_list(shared, src=0, device=device)
+    return shared[0]
+
+
 class _AllReduceSum(torch.autograd.Function):
     """Sum over ranks whose gradient is the sum of the ranks' gradients."""
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvp_ray.errors import DataError
+from hvp_ray.errors import CheckpointError, DataError
 from hvp_ray.records import Replacement, ViewBatch
 
 _JUDGED_AFTER_IMAGES = 1000
+_BLOCK_BYTES = 65_536
 
 
 class Journal:
@@ -23,16 +24,51 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        _cut_torn_line(path)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record.
+
+        Raises:
+            CheckpointError: the disk is full, or refuses for another reason. Half a line is cut off by whoever goes on.
+        """
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise self._refused(error) from error
+        if written != len(line):
+            raise self._refused("no space left")
+
+    def _refused(self, why: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} cannot be written: {why}. The last checkpoint is untouched; make room or mend the storage, then "
+            f"start the run again with its name to go on"
+        )
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Drop what a crash or a full disk left behind the last newline: the next record would be glued to it."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        whole = end
+        while whole > 0:
+            start = max(0, whole - _BLOCK_BYTES)
+            file.seek(start)
+            found = file.read(whole - start).rfind(b"\n")
+            if found >= 0:
+                whole = start + found + 1
+                break
+            whole = start
+        if whole < end:
+            file.truncate(whole)
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:

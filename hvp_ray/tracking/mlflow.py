@@ -62,21 +62,30 @@ def quiet_mlflow() -> None:
 class MlflowFeed:
     """See the module. Made and closed by rank 0."""
 
-    def __init__(self, run: MlflowRun, run_dir: Path, *, keep_state: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        run: MlflowRun,
+        run_dir: Path,
+        *,
+        keep_state: Callable[[], None] = lambda: None,
+        watches_system: bool = True,
+    ) -> None:
         """Start.
 
         Args:
             run: what is said about it.
             run_dir: has the journals.
             keep_state: called by the thread when `mlflow.json` has the ids of a new MLflow run.
+            watches_system: log load and memory of this machine: where the run is trained.
         """
         self._run = run
+        self._watches_system = watches_system
         self._keep_state = keep_state
         self._state_path = run_dir / STATE_FILE
         known = _read_state(run_dir)
         same_server = known.get("run", {}).get("uri") == run.uri
-        ids = {name: known.get(name) for name in ("run_id", "experiment_id")} if same_server else {}
-        self._state: dict[str, Any] = {"run": asdict(run), **ids, "complete": False}
+        ids = {name: known[name] for name in ("run_id", "experiment_id", "described") if name in known}
+        self._state: dict[str, Any] = {"run": asdict(run), **(ids if same_server else {}), "complete": False}
         _write_state(self._state_path, self._state)
         self._journals = [
             _JournalPosition(run_dir / "metrics.jsonl", "train/loss"),
@@ -84,6 +93,7 @@ class MlflowFeed:
         ]
         self._wake = threading.Event()
         self._closing = False
+        self._deadline = float("inf")
         self.is_away = False
         """Whether the last attempt to send failed."""
         self._artifacts: list[Path] = []
@@ -100,9 +110,12 @@ class MlflowFeed:
     ) -> bool:
         """Send the rest, the final values and artifacts, and end the MLflow run; tell whether all of it arrived."""
         self._artifacts = artifacts
-        self._final = {"status": status, "values": values}
+        self._final = {"status": status, "values": values, "time_ms": int(time.time() * 1000)}
+        self._deadline = time.monotonic() + timeout_seconds
         self._closing = True
         self._wake.set()
+        if self.is_away:
+            logger.warning("MLflow at %s is away; it is waited for, %g s at most", self._run.uri, timeout_seconds)
         self._thread.join(timeout=timeout_seconds)
         done = not self._thread.is_alive() and self._final is None
         if not done:
@@ -120,13 +133,13 @@ class MlflowFeed:
 
     def _work(self) -> None:
         quiet_mlflow()
-        attempts_after_close = 0
         while True:
             try:
                 if self._client is None:
                     self._open()
                 for journal in self._journals:
                     self._send_new_records(journal)
+                self._watch_system()
                 if self._closing:
                     self._send_final()
                     self.is_away = False
@@ -136,11 +149,10 @@ class MlflowFeed:
                 if not self.is_away:
                     logger.warning("MLflow at %s: %s; kept in the journal, tried again", self._run.uri, _line(error))
                 self.is_away = True
-                if self._closing:
-                    attempts_after_close += 1
-                    if attempts_after_close >= 5:
-                        return
+                if self._closing and time.monotonic() >= self._deadline:
+                    return
             self._wake.wait(timeout=_PAUSE_SECONDS)
+            self._wake.clear()
 
     def _open(self) -> None:
         import mlflow
@@ -150,25 +162,31 @@ class MlflowFeed:
         experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
         run_id = self._state.get("run_id")
         if run_id is None or not _knows(client, run_id):
-            run_id = self._create_run(client, experiment_id)
-            self._state |= {"run_id": run_id, "experiment_id": experiment_id}
-            _write_state(self._state_path, self._state)
-            self._keep_state()
+            run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
+            run_id = run.info.run_id
+            # Kept at once: whatever fails from here on, there is no second run.
+            self._note(run_id=run_id, experiment_id=experiment_id, described=False)
         else:
             for journal in self._journals:
                 history = client.get_metric_history(run_id, journal.key)
                 journal.sent_step = max((metric.step for metric in history), default=-1)
             client.update_run(run_id, status="RUNNING")
+        if not self._state.get("described", True):
+            self._keep_state()
+            self._describe(client, run_id)
+            self._note(described=True)
         self.run_id, self.experiment_id = run_id, experiment_id
         self._client = client
-        self._start_system_metrics()
 
-    def _create_run(self, client: Any, experiment_id: str) -> str:
+    def _note(self, **facts: Any) -> None:
+        self._state |= facts
+        _write_state(self._state_path, self._state)
+
+    def _describe(self, client: Any, run_id: str) -> None:
+        """Send what is said about the run; doing it twice does no harm."""
         from mlflow.entities import Dataset as MlflowDataset
         from mlflow.entities import DatasetInput, InputTag, Param
 
-        run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
-        run_id: str = run.info.run_id
         params = [Param(key, str(value)[:_MAX_PARAM_LENGTH]) for key, value in self._run.params.items()]
         for start in range(0, len(params), _MAX_PARAMS_PER_CALL):
             client.log_batch(run_id, params=params[start : start + _MAX_PARAMS_PER_CALL])
@@ -180,12 +198,20 @@ class MlflowFeed:
         )
         tag = InputTag(key="mlflow.data.context", value="pretraining")
         client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
-        return run_id
 
-    def _start_system_metrics(self) -> None:
+    def _watch_system(self) -> None:
+        """Start MLflow's monitor, again where an outage has ended it; it goes on behind the last step that it logged."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-        self._monitor = SystemMetricsMonitor(self.run_id, sampling_interval=5, samples_before_logging=2)
+        if not self._watches_system or self._closing:
+            return
+        if self._monitor is not None:
+            if self._monitor._process is not None and self._monitor._process.is_alive():
+                return
+            self._monitor.finish()  # sends what it has left
+        self._monitor = SystemMetricsMonitor(
+            self.run_id, sampling_interval=5, samples_before_logging=2, resume_logging=True
+        )
         self._monitor.start()
 
     def _send_new_records(self, journal: "_JournalPosition") -> None:
@@ -218,18 +244,17 @@ class MlflowFeed:
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
-        now = int(time.time() * 1000)
-        metrics = [Metric(key, value, now, 0) for key, value in self._final["values"].items()]
+        metrics = [Metric(key, value, self._final["time_ms"], 0) for key, value in self._final["values"].items()]
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
+            self._final["values"] = {}  # sent: what fails below is tried again without them
         while self._artifacts:
             path = self._artifacts[0]
             folder = "figures" if path.suffix == ".png" else None
             self._client.log_artifact(self.run_id, str(path), artifact_path=folder)
             self._artifacts.pop(0)
         self._client.set_terminated(self.run_id, status=self._final["status"])
-        self._state["complete"] = self._final["status"] == "FINISHED"
-        _write_state(self._state_path, self._state)
+        self._note(complete=self._final["status"] == "FINISHED")
         self._final = None
 
 
@@ -258,7 +283,7 @@ def catch_up(run_dir: Path) -> dict[str, Any] | None:
     run = MlflowRun(**_read_state(run_dir)["run"])
     path = run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text())
-    feed = MlflowFeed(run, run_dir)
+    feed = MlflowFeed(run, run_dir, watches_system=False)
     if not feed.finish(status="FINISHED", artifacts=final_artifacts(run_dir), values=final_values(summary)):
         return None
     summary |= {"mlflow_run_id": feed.run_id, "mlflow_experiment_id": feed.experiment_id}

@@ -52,7 +52,7 @@ class CheckpointStore:
         self._keep = keep
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write and commit; then drop the oldest beyond `keep`.
+        """Write and commit; then drop the oldest beyond `keep`, and later ones: they were passed over as damaged.
 
         Raises:
             CheckpointError: the storage refused (disk full, no permission); earlier checkpoints stay usable.
@@ -78,7 +78,7 @@ class CheckpointStore:
                 f"the checkpoint of step {checkpoint.step} could not be written to {folder}: {error}; the one before it is "
                 f"untouched. Make room or mend the storage, then start the run again with its name to go on"
             ) from error
-        self._drop_old()
+        self._drop_others(checkpoint.step)
 
     def committed_steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, ascending."""
@@ -92,13 +92,20 @@ class CheckpointStore:
         """Return the newest intact checkpoint; None: there is none. A damaged one is passed over with a warning.
 
         Raises:
-            CheckpointError: it belongs to a run of another identity, or holds something else than tensors.
+            CheckpointError: it belongs to a run of another identity, holds something else than tensors, cannot be reached,
+                or all of them are damaged: beginning anew would throw the journal away.
         """
-        for step in reversed(self.committed_steps()):
+        steps = self.committed_steps()
+        for step in reversed(steps):
             try:
                 return self.load(step, map_location)
             except _DamagedError as error:
                 logger.warning("%s; the checkpoint before it is used", error)
+        if steps:
+            raise CheckpointError(
+                f"all checkpoints in {self._root} are damaged (steps {steps}). Bring one of them back from a copy; or delete "
+                f"the folders to begin this run anew"
+            )
         return None
 
     def load(self, step: int, map_location: torch.device | str = "cpu") -> Checkpoint:
@@ -113,7 +120,7 @@ class CheckpointStore:
             manifest = json.loads(self._read_file(f"{folder}/{_MANIFEST}"))
             content = self._read_file(f"{folder}/{_STATE}")
         except (OSError, ValueError, RecursionError) as error:
-            if self._is_remote and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 # Not damaged, but away: going on from an older one, or from none, would throw work away.
                 raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
             raise _DamagedError(f"the checkpoint {folder} cannot be read: {error}") from error
@@ -138,13 +145,14 @@ class CheckpointStore:
                 f"folder the run goes on from the checkpoint before it"
             ) from error
 
-    def _drop_old(self) -> None:
-        for step in self.committed_steps()[: -self._keep]:
+    def _drop_others(self, newest: int) -> None:
+        steps = self.committed_steps()
+        for step in [s for s in steps if s <= newest][: -self._keep] + [s for s in steps if s > newest]:
             folder = self._folder(step)
             try:
                 self._retried(functools.partial(self._delete, folder), f"deleting {folder}")
             except OSError as error:
-                logger.warning("the old checkpoint %s could not be deleted: %s", folder, error)
+                logger.warning("the checkpoint %s could not be deleted: %s", folder, error)
 
     def _folder(self, step: int) -> str:
         return f"{self._root}/step-{step:08d}"

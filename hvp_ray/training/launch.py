@@ -296,7 +296,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
 
     if world.rank == 0:
         publisher.watch(cluster_numbers, every_seconds=_CLUSTER_NUMBERS_SECONDS)
-    if ray.get(board.read.remote()).fatal is not None:
+    if ray.get(board.read_fatal.remote()) is not None:
         return  # another rank met an error that starting again does not mend; the driver knows
     try:
         summary = train_rank(

@@ -1,5 +1,6 @@
 """A run without Ray: in this process, or one of the processes that torchrun started. Views are rendered inline."""
 
+import dataclasses
 import os
 from datetime import timedelta
 from typing import Any
@@ -8,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from hvp_ray.config import RunConfig, config_to_dict
-from hvp_ray.distributed.world import current_world
+from hvp_ray.distributed.world import current_world, share_from_rank_0
 from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.online_knn import AnswerAtHand
-from hvp_ray.training.preparation import prepare_run
+from hvp_ray.training.preparation import draw_run_name, prepare_run
 from hvp_ray.training.rank import train_rank
 
 
@@ -42,6 +43,9 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
         if device_type == "cuda"
         else torch.device("cpu")
     )
+    if config.run.name is None and world.num_ranks > 1:
+        name = share_from_rank_0(draw_run_name(config), device)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     renderer = "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = open_render_context(config_to_dict(config), renderer)

@@ -176,8 +176,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     )
     identity = identity_digest(parts)
     output = output_location(config)
-    recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
-    name = config.run.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
     commit = _git_commit()
     if is_writer:
@@ -210,6 +209,12 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         tags=tags,
         data_fingerprint=fingerprint,
     )
+
+
+def draw_run_name(config: RunConfig) -> str:
+    """Return a name that no other run has."""
+    recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def local_output(config: RunConfig) -> Path:

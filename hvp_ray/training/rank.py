@@ -22,7 +22,7 @@ import torch
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.order import SampleOrder
-from hvp_ray.distributed.world import World, mean_over_ranks
+from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
@@ -136,6 +136,8 @@ def _train_rank(
         )
     checkpoint = store.load_newest(map_location="cpu")
     first_step = checkpoint.step if checkpoint is not None else 0
+    check_ranks_agree(first_step, device)
+    check_folder_is_shared(job)  # behind a collective: the process that prepares the run has done so
     trainee = build_trainee(config, world, device, checkpoint)
     unreadable = UnreadableLog(
         job.run_dir,
@@ -218,6 +220,41 @@ def _train_rank(
     summary = _report(job, dataset, trainee, feed, knn, summary)
     storage.push(is_final=True)
     return summary
+
+
+def check_folder_is_shared(job: RunJob) -> None:
+    """Check that this process sees the folder that the driver prepared: another node's disk has another one.
+
+    Raises:
+        CheckpointError: it does not; going on would begin at step 0 while others go on from a checkpoint.
+    """
+    if job.run_uri is not None:
+        return
+    try:
+        identity = json.loads((job.run_dir / "config.json").read_text())["run_identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        identity = None
+    if identity != job.run_identity:
+        found = "no config.json" if identity is None else "another run's config.json"
+        raise CheckpointError(
+            f"the trainer on {socket.gethostname()} finds {found} in {job.run_dir}, which the driver made: the nodes do not "
+            f"share this folder. Set run.output to a folder on a disk that all trainers and the driver see, or to a URI "
+            f"(s3://, gs://, ...)"
+        )
+
+
+def check_ranks_agree(first_step: int, device: torch.device) -> None:
+    """Check that all ranks begin at the same step.
+
+    Raises:
+        CheckpointError: on all ranks, where they do not: the ranks do not see the same checkpoints.
+    """
+    steps = gather_over_ranks(torch.tensor([first_step], device=device)).flatten().tolist()
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the trainers would begin at different steps ({steps}, by rank), because they do not see the same checkpoints; "
+            f"set run.output to a folder that all of them share, or to a URI, and start the run again with its name"
+        )
 
 
 def push_on_all_ranks(storage: RunStorage, job: RunJob, device: torch.device) -> None:

@@ -49,6 +49,10 @@ class RunBoard:
         """Ask the trainers to stop at the next step."""
         self._stop = True
 
+    def read_fatal(self) -> str | None:
+        """Return the error that ended the run, if there is one."""
+        return self._content.fatal
+
     def read(self) -> BoardContent:
         """Return what is there; messages are handed out once."""
         content = self._content

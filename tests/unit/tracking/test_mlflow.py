@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,3 +105,41 @@ def test_store_that_does_not_know_the_run_gets_a_new_one(tmp_path: Path) -> None
     assert feed.run_id not in (None, "f" * 32)
     assert [json.loads(state)["run_id"] for state in kept] == [feed.run_id]
     assert feed.numbers()["hvp_ray_mlflow_backlog_records"] == 0.0
+
+
+def test_outage_while_the_run_is_made_leaves_one_run_that_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet_mlflow()
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_dir = tmp_path / "one"
+    _write(run_dir, range(1, 4))
+    log_inputs, log_artifact, outages = mlflow.MlflowClient.log_inputs, mlflow.MlflowClient.log_artifact, []
+
+    def fail_once(call: Callable[..., None]) -> Callable[..., None]:
+        def called(*arguments: Any, **options: Any) -> None:
+            if call not in outages:
+                outages.append(call)
+                raise ConnectionError("the server is away")
+            call(*arguments, **options)
+
+        return called
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", fail_once(log_inputs))
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", fail_once(log_artifact))
+    kept: list[str] = []
+    feed = MlflowFeed(_run(uri), run_dir, keep_state=lambda: kept.append((run_dir / "mlflow.json").read_text()))
+    (run_dir / "a.png").write_bytes(b"png")
+    assert feed.finish(status="FINISHED", artifacts=[run_dir / "a.png"], values={"summary/knn_top1": 0.5})
+    assert len(outages) == 2
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs(["1"])
+    assert [run.info.run_id for run in runs] == [feed.run_id]
+    assert runs[0].info.status == "FINISHED"
+    assert runs[0].data.params["section.129"] == "129"
+    assert len(runs[0].inputs.dataset_inputs) == 1
+    assert feed.run_id is not None
+    assert all(feed.run_id in state for state in kept)
+    assert len(client.get_metric_history(feed.run_id, "summary/knn_top1")) == 1

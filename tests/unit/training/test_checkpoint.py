@@ -194,3 +194,42 @@ def test_digest_sees_names_types_shapes_and_bits() -> None:
     digests = {weights_digest(state) for state in (base, *others)}
     assert len(digests) == 5
     assert weights_digest(dict(reversed(base.items()))) == weights_digest(base)
+
+
+def _damage(root: Path, step: int) -> None:
+    (root / f"step-{step:08d}" / "state.pt").write_bytes(b"not it")
+
+
+def test_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path) -> None:
+    store = _store(tmp_path)
+    for step in (1, 2):
+        store.write(_checkpoint(step))
+        _damage(tmp_path, step)
+    with pytest.raises(CheckpointError, match=r"all checkpoints .* are damaged \(steps \[1, 2\]\)"):
+        store.load_newest()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_new_checkpoint_is_kept_where_later_ones_were_passed_over(tmp_path: Path, keep: int) -> None:
+    for step in (1, 4, 5):
+        _store(tmp_path, keep=3).write(_checkpoint(step))
+    for step in (4, 5):
+        _damage(tmp_path, step)
+    store = _store(tmp_path, keep=keep)
+    store.write(_checkpoint(2))
+    assert store.committed_steps() == [1, 2][-keep:]
+    loaded = store.load_newest()
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def test_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path: Path) -> None:
+    """A folder in the place of the file is an OSError as a disk that stumbles is."""
+    store = _store(tmp_path)
+    for step in (1, 2):
+        store.write(_checkpoint(step))
+    state = tmp_path / "step-00000002" / "state.pt"
+    state.unlink()
+    state.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read now"):
+        store.load_newest()
