@@ -634,8 +634,13 @@ class ClusterConfig:
     gpus_for_knn: float = 0.0
     """Share of a GPU that Ray reserves for the evaluation of `tracking.knn_every_epochs`. 0: it works on a CPU."""
 
+    gpus_per_trainer: float | Literal["auto"] = "auto"
+    """GPUs that Ray reserves for a trainer on cuda. A share below 1 also limits the share of the device's memory that its
+    torch may take. auto: 1, or with renderer dali-gpu and no GPU to spare what the view workers leave of each."""
+
     gpus_per_dali_worker: float = 0.1
-    """Share of a GPU that Ray reserves for a view worker with renderer dali-gpu."""
+    """Share of a GPU that Ray reserves for a view worker with renderer dali-gpu. Ray counts shares, it does not enforce them;
+    DALI has no limit of its own: its memory grows to what the largest batch needs and stays there."""
 
     object_store_mib: int | Literal["auto"] = "auto"
     """Object store of a Ray that we start ourselves. auto: three times the look-ahead, at least 256 MiB."""
@@ -669,6 +674,8 @@ class ClusterConfig:
             "late_seconds",
         ):
             _require(getattr(self, name) >= 0.0, f"cluster.{name}", getattr(self, name), "0 or more")
+        share, allowed = self.gpus_per_trainer, "auto, or above 0 and at most 1"
+        _require(share == "auto" or 0.0 < share <= 1.0, "cluster.gpus_per_trainer", share, allowed)
         _require(self.late_factor >= 1.0, "cluster.late_factor", self.late_factor, "1 or more")
         _require(self.stall_seconds > 0.0, "cluster.stall_seconds", self.stall_seconds, "positive")
         _require(self.max_trainer_failures >= 0, "cluster.max_trainer_failures", self.max_trainer_failures, ">= 0")

@@ -84,8 +84,11 @@ def num_parallel(base: RunConfig, mode: Mode, device: str) -> int:
         workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
         needs = {"CPU": cluster.num_trainers * cluster.cpus_per_trainer + workers * cluster.cpus_per_view_worker}
         if device == "cuda":
-            needs["GPU"] = float(cluster.num_trainers)
-    fits = min(int(resources.get(name, 0.0) / amount) for name, amount in needs.items() if amount > 0)
+            share = 1.0 if cluster.gpus_per_trainer == "auto" else cluster.gpus_per_trainer
+            needs["GPU"] = cluster.num_trainers * share
+            if cluster.renderer == "dali-gpu" and share < 1.0:
+                needs["GPU"] += workers * cluster.gpus_per_dali_worker
+    fits = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount > 0)
     if fits < 1:
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in needs.items())
         raise ConfigError(f"one run of this comparison needs {wanted}, the cluster has {_text(resources)}")

@@ -79,14 +79,19 @@ class _PinnedSlot:
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
+        self._held: list[Tensor] = []
         self.copied = torch.cuda.Event()
 
     def stage(self, host: list[Tensor]) -> list[Tensor]:
-        """Copy into pinned memory, after the last copy out of it has ended."""
+        """Copy into pinned memory, after the last copy out of it has ended; what is pinned already is only held."""
         self.copied.synchronize()
+        self._held = [tensor for tensor in host if tensor.is_pinned()]  # rendered by DALI in this process
         staged = []
         for index, tensor in enumerate(host):
-            if index == len(self._buffers):
+            if tensor.is_pinned():
+                staged.append(tensor)
+                continue
+            while index >= len(self._buffers):
                 self._buffers.append(torch.empty(0, dtype=torch.uint8, pin_memory=True))
             if self._buffers[index].numel() < tensor.numel():
                 self._buffers[index] = torch.empty(tensor.numel(), dtype=torch.uint8, pin_memory=True)

@@ -152,6 +152,7 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any
             "board": board,
             "knn": knn,
             "device": placement.device,
+            "gpu_share": placement.trainer_resources.get("GPU", 1.0),
             "spilled_before": spilled_bytes(),
         },
         torch_config=TorchConfig(timeout_s=1800),
@@ -264,6 +265,8 @@ def _trainer_main(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.training.torch_threads)
     cv2.setNumThreads(1)
     device = ray.train.torch.get_device() if settings["device"] == "cuda" else torch.device("cpu")
+    if device.type == "cuda" and settings["gpu_share"] < 1.0:
+        torch.cuda.set_per_process_memory_fraction(settings["gpu_share"], device)  # the rest is the neighbours'
     hand_over = DeviceHandOver(device)
     publisher = MetricsPublisher(TRAINER_METRICS, {"run": job.run_name, "rank": str(world.rank)})
 

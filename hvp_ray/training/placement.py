@@ -4,6 +4,7 @@ A node says what it is for by a Ray resource: `view` (so many view workers may b
 `ray start --resources '{"view": 4}'` sets it. Where no node says anything, everything may be anywhere.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from hvp_ray.errors import ConfigError
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 MAX_AUTO_WORKERS = 64
+AUTO_DALI_WORKERS_PER_GPU = 2
+"""One works on the host (unpacking JPEG, filling the object store) while the other has the device."""
+
+_LEAST_TRAINER_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +49,7 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     renderer: RendererName = "cpu" if cluster.renderer == "auto" else cluster.renderer
     if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0:
         raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
-    trainer = {"CPU": cluster.cpus_per_trainer} | ({"GPU": 1.0} if device == "cuda" else {})
+    trainer = {"CPU": cluster.cpus_per_trainer}
     worker = {"CPU": cluster.cpus_per_view_worker}
     if renderer == "dali-gpu":
         worker["GPU"] = cluster.gpus_per_dali_worker
@@ -53,10 +58,13 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
         _check_trainers(config, total)
     if _uses_label(config, VIEW_LABEL, total):
         worker[VIEW_LABEL] = 1.0
+    num_view_workers = _decide_num_view_workers(config, total, free, worker)
+    if device == "cuda":
+        trainer["GPU"] = _decide_gpu_share(config, total.get("GPU", 0.0), num_view_workers * worker.get("GPU", 0.0))
     return Placement(
         renderer=renderer,
         device=device,
-        num_view_workers=_decide_num_view_workers(config, total, free, labelled=VIEW_LABEL in worker),
+        num_view_workers=num_view_workers,
         trainer_resources=trainer,
         view_worker_resources=worker,
     )
@@ -90,10 +98,40 @@ def _check_trainers(config: RunConfig, total: Mapping[str, float]) -> None:
         )
 
 
+def _decide_gpu_share(config: RunConfig, gpus: float, gpus_of_workers: float) -> float:
+    """Return the GPUs of one trainer: a device of its own, or its share of one that view workers use too."""
+    cluster = config.cluster
+    needed = cluster.min_trainers or cluster.num_trainers
+    others = gpus_of_workers + (cluster.gpus_for_knn if config.tracking.knn_every_epochs else 0.0)
+    share: float
+    if cluster.gpus_per_trainer != "auto":
+        share = cluster.gpus_per_trainer
+    elif needed + others <= gpus:
+        share = 1.0
+    else:
+        per_worker = cluster.gpus_per_dali_worker
+        workers_beside_one = math.ceil(round(gpus_of_workers / per_worker) / gpus) if gpus_of_workers else 0
+        share = round(1.0 - workers_beside_one * per_worker - (others - gpus_of_workers), 3)
+    is_enough = cluster.gpus_per_trainer != "auto" or share >= _LEAST_TRAINER_SHARE
+    if not (is_enough and needed * share + others <= gpus + 1e-6) and cluster.placement != "labels":
+        raise ConfigError(
+            f"the cluster has {gpus:g} GPU(s); view workers of renderer dali-gpu and the k-NN need {others:g} of them, which "
+            f"leaves too little for {needed} trainer(s) of cluster.gpus_per_trainer={cluster.gpus_per_trainer}; lower that, "
+            f"cluster.gpus_per_dali_worker or cluster.num_view_workers, or add GPUs"
+        )
+    if cluster.num_trainers > 1 and share <= 0.5:
+        raise ConfigError(
+            f"{cluster.num_trainers} trainers with {share:g} of a GPU each: two could land on one, which nccl refuses; "
+            f"with several trainers cluster.gpus_per_trainer must be above 0.5"
+        )
+    return share
+
+
 def _decide_num_view_workers(
-    config: RunConfig, total: Mapping[str, float], free: Mapping[str, float], *, labelled: bool
+    config: RunConfig, total: Mapping[str, float], free: Mapping[str, float], worker: Mapping[str, float]
 ) -> int:
     cluster, wanted = config.cluster, config.cluster.num_view_workers
+    labelled = VIEW_LABEL in worker
     if cluster.placement == "labels" and wanted != "auto":
         return wanted  # nodes may be added for them (autoscaling)
     # auto takes what is free now; an explicit number is judged by what the cluster has.
@@ -103,6 +141,8 @@ def _decide_num_view_workers(
     room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
     if labelled:
         room = min(room, int(resources.get(VIEW_LABEL, 0.0)))
+    if wanted == "auto" and "GPU" in worker:
+        room = min(room, AUTO_DALI_WORKERS_PER_GPU * max(1, int(resources.get("GPU", 0.0))))
     if room < (1 if wanted == "auto" else wanted):
         labels = f" and {resources.get(VIEW_LABEL, 0.0):g} free `{VIEW_LABEL}`" if labelled else ""
         raise ConfigError(

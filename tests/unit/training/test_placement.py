@@ -40,8 +40,38 @@ def test_a_gpu_node_may_do_both() -> None:
     config = _config(renderer="dali-gpu", num_view_workers=2, gpus_per_dali_worker=0.2)
     placement = _place(config, CPU=8, GPU=1, view=2, trainer=1)
     assert placement.device == "cuda"
-    assert placement.trainer_resources == {"CPU": 1.0, "GPU": 1.0, "trainer": 1.0}
+    assert placement.trainer_resources == {"CPU": 1.0, "GPU": 0.6, "trainer": 1.0}
     assert placement.view_worker_resources == {"CPU": 1.0, "GPU": 0.2, "view": 1.0}
+
+
+def test_trainers_leave_view_workers_their_share_of_each_gpu() -> None:
+    def share(gpus: int, trainers: int, workers: int | str, **cluster: Any) -> float:
+        config = _config(num_trainers=trainers, num_view_workers=workers, renderer="dali-gpu", **cluster)
+        return _place(config, CPU=64, GPU=gpus).trainer_resources["GPU"]
+
+    assert share(2, 1, 3) == 1.0  # a GPU to spare
+    assert share(1, 1, 3) == pytest.approx(0.7)
+    assert share(1, 1, "auto") == pytest.approx(0.8)
+    assert share(2, 2, 3) == pytest.approx(0.8)  # two beside one of them
+    assert share(1, 1, 2, gpus_per_trainer=0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("cluster", "says"),
+    [
+        ({"num_view_workers": 10}, "too little for 1 trainer"),
+        ({"num_view_workers": 2, "gpus_per_trainer": 0.9}, "too little for 1 trainer"),
+        ({"num_view_workers": 2, "gpus_per_trainer": 0.4, "num_trainers": 2}, "needs 2 GPU"),
+    ],
+)
+def test_gpus_that_do_not_suffice_for_trainers_and_view_workers_are_said(cluster: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        _place(_config(renderer="dali-gpu", device="cuda", **cluster), CPU=64, GPU=1)
+
+
+def test_several_trainers_never_share_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="nccl refuses"):
+        _place(_config(num_trainers=2, num_view_workers=2, gpus_per_trainer=0.5), CPU=64, GPU=2)
 
 
 def test_anywhere_ignores_labels() -> None:
