@@ -8,9 +8,9 @@
 #   sbatch cluster/slurm.sh simsiam-imagenet-r50-100ep --run.name NAME --data.source FOLDER ...
 #
 # What follows the file's name are the arguments of pipelines/pretrain.py. Submit the same line again to go on after a
-# time limit or a failure: a run with a name resumes. Sizes of the groups: the lines below.
+# time limit or a failure: a run with a name resumes. Sizes of the groups: the lines below. HVP_DEVICE=cpu trains without GPUs.
 #SBATCH --job-name=hvp_ray
-#SBATCH --output=runs/slurm-%j.log
+#SBATCH --output=slurm-%j.log
 #SBATCH --signal=B:TERM@120
 #SBATCH --nodes=1 --ntasks-per-node=1 --cpus-per-task=16 --gpus-per-node=1
 #SBATCH hetjob
@@ -25,6 +25,7 @@ views_per_train_node=${HVP_VIEWS_PER_TRAIN_NODE:-0}
 port=$((20000 + SLURM_JOB_ID % 10000)) # nodes may be shared with other jobs
 train_cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_0:?} view_cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_1:?}
 mapfile -t train_nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:?expected a heterogeneous job}")
+mapfile -t view_nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_1:?expected a heterogeneous job}")
 head_node=${train_nodes[0]}
 # Of the network that the nodes share; name it by HVP_HEAD_IP where the host's name means another.
 head_ip=${HVP_HEAD_IP:-$(hostname --ip-address | cut -d ' ' -f 1)}
@@ -77,8 +78,13 @@ srun --het-group=1 --cpus-per-task="$view_cpus" bash -c "$keep_running" node \
     ray start --address="$head_ip:$port" --num-cpus="$view_cpus" --resources="{\"view\": $view_cpus}" "${common[@]}" &
 nodes+=($!)
 
-# The driver runs on the head's node, in this script; it waits for nodes that are still to come.
-RAY_ADDRESS=$head_ip:$port python pipelines/pretrain.py "$@" --cluster.placement labels &
+# The driver runs on the head's node, in this script. With numbers and a device that are named it waits for nodes that are
+# still to come. What stands in the arguments counts for more: the last one of an option is taken.
+recipe=${1:?usage: sbatch cluster/slurm.sh RECIPE [--section.field VALUE ...]}
+shift
+RAY_ADDRESS=$head_ip:$port python pipelines/pretrain.py "$recipe" --cluster.placement labels \
+    --cluster.device "${HVP_DEVICE:-cuda}" --cluster.num_trainers $((trainers_per_node * ${#train_nodes[@]})) \
+    --cluster.num_view_workers $((view_cpus * ${#view_nodes[@]} + views_per_train_node * ${#train_nodes[@]})) "$@" &
 driver=$!
 status=0
 wait "$driver" || status=$?

@@ -3,18 +3,33 @@
 #
 #   HVP_HEAD            host name of the head (default: head)
 #   HVP_SLOTS           how many view workers or trainers the node takes (default: 1)
-#   HVP_CPUS            CPUs that it offers, where they are not as many as the slots
+#   HVP_CPUS            CPUs that it offers (default: one for each slot, of both kinds)
 #   HVP_STORE_BYTES     its object store (default: 500 MB; must fit into /dev/shm)
 #   HVP_METRICS_PORT    where Prometheus reads (default: 8080; no authentication, see docs/operations.md)
 #   RAY_NODE_IP         the node's own address, where it has several
-#   HVP_DASHBOARD_HOST  address on which the head answers to `ray job submit` (default: all of the container's)
+#   HVP_DASHBOARD_HOST  address on which the head answers to `ray job submit` (default: 127.0.0.1)
+#   RAY_AUTH_TOKEN_PATH file with the token, the same on all nodes (default: ~/.ray/auth_token)
+#
+# Further arguments go to `ray start`. Without a token nothing is started: Ray would take jobs from anybody.
 #
 # A node that loses the head ends; who started it (compose, Kubernetes, systemd) starts it again, and it joins anew.
 set -euo pipefail
 role=${1:?role: head, views, trainers or both}
+shift
 slots=${HVP_SLOTS:-1}
 store=${HVP_STORE_BYTES:-500000000}
 head=${HVP_HEAD:-head}
+cpus=${HVP_CPUS:-$slots}
+
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
+export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+export RAY_USAGE_STATS_REPORT_URL=${RAY_USAGE_STATS_REPORT_URL:-http://127.0.0.1:9/}
+token=${RAY_AUTH_TOKEN_PATH:-${HOME:-}/.ray/auth_token}
+if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$token" ]; then
+    echo "start_node.sh: no token in $token: make one on one machine, (umask 077; RAY_AUTH_MODE=token ray get-auth-token" \
+        "--generate), and copy it to ~/.ray/auth_token on every node and to whoever submits" >&2
+    exit 2
+fi
 
 common=(--block --disable-usage-stats --object-store-memory="$store" --metrics-export-port="${HVP_METRICS_PORT:-8080}")
 if [ -n "${RAY_NODE_IP:-}" ]; then common+=(--node-ip-address="$RAY_NODE_IP"); fi
@@ -24,14 +39,17 @@ head)
     export RAY_health_check_period_ms=${RAY_health_check_period_ms:-1000}
     export RAY_health_check_timeout_ms=${RAY_health_check_timeout_ms:-3000}
     export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-5}
-    exec ray start --head --port=6379 --dashboard-host="${HVP_DASHBOARD_HOST:-0.0.0.0}" --num-cpus=0 "${common[@]}"
+    exec ray start --head --port=6379 --dashboard-host="${HVP_DASHBOARD_HOST:-127.0.0.1}" --num-cpus=0 "${common[@]}" "$@"
     ;;
 views)    resources="{\"view\": $slots}" ;;
 trainers) resources="{\"trainer\": $slots}" ;;
-both)     resources="{\"view\": $slots, \"trainer\": $slots}" ;;
+both)
+    resources="{\"view\": $slots, \"trainer\": $slots}"
+    cpus=${HVP_CPUS:-$((2 * slots))}
+    ;;
 *)
     echo "start_node.sh: unknown role $role; expected head, views, trainers or both" >&2
     exit 2
     ;;
 esac
-exec ray start --address="$head:6379" --num-cpus="${HVP_CPUS:-$slots}" --resources="$resources" "${common[@]}"
+exec ray start --address="$head:6379" --num-cpus="$cpus" --resources="$resources" "${common[@]}" "$@"

@@ -1,5 +1,8 @@
 """Bytes in flight against the object store, and what the store really spilled."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -22,6 +25,40 @@ def batch_bytes(config: RunConfig) -> int:
 def look_ahead_bytes(config: RunConfig) -> int:
     """Return the bytes that all trainers can have under way at once: the look-ahead and the batch in use."""
     return config.cluster.num_trainers * (config.cluster.batches_in_flight + 1) * batch_bytes(config)
+
+
+def store_for_look_ahead(
+    config: RunConfig,
+    nodes: Sequence[Mapping[str, Any]],
+    trainer: Mapping[str, float],
+    view_worker: Mapping[str, float],
+) -> float:
+    """Return the bytes of object store that the look-ahead of all trainers can use.
+
+    A batch lies on the node that rendered it, and a copy of it on the node of its trainer. So the nodes of view workers
+    have to hold it together, and a node of trainers that of as many trainers as may be there.
+
+    Args:
+        config: the run.
+        nodes: `ray.nodes()`.
+        trainer: resource -> amount that one trainer reserves.
+        view_worker: the same of a view worker.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    stores = [resources.get("object_store_memory", 0.0) for resources in alive]
+    of_views = [s for s, node in zip(stores, alive, strict=True) if _room(node, view_worker) >= 1]
+    of_trainers = []
+    for store, node in zip(stores, alive, strict=True):
+        count = min(_room(node, trainer), config.cluster.num_trainers)
+        if count >= 1:
+            of_trainers.append(store / count * config.cluster.num_trainers)
+    # Nodes that are still to come are not looked at; where there is none yet, what is there has to do.
+    return min([*of_trainers, sum(of_views) if of_views else sum(stores)])
+
+
+def _room(node: Mapping[str, float], needed: Mapping[str, float]) -> int:
+    """Return how many processes of these needs a node can take."""
+    return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0.0), default=1)
 
 
 def check_store(config: RunConfig, store_bytes: float) -> None:

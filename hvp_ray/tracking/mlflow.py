@@ -84,7 +84,7 @@ class MlflowFeed:
         self._state_path = run_dir / STATE_FILE
         known = _read_state(run_dir)
         same_server = known.get("run", {}).get("uri") == run.uri
-        ids = {name: known[name] for name in ("run_id", "experiment_id", "described") if name in known}
+        ids: dict[str, Any] = {name: known[name] for name in ("run_id", "experiment_id", "described") if name in known}
         self._state: dict[str, Any] = {"run": asdict(run), **(ids if same_server else {}), "complete": False}
         _write_state(self._state_path, self._state)
         self._journals = [

@@ -25,16 +25,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.distributed.world import current_world
-from hvp_ray.errors import HvpRayError, StageError, TrainingError
+from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.logs import set_up_logging
 from hvp_ray.stream.batches import BatchStream, RequestOf
-from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes
+from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes, store_for_look_ahead
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.training.placement import Placement, decide_placement
+from hvp_ray.training.placement import Placement, decide_placement, lacks_a_label
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.5
 _STOP_PATIENCE_SECONDS = 60.0
 _CLUSTER_NUMBERS_SECONDS = 10.0
+_JOIN_SECONDS = 60.0
+_OTHER_LABEL_SECONDS = 10.0
+_SILENCE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,8 +90,9 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     is_ours = not ray.is_initialized()
     joined = _connect(config)
     try:
-        placement = decide_placement(config, ray.cluster_resources(), ray.available_resources())
-        check_store(config, ray.cluster_resources().get("object_store_memory", 0.0))
+        placement = _place(config, may_wait=joined, say=watchers.show_message)
+        needs = placement.trainer_resources, placement.view_worker_resources
+        check_store(config, store_for_look_ahead(config, ray.nodes(), *needs))
         job = prepare_run(config, renderer=placement.renderer, device=placement.device)
         watchers.announce(
             Announcement(
@@ -129,6 +133,28 @@ def _connect(config: RunConfig) -> bool:
         **quiet,
     )
     return False
+
+
+def _place(config: RunConfig, *, may_wait: bool, say: Callable[[str], None]) -> Placement:
+    """Fit the run to the cluster; nodes of a cluster that was joined may be on their way, and are waited for a while."""
+    started = time.monotonic()
+    told = False
+    while True:
+        total = ray.cluster_resources()
+        waited = time.monotonic() - started
+        try:
+            placement = decide_placement(config, total, ray.available_resources())
+            if not may_wait or waited > _OTHER_LABEL_SECONDS or not lacks_a_label(config, total):
+                return placement
+            reason = "nodes of one label are there, and none of the other"
+        except ConfigError as error:
+            if not may_wait or waited > _JOIN_SECONDS:
+                raise
+            reason = str(error)
+        if not told:
+            say(f"waiting for nodes to join, {_JOIN_SECONDS:.0f} s at most: {reason}")
+            told = True
+        time.sleep(1.0)
 
 
 def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any]:
@@ -180,7 +206,7 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     thread.start()
     try:
-        return _watch(board, thread, outcome, watchers)
+        return _watch(board, thread, outcome, watchers, placement)
     finally:
         pool.close()
         if knn is not None:
@@ -189,9 +215,16 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any
             delete_folder(ray_train)
 
 
-def _watch(board: Any, thread: threading.Thread, outcome: dict[str, Exception], watchers: Watchers) -> dict[str, Any]:
+def _watch(
+    board: Any,
+    thread: threading.Thread,
+    outcome: dict[str, Exception],
+    watchers: Watchers,
+    placement: Placement,
+) -> dict[str, Any]:
     """Show what the board says until the trainers have ended."""
     stop = _StopSignal()
+    silence = _Silence(placement)
     shown: Progress | None = None
     with stop:
         while True:
@@ -202,6 +235,8 @@ def _watch(board: Any, thread: threading.Thread, outcome: dict[str, Exception], 
             if content.progress is not None and content.progress != shown:
                 shown = content.progress
                 watchers.show_progress(shown)
+                silence.end(is_last=shown.steps_done >= shown.num_steps)
+            silence.mention(watchers.show_message)
             if content.fatal is not None:
                 raise TrainingError(content.fatal)
             if stop.asked and not stop.passed_on:
@@ -224,6 +259,34 @@ def _watch(board: Any, thread: threading.Thread, outcome: dict[str, Exception], 
             f"from the last checkpoint. The last failure:\n{error}"
         ) from error
     raise StageError("the trainers ended without a summary; see Ray's logs")
+
+
+class _Silence:
+    """Says after a while without a step what may be missing: Ray waits for room without a word."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+        self._since = time.monotonic()
+        self._patience_seconds = _SILENCE_SECONDS
+
+    def end(self, *, is_last: bool) -> None:
+        """Note that a step was done."""
+        self._since = time.monotonic()
+        self._patience_seconds = float("inf") if is_last else _SILENCE_SECONDS
+
+    def mention(self, say: Callable[[str], None]) -> None:
+        """Speak where it is time, and then less and less often."""
+        seconds = time.monotonic() - self._since
+        if seconds < self._patience_seconds:
+            return
+        self._patience_seconds = 2.0 * seconds
+        free = {name: amount for name, amount in ray.available_resources().items() if not name.startswith("node:")}
+        for name in ("memory", "object_store_memory"):
+            free.pop(name, None)
+        say(
+            f"no step was done for {seconds:.0f} s. If trainers wait for room (`ray status`): each needs "
+            f"{self._placement.trainer_resources}, free are {free}"
+        )
 
 
 class _StopSignal:

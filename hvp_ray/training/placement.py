@@ -47,7 +47,7 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     cluster = config.cluster
     device = _decide_device(config, total.get("GPU", 0.0))
     renderer: RendererName = "cpu" if cluster.renderer == "auto" else cluster.renderer
-    if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0:
+    if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0 and cluster.placement != "labels":
         raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
     trainer = {"CPU": cluster.cpus_per_trainer}
     worker = {"CPU": cluster.cpus_per_view_worker}
@@ -56,6 +56,12 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     if _uses_label(config, TRAINER_LABEL, total):
         trainer[TRAINER_LABEL] = 1.0
         _check_trainers(config, total)
+    elif cluster.min_trainers is not None and _num_nodes(total) > 1:
+        raise ConfigError(
+            f"cluster.min_trainers={cluster.min_trainers} on a cluster of several nodes needs nodes labelled "
+            f"`{TRAINER_LABEL}` (ray start --resources '{{\"{TRAINER_LABEL}\": 1}}'): without them Ray takes CPUs that view workers use for "
+            f"free, and waits for trainers that never fit"
+        )
     if _uses_label(config, VIEW_LABEL, total):
         worker[VIEW_LABEL] = 1.0
     num_view_workers = _decide_num_view_workers(config, total, free, worker)
@@ -70,6 +76,17 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     )
 
 
+def _num_nodes(total: Mapping[str, float]) -> int:
+    """Return how many nodes there are: each has a resource of its own, named by its address."""
+    return sum(name.startswith("node:") and not name.startswith("node:__") for name in total)
+
+
+def lacks_a_label(config: RunConfig, total: Mapping[str, float]) -> bool:
+    """Tell whether nodes of one label are there and none of the other: the others may be about to join."""
+    there = [total.get(label, 0.0) > 0.0 for label in (VIEW_LABEL, TRAINER_LABEL)]
+    return config.cluster.placement == "auto" and any(there) and not all(there)
+
+
 def _uses_label(config: RunConfig, label: str, total: Mapping[str, float]) -> bool:
     placement = config.cluster.placement
     return placement == "labels" or (placement == "auto" and total.get(label, 0.0) > 0.0)
@@ -79,9 +96,14 @@ def _decide_device(config: RunConfig, gpus: float) -> str:
     cluster = config.cluster
     needed = cluster.min_trainers or cluster.num_trainers
     device = cluster.device
+    if device == "auto" and cluster.placement == "labels":
+        raise ConfigError(
+            "cluster.placement=labels may wait for nodes that do not exist yet, so auto cannot tell what they will have; "
+            "set cluster.device to cuda or cpu"
+        )
     if device == "auto":
         device = "cuda" if gpus >= needed else "cpu"
-    if device == "cuda" and gpus < needed:
+    if device == "cuda" and gpus < needed and cluster.placement != "labels":
         raise ConfigError(f"cluster.device=cuda needs {needed} GPU(s), the cluster has {gpus:g}")
     if config.training.compile and device != "cuda":
         raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
@@ -106,7 +128,7 @@ def _decide_gpu_share(config: RunConfig, gpus: float, gpus_of_workers: float) ->
     share: float
     if cluster.gpus_per_trainer != "auto":
         share = cluster.gpus_per_trainer
-    elif needed + others <= gpus:
+    elif needed + others <= gpus or gpus < needed:  # fewer are there with placement=labels only: they are to come
         share = 1.0
     else:
         per_worker = cluster.gpus_per_dali_worker

@@ -46,12 +46,13 @@ class Head:
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.port}",
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
-        start = [BIN / "ray", "start", "--head", "--block", "--num-cpus=3", "--node-ip-address=127.0.0.1"]
+        start = [ROOT / "cluster" / "start_node.sh", "head", "--num-cpus=3", "--node-ip-address=127.0.0.1"]
         self._agent_port = _free_port()
         start += [
             f"--dashboard-agent-listen-port={self._agent_port}",
             f"--port={_free_port()}",
             f"--dashboard-port={self.port}",
+            f"--metrics-export-port={_free_port()}",
             "--object-store-memory=200000000",
         ]
         with (folder / "head.log").open("wb") as log:
@@ -138,3 +139,12 @@ def test_dashboard_answers_nobody_without_a_token_and_no_foreign_address(head: H
         assert head.status(path) == 401, path
     assert head.status("/api/jobs/", with_token=True) == 200
     assert head.status("/api/jobs/", with_token=True, host="127.0.0.2") is None  # not bound there: loopback's name only
+
+
+def test_node_without_a_token_is_not_started(tmp_path: Path) -> None:
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    for role in ("head", "views"):
+        command = [str(ROOT / "cluster" / "start_node.sh"), role]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "no token in" in done.stderr

@@ -493,6 +493,7 @@ def test_slurm_script_starts_every_group_and_passes_the_exit_status_on(tmp_path:
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST_HET_GROUP_0": "first,second",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "third,fourth",
         "SLURM_CPUS_PER_TASK_HET_GROUP_0": "4",
         "SLURM_CPUS_PER_TASK_HET_GROUP_1": "8",
     }
@@ -510,8 +511,9 @@ def test_slurm_script_starts_every_group_and_passes_the_exit_status_on(tmp_path:
     assert sum("--head" in line for line in starts) == 1
     assert sum('"view": 8' in line for line in starts) == 1
     (driver,) = [line for line in lines if line.startswith("python")]
-    assert (
-        driver == "python 192.0.2.1:20007 pipelines/pretrain.py simsiam-digits --run.name x --cluster.placement labels"
+    assert driver == (
+        "python 192.0.2.1:20007 pipelines/pretrain.py simsiam-digits --cluster.placement labels --cluster.device cuda "
+        "--cluster.num_trainers 2 --cluster.num_view_workers 16 --run.name x"
     )
     assert not any("mode=600" not in line and "token" in line for line in lines)
     assert list((tmp_path / "runs").iterdir()) == []  # the token is gone

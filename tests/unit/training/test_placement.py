@@ -8,7 +8,7 @@ import pytest
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.placement import Placement, decide_placement
+from hvp_ray.training.placement import Placement, decide_placement, lacks_a_label
 
 RECIPE = get_recipe("simsiam-digits")
 
@@ -81,9 +81,31 @@ def test_anywhere_ignores_labels() -> None:
 
 
 def test_labels_wait_for_nodes_that_are_to_come() -> None:
-    placement = _place(_config(placement="labels", num_view_workers=16, num_trainers=2), CPU=0)
+    named = {"placement": "labels", "num_view_workers": 16, "num_trainers": 2}
+    placement = _place(_config(device="cpu", **named), CPU=0)
     assert placement.num_view_workers == 16
     assert placement.trainer_resources["trainer"] == 1.0
+    placement = _place(_config(device="cuda", renderer="dali-gpu", **named), CPU=8, GPU=1)
+    assert placement.device == "cuda"
+    assert placement.trainer_resources["GPU"] == 1.0
+    with pytest.raises(ConfigError, match="auto cannot tell"):
+        _place(_config(**named), CPU=8, GPU=1)
+
+
+def test_one_label_without_the_other_may_be_a_cluster_that_is_coming_up() -> None:
+    assert lacks_a_label(_config(), {"view": 2.0})
+    assert lacks_a_label(_config(), {"trainer": 2.0})
+    assert not lacks_a_label(_config(), {"view": 2.0, "trainer": 1.0})
+    assert not lacks_a_label(_config(), {"CPU": 2.0})
+    assert not lacks_a_label(_config(placement="anywhere"), {"view": 2.0})
+
+
+def test_elastic_training_on_several_nodes_needs_labels() -> None:
+    config = _config(num_trainers=2, min_trainers=1, num_view_workers=2)
+    nodes = {"node:10.0.0.1": 1.0, "node:__internal_head__": 1.0}
+    assert decide_placement(config, {"CPU": 8.0, **nodes}, {"CPU": 8.0}).num_view_workers == 2
+    with pytest.raises(ConfigError, match="needs nodes labelled `trainer`"):
+        decide_placement(config, {"CPU": 8.0, "node:10.0.0.2": 1.0, **nodes}, {"CPU": 8.0})
 
 
 @pytest.mark.parametrize(
