@@ -91,7 +91,8 @@ refused "the database from a view node" "${compose[@]}" exec -T views python -c 
     "import socket; socket.create_connection(('database', 5432), timeout=5)"
 
 # ---- runs -------------------------------------------------------------------------------------------------------------
-short=(--training.epochs "$epochs" --training.checkpoint_every_steps 100 --cluster.num_view_workers 2)
+short=(--training.epochs "$epochs" --training.checkpoint_every_steps 100 --cluster.num_view_workers 2
+    --tracking.log_every_steps 1)
 say "ray job submit -- python pipelines/pretrain.py, from a client container"
 client ray job submit -- python pipelines/pretrain.py > /tmp/compose_check.literal 2>&1 ||
     fail "the literal job ended with an error (/tmp/compose_check.literal)"

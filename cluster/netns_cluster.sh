@@ -24,6 +24,7 @@ mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 id=n$$
 switch=$id-sw
+declare -A supervisors=()
 declare -A address=([head]=10.77.0.1 [trainer]=10.77.0.2 [views]=10.77.0.3)
 
 export PATH=$bin:$PATH
@@ -48,7 +49,7 @@ kill_host() { # everything on a host at once, as if its plug were pulled
 
 clean_up() {
     for host in head trainer views; do
-        kill_host $host
+        stop_host $host # the supervisor first, or it would start the node again
         ip netns del "$(namespace $host)" 2> /dev/null || true
         rm -rf "/etc/netns/$(namespace $host)"
     done
@@ -95,8 +96,8 @@ start_host() { # host, role, slots: a supervisor that starts the node again when
 }
 
 stop_host() {
-    kill -9 "${supervisors[$1]}" 2> /dev/null || true
-    wait "${supervisors[$1]}" 2> /dev/null || true
+    kill -9 "${supervisors[$1]:-}" 2> /dev/null || true
+    wait "${supervisors[$1]:-}" 2> /dev/null || true
     kill_host "$1"
 }
 
@@ -104,6 +105,7 @@ submit() { # run name
     on head RAY_API_SERVER_ADDRESS="http://${address[head]}:8265" ray job submit -- \
         python pipelines/pretrain.py simsiam-digits --run.name "$1" --run.output "$folder/runs" --tracking.uri none \
         --training.epochs "$epochs" --training.checkpoint_every_steps 50 --cluster.num_view_workers 2 \
+        --tracking.log_every_steps 1 \
         --cluster.late_seconds 5 > "$folder/$1.log" 2>&1
 }
 
@@ -125,7 +127,6 @@ event() {
     echo "netns_cluster: step $(steps_done disturbed): $1"
 }
 
-declare -A supervisors
 cd "$repository"
 make_network
 start_host head head 0

@@ -59,8 +59,8 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     elif cluster.min_trainers is not None and _num_nodes(total) > 1:
         raise ConfigError(
             f"cluster.min_trainers={cluster.min_trainers} on a cluster of several nodes needs nodes labelled "
-            f"`{TRAINER_LABEL}` (ray start --resources '{{\"{TRAINER_LABEL}\": 1}}'): without them Ray takes CPUs that view workers use for "
-            f"free, and waits for trainers that never fit"
+            f"`{TRAINER_LABEL}` (ray start --resources '{{\"{TRAINER_LABEL}\": 1}}'): without them Ray "
+            f"counts CPUs that view workers use as free, and waits for trainers that never fit"
         )
     if _uses_label(config, VIEW_LABEL, total):
         worker[VIEW_LABEL] = 1.0
