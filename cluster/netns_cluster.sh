@@ -109,7 +109,7 @@ submit() { # run name
         --cluster.late_seconds 5 > "$folder/$1.log" 2>&1
 }
 
-steps_done() { wc -l < "$folder/runs/$1/metrics.jsonl" 2> /dev/null || echo 0; }
+steps_done() { { wc -l < "$folder/runs/$1/metrics.jsonl"; } 2> /dev/null || echo 0; }
 
 wait_for_step() { # run name, step
     local deadline=$((SECONDS + 240))
