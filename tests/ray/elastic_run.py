@@ -29,11 +29,16 @@ NUM_STEPS = 500
 
 
 def elastic_config(output: Path) -> Any:
-    """Two trainers at most, one at least, checkpoints every 20 steps."""
+    """Two trainers at most, one at least, checkpoints every 20 steps.
+
+    Random views and a low learning rate, so that sums in another order do not grow: losses tell the images of each step.
+    """
     return tiny_config(
         str(output),
         run={"name": "elastic"},
         training={"num_steps": NUM_STEPS, "checkpoint_every_steps": 20},
+        selection={"rule": "first"},
+        optimizer={"learning_rate_per_256": 1e-5},
         cluster={"num_trainers": 2, "min_trainers": 1, "resize_check_seconds": 5.0, "num_view_workers": 1},
     )
 

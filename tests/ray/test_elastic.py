@@ -28,14 +28,16 @@ def test_trainers_become_fewer_and_more_and_every_step_is_done_once(tmp_path: Pa
     records = list(read_journal(tmp_path / "elastic" / "metrics.jsonl"))
     assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
 
+    num_compared = min(result["attempts"][-1]["step"] + 20, 150)
     config = elastic_config(tmp_path)
     alone = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name="alone"),
-        training=dataclasses.replace(config.training, num_steps=60),
+        training=dataclasses.replace(config.training, num_steps=num_compared),
         cluster=dataclasses.replace(config.cluster, num_trainers=1, min_trainers=None),
     )
     assert pretrain_in_process(alone) is not None
     expected = [r["metrics"]["train/loss"] for r in read_journal(tmp_path / "alone" / "metrics.jsonl")]
-    losses = [record["metrics"]["train/loss"] for record in records[:60]]
-    assert np.allclose(losses, expected, atol=2e-3), np.abs(np.array(losses) - expected).max()
+    losses = [record["metrics"]["train/loss"] for record in records[:num_compared]]
+    assert np.allclose(losses, expected, atol=1e-3), np.abs(np.array(losses) - expected).max()
+    assert np.std(expected) > 1e-2  # steps on other images would be seen
