@@ -1,21 +1,25 @@
 """What a hard step costs in random steps, measured and by operation count, for every method.
 
-python benchmarks/step.py [--recipes NAME ...] [--images N] [--repeats N] [--json FILE]
+python benchmarks/step.py [--recipes NAME ...] [--images N] [--scoring-px N ...] [--compile] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
-(hardest-224) or at a lower one (hardest-112). Both are the real step on the real network with made-up pixels; rendering is
-not part of it. On a CPU the time is CPU time of one thread, which other load on the machine distorts little; on a GPU it is
-the device's own clock. The steps take turns, and medians are reported.
+(hardest-224) or at lower ones (hardest-112). Both are the real step on the real network with made-up pixels; rendering is
+not part of it. On a CPU the time is CPU time of one thread, which other load on the machine distorts little, and the steps
+take turns; on a GPU it is the device's own clock, and one setting follows the other, each with a network of its own (so that
+compiled code is that of one resolution, as in a run, and the peak of memory is that of one setting). Medians are reported.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import gc
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
@@ -30,7 +34,7 @@ from hvp_ray.recipes import get_recipe
 from hvp_ray.training.imaginary import made_up_batch
 from hvp_ray.training.operations import count_operations
 from hvp_ray.training.setup import build_trainee
-from hvp_ray.training.step import train_step
+from hvp_ray.training.step import Trainee, train_step
 
 RECIPES = (
     "simsiam-imagenet-r50-100ep",
@@ -44,18 +48,17 @@ def noise(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=dtype)
 
 
-def settings_of(config: RunConfig) -> dict[str, RunConfig]:
-    """The settings that are compared, by name."""
+def settings_of(config: RunConfig, scoring_px: list[int] | None = None) -> dict[str, RunConfig]:
+    """The settings that are compared, by name; hard steps score at full and half resolution, or as `scoring_px` says."""
 
     def with_selection(**changes: object) -> RunConfig:
         return dataclasses.replace(config, selection=dataclasses.replace(config.selection, every=1, **changes))
 
     size_px = config.views.global_views.size_px
-    return {
-        "random": with_selection(rule="first", limit=None),
-        f"hardest-{size_px}": with_selection(rule="hardest"),
-        f"hardest-{size_px // 2}": with_selection(rule="hardest", scoring_resolution_px=size_px // 2),
-    }
+    settings = {"random": with_selection(rule="first", limit=None)}
+    for px in scoring_px or [size_px, size_px // 2]:
+        settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
+    return settings
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -71,39 +74,122 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.process_time() - start
 
 
-def measure(recipe: str, images: int, repeats: int, device: torch.device) -> list[dict[str, object]]:
-    config = get_recipe(recipe)
-    precision = config.training.precision if device.type == "cuda" else "float32"
-    training = dataclasses.replace(config.training, images_per_step=images, precision=precision)
-    config = dataclasses.replace(config, training=training)
-    settings = settings_of(config)
-    trainee = build_trainee(config, World(), device, None)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A step of one setting."""
+
+    seconds: list[float]
+    peak_bytes: int | None
+    """Of the device's memory; None on a CPU."""
+
+
+def prepare_step(trainee: Trainee, setting: RunConfig) -> Callable[[], object]:
+    """Return the step of a setting on a batch that is on the device already."""
+    batch = made_up_batch(setting, noise)
+    local_pixels = None if batch.local_pixels is None else batch.local_pixels.to(trainee.device)
+    batch = dataclasses.replace(batch, global_pixels=batch.global_pixels.to(trainee.device), local_pixels=local_pixels)
+    return lambda: train_step(trainee, batch, setting)
+
+
+def measure_by_turns(settings: dict[str, RunConfig], repeats: int) -> dict[str, Measured]:
+    """On a CPU."""
+    device = torch.device("cpu")
+    trainee = build_trainee(next(iter(settings.values())), World(), device, None)
     trainee.method.train()
-    steps = {}
-    for name, setting in settings.items():
-        batch = made_up_batch(setting, noise)
-        local_pixels = None if batch.local_pixels is None else batch.local_pixels.to(device)
-        on_device = dataclasses.replace(batch, global_pixels=batch.global_pixels.to(device), local_pixels=local_pixels)
-        steps[name] = lambda batch=on_device, setting=setting: train_step(trainee, batch, setting)
+    steps = {name: prepare_step(trainee, setting) for name, setting in settings.items()}
     for step in steps.values():
         step()  # memory, kernels and the optimizer's state are made once
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             seconds[name].append(seconds_of(step, device))
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    results = []
+    return {name: Measured(values, None) for name, values in seconds.items()}
+
+
+def measure_alone(setting: RunConfig, repeats: int, device: torch.device, lock: Path | None) -> Measured:
+    """On a GPU, with a network of its own."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    trainee = build_trainee(setting, World(), device, None)
+    trainee.method.train()
+    step = prepare_step(trainee, setting)
+    step()  # compiles
+    with exclusive(lock):
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        seconds = [seconds_of(step, device) for _ in range(repeats)]
+        return Measured(seconds, torch.cuda.max_memory_allocated())
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path | None) -> Iterator[None]:
+    """Have the device alone among the processes that name the same file, so that another one may compile meanwhile."""
+    if lock is None:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def measure(
+    recipe: str,
+    images: int,
+    repeats: int,
+    device: torch.device,
+    *,
+    scoring_px: list[int] | None = None,
+    compiled: bool = False,
+    lock: Path | None = None,
+) -> Iterator[list[dict[str, object]]]:
+    """Yield the numbers of each setting of a recipe, the random step first."""
+    config = get_recipe(recipe)
+    precision = config.training.precision if device.type == "cuda" else "float32"
+    training = dataclasses.replace(
+        config.training, images_per_step=images, precision=precision, compile=compiled, accumulation_steps=1
+    )
+    config = dataclasses.replace(config, training=training)
+    settings = settings_of(config, scoring_px)
+    by_turns = measure_by_turns(settings, repeats) if device.type == "cpu" else None
+    random_seconds = 0.0
     prefix = f"step.{config.method.name}.{config.method.backbone.name}.{config.views.global_views.size_px}"
-    context = {"recipe": recipe, "images": images, "repeats": repeats, "precision": precision}
+    context = {
+        "recipe": recipe,
+        "images": images,
+        "repeats": repeats,
+        "precision": precision,
+        "compiled": compiled,
+        "views": f"{config.selection.num_candidate_views}+{config.selection.num_local_views or 0}",
+    }
     for name, setting in settings.items():
-        model_ratio = 1.0 if name == "random" else count_operations(setting).ratio
-        for quantity, value, unit in (
-            ("seconds", median[name], "s"),
-            ("ratio", median[name] / median["random"], "random steps"),
-            ("model_ratio", model_ratio, "random steps"),
-        ):
-            results.append({"name": f"{prefix}.{name}.{quantity}", "value": value, "unit": unit, **context})
-    return results
+        measured = by_turns[name] if by_turns else measure_alone(setting, repeats, device, lock)
+        seconds = statistics.median(measured.seconds)
+        if name == "random":
+            random_seconds = seconds
+        spread = {"seconds_least": min(measured.seconds), "seconds_most": max(measured.seconds)}
+        values = [
+            ("seconds", seconds, "s"),
+            ("ratio", seconds / random_seconds, "random steps"),
+            ("model_ratio", 1.0 if name == "random" else counted_ratio(setting), "random steps"),
+        ]
+        if measured.peak_bytes is not None:
+            values += [
+                ("images_per_second", images / seconds, "images/s"),
+                ("peak_memory_gib", measured.peak_bytes / 2**30, "GiB"),
+            ]
+        yield [
+            {"name": f"{prefix}.{name}.{quantity}", "value": value, "unit": unit} | context | spread
+            for quantity, value, unit in values
+        ]
+
+
+def counted_ratio(setting: RunConfig) -> float:
+    """Operations of the step in those of a random one; they hardly depend on how many images a step has."""
+    few = dataclasses.replace(setting.training, images_per_step=4, compile=False)
+    return count_operations(dataclasses.replace(setting, training=few)).ratio
 
 
 def count_cross_entropies(repeats: int) -> list[dict[str, object]]:
@@ -144,30 +230,55 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--images", type=int, default=4, help="images per step")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write one JSON object a line")
+    parser.add_argument(
+        "--scoring-px", nargs="+", type=int, help="resolutions of hard steps' scoring (default: full, half)"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile; GPUs only")
+    parser.add_argument("--lock", type=Path, help="time a step only while no other process holds this file")
+    parser.add_argument("--json", type=Path, help="write one JSON object a line, each as soon as it is measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.compile and device.type == "cpu":
+        parser.error("--compile works on GPUs only, and there is none")
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     print(
         f"{time.strftime('%Y-%m-%d')}, {device.type} ({hardware}), torch {torch.__version__}, {options.images} images a step"
     )
-    print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}")
-    results = []
-    for recipe in options.recipes:
-        measured = measure(recipe, options.images, options.repeats, device)
-        results += measured
-        for seconds, ratio, model in zip(measured[0::3], measured[1::3], measured[2::3], strict=True):
-            name = str(seconds["name"]).removeprefix("step.").removesuffix(".seconds")
-            print(f"{name:<52}{seconds['value']:>10.3f}{ratio['value']:>8.2f}{model['value']:>8.2f}", flush=True)
-    terms = count_cross_entropies(options.repeats)
-    results += terms
-    for term in terms:
-        print(f"{term['name']:<52}{term['value']:>10.4g} {term['unit']}")
-    if options.json is not None:
-        context = {"date": time.strftime("%Y-%m-%d"), "device": hardware, "torch": torch.__version__}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text("".join(json.dumps(result | context) + "\n" for result in results))
+    print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}{'GiB':>8}")
+    context = {"date": time.strftime("%Y-%m-%d"), "device": hardware, "torch": torch.__version__}
+    with contextlib.ExitStack() as stack:
+        file = None
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(options.json.open("w"))
+
+        def keep(results: list[dict[str, object]]) -> None:
+            if file is not None:
+                file.write("".join(json.dumps(result | context) + "\n" for result in results))
+                file.flush()
+
+        for recipe in options.recipes:
+            numbers = measure(
+                recipe,
+                options.images,
+                options.repeats,
+                device,
+                scoring_px=options.scoring_px,
+                compiled=options.compile,
+                lock=options.lock,
+            )
+            for results in numbers:
+                keep(results)
+                name = str(results[0]["name"]).removeprefix("step.").removesuffix(".seconds")
+                values = [result["value"] for result in results]
+                peak = f"{values[4]:>8.1f}" if len(values) > 4 else ""
+                print(f"{name:<52}{values[0]:>10.4f}{values[1]:>8.2f}{values[2]:>8.2f}{peak}", flush=True)
+        if device.type == "cpu":
+            terms = count_cross_entropies(options.repeats)
+            keep(terms)
+            for term in terms:
+                print(f"{term['name']:<52}{term['value']:>10.4g} {term['unit']}")
     return 0
 
 

@@ -17,6 +17,7 @@ from hvp_ray.views import color
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer, blur, render_view, resize
 from tests.helpers import encode, groups_of_recipes, photograph_like
+from tests.torchvision_views import channels_first, torchvision_view
 
 KINDS = ("photograph", "gradient", "checkerboard", "grey", "one_px_wide", "black", "white")
 
@@ -39,10 +40,6 @@ def _image(kind: str, generator: np.random.Generator) -> NDArray[np.uint8]:
     return np.full((120, 160, 3), 255, np.uint8)
 
 
-def _chw(pixels: NDArray[np.uint8]) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-
-
 def _hwc(tensor: torch.Tensor) -> NDArray[np.float64]:
     return tensor.permute(1, 2, 0).numpy().astype(np.float64)
 
@@ -55,7 +52,7 @@ def test_resize_equals_torchvision_bit_for_bit(generator: np.random.Generator, k
     top, left, h, w = height // 5, width // 7, height // 2, max(1, width // 2)
     crop = np.ascontiguousarray(image[top : top + h, left : left + w])
     mode = F.InterpolationMode(interpolation)
-    expected = F.resized_crop(_chw(image), top, left, h, w, [64, 64], interpolation=mode, antialias=True)
+    expected = F.resized_crop(channels_first(image), top, left, h, w, [64, 64], interpolation=mode, antialias=True)
     assert np.array_equal(resize(crop, 64, interpolation), _hwc(expected))
 
 
@@ -75,9 +72,9 @@ def test_color_operation_is_torchvisions_to_half_a_level(generator: np.random.Ge
     image = _image(kind, generator)
     for factor in factors:
         rendered = color.round_to_levels(ours(image.astype(np.float32), factor)).astype(np.float64)
-        exact = _hwc(theirs(_chw(image).float() / 255, factor)) * 255
+        exact = _hwc(theirs(channels_first(image).float() / 255, factor)) * 255
         assert np.abs(rendered - exact).max() <= 0.51
-        truncated = _hwc(theirs(_chw(image), factor))
+        truncated = _hwc(theirs(channels_first(image), factor))
         assert np.abs(rendered - truncated).max() <= (2 if name == "contrast" else 1)
 
 
@@ -86,7 +83,7 @@ def test_color_operation_is_torchvisions_to_half_a_level(generator: np.random.Ge
 def test_blur_is_torchvisions_to_one_level(generator: np.random.Generator, sigma_px: float, kernel_px: int) -> None:
     image = photograph_like(generator, 64, 64)
     ours = blur(image, sigma_px, TransformConfig(blur_kernel_px=kernel_px)).astype(np.float64)
-    theirs = _hwc(F.gaussian_blur(_chw(image), [kernel_px, kernel_px], [sigma_px, sigma_px]))
+    theirs = _hwc(F.gaussian_blur(channels_first(image), [kernel_px, kernel_px], [sigma_px, sigma_px]))
     difference = np.abs(ours - theirs)
     assert difference.max() <= 1
     assert difference.mean() < 0.01
@@ -94,35 +91,7 @@ def test_blur_is_torchvisions_to_one_level(generator: np.random.Generator, sigma
 
 def test_solarize_and_flip_are_torchvisions(generator: np.random.Generator) -> None:
     image = photograph_like(generator, 40, 50)
-    assert np.array_equal(color.solarize(image), _hwc(F.solarize(_chw(image), 128)))
-
-
-def _torchvision_view(image: NDArray[np.uint8], plan: ViewPlan, v: int, b: int, group: ViewGroupConfig) -> torch.Tensor:
-    """The same plan rendered by torchvision on float tensors, rounded once; blur on uint8 as there."""
-    transform, p = group.transform_of(v), plan.view(v, b)
-    size = [group.size_px, group.size_px]
-    mode = F.InterpolationMode(transform.interpolation)
-    box = (p["top"], p["left"], p["height"], p["width"])
-    view = F.resized_crop(_chw(image), *box, size, interpolation=mode, antialias=True).float() / 255
-    for operation in p["jitter_order"] if p["jitter"] else []:
-        match operation:
-            case 0:
-                view = F.adjust_brightness(view, p["brightness"])
-            case 1:
-                view = F.adjust_contrast(view, p["contrast"])
-            case 2:
-                view = F.adjust_saturation(view, p["saturation"])
-            case 3:
-                view = F.adjust_hue(view, p["hue_turns"])
-    if p["grayscale"]:
-        view = F.rgb_to_grayscale(view, 3)
-    view = (view * 255).round().to(torch.uint8)
-    if p["blur_sigma_px"] > 0:
-        kernel = [transform.blur_kernel_px] * 2
-        view = F.gaussian_blur(view, kernel, [p["blur_sigma_px"]] * 2)
-    if p["solarize"]:
-        view = F.solarize(view, 128)
-    return F.horizontal_flip(view) if p["flip"] else view
+    assert np.array_equal(color.solarize(image), _hwc(F.solarize(channels_first(image), 128)))
 
 
 CHAINS = groups_of_recipes() | {
@@ -153,7 +122,7 @@ def test_whole_chain_is_torchvisions(generator: np.random.Generator, chain: str,
     for v in range(2):
         for b in range(12):
             ours = render_view(image, plan, v, b, group).astype(np.float64)
-            theirs = _hwc(_torchvision_view(image, plan, v, b, group))
+            theirs = _hwc(torchvision_view(image, plan, v, b, group))
             difference = np.abs(ours - theirs)
             solarized = plan.solarize[v, b]  # a value beside the threshold may fall on its other side
             assert np.quantile(difference, 0.995) <= 1

@@ -1,0 +1,103 @@
+"""(a) Pixels of DALI on a GPU against DALI on a CPU, the CPU renderer and torchvision, in uint8 levels.
+
+Operations are compared on the same pixels (photographs encoded losslessly), so that they are seen without the decoder;
+decoding is a row of its own, and the chains are compared both ways.
+"""
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gpu.check import CHAINS, MAX_IMAGE_PIXELS, Check, Photographs, Result, Results, as_png, load_photographs
+from hvp_ray.config import ViewGroupConfig, ViewsConfig
+from hvp_ray.data.decode import decode_rgb
+from hvp_ray.recipes import get_recipe
+from hvp_ray.records import ViewPlan
+from hvp_ray.views.render_cpu import CpuRenderer
+from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
+from tests.helpers import NEUTRAL
+from tests.torchvision_views import torchvision_view
+
+_ONLY_JITTER = {"jitter_probability": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue_turns": 0.0}
+OPERATIONS: dict[str, dict[str, object]] = {
+    "crop and resize, bilinear": {},
+    "crop and resize, bicubic": {"interpolation": "bicubic"},
+    "flip": {"flip_probability": 1.0},
+    "brightness": _ONLY_JITTER | {"brightness": 0.4},
+    "contrast": _ONLY_JITTER | {"contrast": 0.4},
+    "saturation": _ONLY_JITTER | {"saturation": 0.4},
+    "hue": _ONLY_JITTER | {"hue_turns": 0.1},
+    "grey": {"grayscale_probability": 1.0},
+    "blur, 9 px": {"blur_probability": 1.0},
+    "blur, 23 px": {"blur_probability": 1.0, "blur_kernel_px": 23},
+    "solarize": {"solarize_probability": 1.0},
+}
+Pixels = NDArray[np.uint8]
+
+
+def run(check: Check) -> Results:
+    """Compare."""
+    count, size_px = check.amount(32, 3), check.amount(224, 48)
+    photographs = load_photographs(check.data, count)
+    decoded = [decode_rgb(image, max_pixels=MAX_IMAGE_PIXELS) for image in photographs.images]
+    lossless = Photographs(images=[as_png(pixels) for pixels in decoded], sizes=photographs.sizes)
+    yield from _compare_decoding(check, photographs, decoded)
+    for name, changes in OPERATIONS.items():
+        group = ViewGroupConfig(size_px=size_px, even=dataclasses.replace(NEUTRAL, **changes))
+        yield from _compare(check, name, lossless, decoded, group)
+    for chain, recipe in CHAINS.items():
+        views = get_recipe(recipe).views
+        groups = {"": views.global_views} | ({", local views": views.local_views} if views.local_views else {})
+        for suffix, group in groups.items():
+            yield from _compare(check, f"chain of {chain}{suffix}", lossless, decoded, group)
+            yield from _compare(check, f"chain of {chain}{suffix}, from JPEG", photographs, decoded, group)
+
+
+def _compare_decoding(check: Check, photographs: Photographs, decoded: list[Pixels]) -> Results:
+    views = ViewsConfig(global_views=ViewGroupConfig(size_px=32), evaluation_resize_px=32)
+    renderer = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS)
+    tensors = renderer.decode([np.frombuffer(image, np.uint8) for image in photographs.images])
+    ours = [_on_host(tensor) for tensor in tensors]
+    yield from _differences("decoding", "cpu", ours, decoded)
+
+
+def _on_host(tensor: object) -> Pixels:
+    return np.asarray(tensor.as_cpu() if hasattr(tensor, "as_cpu") else tensor)
+
+
+def _compare(
+    check: Check, name: str, photographs: Photographs, decoded: list[Pixels], group: ViewGroupConfig
+) -> Results:
+    """Compare two views of each photograph."""
+    views = ViewsConfig(global_views=group, evaluation_resize_px=group.size_px)
+    plan = photographs.plan(group, 2)
+    ours = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS)
+    pixels = ours.render(photographs.images, plan).global_pixels
+    twin = DaliRenderer(
+        views, name="dali-cpu", max_image_pixels=MAX_IMAGE_PIXELS, execution=DaliExecution(num_threads=8)
+    )
+    yield from _differences(name, "dali-cpu", [pixels], [twin.render(photographs.images, plan).global_pixels])
+    cpu = CpuRenderer(views, max_image_pixels=MAX_IMAGE_PIXELS).render(photographs.images, plan)
+    yield from _differences(name, "cpu", [pixels], [cpu.global_pixels])
+    yield from _differences(name, "torchvision", [pixels], [_by_torchvision(decoded, plan, group)])
+
+
+def _by_torchvision(decoded: list[Pixels], plan: ViewPlan, group: ViewGroupConfig) -> Pixels:
+    return np.stack(
+        [
+            np.stack([torchvision_view(image, plan, v, b, group).permute(1, 2, 0) for b, image in enumerate(decoded)])
+            for v in range(plan.num_views)
+        ]
+    )
+
+
+def _differences(name: str, against: str, ours: list[Pixels], theirs: list[Pixels]) -> Results:
+    difference = np.concatenate([np.abs(a.astype(np.int16) - b).reshape(-1) for a, b in zip(ours, theirs, strict=True)])
+
+    def result(quantity: str, value: float, unit: str) -> Result:
+        return {"name": f"parity.{name}.{against}.{quantity}", "value": value, "unit": unit}
+
+    yield result("mean", float(difference.mean()), "levels")
+    yield result("worst", float(difference.max()), "levels")
+    yield result("above_8", 100 * float((difference > 8).mean()), "%")
