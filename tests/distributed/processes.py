@@ -1,4 +1,4 @@
-"""Start ranks as processes with gloo on loopback."""
+"""Start ranks as processes that meet on loopback, with gloo or nccl."""
 
 import socket
 import traceback
@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> list[Any]:
+def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, backend: str = "gloo") -> list[Any]:
     """Call function(rank, num_ranks, *arguments) on every rank; return the results in the order of ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -18,7 +18,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> 
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [
-        context.Process(target=_rank_main, args=(rank, num_ranks, port, function, arguments, queue))
+        context.Process(target=_rank_main, args=(rank, num_ranks, port, backend, function, arguments, queue))
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -32,9 +32,13 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any) -> 
     return [results[rank] for rank in range(num_ranks)]
 
 
-def _rank_main(rank: int, num_ranks: int, port: int, function: Callable[..., Any], arguments: Any, queue: Any) -> None:
+def _rank_main(
+    rank: int, num_ranks: int, port: int, backend: str, function: Callable[..., Any], arguments: Any, queue: Any
+) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
     try:
         queue.put((rank, function(rank, num_ranks, *arguments)))
     except BaseException:

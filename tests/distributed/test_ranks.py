@@ -24,6 +24,7 @@ pytestmark = pytest.mark.distributed
 
 METHODS = ("simsiam", "simclr", "dino", "ibot")
 IMAGES = 12
+CPU = torch.device("cpu")
 
 
 def _method(name: str, ranks: Ranks) -> Method:
@@ -36,15 +37,19 @@ def _method(name: str, ranks: Ranks) -> Method:
     return build_method(dataclasses.replace(config, backbone=backbone), ranks).train()
 
 
-def _candidates(name: str) -> tuple[ViewTensors, Candidates]:
+def _candidates(name: str, device: torch.device = CPU) -> tuple[ViewTensors, Candidates]:
     """The candidates of the global batch."""
     generator = torch.Generator().manual_seed(1)
+
+    def draw(num_views: int, size_px: int) -> torch.Tensor:
+        return torch.randn(num_views, IMAGES, 3, size_px, size_px, generator=generator).to(device)
+
     if name not in ("dino", "ibot"):
-        return ViewTensors(global_views=torch.randn(3, IMAGES, 3, 8, 8, generator=generator)), Candidates(num_views=3)
-    masks = torch.rand(4, IMAGES, 4, 4, generator=generator) < 0.3
+        return ViewTensors(global_views=draw(3, 8)), Candidates(num_views=3)
+    masks = torch.rand(4, IMAGES, 4, 4, generator=generator).to(device) < 0.3
     views = ViewTensors(
-        global_views=torch.randn(4, IMAGES, 3, 16, 16, generator=generator),
-        local_views=torch.randn(3, IMAGES, 3, 8, 8, generator=generator),
+        global_views=draw(4, 16),
+        local_views=draw(3, 8),
         masks=masks if name == "ibot" else None,
     )
     return views, Candidates(num_views=4, num_local_views=3, num_chosen_local_views=2, alternating=True)
@@ -58,18 +63,20 @@ def _part(views: ViewTensors, images: slice, num_views: int | None = None) -> Vi
     )
 
 
-def _two_updates(rank: int, num_ranks: int) -> dict[str, dict[str, Any]]:
+def two_updates(rank: int, num_ranks: int, device_type: str = "cpu") -> dict[str, dict[str, Any]]:
     """Of each method: scores, the losses of two updates, the gradients of the last one, and the state."""
-    return {name: _two_updates_of(name, rank, num_ranks) for name in METHODS}
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
+    return {name: two_updates_of(name, rank, num_ranks, device) for name in METHODS}
 
 
-def _two_updates_of(name: str, rank: int, num_ranks: int) -> dict[str, Any]:
-    world, device = World(rank=rank, num_ranks=num_ranks), torch.device("cpu")
+def two_updates_of(name: str, rank: int, num_ranks: int, device: torch.device = CPU) -> dict[str, Any]:
+    world = World(rank=rank, num_ranks=num_ranks)
     method = synchronize_batch_norm(_method(name, Ranks(rank=rank, gather=gather_over_ranks)), world, device)
     assert isinstance(method, Method)
+    method = method.to(device)
     wrapped = wrap_for_training(method, world, device)
     images = slice(rank * IMAGES // num_ranks, (rank + 1) * IMAGES // num_ranks)
-    views, candidates = _candidates(name)
+    views, candidates = _candidates(name, device)
     scores = score_views(method.score, _part(views, images), candidates, module=method, batch_norm="batch")
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
@@ -86,18 +93,21 @@ def _two_updates_of(name: str, rank: int, num_ranks: int) -> dict[str, Any]:
         method.after_update({key: mean_over_ranks(value) for key, value in result.statistics.items()})
     return {
         "losses": losses,
-        "scores": scores.pairs_BP.numpy(),
-        "local scores": None if scores.locals_BPL is None else scores.locals_BPL.numpy(),
-        "gradients": {key: p.grad.numpy() for key, p in method.named_parameters() if p.grad is not None},
-        "state": {key: value.numpy() for key, value in method.state_dict().items()},
+        "scores": scores.pairs_BP.cpu().numpy(),
+        "local scores": None if scores.locals_BPL is None else scores.locals_BPL.cpu().numpy(),
+        "gradients": {key: p.grad.cpu().numpy() for key, p in method.named_parameters() if p.grad is not None},
+        "state": {key: value.cpu().numpy() for key, value in method.state_dict().items()},
     }
 
 
 @pytest.mark.parametrize(("num_ranks", "tolerance"), [(2, 2e-5), (3, 5e-5)])
 def test_ranks_equal_one_rank_in_value_and_gradient(num_ranks: int, tolerance: float) -> None:
-    ranks = run_ranks(_two_updates, num_ranks)
+    check_ranks_equal_one(run_ranks(two_updates, num_ranks), CPU, tolerance)
+
+
+def check_ranks_equal_one(ranks: list[dict[str, dict[str, Any]]], device: torch.device, tolerance: float) -> None:
     for name in METHODS:
-        single, first = _two_updates_of(name, 0, 1), ranks[0][name]
+        single, first = two_updates_of(name, 0, 1, device), ranks[0][name]
         np.testing.assert_allclose(first["losses"], single["losses"], atol=tolerance)
         for kind in ("scores", "local scores"):
             if single[kind] is not None:

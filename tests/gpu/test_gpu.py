@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu-check` runs these; without a GPU they are skipped."""
+"""What only a GPU can show. `make gpu-check` runs these too; without a GPU they are skipped."""
 
 import dataclasses
 import math
@@ -44,6 +44,30 @@ def test_dali_on_the_gpu_agrees_with_the_cpu_renderer(generator: np.random.Gener
     difference = np.abs(cpu.astype(int) - gpu)
     assert difference.mean() < 1.5  # nvJPEG decodes chroma otherwise than libjpeg-turbo
     assert (difference > 8).mean() < 0.01
+
+
+def test_views_come_from_the_gpu_in_pinned_memory_and_stay_what_they_are(generator: np.random.Generator) -> None:
+    from hvp_ray.views.render_dali import DaliRenderer
+
+    views = views_config(64, TransformConfig())
+    sizes = np.array([(200, 150)] * 8, np.int32)
+    images = [encode(photograph_like(generator, 200, 150), "JPEG", quality=92) for _ in sizes]
+    renderer = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8)
+
+    def render(epoch: int) -> np.ndarray:
+        plan = draw_plan(
+            seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=epoch, sample_ids=np.arange(8), heights=sizes[:, 0].copy(),
+            widths=sizes[:, 1].copy(), num_views=4, group=views.global_views,
+        )  # fmt: skip
+        return renderer.render(images, plan).global_pixels
+
+    first = render(0)
+    kept = first.copy()
+    assert torch.from_numpy(first).is_pinned()
+    later = [render(epoch) for epoch in range(1, 4)]
+    assert np.array_equal(first, kept)
+    assert not np.array_equal(first, later[0])
+    assert np.array_equal(first, render(0))
 
 
 def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Path) -> None:
