@@ -52,7 +52,7 @@ ui: setup
 		--backend-store-uri sqlite:///$(abspath $(UI_STORE))
 
 gpu-check: setup
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu_check.py $(if $(DATA),--data $(DATA))
 
 lock:
 	$(BIN)/uv pip compile pyproject.toml --group dev --python-version 3.11 --universal --no-emit-index-url \

@@ -8,14 +8,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from hvp_ray.config import TransformConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.randomness import Purpose
+from hvp_ray.recipes import get_recipe
 from hvp_ray.records import ViewPlan
+from hvp_ray.views import render_dali
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
-from hvp_ray.views.render_dali import DaliRenderer
+from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
 from tests.helpers import NEUTRAL, encode, groups_of_recipes, photograph_like, views_config
 from tests.unit.data import bombs
 
@@ -141,3 +144,33 @@ def test_jpegs_beyond_the_limits_never_come_to_dali(generator: np.random.Generat
     assert "65500 x 65500 px is more than data.max_image_pixels" in rendered.failures[2]
     assert "scans" in rendered.failures[3]
     assert rendered.global_pixels[:, 0].any()
+
+
+@pytest.mark.parametrize("recipe", ["simsiam-imagenet-r50-100ep", "dino-imagenet-vits16-100ep"])
+def test_graphs_for_a_gpu_are_defined_without_one(recipe: str) -> None:
+    """As far as DALI goes: every operation takes its inputs on the device; only the driver is missing."""
+    group = get_recipe(recipe).views.global_views
+    (kind,) = render_dali._kinds_of_views(group, 4)
+    assert kind.view_indices == [0, 1, 2, 3]
+    execution = DaliExecution()
+    definitions = [
+        render_dali._define_decode(execution, on_gpu=True),
+        render_dali._define_views(group.size_px, kind, execution, on_gpu=True),
+    ]
+    for define in definitions:
+        pipeline = define(batch_size=8, num_threads=1, device_id=0, prefetch_queue_depth=1, exec_dynamic=True)
+        pipeline._build_graph()
+        assert [output.device for output in pipeline._graph_outputs] == ["gpu"]
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="CUDA is not available"):
+                pipeline.build()
+
+
+def test_views_of_other_kernels_are_a_graph_of_their_own(generator: np.random.Generator) -> None:
+    even = TransformConfig(blur_probability=1.0, blur_kernel_px=5)
+    group = ViewGroupConfig(size_px=32, even=even, odd=dataclasses.replace(even, blur_kernel_px=9))
+    views = ViewsConfig(global_views=group, evaluation_resize_px=32)
+    assert [kind.view_indices for kind in render_dali._kinds_of_views(group, 3)] == [[0, 2], [1]]
+    images, sizes = _batch(generator, 4)
+    difference = _differences(views, images, _plan(views, sizes, num_views=3))
+    assert difference.mean() < 0.5
