@@ -11,9 +11,11 @@ over as a bitmap, so that odd images have the same pixels with every renderer, a
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -38,6 +40,7 @@ except ImportError as error:  # pragma: no cover (the package is a dependency on
     ) from error
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _ARGUMENTS = (
     "start",
@@ -64,8 +67,11 @@ _END_OF_JPEG = b"\xff\xd9"
 class DaliExecution:
     """How DALI does its work; no pixel depends on it but those that the hardware's JPEG decoder decodes."""
 
+    num_lanes: int = 1
+    """A batch is done in so many parts side by side, each by graphs and a host thread of its own: while one has the device,
+    another unpacks JPEGs or prepares launches."""
     num_threads: int = 1
-    """Host threads: of all operations on a CPU; on a GPU of the host's part of decoding."""
+    """Host threads of a lane: of all operations on a CPU; on a GPU of the host's part of decoding."""
     hw_decoder_load: float = 0.65
     """On a GPU: share of the JPEGs that its hardware decoder takes, where it has one. 0: kernels decode all."""
     concurrency: OperatorConcurrency | None = None
@@ -92,8 +98,11 @@ class DaliRenderer:
         self._views = views
         self._max_image_pixels = max_image_pixels
         self._execution = execution or DaliExecution()
-        self._device_id = device_id if name == "dali-gpu" else None
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._on_gpu = name == "dali-gpu"
+        self._lanes = [
+            _Lane(self._execution, device_id if self._on_gpu else None) for _ in range(self._execution.num_lanes)
+        ]
+        self._host_threads = ThreadPoolExecutor(len(self._lanes), thread_name_prefix="dali")
 
     def render(
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
@@ -111,7 +120,8 @@ class DaliRenderer:
             outputs = self._run(encoded, global_plan, local_plan, failures)
         except RuntimeError as error:
             logger.warning("DALI refused a batch (%s); decoding it on the host", str(error).splitlines()[0])
-            self._graphs.clear()  # a graph that has raised cannot go on
+            for lane in self._lanes:
+                lane.graphs.clear()  # a graph that has raised cannot go on
             for index, image in enumerate(images):
                 if index not in failures:
                     try:
@@ -146,27 +156,79 @@ class DaliRenderer:
         return outputs
 
     def decode(self, encoded: list[NDArray[np.uint8]]) -> list[Any]:
-        """Return the decoded images [H, W, 3] as DALI tensors on the device; they are gone with the next decode."""
-        graph = self._graph("decode", len(encoded), lambda: _define_decode(self._execution, on_gpu=self._on_gpu))
-        (decoded,) = graph.run({"images": encoded})
-        return list(decoded)
+        """Return the decoded images [H, W, 3] as DALI tensors on the device."""
+        parts = self._in_lanes(len(encoded), lambda lane, images: lane.decode(encoded[images]))
+        return [image for part in parts for image in part]
 
     def render_decoded(
         self, decoded: list[Any], plan: ViewPlan, group: ViewGroupConfig, failures: dict[int, str] | None = None
     ) -> NDArray[np.uint8]:
         """Render all views of a group, [V, B, S, S, 3], of what `decode` returned; failed images are zeros."""
         host = _HostPixels((plan.num_views, len(decoded), group.size_px, group.size_px, 3), pinned=self._on_gpu)
-        for kind in _kinds_of_views(group, plan.num_views):
-            samples = len(kind.view_indices) * len(decoded)
-            # Smaller transforms are a graph of their own, because the two are constants of a graph.
-            key = (group.size_px, kind.interpolation, kind.blur_kernel_px, len(kind.view_indices))
-            graph = self._graph(key, samples, partial(self._define_views, group.size_px, kind))
-            inputs = _arguments(plan, kind.view_indices, failures or {})
-            (rendered,) = graph.run({"images": decoded * len(kind.view_indices), **inputs})
-            host.take(kind.view_indices, rendered)
+        arguments = _arguments(plan, failures or {})
+
+        def render(lane: "_Lane", images: slice) -> None:
+            lane.render(
+                decoded[images], {name: of_all[:, images] for name, of_all in arguments.items()}, group, images, host
+            )
+
+        self._in_lanes(len(decoded), render)
         pixels = host.wait()
         pixels[:, list(failures or {})] = 0
         return pixels
+
+    def _in_lanes(self, num_images: int, work: "Callable[[_Lane, slice], _T]") -> list[_T]:
+        """Do a part of the batch in each lane; return when all have ended, with the results in the order of the images."""
+        num_lanes = min(len(self._lanes), num_images)
+        bounds = [num_images * lane // num_lanes for lane in range(num_lanes + 1)]
+        parts = [slice(start, end) for start, end in pairwise(bounds)]
+        if num_lanes == 1:
+            return [work(self._lanes[0], parts[0])]
+        futures = [self._host_threads.submit(work, lane, part) for lane, part in zip(self._lanes, parts, strict=False)]
+        wait(futures)
+        return [future.result() for future in futures]
+
+
+class _Lane:
+    """Graphs that one host thread runs, kept for the largest batch so far."""
+
+    def __init__(self, execution: DaliExecution, device_id: int | None) -> None:
+        self._execution = execution
+        self._device_id = device_id
+        self.graphs: dict[Hashable, _Graph] = {}
+
+    def decode(self, encoded: list[NDArray[np.uint8]]) -> list[Any]:
+        """See `DaliRenderer.decode`."""
+        graph = self._graph("decode", len(encoded), lambda: _define_decode(self._execution, on_gpu=self._on_gpu))
+        (decoded,) = graph.run({"images": encoded})
+        return list(decoded)
+
+    def render(
+        self,
+        decoded: list[Any],
+        arguments: dict[str, NDArray[Any]],
+        group: ViewGroupConfig,
+        images: slice,
+        host: "_HostPixels",
+    ) -> None:
+        """Render the views of some images of a batch and start their copy to the host.
+
+        Args:
+            decoded: the images.
+            arguments: name -> [V, len(decoded), ...].
+            group: what is rendered.
+            images: which images of the batch these are.
+            host: where the pixels go.
+        """
+        num_views = len(arguments["flip"])
+        for kind in _kinds_of_views(group, num_views):
+            samples = len(kind.view_indices) * len(decoded)
+            key = (group.size_px, kind.interpolation, kind.blur_kernel_px, len(kind.view_indices))
+            graph = self._graph(key, samples, partial(self._define_views, group.size_px, kind))
+            inputs = {name: of_views[kind.view_indices] for name, of_views in arguments.items()}
+            flat = {name: values.reshape(samples, *values.shape[2:]) for name, values in inputs.items()}
+            (rendered,) = graph.run({"images": decoded * len(kind.view_indices), **flat})
+            host.take(kind.view_indices, images, rendered)
 
     def _define_views(self, size_px: int, kind: "_KindOfViews") -> Any:
         return _define_views(size_px, kind, self._execution, on_gpu=self._on_gpu)
@@ -176,7 +238,7 @@ class DaliRenderer:
         return self._device_id is not None
 
     def _graph(self, key: Hashable, num_samples: int, define: Callable[[], Any]) -> "_Graph":
-        graph = self._graphs.get(key)
+        graph = self.graphs.get(key)
         if graph is None or num_samples > graph.max_samples:
             pipeline = define()(
                 batch_size=num_samples,
@@ -188,7 +250,7 @@ class DaliRenderer:
                 stream_policy=self._execution.stream_policy,
             )
             pipeline.build()
-            graph = self._graphs[key] = _Graph(pipeline, num_samples)
+            graph = self.graphs[key] = _Graph(pipeline, num_samples)
         return graph
 
 
@@ -225,7 +287,7 @@ def _kinds_of_views(group: ViewGroupConfig, num_views: int) -> list[_KindOfViews
 
 
 class _HostPixels:
-    """The pixels of a group on the host. From a GPU they come by one copy into pinned memory.
+    """The pixels of a group on the host. From a GPU they come straight into pinned memory.
 
     torch keeps pinned memory that nobody holds any more and gives it out again, so nothing is pinned anew for each batch.
     """
@@ -233,24 +295,25 @@ class _HostPixels:
     def __init__(self, shape: tuple[int, ...], *, pinned: bool) -> None:
         self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         self._pinned = pinned
+        self._under_way: list[Any] = []
 
-    def take(self, view_indices: list[int], rendered: Any) -> None:
-        """Copy the views of one kind, [len(view_indices) x B, S, S, 3]; from a GPU without waiting."""
-        if not self._pinned:
-            views = rendered.as_array().reshape(len(view_indices), *self._pixels.shape[1:])
-            self._pixels.numpy()[view_indices] = views
-            return
-        on_device = from_dlpack(rendered.as_tensor()).view(len(view_indices), *self._pixels.shape[1:])
-        if len(view_indices) == len(self._pixels):
-            self._pixels.copy_(on_device, non_blocking=True)
+    def take(self, view_indices: list[int], images: slice, rendered: Any) -> None:
+        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; from a GPU without waiting."""
+        num_views, num_images, *view_shape = self._pixels.shape
+        tensor = from_dlpack(rendered.as_tensor())
+        views = tensor.view(len(view_indices), -1, *view_shape)
+        self._under_way.append(rendered)  # DALI gives its memory to others once nobody holds it
+        if len(view_indices) == num_views and views.shape[1] == num_images:
+            self._pixels.copy_(views, non_blocking=self._pinned)
             return
         for place, view_index in enumerate(view_indices):
-            self._pixels[view_index].copy_(on_device[place], non_blocking=True)
+            self._pixels[view_index, images].copy_(views[place], non_blocking=self._pinned)
 
     def wait(self) -> NDArray[np.uint8]:
         """Return [V, B, S, S, 3] when all copies have ended."""
         if self._pinned:
             torch.cuda.current_stream().synchronize()
+        self._under_way.clear()
         pixels: NDArray[np.uint8] = self._pixels.numpy()
         return pixels
 
@@ -344,37 +407,29 @@ def _blur_and_solarize(view: Any, arguments: dict[str, Any], kernel_px: int) -> 
     return view
 
 
-def _arguments(plan: ViewPlan, view_indices: list[int], failures: dict[int, str]) -> dict[str, Any]:
-    """Return the per-sample arguments of some views, [len(view_indices) x B, ...], view-major.
-
-    Failed images are placeholders of one pixel.
-    """
-
-    def of_samples(values: NDArray[Any], dtype: type | None = None) -> NDArray[Any]:
-        chosen = values[view_indices]
-        return np.ascontiguousarray(chosen.reshape(-1, *chosen.shape[2:]), dtype=dtype)
-
-    start = np.stack([plan.top, plan.left], axis=-1)
-    shape = np.stack([plan.height, plan.width], axis=-1)
+def _arguments(plan: ViewPlan, failures: dict[int, str]) -> dict[str, NDArray[Any]]:
+    """Return the per-sample arguments of all views, [V, B, ...]; failed images are placeholders of one pixel."""
+    start = np.stack([plan.top, plan.left], axis=-1).astype(np.int32)
+    shape = np.stack([plan.height, plan.width], axis=-1).astype(np.int32)
     start[:, list(failures)] = 0
     shape[:, list(failures)] = 1
     saturation = plan.saturation[..., None, None]
     matrix = saturation * np.eye(3, dtype=np.float32) + (1.0 - saturation) * _WEIGHTS[None, None, None, :]
     is_blur = plan.blur_sigma_px > 0.0
     return {
-        "start": of_samples(start, np.int32),
-        "shape": of_samples(shape, np.int32),
-        "is_jitter": of_samples(plan.jitter),
-        "order": of_samples(plan.jitter_order, np.int32),
-        "brightness": of_samples(plan.brightness),
-        "contrast": of_samples(plan.contrast),
-        "saturation_matrix": of_samples(matrix, np.float32),
-        "hue": of_samples(plan.hue_turns % 1.0, np.float32),
-        "is_grey": of_samples(plan.grayscale),
-        "is_blur": of_samples(is_blur),
-        "sigma": of_samples(np.where(is_blur, plan.blur_sigma_px, 1.0), np.float32),
-        "is_solarize": of_samples(plan.solarize),
-        "flip": of_samples(plan.flip, np.int32),
+        "start": start,
+        "shape": shape,
+        "is_jitter": plan.jitter,
+        "order": plan.jitter_order.astype(np.int32),
+        "brightness": plan.brightness,
+        "contrast": plan.contrast,
+        "saturation_matrix": matrix.astype(np.float32),
+        "hue": (plan.hue_turns % 1.0).astype(np.float32),
+        "is_grey": plan.grayscale,
+        "is_blur": is_blur,
+        "sigma": np.where(is_blur, plan.blur_sigma_px, 1.0).astype(np.float32),
+        "is_solarize": plan.solarize,
+        "flip": plan.flip.astype(np.int32),
     }
 
 

@@ -146,6 +146,25 @@ def test_jpegs_beyond_the_limits_never_come_to_dali(generator: np.random.Generat
     assert rendered.global_pixels[:, 0].any()
 
 
+def test_lanes_change_no_pixel(generator: np.random.Generator) -> None:
+    views = ViewsConfig(
+        global_views=ViewGroupConfig(size_px=48), local_views=ViewGroupConfig(size_px=24), evaluation_resize_px=48
+    )
+    images, sizes = _batch(generator, 5)
+    images[1] = b"no image"
+    plan, local = _plan(views, sizes), _plan(views_config(24, TransformConfig()), sizes, num_views=3)
+    one, three = (
+        DaliRenderer(
+            views, name="dali-cpu", max_image_pixels=10**8, execution=DaliExecution(num_lanes=num_lanes)
+        ).render(images, plan, local)
+        for num_lanes in (1, 3)
+    )
+    assert sorted(three.failures) == [1]
+    assert np.array_equal(one.global_pixels, three.global_pixels)
+    assert one.local_pixels is not None
+    assert np.array_equal(one.local_pixels, three.local_pixels)
+
+
 @pytest.mark.parametrize("recipe", ["simsiam-imagenet-r50-100ep", "dino-imagenet-vits16-100ep"])
 def test_graphs_for_a_gpu_are_defined_without_one(recipe: str) -> None:
     """As far as DALI goes: every operation takes its inputs on the device; only the driver is missing."""
