@@ -1,9 +1,9 @@
 """(c) View workers, object store and trainer on one GPU, with real Ray: images per second, waiting, and who costs what.
 
 Subjects, all with the product's own stream, loop and step: `headroom` (one batch, on the device already, again and again),
-`inline` (rendered by DALI in the trainer's process), view workers with DALI on the trainer's GPU (1, 2, 4), view workers on
-CPUs. Then the trainer's step with and without view workers that render on its GPU as fast as they can; the product's own
-launch with shares of the GPU; and the timeline of the pinned ring.
+`inline` (rendered in the trainer's process), view workers with DALI on the trainer's GPU (1, 2), view workers on CPUs. With one
+DALI worker also the timeline of the pinned ring, and the trainer's step with and without that worker rendering as fast as it
+can. Then the product's own launch, with shares of the GPU.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,8 @@ def run(check: Check) -> Results:
     cached = _cached_batch(config, check, request_of)
     headroom = _measure(trainee, _Again(cached), config, check.amount(40, 4))
     yield _rate("headroom", headroom, config)
-    for renderer, steps in ((check.renderer, check.amount(20, 2)), ("cpu", check.amount(3, 2))):
-        name = "inline" if renderer == check.renderer else "inline-cpu"
-        with _inline(config, renderer, request_of, check) as stream:
-            yield from _subject(name, trainee, stream, config, steps, headroom, warm_up=min(_WARM_UP_STEPS, steps - 1))
+    with _inline(config, check.renderer, request_of, check) as stream:
+        yield from _subject("inline", trainee, stream, config, check.amount(20, 2), headroom, warm_up=1)
     ray.init(
         address="local",
         num_cpus=check.amount(16, 4),
@@ -65,27 +64,37 @@ def run(check: Check) -> Results:
         log_to_driver=False,
     )
     try:
-        for renderer, workers, steps in (
-            (check.renderer, 1, check.amount(30, 4)),
-            (check.renderer, 2, check.amount(40, 4)),
-            (check.renderer, 4, check.amount(40, 4)),
-            ("cpu", check.amount(14, 2), check.amount(12, 4)),
-        ):
-            with _pool(config, renderer, workers) as pool, _stream(pool, config, request_of, steps, check) as stream:
-                name = f"{'dali-gpu' if renderer == check.renderer else renderer}.{workers}-workers"
-                yield from _subject(name, trainee, stream, config, steps, headroom)
-                if renderer == check.renderer and workers <= 2:
-                    yield from _neighbours(name, trainee, pool, cached, config, request_of, check)
-                if renderer == check.renderer and workers == 2:
-                    with _stream(pool, config, request_of, 12, check) as batches:
-                        yield from timeline.draw(check, trainee, batches, config)
-        yield {"name": "end_to_end.spilled_bytes", "value": spilled_bytes(), "unit": "bytes"}
-        del trainee, cached
-        if check.device == "cuda":
-            torch.cuda.empty_cache()
+        subject = partial(_with_workers, check, config, trainee, request_of, headroom)
+        with _pool(config, check.renderer, 1) as pool:
+            yield from subject(pool, "dali-gpu.1-workers", check.amount(30, 4))
+            with _stream(pool, config, request_of, 12, check) as batches:
+                yield from timeline.draw(check, trainee, batches, config)
+            yield from _neighbours("dali-gpu.1-workers", trainee, pool, cached, config, request_of, check)
         yield from _launch(config)
+        workers = check.amount(14, 2)
+        with _pool(config, "cpu", workers) as pool:
+            yield from subject(pool, f"cpu.{workers}-workers", check.amount(15, 4))
+        with _pool(config, check.renderer, 2) as pool:
+            yield from subject(pool, "dali-gpu.2-workers", check.amount(30, 4))
+        yield {"name": "end_to_end.spilled_bytes", "value": spilled_bytes(), "unit": "bytes"}
+        with _inline(config, "cpu", request_of, check) as stream:
+            yield from _subject("inline-cpu", trainee, stream, config, check.amount(3, 2), headroom, warm_up=1)
     finally:
         ray.shutdown()
+
+
+def _with_workers(
+    check: Check,
+    config: RunConfig,
+    trainee: Trainee,
+    request_of: RequestOf,
+    headroom: float,
+    pool: Any,
+    name: str,
+    steps: int,
+) -> Results:
+    with _stream(pool, config, request_of, steps, check) as stream:
+        yield from _subject(name, trainee, stream, config, steps, headroom)
 
 
 def _config(check: Check) -> RunConfig:

@@ -14,8 +14,8 @@ _EVERY = 50
 
 
 def run(check: Check) -> Results:
-    """Render 1,000 batches of 64 photographs in changing order, 4 views each, and fit lines through the memory used."""
-    num_batches, size = check.amount(1000, 200), check.amount(64, 1)
+    """Render 1,000 batches of 32 photographs in changing order, 4 views each, and fit lines through the memory used."""
+    num_batches, size = check.amount(1000, 200), check.amount(32, 1)
     photographs = load_photographs(check.data, check.amount(128, 4))
     group = get_recipe(CHAINS["simsiam"]).views.global_views
     views = get_recipe(CHAINS["simsiam"]).views
@@ -30,6 +30,11 @@ def run(check: Check) -> Results:
         renderer.render(some.images, some.plan(group, 4, epoch=batch))
         if batch % _EVERY == 0:
             points.append((batch, _device_mib() - before, process.memory_info().rss / 2**20))
+            yield {
+                "name": f"memory.after_{batch}_batches",
+                "value": list(points[-1][1:]),
+                "unit": "MiB of device, host",
+            }
     seconds = time.perf_counter() - start
     later = np.array([point for point in points if point[0] >= num_batches // 5])
     context = {"batches": num_batches, "images_per_batch": size, "views_per_image": 4, "seconds": seconds}

@@ -70,7 +70,7 @@ def _decoding(check: Check, photographs: Photographs, repeats: int) -> Results:
     encoded = [np.frombuffer(image, np.uint8) for image in photographs.images]
     views = get_recipe(CHAINS["simsiam"]).views
     for threads in (1, 8):
-        for load in (0.0, 0.65, 1.0):
+        for load in (0.0, 0.65, 1.0)[2 if threads == 1 else 0 :]:
             renderer = DaliRenderer(
                 views,
                 name=check.renderer,

@@ -13,8 +13,8 @@ from hvp_ray.errors import ConfigError
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 MAX_AUTO_WORKERS = 64
-AUTO_DALI_WORKERS_PER_GPU = 2
-"""One works on the host (unpacking JPEG, filling the object store) while the other has the device."""
+AUTO_DALI_WORKERS_PER_GPU = 1
+"""A second one beside a trainer gave no more images per second on an H100 (docs/experiments.md)."""
 
 _LEAST_TRAINER_SHARE = 0.1
 

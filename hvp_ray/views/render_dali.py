@@ -32,7 +32,6 @@ from hvp_ray.views.renderer import RenderedBatch
 
 try:
     from nvidia.dali import fn, math, pipeline_def, types
-    from nvidia.dali.pipeline import OperatorConcurrency, StreamPolicy
 except ImportError as error:  # pragma: no cover (the package is a dependency on Linux)
     raise ConfigError(
         f"cluster.renderer=dali-* needs the package nvidia-dali-cuda130, which cannot be imported here ({error}); "
@@ -65,21 +64,21 @@ _END_OF_JPEG = b"\xff\xd9"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DaliExecution:
-    """How DALI does its work; no pixel depends on it but those that the hardware's JPEG decoder decodes."""
+    """How DALI does its work; no pixel depends on it but by `hw_decoder_load`."""
 
     num_lanes: int = 1
     """A batch is done in so many parts side by side, each by graphs and a host thread of its own: while one has the device,
     another unpacks JPEGs or prepares launches."""
     num_threads: int = 1
     """Host threads of a lane: of all operations on a CPU; on a GPU of the host's part of decoding."""
-    hw_decoder_load: float = 0.65
-    """On a GPU: share of the JPEGs that its hardware decoder takes, where it has one. 0: kernels decode all."""
-    concurrency: OperatorConcurrency | None = None
-    """Which operations of a graph may run side by side. None: DALI's default."""
-    stream_policy: StreamPolicy | None = None
-    """Which operations share a CUDA stream. None: DALI's default."""
-    shares_images: bool = True
-    """The second graph works on the decoded images where they are, without a copy for each view."""
+    hw_decoder_load: float = 1.0
+    """On a GPU: share of a batch's JPEGs that its hardware decoder takes, where it has one. Between 0 and 1 an image's pixels
+    would depend on its place in the batch, because hardware and kernels round differently."""
+
+
+ON_A_CPU = DaliExecution()
+ON_A_GPU = DaliExecution(num_lanes=4, num_threads=2)
+"""The fastest that was measured on an H100 (docs/experiments.md)."""
 
 
 class DaliRenderer:
@@ -97,8 +96,8 @@ class DaliRenderer:
         self.name: RendererName = name
         self._views = views
         self._max_image_pixels = max_image_pixels
-        self._execution = execution or DaliExecution()
         self._on_gpu = name == "dali-gpu"
+        self._execution = execution or (ON_A_GPU if self._on_gpu else ON_A_CPU)
         self._lanes = [
             _Lane(self._execution, device_id if self._on_gpu else None) for _ in range(self._execution.num_lanes)
         ]
@@ -231,7 +230,7 @@ class _Lane:
             host.take(kind.view_indices, images, rendered)
 
     def _define_views(self, size_px: int, kind: "_KindOfViews") -> Any:
-        return _define_views(size_px, kind, self._execution, on_gpu=self._on_gpu)
+        return _define_views(size_px, kind, on_gpu=self._on_gpu)
 
     @property
     def _on_gpu(self) -> bool:
@@ -246,8 +245,6 @@ class _Lane:
                 device_id=self._device_id,
                 prefetch_queue_depth=1,
                 exec_dynamic=True,
-                concurrency=self._execution.concurrency,
-                stream_policy=self._execution.stream_policy,
             )
             pipeline.build()
             graph = self.graphs[key] = _Graph(pipeline, num_samples)
@@ -330,13 +327,13 @@ def _define_decode(execution: DaliExecution, *, on_gpu: bool) -> Any:
     return graph
 
 
-def _define_views(size_px: int, kind: _KindOfViews, execution: DaliExecution, *, on_gpu: bool) -> Any:
+def _define_views(size_px: int, kind: _KindOfViews, *, on_gpu: bool) -> Any:
     """Return the pipeline function that renders views of one kind from decoded images."""
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
         device = "gpu" if on_gpu else "cpu"
-        image = fn.external_source(name="images", device=device, layout="HWC", no_copy=execution.shares_images)
+        image = fn.external_source(name="images", device=device, layout="HWC", no_copy=True)
         arguments = {name: fn.external_source(name=name, device="cpu") for name in _ARGUMENTS}
         crop = fn.slice(image, start=arguments["start"], shape=arguments["shape"], axes=(0, 1))
         interpolation = types.INTERP_LINEAR if kind.interpolation == "bilinear" else types.INTERP_CUBIC

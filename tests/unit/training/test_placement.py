@@ -51,7 +51,7 @@ def test_trainers_leave_view_workers_their_share_of_each_gpu() -> None:
 
     assert share(2, 1, 3) == 1.0  # a GPU to spare
     assert share(1, 1, 3) == pytest.approx(0.7)
-    assert share(1, 1, "auto") == pytest.approx(0.8)
+    assert share(1, 1, "auto") == pytest.approx(0.9)
     assert share(2, 2, 3) == pytest.approx(0.8)  # two beside one of them
     assert share(1, 1, 2, gpus_per_trainer=0.5) == 0.5
 

@@ -171,10 +171,9 @@ def test_graphs_for_a_gpu_are_defined_without_one(recipe: str) -> None:
     group = get_recipe(recipe).views.global_views
     (kind,) = render_dali._kinds_of_views(group, 4)
     assert kind.view_indices == [0, 1, 2, 3]
-    execution = DaliExecution()
     definitions = [
-        render_dali._define_decode(execution, on_gpu=True),
-        render_dali._define_views(group.size_px, kind, execution, on_gpu=True),
+        render_dali._define_decode(render_dali.ON_A_GPU, on_gpu=True),
+        render_dali._define_views(group.size_px, kind, on_gpu=True),
     ]
     for define in definitions:
         pipeline = define(batch_size=8, num_threads=1, device_id=0, prefetch_queue_depth=1, exec_dynamic=True)
