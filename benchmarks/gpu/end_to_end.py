@@ -1,9 +1,9 @@
 """(c) View workers, object store and trainer on one GPU, with real Ray: images per second, waiting, and who costs what.
 
 Subjects, all with the product's own stream, loop and step: `headroom` (one batch, on the device already, again and again),
-`inline` (rendered in the trainer's process), view workers with DALI on the trainer's GPU (1, 2), view workers on CPUs. With one
-DALI worker also the timeline of the pinned ring, and the trainer's step with and without that worker rendering as fast as it
-can. Then the product's own launch, with shares of the GPU.
+`inline` (rendered in the trainer's process), view workers with DALI on the trainer's GPU (1, 2), view workers on CPUs. With
+one DALI worker also the timeline of the pinned ring, and the trainer's step with and without that worker rendering as fast
+as it can. Then the product's own launch, with shares of the GPU.
 """
 
 import dataclasses
@@ -103,7 +103,12 @@ def _config(check: Check) -> RunConfig:
     images = check.amount(256, 4)
     if check.rehearse:
         backbone = dataclasses.replace(config.method.backbone, name="resnet10t")
-        config = dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=backbone))
+        small = dataclasses.replace(config.views.global_views, size_px=64)
+        config = dataclasses.replace(
+            config,
+            method=dataclasses.replace(config.method, backbone=backbone),
+            views=dataclasses.replace(config.views, global_views=small),
+        )
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, output=str(check.folder / "runs"), name="end-to-end"),
