@@ -70,6 +70,27 @@ def test_views_come_from_the_gpu_in_pinned_memory_and_stay_what_they_are(generat
     assert np.array_equal(first, render(0))
 
 
+def test_pixels_depend_neither_on_lanes_nor_on_the_batch(generator: np.random.Generator) -> None:
+    from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
+
+    views = views_config(64, TransformConfig())
+    sizes = np.array([(200 + 3 * i, 150 + 5 * i) for i in range(24)], np.int32)
+    images = [encode(photograph_like(generator, h, w), "JPEG", quality=92) for h, w in sizes.tolist()]
+
+    def render(num_lanes: int, count: int) -> np.ndarray:
+        plan = draw_plan(
+            seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(count), heights=sizes[:count, 0].copy(),
+            widths=sizes[:count, 1].copy(), num_views=4, group=views.global_views,
+        )  # fmt: skip
+        execution = DaliExecution(num_lanes=num_lanes)
+        renderer = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8, execution=execution)
+        return renderer.render(images[:count], plan).global_pixels
+
+    expected = render(1, 24)
+    assert np.array_equal(render(4, 24), expected)
+    assert np.array_equal(render(1, 7), expected[:, :7])
+
+
 def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Path) -> None:
     from hvp_ray.config import config_to_dict
     from hvp_ray.data.dataset import open_dataset
