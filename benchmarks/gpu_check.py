@@ -237,6 +237,8 @@ def _tests(*arguments: str) -> Any:
     for line in lines:
         if line.startswith(("FAILED", "ERROR", "SKIPPED")):
             yield {"name": line[:200].replace("|", "/"), "value": None, "unit": ""}
+    if process.returncode not in (0, 5):  # 5: none was collected
+        raise RuntimeError(f"pytest ended with {process.returncode}")
 
 
 def read_earlier(path: Path | None) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:

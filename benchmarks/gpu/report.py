@@ -69,7 +69,7 @@ def _parity(results: Sequence[Result]) -> list[str]:
 
 def _steps(results: Sequence[Result]) -> list[str]:
     rows: dict[tuple[str, bool], dict[str, Result]] = {}
-    for row in results:
+    for row in (row for row in results if row["name"].startswith("step.")):
         setting, quantity = row["name"].rsplit(".", 1)
         rows.setdefault((setting.removeprefix("step."), bool(row.get("compiled"))), {})[quantity] = row
     lines = [
