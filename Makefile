@@ -29,7 +29,7 @@ compare: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit
-	$(BIN)/python -m pytest --ignore tests/unit
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/unit
 
 check: setup
 	$(BIN)/ruff check .

@@ -157,8 +157,8 @@ class MlflowFeed:
     def _open(self) -> None:
         import mlflow
 
-        mlflow.set_tracking_uri(self._run.uri)
-        client = mlflow.MlflowClient()
+        # Never `set_tracking_uri`: it sets MLFLOW_TRACKING_URI, which later runs of this process would follow.
+        client = mlflow.MlflowClient(tracking_uri=self._run.uri)
         experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
         run_id = self._state.get("run_id")
         if run_id is None or not _knows(client, run_id):
@@ -210,7 +210,11 @@ class MlflowFeed:
                 return
             self._monitor.finish()  # sends what it has left
         self._monitor = SystemMetricsMonitor(
-            self.run_id, sampling_interval=5, samples_before_logging=2, resume_logging=True
+            self.run_id,
+            sampling_interval=5,
+            samples_before_logging=2,
+            resume_logging=True,
+            tracking_uri=self._run.uri,
         )
         self._monitor.start()
 
@@ -377,8 +381,7 @@ def publish(report: PublishedReport) -> str | None:
 def _publish(report: PublishedReport) -> str:
     import mlflow
 
-    mlflow.set_tracking_uri(report.uri)
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient(tracking_uri=report.uri)
     experiment_id = open_experiment(client, report.experiment, report.artifact_root)
     wanted = f"tags.comparison = '{report.comparison}' and tags.arm = 'report'"
     found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)

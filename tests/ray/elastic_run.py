@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from tests.helpers import tiny_config
 from tests.ray.runs import attempts, launch_quietly, recorded_steps
 
-NUM_STEPS = 500
+NUM_STEPS = 400
 
 
 def elastic_config(output: Path) -> Any:
@@ -39,7 +39,7 @@ def elastic_config(output: Path) -> Any:
         training={"num_steps": NUM_STEPS, "checkpoint_every_steps": 20},
         selection={"rule": "first"},
         optimizer={"learning_rate_per_256": 1e-5},
-        cluster={"num_trainers": 2, "min_trainers": 1, "resize_check_seconds": 5.0, "num_view_workers": 1},
+        cluster={"num_trainers": 2, "min_trainers": 1, "resize_check_seconds": 2.0, "num_view_workers": 1},
     )
 
 

@@ -1,6 +1,7 @@
 """MLflow on a SQLite file: everything arrives, nothing twice, and an absent server costs nothing."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_every_step_arrives_once_over_a_resume_with_params_tags_and_artifacts(tm
     assert run.inputs.dataset_inputs[0].dataset.name == "digits"
     assert [file.path for file in client.list_artifacts(second.run_id, "figures")] == ["figures/a.png"]
     assert json.loads((run_dir / "mlflow.json").read_text())["run_id"] == second.run_id
+    assert "MLFLOW_TRACKING_URI" not in os.environ  # or the next run of this process would go there too
 
 
 def test_absent_server_is_said_once_and_does_not_hold_the_run_up(
