@@ -21,7 +21,7 @@ import pytest
 from hvp_ray.tracking.journal import Journal, read_journal
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, catch_up, lacks_records, quiet_mlflow
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 STEP_SECONDS = 0.02
 

@@ -13,7 +13,7 @@ from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.local import pretrain_in_process
 from tests.ray.elastic_run import NUM_STEPS, elastic_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow]
 
 
 def test_trainers_become_fewer_and_more_and_every_step_is_done_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hvp_ray.training.rank import build_order
 from tests.helpers import tiny_config
 from tests.ray.runs import AtStep, launch_quietly, processes_titled
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING|ERROR) run=(\S+) (rank=\d+|worker=\S+) step=(\d+|-) hvp_ray[\w.]*: .+"
