@@ -29,7 +29,7 @@ compare: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 tests/unit
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not cluster" --ignore tests/unit
+	$(BIN)/python -m pytest -m "not cluster" --ignore tests/unit
 
 check: setup
 	$(BIN)/ruff check .
@@ -39,7 +39,7 @@ check: setup
 
 cluster-check: setup
 	cluster/validate.sh
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m cluster --ignore tests/unit
+	$(BIN)/python -m pytest -m cluster --ignore tests/unit
 	cluster/netns_cluster.sh
 	cluster/compose_check.sh
 
