@@ -25,18 +25,18 @@ from ray.cluster_utils import Cluster
 from tests.helpers import tiny_config
 from tests.ray.runs import attempts, launch_quietly, recorded_steps
 
-NUM_STEPS = 400
+NUM_STEPS = 300
 
 
 def elastic_config(output: Path) -> Any:
     """Two trainers at most, one at least, checkpoints every 20 steps.
 
-    Random views and a low learning rate, so that sums in another order do not grow: losses tell the images of each step.
+    Steps long enough for Ray to find the new node before one trainer has done them all. Random views and a low learning rate, so that sums in another order do not grow: losses tell the images of each step.
     """
     return tiny_config(
         str(output),
         run={"name": "elastic"},
-        training={"num_steps": NUM_STEPS, "checkpoint_every_steps": 20},
+        training={"num_steps": NUM_STEPS, "checkpoint_every_steps": 20, "images_per_step": 64},
         selection={"rule": "first"},
         optimizer={"learning_rate_per_256": 1e-5},
         cluster={"num_trainers": 2, "min_trainers": 1, "resize_check_seconds": 2.0, "num_view_workers": 1},
