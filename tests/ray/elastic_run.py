@@ -31,7 +31,8 @@ NUM_STEPS = 300
 def elastic_config(output: Path) -> Any:
     """Two trainers at most, one at least, checkpoints every 20 steps.
 
-    Steps long enough for Ray to find the new node before one trainer has done them all. Random views and a low learning rate, so that sums in another order do not grow: losses tell the images of each step.
+    Steps are long enough for Ray to find the new node before one trainer has done them all. Random views and a low learning
+    rate, so that sums in another order do not grow: losses tell the images of each step.
     """
     return tiny_config(
         str(output),
