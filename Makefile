@@ -28,8 +28,8 @@ compare: setup
 	$(BIN)/python pipelines/compare.py simsiam-digits --training.epochs 20 --metric knn5shot_top1
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 tests/unit
-	$(BIN)/python -m pytest -m "not cluster" --ignore tests/unit
+	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/distributed
+	$(BIN)/python -m pytest -m "not cluster" --ignore tests/unit --ignore tests/distributed
 
 check: setup
 	$(BIN)/ruff check .
