@@ -7,11 +7,10 @@ at run time is stored here. `identity.py` says which fields may change a bit of 
 
 import dataclasses
 import importlib
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
-from urllib.parse import parse_qsl
 
+from hvp_ray.credentials import refuse_credentials
 from hvp_ray.errors import ConfigError
 from hvp_ray.randomness import check_seed
 
@@ -34,53 +33,6 @@ def _require(condition: bool, path: str, value: object, allowed: str) -> None:  
 
 def _require_probability(path: str, value: float) -> None:
     _require(0.0 <= value <= 1.0, path, value, "a probability from 0 to 1")
-
-
-_SECRET_PARAMETERS = re.compile(r"key|secret|token|passw|pwd|signature|credential|^sig$", re.IGNORECASE)
-_AWS = "in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in ~/.aws/credentials or in the machine's role"
-_GOOGLE = "in the file that GOOGLE_APPLICATION_CREDENTIALS names or in the machine's service account"
-_AZURE = "in AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET or in the machine's identity"
-_PLACES_OF_CREDENTIALS = {
-    "s3": _AWS,
-    "gs": _GOOGLE,
-    "gcs": _GOOGLE,
-    "abfs": _AZURE,
-    "abfss": _AZURE,
-    "http": "in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (an MLflow server), or in ~/.netrc",
-    "https": "in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (an MLflow server), or in ~/.netrc",
-    "postgresql": "in PGUSER and PGPASSWORD or in ~/.pgpass",
-}
-
-
-def refuse_credentials(path: str, location: str | None) -> None:
-    """Refuse a password, key or token in a URI: it would be written to config.json, to logs and to MLflow.
-
-    Args:
-        path: what the location was given by, for the message.
-        location: a path or a URI. None: nothing was given.
-
-    Raises:
-        ConfigError: there is one. The message says where it belongs, and does not repeat the URI.
-    """
-    scheme, mark, rest = (location or "").partition("://")
-    if not mark:
-        return
-    scheme = scheme.lower()
-    before_query, _, query = rest.partition("?")
-    # A secret that was pasted as it is may hold slashes, so the whole path is looked at, and not the host alone.
-    named = (
-        before_query.partition("/")[0] if scheme in ("file", "hdfs") or scheme.startswith("sqlite") else before_query
-    )
-    is_user_secret = scheme in ("s3", "http", "https")  # access keys and tokens stand there without a colon
-    has_user = "@" in (named.partition("/")[0] if is_user_secret else "") or re.match(r"[^@]*:(?!\d+/)[^@]*@", named)
-    parameters = [name for name, value in parse_qsl(query) if _SECRET_PARAMETERS.search(name) or "@" in value]
-    if has_user or parameters:
-        what = f"the parameter {parameters[0]!r}" if parameters else "what stands before the @"
-        place = _PLACES_OF_CREDENTIALS.get(scheme.partition("+")[0], "in the environment of the processes")
-        raise ConfigError(
-            f"{path} carries credentials ({what}), and it is written to logs, to config.json and to MLflow; take them out of "
-            f"the {scheme}:// URI. They belong {place}, on every node"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,3 +31,8 @@ class CheckpointError(HvpRayError):
 
 class TrainingError(HvpRayError):
     """Training cannot go on, for instance because the loss is not finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what a library's error says, for a message of ours: its first line, at most 500 characters, or its type."""
+    return (str(error) or type(error).__name__).splitlines()[0][:500]

@@ -25,7 +25,7 @@ from hvp_ray.data.image_limits import (
     has_late_metadata,
     read_jpeg_header,
 )
-from hvp_ray.errors import UnreadableImageError
+from hvp_ray.errors import UnreadableImageError, first_line
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _HEADER_SEARCH_BYTES = 65_536
@@ -147,12 +147,12 @@ def _open(image: bytes, max_pixels: int) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         # "Image size (900000000 pixels) exceeds limit of 178956970 pixels, could be ..."
-        size = _first_line(error).split(" exceeds")[0]
+        size = first_line(error).split(" exceeds")[0]
         raise UnreadableImageError(f"{size} is more than data.max_image_pixels={max_pixels}") from error
     except UnidentifiedImageError as error:
         raise UnreadableImageError("not an image: the bytes have no known format") from error
     except Exception as error:
-        raise UnreadableImageError(f"not an image that can be decoded: {_first_line(error)}") from error
+        raise UnreadableImageError(f"not an image that can be decoded: {first_line(error)}") from error
     return opened
 
 
@@ -197,7 +197,7 @@ def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
         except UnreadableImageError:
             raise
         except Exception as error:
-            raise UnreadableImageError(f"cannot be decoded: {_first_line(error)}") from error
+            raise UnreadableImageError(f"cannot be decoded: {first_line(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -220,7 +220,3 @@ def _block_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hvp_ray.errors import DataError
+from hvp_ray.errors import DataError, first_line
 
 MAX_FOOTER_BYTES = 64 * 2**20
 _MAX_FOOTER_ENTRIES = 500_000
@@ -132,7 +132,7 @@ class ParquetFile:
                     num_values += page.num_values
                     num_repeatable += 0 if page.encoding in _PLAIN_ENCODINGS else page.num_values
         except (IndexError, ValueError, OSError) as error:
-            raise DataError(f"{self.path}: row group {group} is damaged: {_first_line(error)}") from error
+            raise DataError(f"{self.path}: row group {group} is damaged: {first_line(error)}") from error
         if num_values != chunk.num_values:
             raise DataError(
                 f"{self.path}: row group {group} is damaged: {chunk.num_values} values of {self.leaf_path(leaf)!r} by the "
@@ -155,7 +155,7 @@ def open_parquet(path: Path) -> ParquetFile:
         num_leaves, num_rows = len(arrow.schema), arrow.metadata.num_rows
         _ = arrow.schema_arrow  # made from a text in the file, which may not be one
     except (pa.ArrowException, OSError, OverflowError, MemoryError, IndexError, ValueError) as error:
-        raise DataError(f"{refusal}: {_first_line(error)}") from error
+        raise DataError(f"{refusal}: {first_line(error)}") from error
     file = ParquetFile(path=path, arrow=arrow, groups=groups)
     if min((group.num_rows for group in groups), default=0) < 0 or file.num_rows != num_rows:
         raise DataError(f"{refusal}: the footer says {num_rows} rows, its row groups have {file.num_rows}")
@@ -189,7 +189,7 @@ def read_small_table(path: Path, *, max_bytes: int) -> pa.Table:
     try:
         return file.arrow.read()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {_first_line(error)}") from error
+        raise DataError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def _read_footer(path: Path) -> tuple[bytes | None, int]:
@@ -401,7 +401,3 @@ class _Thrift:
     def _number(self) -> int:
         value = self._unsigned()
         return (value >> 1) ^ -(value & 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

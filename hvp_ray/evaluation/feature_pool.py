@@ -32,6 +32,7 @@ from hvp_ray.data.source import Source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, StageError
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import load_exported_backbone
+from hvp_ray.stored_archive import check_stored_archive
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class FeatureCache:
         """Return what was stored under `key`; None: nothing, or a file that cannot be read."""
         path = self._folder / f"{key}.npz"
         try:
-            _check_archive(path)
+            check_stored_archive(path, num_bytes=path.stat().st_size)
             with np.load(path, allow_pickle=False) as arrays:
                 found = ImageFeatures(features=arrays["features"], sample_ids=arrays["sample_ids"])
             if found.features.ndim != 2 or found.sample_ids.shape != found.features.shape[:1]:
@@ -115,20 +116,6 @@ class FeatureCache:
                 f"features cannot be kept in {self._folder}: {error.strerror or error}; free some space, make it "
                 "writable, or do without the cache"
             ) from error
-
-
-def _check_archive(path: Path) -> None:
-    """Check that the archive is not larger inside than outside: `write` stores arrays as they are.
-
-    Raises:
-        ValueError: it is.
-    """
-    with zipfile.ZipFile(path) as archive:
-        parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or (
-        sum(part.file_size for part in parts) > path.stat().st_size
-    ):
-        raise ValueError("the archive is compressed")
 
 
 def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, device: str) -> str:

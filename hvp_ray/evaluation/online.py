@@ -9,7 +9,7 @@ from torch import nn
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
-from hvp_ray.errors import CheckpointError
+from hvp_ray.errors import CheckpointError, first_line
 from hvp_ray.evaluation.report import KnnData, evaluate_encoder, load_knn_data
 from hvp_ray.methods.backbones import build_backbone
 
@@ -43,10 +43,9 @@ class SnapshotKnn:
         try:
             self._encoder.load_state_dict(load(snapshot))
         except (SafetensorError, RuntimeError, ValueError) as error:
-            first = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"a snapshot for the k-NN during training holds no weights of this encoder ({first}); delete the folder "
-                f"knn_pending of the run to go on without what is in it"
+                f"a snapshot for the k-NN during training holds no weights of this encoder ({first_line(error)}); delete "
+                f"the folder knn_pending of the run to go on without what is in it"
             ) from error
         results = evaluate_encoder(self._encoder, self._knn_data, self._config, self._device)
         return {"eval/knn_top1": results["top1"], "eval/knn5shot_top1": results["5shot"]}

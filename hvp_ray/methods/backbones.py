@@ -20,7 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.config import BackboneConfig
-from hvp_ray.errors import CheckpointError, ConfigError
+from hvp_ray.errors import CheckpointError, ConfigError, first_line
 
 _CIFAR_NAME = "hvp_ray_{name}_cifar"
 
@@ -148,7 +148,7 @@ def load_exported_backbone(path: str | Path) -> nn.Module:
         backbone: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
         backbone.load_state_dict(load_file(path))
     except Exception as error:
-        raise CheckpointError(f"{path} does not hold the network {name} that it names: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} does not hold the network {name} that it names: {first_line(error)}") from error
     return backbone.eval()
 
 
@@ -167,7 +167,7 @@ def load_initial_weights(backbone: nn.Module, location: str) -> None:
         backbone.load_state_dict(load_file(path))
     except (RuntimeError, ValueError, SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"training.initial_weights={location!r} does not fit the backbone: {_first_line(error)}"
+            f"training.initial_weights={location!r} does not fit the backbone: {first_line(error)}"
         ) from error
 
 
@@ -183,7 +183,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
             return shapes, opened.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors: {_first_line(error)}. Pickled weights (.pt, .pth, .bin) are not read, "
+            f"{path} cannot be read as safetensors: {first_line(error)}. Pickled weights (.pt, .pth, .bin) are not read, "
             f"because that can run a program; convert them where you trust them"
         ) from error
 
@@ -204,7 +204,7 @@ def _described_network(path: Path, metadata: dict[str, str], *, num_tensors: int
             for key, value in json.loads(metadata.get("timm_arguments", "{}")).items()
         }
     except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} does not say how its network is built: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} does not say how its network is built: {first_line(error)}") from error
     numbers = [number for value in arguments.values() for number in (value if isinstance(value, tuple) else (value,))]
     are_numbers = all(isinstance(number, int) and 0 <= number < 2**31 for number in numbers)
     if not timm.is_model(name) or not _ALLOWED_ARGUMENTS.issuperset(arguments) or not are_numbers:
@@ -231,10 +231,6 @@ def _check_shapes(found: dict[str, tuple[int, ...]], network: nn.Module) -> None
                 f"{name[:100]} has the shape {found.get(name, 'of nothing')}, the network's has "
                 f"{expected.get(name, 'none of this name')}"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 _CIFAR_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {

@@ -208,6 +208,7 @@ class MlflowFeed:
         if self._monitor is not None:
             if self._monitor._process is not None and self._monitor._process.is_alive():
                 return
+            self._client.get_run(self.run_id)  # raises while the server is away: the monitor would begin at step 0 then
             self._monitor.finish()  # sends what it has left
         self._monitor = SystemMetricsMonitor(
             self.run_id,

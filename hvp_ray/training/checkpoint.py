@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
-from hvp_ray.errors import CheckpointError
+from hvp_ray.errors import CheckpointError, first_line
+from hvp_ray.stored_archive import check_stored_archive
 from hvp_ray.training.remote_files import is_uri, open_uri, retried
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class CheckpointStore:
             return _unpack(content, step, map_location)
         except Exception as error:
             asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it asks for {asked[1]}" if asked else (str(error) or type(error).__name__).splitlines()[0][:200]
+            reason = f"it asks for {asked[1]}" if asked else first_line(error)
             raise CheckpointError(
                 f"the checkpoint {folder} is refused: {_STATE} has the digest of its manifest, but holds something else than "
                 f"tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote it; without this "
@@ -185,14 +185,9 @@ class CheckpointStore:
 def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Checkpoint:
     """Return the checkpoint in the bytes that `CheckpointStore.write` made; anything else raises, whatever it raises.
 
-    The archive is looked at first: stored, not compressed, and no part twice, so that it is not larger inside than outside.
+    The archive is looked at first, so that it is not larger inside than outside.
     """
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        parts = archive.infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > len(
-        content
-    ):
-        raise ValueError("the archive is compressed")
+    check_stored_archive(io.BytesIO(content), num_bytes=len(content))
     state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
     method, optimizer = state["method"], state["optimizer"]
     are_tensors = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in method.items())

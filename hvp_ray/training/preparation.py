@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from hvp_ray.config import RendererName, RunConfig, config_to_dict, refuse_credentials
+from hvp_ray.config import RendererName, RunConfig, config_to_dict
+from hvp_ray.credentials import refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.methods.method import Method
 from hvp_ray.training.rank import RunJob, build_order
-from hvp_ray.training.remote_files import check_uri, check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.training.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
 
@@ -32,10 +33,9 @@ def output_location(config: RunConfig) -> str:
     """Return what holds runs: an absolute path, or a URI.
 
     Raises:
-        ConfigError: a relative path where the working folder is temporary, or credentials in a URI.
+        ConfigError: a relative path where the working folder is temporary.
     """
     if config.run.output is not None and is_uri(config.run.output):
-        check_uri(config.run.output, option="run.output")
         return config.run.output
     return str(output_folder(config))
 
@@ -50,7 +50,6 @@ def output_folder(config: RunConfig) -> Path:
     if config.run.output is None:
         return Path.home() / "hvp_runs" if is_shipped else Path.cwd() / "runs"
     if is_uri(config.run.output):
-        check_uri(config.run.output, option="run.output")
         raise ConfigError(
             f"run.output={config.run.output!r}: a comparison needs a folder, which all its runs see; single runs "
             f"(pretrain.py) can go to a bucket"

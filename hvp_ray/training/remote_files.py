@@ -6,19 +6,18 @@ Every storage error leaves this file as an OSError; what a user got wrong in a U
 
 import logging
 import os
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from hvp_ray.errors import ConfigError
+from hvp_ray.credentials import place_of_credentials, refuse_credentials
+from hvp_ray.errors import ConfigError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +31,6 @@ _GCS_PATIENCE = "retry_limit_seconds=60"
 
 _BUCKETS = ("s3", "gcs", "abfs")
 """Storages that need no folder to be made before a file."""
-
-_WAYS_OUT = {
-    "s3": "in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in ~/.aws/credentials or in the machine's role",
-    "gs": "in the file that GOOGLE_APPLICATION_CREDENTIALS names or in the machine's service account",
-    "gcs": "in the file that GOOGLE_APPLICATION_CREDENTIALS names or in the machine's service account",
-    "abfs": "in AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET or in the machine's identity",
-    "abfss": "in AZURE_CLIENT_ID, AZURE_TENANT_ID and AZURE_CLIENT_SECRET or in the machine's identity",
-}
-_SECRET_NAMES = re.compile(r"key|secret|token|password|signature|^sig$", re.IGNORECASE)
 
 
 def is_uri(location: str) -> bool:
@@ -64,30 +54,6 @@ def is_inside(name: str) -> bool:
     return not name.startswith("/") and ".." not in name.split("/")
 
 
-def check_uri(uri: str, *, option: str) -> None:
-    """Refuse credentials in a URI: it is written to logs, to config.json and to MLflow.
-
-    Args:
-        uri: a URI.
-        option: what it was given by, for the message.
-
-    Raises:
-        ConfigError: user and password, or a key or token among the parameters. The message does not repeat the URI.
-    """
-    scheme = uri.partition("://")[0].lower()
-    before_query, _, query = uri.partition("?")
-    # A secret that was pasted as it is may hold slashes, so the whole path is looked at, and not the host alone.
-    named = before_query if scheme not in ("file", "hdfs") else urlsplit(uri).netloc
-    has_user = "@" in named if scheme == "s3" else re.search(r"://[^@]*:[^@]*@", f"://{named.partition('://')[2]}")
-    parameters = [name for name, value in parse_qsl(query) if _SECRET_NAMES.search(name) or "@" in value]
-    if has_user or parameters:
-        what = f"the parameter {parameters[0]!r}" if parameters else "what stands before the @"
-        raise ConfigError(
-            f"{option} carries credentials ({what}), and it is written to logs and to config.json; take them out of the "
-            f"{scheme}:// URI. They belong {_WAYS_OUT.get(scheme, 'in the environment of the processes')}, on every node"
-        )
-
-
 def open_uri(uri: str, *, option: str, pauses: tuple[float, ...] | None = None) -> tuple[pafs.FileSystem, str]:
     """Return the file system of a URI, and the path in it.
 
@@ -99,7 +65,7 @@ def open_uri(uri: str, *, option: str, pauses: tuple[float, ...] | None = None) 
     Raises:
         ConfigError: credentials in it, an unknown scheme or parameter, or no storage answers.
     """
-    check_uri(uri, option=option)
+    refuse_credentials(option, uri)
     scheme = uri.partition("://")[0].lower()
     full = uri
     if scheme in ("gs", "gcs") and "retry_limit_seconds" not in uri:
@@ -108,7 +74,7 @@ def open_uri(uri: str, *, option: str, pauses: tuple[float, ...] | None = None) 
         filesystem, path = retried(lambda: pafs.FileSystem.from_uri(full), f"opening {uri}", pauses=pauses)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise ConfigError(
-            f"{option}={uri!r} is not a storage that can be used: {_line(error)}; expected a folder, or a URI such as "
+            f"{option}={uri!r} is not a storage that can be used: {first_line(error)}; expected a folder, or a URI such as "
             f"s3://bucket/prefix, gs://bucket/prefix, abfs://container@account.dfs.core.windows.net/prefix, "
             f"hdfs://host:port/folder or file:///folder. A server that speaks S3: s3://bucket/prefix?endpoint_override="
             f"HOST:PORT&scheme=http"
@@ -206,7 +172,7 @@ class RemoteFolder:
         try:
             return retried(action, what, pauses=self._pauses)
         except ValueError as error:  # pyarrow's, about a path
-            raise OSError(_line(error)) from error
+            raise OSError(first_line(error)) from error
 
 
 def retried(action: Callable[[], T], what: str, *, pauses: tuple[float, ...] | None = None) -> T:
@@ -228,8 +194,8 @@ def retried(action: Callable[[], T], what: str, *, pauses: tuple[float, ...] | N
             raise
         except (OSError, pa.ArrowException) as error:
             if pause is None:
-                raise error if isinstance(error, OSError) else OSError(_line(error)) from error
-            logger.warning("%s: %s; tried again in %g s", what, _line(error), pause)
+                raise error if isinstance(error, OSError) else OSError(first_line(error)) from error
+            logger.warning("%s: %s; tried again in %g s", what, first_line(error), pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -278,7 +244,7 @@ def delete_folder(location: str) -> None:
     try:
         RemoteFolder(location, pauses=()).delete_all()
     except (ConfigError, OSError) as error:
-        logger.warning("%s could not be deleted: %s", location, _line(error))
+        logger.warning("%s could not be deleted: %s", location, first_line(error))
 
 
 def _split(uri: str) -> tuple[str, str]:
@@ -289,13 +255,9 @@ def _split(uri: str) -> tuple[str, str]:
 
 def _no_answer(option: str, uri: str, error: Exception) -> str:
     scheme = uri.partition("://")[0].lower()
-    keys = _WAYS_OUT.get(scheme)
+    keys = place_of_credentials(scheme)
     return (
-        f"{option}={uri!r} cannot be used: {_line(error)}. The bucket or folder must be there, reachable, and this account "
-        f"must be allowed to list, read, write and delete in it" + (f"; keys are looked for {keys}" if keys else "")
+        f"{option}={uri!r} cannot be used: {first_line(error)}. The bucket or folder must be there, reachable, and this "
+        f"account must be allowed to list, read, write and delete in it"
+        + (f"; keys are looked for {keys}" if keys else "")
     )
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:500] if lines else type(error).__name__

@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "torch.distributed": ("distributed/", "training/local.py"),
 }
 LEVELS = [
-    ("errors.py", "host_to_device.py", "logs.py"),
-    ("randomness.py",),
+    ("errors.py", "host_to_device.py", "logs.py", "stored_archive.py"),
+    ("randomness.py", "credentials.py"),
     ("config.py",),
     ("records.py", "identity.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
