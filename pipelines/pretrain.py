@@ -116,10 +116,9 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             return "\n".join([*lines, "curves   MLflow was away; start the run again by its name to send them"])
         page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
         if tracking_uri.startswith(("http://", "https://")):
-            browsers_address = os.environ.get(
-                "HVP_MLFLOW_PAGE", tracking_uri
-            )  # nodes may know the server by another name
-            lines.append(f"curves   {browsers_address.rstrip('/')}{page}")
+            # Nodes may know the server by another name than a browser outside.
+            address = os.environ.get("HVP_MLFLOW_PAGE", tracking_uri)
+            lines.append(f"curves   {address.rstrip('/')}{page}")
         else:
             is_default = tracking_uri.endswith("/runs/mlflow.db")
             ui = "make ui" if is_default else f"mlflow ui --backend-store-uri {tracking_uri}"
