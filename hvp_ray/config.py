@@ -320,6 +320,14 @@ class SelectionConfig:
     """Statistics used while scoring. batch: of the batch, running statistics untouched. faithful: as automl/hvp, where
     scoring also moves the running statistics. running: the running statistics."""
 
+    scoring_precision: Literal["training", "bfloat16"] = "training"
+    """Precision of the networks while scoring. training: that of `training.precision`. bfloat16: autocast also where
+    training is in float32; for GPUs, and CPUs that have instructions for it."""
+
+    reuse_teacher: bool = True
+    """DINO, iBOT: training takes the teacher's outputs of the chosen views from scoring, where they are the same: scored at
+    full resolution in the precision of training, by a teacher without BatchNorm."""
+
     def __post_init__(self) -> None:
         if self.num_views is not None:
             _require(2 <= self.num_views <= 64, "selection.num_views", self.num_views, "2 to 64")

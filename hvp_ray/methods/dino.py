@@ -3,9 +3,12 @@
 Legend: G global views, L local views, S slots of global views, B images, K prototypes, D features.
 """
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.methods.backbones import build_backbone, feature_dim, patch_px
@@ -58,16 +61,19 @@ class Dino(Method):
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Teacher on the global views, student on all; every cross-entropy once. Centre and teacher stay as they are."""
-        targets_GBK = self._probabilities(self._teacher_logits(views.global_views))
+        bottleneck = self._teacher_bottleneck(views)
+        targets_GBK = self._probabilities(self.teacher_head.logits(bottleneck))
         features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
         logits = self.head.logits_by_view(self.head(features))
         crosses = distillation.cross_entropies(targets_GBK, logits, self._config.student_temperature)
-        return distillation.score_tuples(crosses, candidates)
+        return replace(
+            distillation.score_tuples(crosses, candidates), reusable=self._reusable(teacher_bottleneck=bottleneck)
+        )
 
     def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
         """Mean cross-entropy of all (teacher's global view, other view of the student)."""
         with torch.no_grad():
-            teacher_logits = self._teacher_logits(views.global_views)
+            teacher_logits = self.teacher_head.logits(self._teacher_bottleneck(views))
             targets_SBK = self._probabilities(teacher_logits)
         features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
         logits = self.head.logits(self.head(features))
@@ -97,10 +103,20 @@ class Dino(Method):
             config.warmup_teacher_temperature, config.teacher_temperature, config.warmup_teacher_epochs, epoch
         )
 
-    def _teacher_logits(self, global_views: Tensor) -> Float[Tensor, "views batch prototypes"]:
-        features = self.teacher_backbone(global_views.flatten(0, 1)).unflatten(0, global_views.shape[:2])
-        logits: Tensor = self.teacher_head.logits(self.teacher_head(features))
-        return logits
+    def _teacher_bottleneck(self, views: ViewTensors) -> Float[Tensor, "views batch bottleneck"]:
+        """Return the teacher's output before the prototypes: what scoring computed, or now."""
+        if "teacher_bottleneck" in views.reusable:
+            return views.reusable["teacher_bottleneck"]
+        images = views.global_views
+        bottleneck: Tensor = self.teacher_head(
+            self.teacher_backbone(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        )
+        return bottleneck
+
+    def _reusable(self, **of_teacher: Tensor) -> dict[str, Tensor]:
+        """Return the teacher's outputs, unless they depend on what else was in the batch."""
+        modules = (*self.teacher_backbone.modules(), *self.teacher_head.modules())
+        return {} if any(isinstance(module, _BatchNorm) for module in modules) else of_teacher
 
     def _probabilities(self, logits: Tensor) -> Float[Tensor, "views batch prototypes"]:
         return distillation.teacher_probabilities(logits, self.center, self.teacher_temperature)

@@ -67,7 +67,12 @@ class IBot(Dino):
             pairs_BP = pairs_BP + config.patch_weight * of_pairs.mean(dim=2)
         if locals_BPL is not None:
             locals_BPL = config.class_weight * locals_BPL
-        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL)
+        reusable = self._reusable(
+            class_bottleneck=teacher.class_bottleneck,
+            patch_bottleneck=teacher.patch_bottleneck,
+            patch_bottleneck_mean=teacher.patch_bottleneck_mean,
+        )
+        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable)
 
     def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
         """Class loss over views, plus the mean patch loss of the global slots."""
@@ -77,8 +82,7 @@ class IBot(Dino):
             class_logits = self.teacher_head.logits(teacher.class_bottleneck)
             targets_SBK = self._probabilities(class_logits)
             # The logits are linear in the bottleneck, so the mean over all patches needs no logits of all patches.
-            assert teacher.patch_bottleneck_mean is not None
-            patch_mean = self.teacher_head.logits(teacher.patch_bottleneck_mean)
+            patch_mean = self.teacher_head.logits(teacher.patch_bottleneck_mean.mean(dim=(0, 1)))
         student = self._student(views)
         logits = self.head.logits(student.class_bottleneck)
         crosses = distillation.cross_entropies(targets_SBK, logits, config.student_temperature)
@@ -109,7 +113,7 @@ class IBot(Dino):
             epoch,
         )
 
-    def _student(self, views: ViewTensors) -> "_Bottlenecks":
+    def _student(self, views: ViewTensors) -> "_OfStudent":
         masked = _MaskedPatches.of(views)
         vit, images = cast(VisionTransformer, self.backbone), views.global_views
         tokens = forward_tokens(
@@ -120,29 +124,29 @@ class IBot(Dino):
             of_locals = self.backbone(views.local_views.flatten(0, 1)).unflatten(0, views.local_views.shape[:2])
             class_tokens = torch.cat([class_tokens, of_locals])
         patches = masked.take(tokens[:, :, vit.num_prefix_tokens :])
-        return _Bottlenecks(
+        return _OfStudent(
             class_tokens=class_tokens,
             class_bottleneck=self.head(class_tokens),
             patch_bottleneck=self.head(patches),
-            patch_bottleneck_mean=None,
             masked=masked,
         )
 
     @torch.no_grad()
-    def _teacher(self, views: ViewTensors) -> "_Bottlenecks":
+    def _teacher(self, views: ViewTensors) -> "_OfTeacher":
+        """Return the teacher's outputs: what scoring computed, or now."""
+        if views.reusable:
+            return _OfTeacher(**views.reusable)
         masked = _MaskedPatches.of(views)
         vit, images = cast(VisionTransformer, self.teacher_backbone), views.global_views
         tokens = forward_tokens(vit, images.flatten(0, 1)).unflatten(0, images.shape[:2])
         patches = self.teacher_head(tokens[:, :, vit.num_prefix_tokens :])
-        return _Bottlenecks(
-            class_tokens=tokens[:, :, 0],
+        return _OfTeacher(
             class_bottleneck=self.teacher_head(tokens[:, :, 0]),
             patch_bottleneck=masked.take(patches),
-            patch_bottleneck_mean=patches.mean(dim=(0, 1, 2)),
-            masked=masked,
+            patch_bottleneck_mean=patches.mean(dim=2),
         )
 
-    def _patch_losses(self, student: "_Bottlenecks", teacher: "_Bottlenecks") -> Float[Tensor, "batch views"]:
+    def _patch_losses(self, student: "_OfStudent", teacher: "_OfTeacher") -> Float[Tensor, "batch views"]:
         """Return P[b, g]: the mean cross-entropy of the masked patches of a view, 0 where none is masked."""
         losses = []
         for view, weights_BM in enumerate(student.masked.weights):
@@ -200,12 +204,21 @@ class _MaskedPatches:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Bottlenecks:
-    """Outputs of one network before its prototypes."""
+class _OfStudent:
+    """Outputs before the prototypes."""
 
     class_tokens: Float[Tensor, "all_views batch dim"]
     class_bottleneck: Float[Tensor, "all_views batch bottleneck"]
     patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
-    patch_bottleneck_mean: Float[Tensor, " bottleneck"] | None
-    """Over all patches; of the teacher only."""
     masked: _MaskedPatches
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _OfTeacher:
+    """Outputs before the prototypes, of global views."""
+
+    class_bottleneck: Float[Tensor, "views batch bottleneck"]
+    patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
+    """Of the patches that the student sees masked."""
+    patch_bottleneck_mean: Float[Tensor, "views batch bottleneck"]
+    """Over all patches of a view."""

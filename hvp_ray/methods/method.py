@@ -35,6 +35,8 @@ class ViewTensors:
     """Masks of the global views, True is masked; None: there are none."""
     max_masked_patches: int | None = None
     """No view has more masked patches than this; None: all may be masked."""
+    reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
+    """`CandidateScores.reusable` of these very views; empty: everything is computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +111,11 @@ class Method(nn.Module):
     """The encoder that is trained."""
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """Return the loss that each candidate would give; higher is harder; float32."""
+        """Return the loss that each candidate would give; higher is harder; float32.
+
+        What does not depend on the other views of the batch and has no gradient may go into `reusable`: `forward` finds it
+        in the views that it is given, gathered for the chosen ones, where it holds for them.
+        """
         raise NotImplementedError
 
     def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:

@@ -9,7 +9,7 @@ Legend: V global views, L local views, B images, P pairs, k local views trained 
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -101,6 +101,9 @@ class CandidateScores:
 
     locals_BPL: Float[Tensor, "batch pairs locals"] | None = None  # noqa: N815
     """What each local view adds; None: there are no local views."""
+
+    reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
+    """What the method computed for each global view by itself and need not compute again when it is trained on."""
 
     def mean(self, num_chosen_local_views: int) -> Float[Tensor, " batch"]:
         """Return the mean over all candidates of each image: what a random candidate would give."""

@@ -18,7 +18,7 @@ class StepOperations:
     random_step: int
     """Forward and backward on the views that the vanilla arm trains on."""
     scoring: int
-    """What a hard step does besides."""
+    """What a hard step does besides; less what it then need not do again (`selection.reuse_teacher`)."""
 
     @property
     def ratio(self) -> float:
@@ -36,7 +36,10 @@ def count_operations(config: RunConfig) -> StepOperations:
     with imagine_step(hard) as imagined, sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             chosen = choose_step_views(imagined.trainee, imagined.batch, imagined.config)
-        scoring = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
             forward_backward(imagined.trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
-        return StepOperations(random_step=counter.get_total_flops(), scoring=scoring)
+        hard_step = counter.get_total_flops()
+        fresh = dataclasses.replace(chosen.pixels, reusable={})
+        with FlopCounterMode(display=False) as counter:
+            forward_backward(imagined.trainee, fresh, imagined.config, step=0, stop_requested=False)
+        random_step = counter.get_total_flops()
+        return StepOperations(random_step=random_step, scoring=hard_step - random_step)

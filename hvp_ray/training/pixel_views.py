@@ -1,15 +1,17 @@
 """The views of a step on the device, as bytes: split into parts, gathered by index, and normalised where they are used."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from jaxtyping import Bool, UInt8
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from hvp_ray.config import RunConfig
+from hvp_ray.config import RunConfig, ViewsConfig
 from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import ViewTensors
 from hvp_ray.selection import Selection, gather_views
 from hvp_ray.stream.device import DeviceBatch
+from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.normalise import normalise_views
 
 
@@ -20,6 +22,8 @@ class PixelViews:
     global_pixels: UInt8[Tensor, "views batch height width 3"]
     local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
     masks: Bool[Tensor, "views batch patch_rows patch_columns"] | None
+    reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
+    """What scoring computed for each global view and training may take; see `CandidateScores.reusable`."""
 
     @staticmethod
     def of(batch: DeviceBatch) -> "PixelViews":
@@ -41,6 +45,7 @@ class PixelViews:
             global_pixels=gather_views(self.global_pixels, selection.view_indices),
             local_pixels=local_pixels,
             masks=None if self.masks is None else gather_views(self.masks, selection.view_indices),
+            reusable={name: gather_views(values, selection.view_indices) for name, values in self.reusable.items()},
         )
 
     def split(self, num_parts: int) -> list["PixelViews"]:
@@ -52,9 +57,34 @@ class PixelViews:
                 global_pixels=self.global_pixels[:, images],
                 local_pixels=None if self.local_pixels is None else self.local_pixels[:, images],
                 masks=None if self.masks is None else self.masks[:, images],
+                # As if computed here: torch multiplies contiguous memory in another order than slices of a larger one.
+                reusable={name: values[:, images].contiguous() for name, values in self.reusable.items()},
             )
             for images in slices
         ]
+
+    def for_scoring(self, config: RunConfig, *, patch_px: int) -> "PixelViews":
+        """Return the views at `selection.scoring_resolution_px`, antialiased; None there leaves them as they are.
+
+        Local views shrink by the same factor, to the nearest multiple of `patch_px`; a patch of a mask is masked where at
+        least half of what it stands for was.
+        """
+        resolution_px, size_px = config.selection.scoring_resolution_px, config.views.global_views.size_px
+        if resolution_px is None or resolution_px == size_px:
+            return self
+        local_pixels, masks = self.local_pixels, self.masks
+        if local_pixels is not None:
+            patches = max(1, round(local_pixels.shape[-2] * resolution_px / size_px / patch_px))
+            local_pixels = downscale_views(local_pixels, patches * patch_px)
+        if masks is not None:
+            grid = resolution_px // patch_px
+            masks = F.adaptive_avg_pool2d(masks.float(), (grid, grid)) >= 0.5
+        return replace(
+            self,
+            global_pixels=downscale_views(self.global_pixels, resolution_px),
+            local_pixels=local_pixels,
+            masks=masks,
+        )
 
     def normalised(self, config: RunConfig) -> ViewTensors:
         """Return what the networks see."""
@@ -63,5 +93,13 @@ class PixelViews:
             global_views=normalise_views(self.global_pixels, views),
             local_views=None if self.local_pixels is None else normalise_views(self.local_pixels, views),
             masks=self.masks,
-            max_masked_patches=None if views.masks is None else views.masks.max_cells(views.global_views.size_px),
+            max_masked_patches=self._max_masked_patches(views),
+            reusable=self.reusable,
         )
+
+    def _max_masked_patches(self, views: ViewsConfig) -> int | None:
+        """Return the most patches that a mask can have; None: masks of another grid, which the config does not bound."""
+        if self.masks is None or views.masks is None:
+            return None
+        size_px = views.global_views.size_px
+        return views.masks.max_cells(size_px) if self.masks.shape[-1] == views.masks.grid(size_px) else None

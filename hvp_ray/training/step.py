@@ -5,10 +5,9 @@ Legend: V global views, L local views, B images, P pairs, S slots trained on, k 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.choosing import candidates_of, draw_candidates, draw_random_locals, draw_random_pairs, pair_ious
 from hvp_ray.training.optimizers import clip_gradients
 from hvp_ray.training.pixel_views import PixelViews
+from hvp_ray.training.stages import Stage, name_for_profiler
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +61,8 @@ class Trainee:
     mean_over_ranks: Callable[[Tensor], Tensor]
     device: torch.device
     rank: int
+    stage: Callable[[Stage], AbstractContextManager[None]] = name_for_profiler
+    """Entered around each part of a step."""
 
 
 def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_requested: bool = False) -> StepMetrics:
@@ -69,7 +71,8 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
     Raises:
         TrainingError: the loss is not finite on some rank; raised on every rank, before the update.
     """
-    batch.wait()
+    with trainee.stage("hand_over"):
+        batch.wait()
     chosen = choose_step_views(trainee, batch, config)
     trained = forward_backward(trainee, chosen.pixels, config, batch.batch.step, stop_requested=stop_requested)
     if not trained.finite.read():
@@ -106,30 +109,41 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -
     trainee.optimizer.zero_grad(set_to_none=True)  # the last step's gradients make room
     pixels = PixelViews.of(batch)
     candidates = candidates_of(config, batch.batch.step)
-    scores = _score(trainee, pixels, candidates, config, batch.batch.step)
-    selection = _choose(trainee, batch.batch, candidates, scores, config)
-    return ChosenViews(candidates=candidates, scores=scores, selection=selection, pixels=pixels.gather(selection))
+    rule = config.selection.rule if config.selection.is_hard_step(batch.batch.step) else "first"
+    scores = None
+    if rule in RULES_THAT_SCORE or config.selection.score_always:
+        scores = score_candidates(trainee, pixels, candidates, config, batch.batch.step)
+        if _training_may_reuse(config):
+            pixels = replace(pixels, reusable=scores.reusable)
+        scores = replace(scores, reusable={})  # its memory is free when the chosen views' part has been taken
+    with trainee.stage("choose"):
+        selection = _choose(trainee, batch.batch, candidates, scores, config)
+    with trainee.stage("gather"):
+        chosen = pixels.gather(selection)
+    return ChosenViews(candidates=candidates, scores=scores, selection=selection, pixels=chosen)
 
 
-def _score(
+def score_candidates(
     trainee: Trainee, pixels: PixelViews, candidates: Candidates, config: RunConfig, step: int
-) -> CandidateScores | None:
-    """Score all candidates, part by part; None: the rule does not look at scores."""
-    rule = config.selection.rule if config.selection.is_hard_step(step) else "first"
-    if rule not in RULES_THAT_SCORE and not config.selection.score_always:
-        return None
+) -> CandidateScores:
+    """Score all candidates with the current weights, part by part, as `config.selection` says."""
+    selection = config.selection
+    precision = config.training.precision if selection.scoring_precision == "training" else selection.scoring_precision
     _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
     scores = []
     for part in pixels.split(config.training.accumulation_steps):
-        views = resize_for_scoring(part.normalised(config), config, patch_px=trainee.method.patch_px)
-        with _autocast(config, trainee.device):
+        with trainee.stage("downscale"):
+            small = part.for_scoring(config, patch_px=trainee.method.patch_px)
+        with trainee.stage("normalise"):
+            views = small.normalised(config)
+        with trainee.stage("score"), _autocast(precision, trainee.device):
             scores.append(
                 score_views(
                     trainee.score,
                     views,
                     candidates,
                     module=trainee.method,
-                    batch_norm=config.selection.scoring_batch_norm,
+                    batch_norm=selection.scoring_batch_norm,
                 )
             )
     if len(scores) == 1:
@@ -138,7 +152,16 @@ def _score(
     return CandidateScores(
         pairs_BP=torch.cat([of_part.pairs_BP for of_part in scores]),
         locals_BPL=torch.cat(of_locals) if of_locals else None,
+        reusable={name: torch.cat([part.reusable[name] for part in scores], dim=1) for name in scores[0].reusable},
     )
+
+
+def _training_may_reuse(config: RunConfig) -> bool:
+    """Tell whether scoring forwards the views just as training will."""
+    selection = config.selection
+    full_resolution = selection.scoring_resolution_px in (None, config.views.global_views.size_px)
+    same_precision = selection.scoring_precision in ("training", config.training.precision)
+    return selection.reuse_teacher and full_resolution and same_precision
 
 
 def _choose(
@@ -181,11 +204,12 @@ def forward_backward(
     trainee.optimizer.zero_grad(set_to_none=True)
     results: list[MethodLoss] = []
     for part, of_part in enumerate(parts):
-        views = of_part.normalised(config)
+        with trainee.stage("normalise"):
+            views = of_part.normalised(config)
         is_last = part == len(parts) - 1
         _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
         with nullcontext() if is_last else trainee.without_reduction():
-            with _autocast(config, trainee.device):
+            with trainee.stage("forward"), _autocast(config.training.precision, trainee.device):
                 if features is None:
                     results.append(trainee.training_forward(views))
                 else:
@@ -193,20 +217,26 @@ def forward_backward(
             if is_last:  # asked before the last backward, so that a GPU's host need not wait for that
                 stop = torch.full((), float(stop_requested), device=trainee.device)
                 loss = torch.stack([result.loss.detach().float() for result in results]).mean()
-                reduced = trainee.mean_over_ranks(torch.stack([loss, stop]))
+                with trainee.stage("collectives"):
+                    reduced = trainee.mean_over_ranks(torch.stack([loss, stop]))
                 finite = _AsyncFlag(torch.isfinite(reduced[0]))
-            (results[-1].loss / len(parts)).backward()
-    trainee.reduce_gradients()
+            with trainee.stage("backward"):
+                (results[-1].loss / len(parts)).backward()
+    with trainee.stage("collectives"):
+        trainee.reduce_gradients()
     return TrainedViews(results=results, loss=reduced[0], stop_requested=reduced[1], finite=finite)
 
 
 def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -> Tensor | None:
     """Clip, update, and let the method follow (teacher, centre); return the norm of the gradient before clipping."""
-    gradient_norm = clip_gradients(trainee.method, config.optimizer)
-    trainee.method.before_update()
-    trainee.optimizer.step()
     statistics = _mean_of_parts([result.statistics for result in trained.results])
-    trainee.method.after_update(_mean_over_ranks(statistics, trainee))
+    with trainee.stage("collectives"):
+        statistics = _mean_over_ranks(statistics, trainee)
+    with trainee.stage("update"):
+        gradient_norm = clip_gradients(trainee.method, config.optimizer)
+        trainee.method.before_update()
+        trainee.optimizer.step()
+        trainee.method.after_update(statistics)
     return gradient_norm
 
 
@@ -218,7 +248,7 @@ def _contrast_features(trainee: Trainee, parts: list[PixelViews], config: RunCon
     with torch.no_grad(), batch_norm_for_scoring(trainee.method, "batch"):
         for part, of_part in enumerate(parts):
             _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
-            with _autocast(config, trainee.device):
+            with trainee.stage("forward"), _autocast(config.training.precision, trainee.device):
                 of_images = trainee.method.contrast_features(of_part.normalised(config))
             if of_images is None:
                 return None
@@ -241,36 +271,8 @@ def _mean_over_ranks(values: dict[str, Tensor], trainee: Trainee) -> dict[str, T
     return {name: piece.view_as(value) for (name, value), piece in zip(values.items(), pieces, strict=True)}
 
 
-def resize_for_scoring(views: ViewTensors, config: RunConfig, *, patch_px: int) -> ViewTensors:
-    """Scale views to `selection.scoring_resolution_px`, antialiased, on the device; None leaves them as they are.
-
-    Local views shrink by the same factor, to the nearest multiple of `patch_px`; a patch of a mask is masked where at least
-    half of what it stands for was.
-    """
-    resolution_px, size_px = config.selection.scoring_resolution_px, config.views.global_views.size_px
-    if resolution_px is None or resolution_px == size_px:
-        return views
-    local_views, masks = views.local_views, views.masks
-    if local_views is not None:
-        patches = max(1, round(local_views.shape[-1] * resolution_px / size_px / patch_px))
-        local_views = _resize(local_views, patches * patch_px)
-    if masks is not None:
-        grid = resolution_px // patch_px
-        masks = F.adaptive_avg_pool2d(masks.float(), (grid, grid)) >= 0.5
-    return ViewTensors(global_views=_resize(views.global_views, resolution_px), local_views=local_views, masks=masks)
-
-
-def _resize(
-    views_VB: Float[Tensor, "views batch channels height width"], size_px: int
-) -> Float[Tensor, "views batch channels small_height small_width"]:
-    small = F.interpolate(
-        views_VB.flatten(0, 1), size=(size_px, size_px), mode="bilinear", antialias=True, align_corners=False
-    )
-    return small.unflatten(0, views_VB.shape[:2])
-
-
-def _autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.training.precision == "bfloat16")
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def _seed_torch(config: RunConfig, purpose: Purpose, step: int, rank: int, part: int = 0) -> None:

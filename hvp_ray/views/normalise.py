@@ -15,7 +15,7 @@ def normalise_views(
     """Return (pixels / 255 - mean) / std as channels first in shape, channels last in memory."""
     make = _kept if pixels.device.type == "cuda" else _in_levels
     mean, std = make(views.mean, pixels.device), make(views.std, pixels.device)
-    return ((pixels.float() - mean) / std).movedim(-1, -3)
+    return torch.sub(pixels, mean).div_(std).movedim(-1, -3)  # one tensor of floats; a GPU reads the bytes once
 
 
 def _in_levels(fractions: tuple[float, ...], device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import TrainingError
-from hvp_ray.methods.method import StepPosition, ViewTensors, build_method
+from hvp_ray.methods.method import StepPosition, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.recipes import get_recipe
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
@@ -25,11 +25,19 @@ from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.rank import build_order
 from hvp_ray.training.setup import build_trainee, build_untrained_method
-from hvp_ray.training.step import resize_for_scoring, train_step
+from hvp_ray.training.step import choose_step_views, train_step
 from hvp_ray.views.normalise import normalise_views
 from tests.helpers import slow_hardest_pairs, tiny_config
 
 CPU = torch.device("cpu")
+MULTI_CROP = ("dino-digits", "ibot-digits")
+VIT = get_recipe("ibot-digits").method.backbone
+
+
+def with_vit_views(config: RunConfig) -> RunConfig:
+    """Local views that patches of 4 px divide."""
+    local = dataclasses.replace(config.views.local_views, size_px=4)
+    return dataclasses.replace(config, views=dataclasses.replace(config.views, local_views=local))
 
 
 def _batches(config: RunConfig, count: int) -> list[DeviceBatch]:
@@ -132,27 +140,80 @@ def test_scoring_always_changes_nothing_but_faithful_statistics(tmp_path: Path) 
 
 def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size(tmp_path: Path) -> None:
     config = tiny_config(str(tmp_path), recipe="ibot-digits")
-    views = ViewTensors(
-        global_views=torch.randn(2, 3, 3, 16, 16),
-        local_views=torch.randn(4, 3, 3, 8, 8),
+    pixels = PixelViews(
+        global_pixels=torch.randint(0, 256, (2, 3, 16, 16, 3), dtype=torch.uint8),
+        local_pixels=torch.randint(0, 256, (4, 3, 8, 8, 3), dtype=torch.uint8),
         masks=torch.zeros(2, 3, 4, 4, dtype=torch.bool),
-        max_masked_patches=8,
     )
-    views.masks[0, 0, :2, :2] = views.masks[0, 0, 2, 2] = True
-    assert resize_for_scoring(views, config, patch_px=4) is views
+    pixels.masks[0, 0, :2, :2] = pixels.masks[0, 0, 2, 2] = True
+    assert pixels.for_scoring(config, patch_px=4) is pixels
+    assert pixels.normalised(config).max_masked_patches == config.views.masks.max_cells(16)
 
-    def at(resolution_px: int) -> ViewTensors:
+    def at(resolution_px: int) -> PixelViews:
         selection = dataclasses.replace(config.selection, scoring_resolution_px=resolution_px)
-        return resize_for_scoring(views, dataclasses.replace(config, selection=selection), patch_px=4)
+        return pixels.for_scoring(dataclasses.replace(config, selection=selection), patch_px=4)
 
-    assert at(16) is views
+    assert at(16) is pixels
     small = at(8)
-    assert small.global_views.shape == (2, 3, 3, 8, 8)
-    assert small.local_views.shape == (4, 3, 3, 4, 4)
-    assert small.global_views.std() < views.global_views.std() * 0.7  # noise is averaged, not picked
+    assert small.global_pixels.shape == (2, 3, 8, 8, 3)
+    assert small.local_pixels.shape == (4, 3, 4, 4, 3)
+    assert small.global_pixels.float().std() < pixels.global_pixels.float().std() * 0.7  # noise is averaged, not picked
     # A cell stands for 2 x 2 of the full mask: masked where at least half of them were.
     assert small.masks[0, 0].tolist() == [[True, False], [False, False]]
-    assert small.max_masked_patches is None
+    inputs = small.normalised(config)
+    assert inputs.max_masked_patches is None
+    assert inputs.global_views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)  # fast in convolutions
+
+
+@pytest.mark.parametrize("recipe", ["dino-digits", "ibot-digits"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_reusing_the_teachers_outputs_changes_no_bit(tmp_path: Path, recipe: str, parts: int) -> None:
+    """Against forwarding the chosen views again, over three steps; the forward passes that are saved are counted."""
+    states, forwarded = [], []
+    for reuse in (True, False):
+        config = tiny_config(
+            str(tmp_path),
+            recipe=recipe,
+            selection={"reuse_teacher": reuse},
+            training={"accumulation_steps": parts},
+            method={"backbone": VIT},
+            data={"num_images": 60},
+        )
+        config = with_vit_views(config)
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        images: list[int] = []
+        trainee.method.teacher_backbone.patch_embed.register_forward_hook(
+            lambda _, inputs, __, seen=images: seen.append(len(inputs[0]))
+        )
+        for step, batch in enumerate(_batches(config, 3)):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
+            train_step(trainee, batch, config)
+        states.append(trainee.method.state_dict())
+        forwarded.append(sum(images))
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    views = config.selection.num_global_views
+    assert forwarded == [3 * views * 16, 3 * (views + 2) * 16]
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [{"scoring_resolution_px": 4}, {"scoring_precision": "bfloat16"}, {"reuse_teacher": False}],
+    ids=["small", "bfloat16", "off"],
+)
+def test_teacher_is_not_reused_where_scoring_forwards_other_views(tmp_path: Path, selection: dict[str, Any]) -> None:
+    config = with_vit_views(
+        tiny_config(str(tmp_path), recipe="dino-digits", selection=selection, method={"backbone": VIT})
+    )
+    trainee = build_trainee(config, World(), CPU, None)
+    assert choose_step_views(trainee, _batches(config, 1)[0], config).pixels.reusable == {}
+
+
+def test_teacher_with_batch_norm_is_not_reused(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), recipe="dino-digits")  # a ResNet
+    trainee = build_trainee(config, World(), CPU, None)
+    trainee.method.train()
+    assert choose_step_views(trainee, _batches(config, 1)[0], config).pixels.reusable == {}
 
 
 def test_low_resolution_scoring_and_clipping_train(tmp_path: Path) -> None:
@@ -177,10 +238,6 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
 
 
-MULTI_CROP = ("dino-digits", "ibot-digits")
-VIT = get_recipe("ibot-digits").method.backbone
-
-
 @pytest.mark.parametrize("recipe", ["simclr-digits", *MULTI_CROP])
 def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Path, recipe: str) -> None:
     """Vision Transformers with drop path included: scoring draws random numbers of its own and leaves no trace."""
@@ -200,9 +257,9 @@ def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Pat
     }.items():
         config = tiny_config(str(tmp_path), recipe=recipe, selection=selection, data={"num_images": 60})
         if recipe == "dino-digits":
-            config = dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=VIT))
-            local = dataclasses.replace(config.views.local_views, size_px=4)
-            config = dataclasses.replace(config, views=dataclasses.replace(config.views, local_views=local))
+            config = with_vit_views(
+                dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=VIT))
+            )
         trainee = build_trainee(config, World(), CPU, None)
         trainee.method.train()
         drop_paths = [m for m in trainee.method.modules() if type(m).__name__ == "DropPath" and m.drop_prob > 0]
