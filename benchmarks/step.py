@@ -1,12 +1,19 @@
-"""What a hard step costs in random steps, measured and by operation count, for every method.
+"""What a hard step costs in random steps, measured and by operation count, and which parts the cost is made of.
 
-python benchmarks/step.py [--recipes NAME ...] [--images N] [--scoring-px N ...] [--compile] [--repeats N] [--json FILE]
+python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [--recipes NAME ...] [--images N]
+    [--scoring-px N ...] [--compile] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
 (hardest-224) or at lower ones (hardest-112). Both are the real step on the real network with made-up pixels; rendering is
 not part of it. On a CPU the time is CPU time of one thread, which other load on the machine distorts little, and the steps
-take turns; on a GPU it is the device's own clock, and one setting follows the other, each with a network of its own (so that
-compiled code is that of one resolution, as in a run, and the peak of memory is that of one setting). Medians are reported.
+take turns: the ratio is the median over the turns of the ratio within a turn. On a GPU it is the device's own clock, and one
+setting follows the other, each with a network of its own (so that compiled code is that of one resolution, as in a run, and
+the peak of memory is that of one setting); medians are compared.
+
+The ledger says what each part of a step takes, in random steps, from steps of their own: normalise (bytes to floats),
+downscale (for scoring), score_networks and score (scoring's forward passes, and the rest of it), choose, gather,
+forward_networks and forward (training's forward passes, and the loss), backward, update, collectives, hand_over. Networks are
+not told apart with --compile.
 """
 
 import argparse
@@ -27,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.step_ledger import StepClock
 from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
@@ -81,6 +89,8 @@ class Measured:
     seconds: list[float]
     peak_bytes: int | None
     """Of the device's memory; None on a CPU."""
+    parts: dict[str, float]
+    """Part of a step -> median seconds; see `benchmarks/step_ledger.py`."""
 
 
 def prepare_step(trainee: Trainee, setting: RunConfig) -> Callable[[], object]:
@@ -96,6 +106,7 @@ def measure_by_turns(settings: dict[str, RunConfig], repeats: int) -> dict[str, 
     device = torch.device("cpu")
     trainee = build_trainee(next(iter(settings.values())), World(), device, None)
     trainee.method.train()
+    clocks = {name: StepClock(device) for name in settings}
     steps = {name: prepare_step(trainee, setting) for name, setting in settings.items()}
     for step in steps.values():
         step()  # memory, kernels and the optimizer's state are made once
@@ -103,7 +114,18 @@ def measure_by_turns(settings: dict[str, RunConfig], repeats: int) -> dict[str, 
     for _ in range(repeats):
         for name, step in steps.items():
             seconds[name].append(seconds_of(step, device))
-    return {name: Measured(values, None) for name, values in seconds.items()}
+    for _ in range(max(1, repeats // 2)):
+        for name, setting in settings.items():
+            take_apart(trainee, setting, clocks[name])
+    return {name: Measured(values, None, clocks[name].medians()) for name, values in seconds.items()}
+
+
+def take_apart(trainee: Trainee, setting: RunConfig, clock: StepClock) -> None:
+    """Run one step with a clock in it."""
+    step = prepare_step(dataclasses.replace(trainee, stage=clock), setting)
+    with contextlib.nullcontext() if setting.training.compile else clock.watching_networks():
+        step()
+    clock.end_step()
 
 
 def measure_alone(setting: RunConfig, repeats: int, device: torch.device, lock: Path | None) -> Measured:
@@ -121,7 +143,11 @@ def measure_alone(setting: RunConfig, repeats: int, device: torch.device, lock: 
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         seconds = [seconds_of(step, device) for _ in range(repeats)]
-        return Measured(seconds, torch.cuda.max_memory_allocated())
+        peak_bytes = torch.cuda.max_memory_allocated()
+        clock = StepClock(device)
+        for _ in range(3):
+            take_apart(trainee, setting, clock)
+        return Measured(seconds, peak_bytes, clock.medians(slice(1, None)))
 
 
 @contextlib.contextmanager
@@ -135,8 +161,21 @@ def exclusive(lock: Path | None) -> Iterator[None]:
         yield
 
 
+def config_of(recipe: str, backbone: str | None = None, resolution_px: int | None = None) -> RunConfig:
+    """Return a recipe, on another network and with global views of another size where these are given."""
+    config = get_recipe(recipe)
+    if backbone is not None:
+        other = dataclasses.replace(config.method.backbone, name=backbone)
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=other))
+    if resolution_px is not None:
+        group = dataclasses.replace(config.views.global_views, size_px=resolution_px)
+        views = dataclasses.replace(config.views, global_views=group, evaluation_resize_px=resolution_px * 8 // 7)
+        config = dataclasses.replace(config, views=views)
+    return config
+
+
 def measure(
-    recipe: str,
+    config: RunConfig,
     images: int,
     repeats: int,
     device: torch.device,
@@ -146,7 +185,6 @@ def measure(
     lock: Path | None = None,
 ) -> Iterator[list[dict[str, object]]]:
     """Yield the numbers of each setting of a recipe, the random step first."""
-    config = get_recipe(recipe)
     precision = config.training.precision if device.type == "cuda" else "float32"
     training = dataclasses.replace(
         config.training, images_per_step=images, precision=precision, compile=compiled, accumulation_steps=1
@@ -154,10 +192,10 @@ def measure(
     config = dataclasses.replace(config, training=training)
     settings = settings_of(config, scoring_px)
     by_turns = measure_by_turns(settings, repeats) if device.type == "cpu" else None
-    random_seconds = 0.0
-    prefix = f"step.{config.method.name}.{config.method.backbone.name}.{config.views.global_views.size_px}"
+    random: Measured | None = None
+    subject = f"{config.method.name}.{config.method.backbone.name}.{config.views.global_views.size_px}"
     context = {
-        "recipe": recipe,
+        "recipe": config.recipe,
         "images": images,
         "repeats": repeats,
         "precision": precision,
@@ -167,12 +205,11 @@ def measure(
     for name, setting in settings.items():
         measured = by_turns[name] if by_turns else measure_alone(setting, repeats, device, lock)
         seconds = statistics.median(measured.seconds)
-        if name == "random":
-            random_seconds = seconds
+        random = random or measured
         spread = {"seconds_least": min(measured.seconds), "seconds_most": max(measured.seconds)}
         values = [
             ("seconds", seconds, "s"),
-            ("ratio", seconds / random_seconds, "random steps"),
+            ("ratio", ratio_of(measured, random, by_turns=by_turns is not None), "random steps"),
             ("model_ratio", 1.0 if name == "random" else counted_ratio(setting), "random steps"),
         ]
         if measured.peak_bytes is not None:
@@ -180,10 +217,33 @@ def measure(
                 ("images_per_second", images / seconds, "images/s"),
                 ("peak_memory_gib", measured.peak_bytes / 2**30, "GiB"),
             ]
+        random_seconds = statistics.median(random.seconds)
         yield [
-            {"name": f"{prefix}.{name}.{quantity}", "value": value, "unit": unit} | context | spread
+            {"name": f"step.{subject}.{name}.{quantity}", "value": value, "unit": unit} | context | spread
             for quantity, value, unit in values
+        ] + [
+            {"name": f"ledger.{subject}.{name}.{part}", "value": spent / random_seconds, "unit": "random steps"}
+            | context
+            | {"seconds": spent}
+            for part, spent in measured.parts.items()
         ]
+
+
+def ratio_of(measured: Measured, random: Measured, *, by_turns: bool) -> float:
+    if by_turns:
+        turns = zip(measured.seconds, random.seconds, strict=True)
+        return statistics.median(seconds / of_random for seconds, of_random in turns)
+    return statistics.median(measured.seconds) / statistics.median(random.seconds)
+
+
+def print_ledger(of_settings: dict[str, dict[str, float]]) -> None:
+    """Print what each part takes, in random steps: a row for each part, a column for each setting."""
+    names = [name.rsplit(".", 1)[1] for name in of_settings]
+    print(f"\n{'part, in random steps':<24}" + "".join(f"{name:>14}" for name in names))
+    for part in dict.fromkeys(part for parts in of_settings.values() for part in parts):
+        cells = [parts.get(part) for parts in of_settings.values()]
+        print(f"{part:<24}" + "".join(f"{'':>14}" if cell is None else f"{cell:>14.3f}" for cell in cells))
+    print(flush=True)
 
 
 def counted_ratio(setting: RunConfig) -> float:
@@ -225,14 +285,46 @@ def count_cross_entropies(repeats: int) -> list[dict[str, object]]:
     ]
 
 
+def configs_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[RunConfig]:
+    """Return what the command line asks for."""
+    if options.method is None:
+        if options.backbone or options.resolution:
+            parser.error("--backbone and --resolution need --method")
+        configs = [config_of(recipe) for recipe in options.recipes or RECIPES]
+    else:
+        if options.recipes:
+            parser.error("--method or --recipes, not both")
+        recipe = next(recipe for recipe in RECIPES if recipe.startswith(f"{options.method}-"))
+        configs = [config_of(recipe, options.backbone, options.resolution)]
+    changes = {"scoring_batch_norm": options.scoring_batch_norm, "reuse_teacher": not options.no_reuse_teacher}
+    return [
+        dataclasses.replace(config, selection=dataclasses.replace(config.selection, **changes)) for config in configs
+    ]
+
+
+def scoring_px_of(options: argparse.Namespace, config: RunConfig) -> list[int] | None:
+    if options.scoring_px is None and options.method is not None:
+        size_px = config.views.global_views.size_px
+        return [size_px, size_px // 2, size_px * 3 // 7, size_px * 5 // 14]
+    return options.scoring_px  # type: ignore[no-any-return]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--recipes", nargs="+", help=f"default: {' '.join(RECIPES)}")
+    parser.add_argument("--method", choices=[recipe.split("-")[0] for recipe in RECIPES], help="instead of --recipes")
+    parser.add_argument("--backbone", help="another network of timm's, with --method")
+    parser.add_argument("--resolution", type=int, help="another size of global views in px, with --method")
     parser.add_argument("--images", type=int, default=4, help="images per step")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--scoring-px", nargs="+", type=int, help="resolutions of hard steps' scoring (default: full, half)"
+        "--scoring-px",
+        nargs="+",
+        type=int,
+        help="resolutions of hard steps' scoring (default: full, half; with --method also 3/7 and 5/14: 96 and 80 of 224)",
     )
+    parser.add_argument("--scoring-batch-norm", choices=["batch", "running"], default="batch")
+    parser.add_argument("--no-reuse-teacher", action="store_true", help="selection.reuse_teacher=False")
     parser.add_argument("--compile", action="store_true", help="torch.compile; GPUs only")
     parser.add_argument("--lock", type=Path, help="time a step only while no other process holds this file")
     parser.add_argument("--json", type=Path, help="write one JSON object a line, each as soon as it is measured")
@@ -245,7 +337,6 @@ def main() -> int:
     print(
         f"{time.strftime('%Y-%m-%d')}, {device.type} ({hardware}), torch {torch.__version__}, {options.images} images a step"
     )
-    print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}{'GiB':>8}")
     context = {"date": time.strftime("%Y-%m-%d"), "device": hardware, "torch": torch.__version__}
     with contextlib.ExitStack() as stack:
         file = None
@@ -258,23 +349,31 @@ def main() -> int:
                 file.write("".join(json.dumps(result | context) + "\n" for result in results))
                 file.flush()
 
-        for recipe in options.recipes:
+        for config in configs_of(options, parser):
+            print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}{'GiB':>8}")
+            ledger: dict[str, dict[str, float]] = {}
             numbers = measure(
-                recipe,
+                config,
                 options.images,
                 options.repeats,
                 device,
-                scoring_px=options.scoring_px,
+                scoring_px=scoring_px_of(options, config),
                 compiled=options.compile,
                 lock=options.lock,
             )
             for results in numbers:
                 keep(results)
                 name = str(results[0]["name"]).removeprefix("step.").removesuffix(".seconds")
-                values = [result["value"] for result in results]
+                values = [result["value"] for result in results if str(result["name"]).startswith("step.")]
                 peak = f"{values[4]:>8.1f}" if len(values) > 4 else ""
-                print(f"{name:<52}{values[0]:>10.4f}{values[1]:>8.2f}{values[2]:>8.2f}{peak}", flush=True)
-        if device.type == "cpu":
+                print(f"{name:<52}{values[0]:>10.4f}{values[1]:>8.3f}{values[2]:>8.3f}{peak}", flush=True)
+                ledger[name] = {
+                    str(result["name"]).rsplit(".", 1)[1]: float(str(result["value"]))
+                    for result in results
+                    if str(result["name"]).startswith("ledger.")
+                }
+            print_ledger(ledger)
+        if device.type == "cpu" and options.method in (None, "dino"):
             terms = count_cross_entropies(options.repeats)
             keep(terms)
             for term in terms:
