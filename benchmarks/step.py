@@ -306,7 +306,7 @@ def scoring_px_of(options: argparse.Namespace, config: RunConfig) -> list[int] |
     if options.scoring_px is None and options.method is not None:
         size_px = config.views.global_views.size_px
         return [size_px, size_px // 2, size_px * 3 // 7, size_px * 5 // 14]
-    return options.scoring_px  # type: ignore[no-any-return]
+    return options.scoring_px
 
 
 def main() -> int:
