@@ -19,6 +19,7 @@ from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.memory import estimate_memory
 from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import train_step
+from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, photograph_like, tiny_config, views_config
@@ -140,3 +141,30 @@ def test_memory_is_the_estimated_one_within_15_percent(recipe: str) -> None:
     measured = torch.cuda.max_memory_allocated()
     del trainee, batch
     assert abs(estimate_memory(config).peak / measured - 1.0) < 0.15
+
+
+@pytest.mark.parametrize("size_px", [112, 96, 80])
+def test_views_are_scaled_as_on_a_cpu(generator: np.random.Generator, size_px: int) -> None:
+    views = np.stack([photograph_like(generator, 224, 224) for _ in range(8)]).reshape(2, 4, 224, 224, 3)
+    pixels = torch.from_numpy(views)
+    on_gpu = downscale_views(pixels.cuda(), size_px)
+    assert on_gpu.dtype == torch.uint8
+    assert (on_gpu.cpu().int() - downscale_views(pixels, size_px).int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("recipe", ["dino-digits", "ibot-digits"])
+def test_reusing_the_teachers_outputs_gives_the_same_loss(tmp_path: Path, recipe: str) -> None:
+    """On a CPU it is the same to the bit; on a GPU products of other sizes may round otherwise."""
+    vit = get_recipe("ibot-digits").method.backbone
+    losses = []
+    for reuse in (True, False):
+        config = tiny_config(str(tmp_path), recipe=recipe, selection={"reuse_teacher": reuse}, method={"backbone": vit})
+        local = dataclasses.replace(config.views.local_views, size_px=4)
+        config = dataclasses.replace(config, views=dataclasses.replace(config.views, local_views=local))
+        trainee = build_trainee(config, World(), torch.device("cuda"), None)
+        trainee.method.train()
+        torch.manual_seed(0)
+        batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype))
+        pixels = {name: getattr(batch, name).cuda() for name in ("global_pixels", "local_pixels")}
+        losses.append(float(train_step(trainee, dataclasses.replace(batch, **pixels), config).loss))
+    assert math.isclose(losses[0], losses[1], rel_tol=1e-5)
