@@ -58,7 +58,7 @@ OF_PART = {
 }
 OPTIONAL = {"kornia": "kornia"}
 STEP_RECIPES = ("simsiam-imagenet-r50-100ep", "dino-imagenet-vits16-100ep")
-SCORING_PX = {False: ["224", "112", "96"], True: ["224", "112"]}
+SCORING_PX = {False: ["224", "112", "96", "80"], True: ["224", "96"]}
 """Compiled or not -> resolutions; each is compiled anew, which takes a minute."""
 
 

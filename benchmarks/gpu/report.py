@@ -84,6 +84,24 @@ def _steps(results: Sequence[Result]) -> list[str]:
             f"| {values['ratio']:.2f} | {values['model_ratio']:.2f} | {_number(values.get('images_per_second'))} "
             f"| {_number(values.get('peak_memory_gib'))} |"
         )
+    return lines + _ledger(results)
+
+
+def _ledger(results: Sequence[Result]) -> list[str]:
+    """The parts of a step, in random steps: a row for each part, a column for each setting; a table for each network."""
+    subjects: dict[tuple[str, bool], dict[str, dict[str, float]]] = {}
+    for row in (row for row in results if row["name"].startswith("ledger.")):
+        subject, setting, part = row["name"].removeprefix("ledger.").rsplit(".", 2)
+        cells = subjects.setdefault((subject, bool(row.get("compiled"))), {})
+        cells.setdefault(part, {})[setting] = row["value"]
+    lines: list[str] = []
+    for (subject, compiled), cells in subjects.items():
+        settings = list(dict.fromkeys(setting for of_part in cells.values() for setting in of_part))
+        title = f"{subject}, {'compiled' if compiled else 'eager'}, random steps"
+        lines += ["", f"| {title} | " + " | ".join(settings) + " |", "|---" * (len(settings) + 1) + "|"]
+        for part, of_part in cells.items():
+            texts = [f"{of_part[setting]:.3f}" if setting in of_part else "" for setting in settings]
+            lines.append(f"| {part} | " + " | ".join(texts) + " |")
     return lines
 
 
