@@ -56,7 +56,7 @@ from hvp_ray.training.step import Trainee, score_candidates
 Score = Callable[[], CandidateScores]
 
 
-def hard_config(config: RunConfig, *, num_images: int, device: torch.device) -> RunConfig:
+def hard_config(config: RunConfig, *, images_per_step: int, device: torch.device) -> RunConfig:
     """Return the run as one trainer on `device` that scores everything at full resolution."""
     precision = config.training.precision if device.type == "cuda" else "float32"
     return dataclasses.replace(
@@ -73,7 +73,7 @@ def hard_config(config: RunConfig, *, num_images: int, device: torch.device) -> 
         ),
         training=dataclasses.replace(
             config.training,
-            images_per_step=min(config.training.images_per_step, num_images),
+            images_per_step=images_per_step,
             accumulation_steps=1,
             compile=False,
             precision=precision,
@@ -270,6 +270,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--images", type=int, default=256)
+    parser.add_argument(
+        "--images-per-step", type=int, help="images that are scored together; default: those of the run"
+    )
     parser.add_argument("--scoring-px", nargs="+", type=int, help="default: 1/2, 3/7, 5/14 and 2/7 of the full size")
     parser.add_argument("--settings", nargs="+", help="only these, by name")
     parser.add_argument("--steps", nargs="+", type=int, help="only these checkpoints; 0: before training")
@@ -288,9 +291,9 @@ def main() -> int:
     if not steps:
         parser.error(f"{options.run} has no checkpoints; train with --training.keep_checkpoints 20")
     num_steps = steps[-1]
-    images = ScoredImages(
-        hard_config(config, num_images=options.images, device=device), num_images=options.images, device=device
-    )
+    together = min(options.images_per_step or config.training.images_per_step, options.images)
+    hard = hard_config(config, images_per_step=together, device=device)
+    images = ScoredImages(hard, num_images=options.images, device=device)
     size_px = config.views.global_views.size_px
     step_px = images.trainee.method.patch_px
     sizes = options.scoring_px or [size_px * part // 14 // step_px * step_px for part in (7, 6, 5, 4)]
