@@ -57,7 +57,7 @@ class StepCost:
 
 
 def measure_step_costs(
-    base: RunConfig, arms: Sequence[Arm], dataset: Dataset, *, device: torch.device, repeats: int = 7
+    base: RunConfig, arms: Sequence[Arm], dataset: Dataset, *, device: torch.device, repeats: int = 15
 ) -> dict[str, StepCost]:
     """Measure and count the cost of a step of every arm.
 
