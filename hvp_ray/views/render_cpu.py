@@ -5,7 +5,6 @@ does not matter that some methods list it earlier.) Every operation reads one ar
 into the batch that is returned, the others into `_Canvas`, which is used again for each view.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -19,6 +18,7 @@ from hvp_ray.data.decode import decode_rgb
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import ViewPlan
 from hvp_ray.views import color
+from hvp_ray.views.blur_kernel import gaussian_kernel
 from hvp_ray.views.renderer import RenderedBatch
 
 Pixels = NDArray[np.uint8]
@@ -30,9 +30,6 @@ _RESIZE = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
 """What torch.nn.functional.interpolate calls, which itself cannot write into memory that is there already."""
-
-_NEGLIGIBLE_WEIGHT = 1e-6
-"""Taps at the ends of a blur's kernel that weigh less together are left out: a value changes by less than 0.001 levels."""
 
 
 class CpuRenderer:
@@ -127,20 +124,6 @@ def resize(crop: Pixels, out: Pixels, *, interpolation: str) -> None:
 def blur(view: Pixels, out: Pixels, *, kernel: NDArray[np.float32]) -> None:
     """Blur a view [S, S, 3] into `out` with a kernel for both directions, border reflected; one rounding."""
     cv2.sepFilter2D(view, -1, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT_101)
-
-
-def gaussian_kernel(sigma_px: float, kernel_px: int) -> NDArray[np.float32]:
-    """Return the normalised kernel, at most [kernel_px]: the density at whole pixels, as torchvision samples it.
-
-    Negligible taps are left out at both ends, so the length is odd and may be 1, which means no blur.
-    """
-    half = [math.exp(-0.5 * (offset / sigma_px) ** 2) for offset in range(kernel_px // 2 + 1)]
-    negligible = _NEGLIGIBLE_WEIGHT * (half[0] + 2.0 * sum(half[1:]))
-    left_out = 0.0
-    while len(half) > 1 and left_out + 2.0 * half[-1] < negligible:
-        left_out += 2.0 * half.pop()
-    total = half[0] + 2.0 * sum(half[1:])
-    return np.array([density / total for density in (*half[:0:-1], *half)], dtype=np.float32)
 
 
 def _recolour(view: Pixels, out: Pixels, *, plan: ViewPlan, at: tuple[int, int], canvas: _Canvas) -> None:
