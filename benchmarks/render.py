@@ -2,12 +2,12 @@
 
 python benchmarks/render.py [--data PARQUET] [--images N] [--repeats N] [--chains NAME ...] [--json FILE]
 
-Chains: SimSiam's and SimCLR's (4 views of 224 px of each photograph) and DINO's (2 of 224 px, 8 of 96 px). CPU time is that of
-the whole process, threads of libraries included, each of which is told to use one; subjects take turns, and medians over
-turns are reported. Everything ends with uint8 pixels in the host's memory, but `pil-torchvision-normalised`, which ends as the
-authors' loader does, with normalised float32 tensors. Peers that are not installed are named and left out (`uv pip install
---group bench` has them). Without --data photographs are made up: that shows that the program runs, and its numbers are of
-smoother pictures than real ones.
+Chains: SimSiam's and SimCLR's (4 views of 224 px of each photograph) and DINO's (2 of 224 px, 8 of 96 px). CPU time is
+that of the whole process, threads of libraries included, each of which is told to use one; subjects take turns, and
+medians over turns are reported. Everything ends with uint8 pixels in the host's memory, but `pil-torchvision-normalised`,
+which ends as the authors' loader does, with normalised float32 tensors. Peers that are not installed are named and left
+out (`uv pip install --group bench` has them). Without --data photographs are made up: that shows that the program runs,
+and its numbers are of smoother pictures than real ones.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def albumentations_area(task: Task) -> Render:
         for index, (transform, size_px) in enumerate(task.transforms())
     ]
 
-    def render(turn: int) -> None:
+    def render(_: int) -> None:
         for image in task.photographs.images:
             decoded = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR_RGB)
             for chain in chains:
@@ -191,9 +191,8 @@ def print_table(task: Task, results: dict[str, Result]) -> Iterator[Result]:
     """Print a chain's results; yield ratios."""
     num_global, num_local = VIEWS[task.chain]
     local = f" and {num_local} of {task.views.local_views.size_px} px" if task.views.local_views else ""
-    print(
-        f"\n{task.chain}: {num_global} views of {task.views.global_views.size_px} px{local} of each photograph, CPU ms per view"
-    )
+    layout = f"{num_global} views of {task.views.global_views.size_px} px{local} of each photograph"
+    print(f"\n{task.chain}: {layout}, CPU ms per view")
     print(f"{'renderer':<30}{'median':>8}{'least':>8}{'most':>8}{'to cpu':>8}  target")
     base = results["cpu"]["value"]
     for subject, result in results.items():

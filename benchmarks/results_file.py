@@ -17,14 +17,14 @@ Results = Iterator[Result]
 class Keep(Protocol):
     """Writes results."""
 
-    def __call__(self, results: Iterable[Result]) -> None: ...
+    def __call__(self, results: Iterable[Result], /) -> None: ...
 
 
 @contextmanager
 def open_results(path: Path | None, context: Result) -> Iterator[Keep]:
     """Open a file for results, to each of which `context` is added. None: they are kept nowhere."""
     if path is None:
-        yield lambda results: None
+        yield lambda _: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as F
-
 from numpy.typing import NDArray
 
 from hvp_ray.config import TransformConfig, ViewGroupConfig
