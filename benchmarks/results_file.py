@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
@@ -37,14 +38,15 @@ def open_results(path: Path | None, context: Result) -> Iterator[Keep]:
 
 
 def describe_machine(*packages: str) -> Result:
-    """Return date, CPU, Python and versions of packages."""
+    """Return date, CPU, load of the last minute (other work distorts even CPU time), Python and versions of packages."""
     found = {}
     for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return {"date": time.strftime("%Y-%m-%d"), "cpu": cpu_model(), "python": platform.python_version()} | found
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1)}
+    return {"date": time.strftime("%Y-%m-%d")} | machine | {"python": platform.python_version()} | found
 
 
 def cpu_model() -> str:
