@@ -113,7 +113,7 @@ def resize(crop: Pixels, out: Pixels, *, interpolation: str) -> None:
     """Resize a crop [h, w, 3] into `out` [S, S, 3], antialiased; equal to torchvision on uint8 tensors, bit for bit.
 
     Args:
-        crop: contiguous; a quarter slower otherwise.
+        crop: contiguous (torch would copy any other first, more slowly than NumPy).
         out: contiguous.
         interpolation: bilinear or bicubic.
     """
