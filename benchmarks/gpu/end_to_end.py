@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.gpu import timeline
-from benchmarks.gpu.check import Check, Result, Results, load_photographs
+from benchmarks.gpu.check import Check
+from benchmarks.photographs import load_photographs
+from benchmarks.results_file import Result, Results
 from hvp_ray.config import RendererName, RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World

@@ -6,7 +6,9 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.gpu.check import CHAINS, MAX_IMAGE_PIXELS, Check, Photographs, Results, load_photographs
+from benchmarks.gpu.check import Check
+from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, Photographs, load_photographs
+from benchmarks.results_file import Results
 from hvp_ray.recipes import get_recipe
 from hvp_ray.views.render_dali import DaliRenderer
 

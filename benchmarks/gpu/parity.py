@@ -7,33 +7,17 @@ decoding is a row of its own, and the chains are compared both ways.
 import dataclasses
 
 import numpy as np
-from numpy.typing import NDArray
 
-from benchmarks.gpu.check import CHAINS, MAX_IMAGE_PIXELS, Check, Photographs, Result, Results, as_png, load_photographs
+from benchmarks.gpu.check import Check
+from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, Photographs, as_png, load_photographs
+from benchmarks.pixel_differences import OPERATIONS, Pixels, differences, views_by_torchvision
+from benchmarks.results_file import Results
 from hvp_ray.config import ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.recipes import get_recipe
-from hvp_ray.records import ViewPlan
 from hvp_ray.views.render_cpu import CpuRenderer
 from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
 from tests.helpers import NEUTRAL
-from tests.torchvision_views import torchvision_view
-
-_ONLY_JITTER = {"jitter_probability": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue_turns": 0.0}
-OPERATIONS: dict[str, dict[str, object]] = {
-    "crop and resize, bilinear": {},
-    "crop and resize, bicubic": {"interpolation": "bicubic"},
-    "flip": {"flip_probability": 1.0},
-    "brightness": _ONLY_JITTER | {"brightness": 0.4},
-    "contrast": _ONLY_JITTER | {"contrast": 0.4},
-    "saturation": _ONLY_JITTER | {"saturation": 0.4},
-    "hue": _ONLY_JITTER | {"hue_turns": 0.1},
-    "grey": {"grayscale_probability": 1.0},
-    "blur, 9 px": {"blur_probability": 1.0},
-    "blur, 23 px": {"blur_probability": 1.0, "blur_kernel_px": 23},
-    "solarize": {"solarize_probability": 1.0},
-}
-Pixels = NDArray[np.uint8]
 
 
 def run(check: Check) -> Results:
@@ -59,7 +43,7 @@ def _compare_decoding(check: Check, photographs: Photographs, decoded: list[Pixe
     renderer = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS)
     tensors = renderer.decode([np.frombuffer(image, np.uint8) for image in photographs.images])
     ours = [_on_host(tensor) for tensor in tensors]
-    yield from _differences("decoding", "cpu", ours, decoded)
+    yield from differences("decoding", "cpu", ours, decoded)
 
 
 def _on_host(tensor: object) -> Pixels:
@@ -76,27 +60,7 @@ def _compare(
     ours = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS, execution=one_lane)
     pixels = ours.render(photographs.images, plan).global_pixels
     twin = DaliRenderer(views, name="dali-cpu", max_image_pixels=MAX_IMAGE_PIXELS, execution=one_lane)
-    yield from _differences(name, "dali-cpu", [pixels], [twin.render(photographs.images, plan).global_pixels])
+    yield from differences(name, "dali-cpu", [pixels], [twin.render(photographs.images, plan).global_pixels])
     cpu = CpuRenderer(views, max_image_pixels=MAX_IMAGE_PIXELS).render(photographs.images, plan)
-    yield from _differences(name, "cpu", [pixels], [cpu.global_pixels])
-    yield from _differences(name, "torchvision", [pixels], [_by_torchvision(decoded, plan, group)])
-
-
-def _by_torchvision(decoded: list[Pixels], plan: ViewPlan, group: ViewGroupConfig) -> Pixels:
-    return np.stack(
-        [
-            np.stack([torchvision_view(image, plan, v, b, group).permute(1, 2, 0) for b, image in enumerate(decoded)])
-            for v in range(plan.num_views)
-        ]
-    )
-
-
-def _differences(name: str, against: str, ours: list[Pixels], theirs: list[Pixels]) -> Results:
-    difference = np.concatenate([np.abs(a.astype(np.int16) - b).reshape(-1) for a, b in zip(ours, theirs, strict=True)])
-
-    def result(quantity: str, value: float, unit: str) -> Result:
-        return {"name": f"parity.{name}.{against}.{quantity}", "value": value, "unit": unit}
-
-    yield result("mean", float(difference.mean()), "levels")
-    yield result("worst", float(difference.max()), "levels")
-    yield result("above_8", 100 * float((difference > 8).mean()), "%")
+    yield from differences(name, "cpu", [pixels], [cpu.global_pixels])
+    yield from differences(name, "torchvision", [pixels], [views_by_torchvision(decoded, plan, group)])

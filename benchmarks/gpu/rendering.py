@@ -8,15 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.gpu import rivals
-from benchmarks.gpu.check import CHAINS, MAX_IMAGE_PIXELS, Check, Photographs, Result, Results, load_photographs
+from benchmarks import rivals
+from benchmarks.gpu.check import Check
+from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, VIEWS, Photographs, load_photographs
+from benchmarks.results_file import Result, Results
 from hvp_ray.config import ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.recipes import get_recipe
 from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
-
-VIEWS = {"simsiam": (4, 0), "simclr": (4, 0), "dino": (2, 8)}
-"""Chain -> global and local views of each photograph."""
 
 
 def run(check: Check) -> Results:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.gpu.check import Result
+from benchmarks.results_file import Result
 
 TITLES = {
     "a": "Parity of pixels, uint8 levels",

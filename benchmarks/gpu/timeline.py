@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.check import Check, Results
+from benchmarks.gpu.check import Check
+from benchmarks.results_file import Results
 from hvp_ray.config import RunConfig
 from hvp_ray.stream.batches import BatchStream
 from hvp_ray.training.step import Trainee, train_step

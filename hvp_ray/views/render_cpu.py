@@ -1,22 +1,35 @@
 """The CPU renderer: one thread, libjpeg-turbo, torch's antialiased uint8 resize, OpenCV for colour and blur.
 
 Order of operations: crop, resize, jitter, grey, blur, solarize, flip. (A flip commutes with all the others, so it
-does not matter that some methods list it earlier.)
+does not matter that some methods list it earlier.) Every operation reads one array and writes another; the last one writes
+into the batch that is returned, the others into `_Canvas`, which is used again for each view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvp_ray.config import RendererName, TransformConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import ViewPlan
 from hvp_ray.views import color
+from hvp_ray.views.blur_kernel import gaussian_kernel
 from hvp_ray.views.renderer import RenderedBatch
+
+Pixels = NDArray[np.uint8]
+_Operation = Callable[[Pixels, Pixels], None]
+"""Reads its first argument, writes its second."""
+
+_RESIZE = {
+    "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
+    "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
+}
+"""What torch.nn.functional.interpolate calls, which itself cannot write into memory that is there already."""
 
 
 class CpuRenderer:
@@ -27,6 +40,8 @@ class CpuRenderer:
     def __init__(self, views: ViewsConfig, *, max_image_pixels: int) -> None:
         self._views = views
         self._max_image_pixels = max_image_pixels
+        groups = [views.global_views] + ([views.local_views] if views.local_views else [])
+        self._canvases = {group.size_px: _Canvas(group.size_px) for group in groups}
 
     def render(
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
@@ -45,66 +60,95 @@ class CpuRenderer:
                 failures[index] = str(error)
                 continue
             for (plan, group), output in zip(groups, outputs, strict=True):
+                canvas = self._canvases[group.size_px]
                 for view_index in range(plan.num_views):
-                    output[view_index, index] = render_view(pixels, plan, view_index, index, group)
+                    _render_into(output[view_index, index], pixels, plan, (view_index, index), group, canvas)
         return RenderedBatch(
             global_pixels=outputs[0], local_pixels=outputs[1] if len(outputs) > 1 else None, failures=failures
         )
 
 
-def render_view(
-    pixels: NDArray[np.uint8], plan: ViewPlan, view_index: int, image_index: int, group: ViewGroupConfig
-) -> NDArray[np.uint8]:
+class _Canvas:
+    """Memory for what lies between image and view, for views of one size. Nothing in it outlives a view."""
+
+    def __init__(self, size_px: int) -> None:
+        shape = (size_px, size_px, 3)
+        self.between = (np.empty(shape, np.uint8), np.empty(shape, np.uint8))
+        self.levels = np.empty(shape, np.float32)
+        self.spare = np.empty(shape, np.float32)
+        self.grey = np.empty(shape[:2], np.uint8)
+
+
+def render_view(pixels: Pixels, plan: ViewPlan, view_index: int, image_index: int, group: ViewGroupConfig) -> Pixels:
     """Render one view, [S, S, 3] uint8, from decoded pixels [H, W, 3]."""
-    transform = group.transform_of(view_index)
-    at = (view_index, image_index)
+    view = np.empty((group.size_px, group.size_px, 3), np.uint8)
+    _render_into(view, pixels, plan, (view_index, image_index), group, _Canvas(group.size_px))
+    return view
+
+
+def _render_into(
+    view: Pixels, pixels: Pixels, plan: ViewPlan, at: tuple[int, int], group: ViewGroupConfig, canvas: _Canvas
+) -> None:
+    transform = group.transform_of(at[0])
     top, left, height, width = (int(edge[at]) for edge in (plan.top, plan.left, plan.height, plan.width))
-    crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
-    view = resize(crop, group.size_px, transform.interpolation)
+    operations: list[_Operation] = [partial(resize, interpolation=transform.interpolation)]
     if plan.jitter[at] or plan.grayscale[at]:
-        view = _recolour(view, plan, at)
-    sigma_px = float(plan.blur_sigma_px[at])
-    if sigma_px > 0.0:
-        view = blur(view, sigma_px, transform)
+        operations.append(partial(_recolour, plan=plan, at=at, canvas=canvas))
+    if plan.blur_sigma_px[at] > 0.0:
+        kernel = gaussian_kernel(float(plan.blur_sigma_px[at]), transform.blur_kernel_px)
+        if len(kernel) > 1:
+            operations.append(partial(blur, kernel=kernel))
     if plan.solarize[at]:
-        view = color.solarize(view)
-    return view[:, ::-1] if plan.flip[at] else view
+        operations.append(_solarize)
+    if plan.flip[at]:
+        operations.append(_flip)
+    source = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    for place, operation in enumerate(operations):
+        target = view if place == len(operations) - 1 else canvas.between[place % 2]
+        operation(source, target)
+        source = target
 
 
-def resize(crop: NDArray[np.uint8], size_px: int, interpolation: str) -> NDArray[np.uint8]:
-    """Resize to [size_px, size_px, 3], antialiased; equal to torchvision on uint8 tensors, bit for bit."""
-    tensor = torch.from_numpy(crop).permute(2, 0, 1).unsqueeze(0)
-    resized = torch.nn.functional.interpolate(
-        tensor, size=(size_px, size_px), mode=interpolation, align_corners=False, antialias=True
-    )
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+def resize(crop: Pixels, out: Pixels, *, interpolation: str) -> None:
+    """Resize a crop [h, w, 3] into `out` [S, S, 3], antialiased; equal to torchvision on uint8 tensors, bit for bit.
+
+    Args:
+        crop: contiguous (torch would copy any other first, more slowly than NumPy).
+        out: contiguous.
+        interpolation: bilinear or bicubic.
+    """
+    source, target = (torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0) for pixels in (crop, out))
+    _RESIZE[interpolation](source, out.shape[:2], align_corners=False, out=target)
 
 
-def blur(view: NDArray[np.uint8], sigma_px: float, transform: TransformConfig) -> NDArray[np.uint8]:
-    """Blur with a Gaussian kernel of `blur_kernel_px`, border reflected; one rounding."""
-    kernel = gaussian_kernel(sigma_px, transform.blur_kernel_px)
-    blurred: NDArray[np.uint8] = cv2.sepFilter2D(view, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
-    return blurred
+def blur(view: Pixels, out: Pixels, *, kernel: NDArray[np.float32]) -> None:
+    """Blur a view [S, S, 3] into `out` with a kernel for both directions, border reflected; one rounding."""
+    cv2.sepFilter2D(view, -1, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT_101)
 
 
-def gaussian_kernel(sigma_px: float, kernel_px: int) -> NDArray[np.float32]:
-    """Return the normalised kernel, [kernel_px]: the density at whole pixels, as torchvision samples it."""
-    offsets = np.arange(kernel_px, dtype=np.float64) - kernel_px // 2
-    density = np.exp(-0.5 * (offsets / sigma_px) ** 2)
-    return (density / density.sum()).astype(np.float32)
-
-
-def _recolour(view: NDArray[np.uint8], plan: ViewPlan, at: tuple[int, int]) -> NDArray[np.uint8]:
-    levels = view.astype(np.float32)
+def _recolour(view: Pixels, out: Pixels, *, plan: ViewPlan, at: tuple[int, int], canvas: _Canvas) -> None:
+    levels = canvas.levels
+    np.copyto(levels, view)
     if plan.jitter[at]:
-        levels = color.jitter(
+        color.update_jitter(
             levels,
             order=plan.jitter_order[at].tolist(),
             brightness=float(plan.brightness[at]),
             contrast=float(plan.contrast[at]),
             saturation=float(plan.saturation[at]),
             hue_turns=float(plan.hue_turns[at]),
+            spare=canvas.spare,
         )
     if plan.grayscale[at]:
-        levels = color.to_grey(levels)
-    return color.round_to_levels(levels)
+        color.round_to_levels(color.grey_of(levels), out=canvas.grey)
+        cv2.cvtColor(canvas.grey, cv2.COLOR_GRAY2RGB, dst=out)
+    else:
+        color.round_to_levels(levels, out=out)
+
+
+def _solarize(view: Pixels, out: Pixels) -> None:
+    color.solarize(view, out=out)
+
+
+def _flip(view: Pixels, out: Pixels) -> None:
+    cv2.flip(view, 1, dst=out)

@@ -29,7 +29,7 @@ LEVELS = [
     ("config.py",),
     ("records.py", "identity.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
-    ("views/plan.py", "views/masks.py", "data/"),
+    ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),
     (
         "views/color.py",
         "views/downscale.py",

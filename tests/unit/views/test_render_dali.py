@@ -184,11 +184,24 @@ def test_graphs_for_a_gpu_are_defined_without_one(recipe: str) -> None:
                 pipeline.build()
 
 
-def test_views_of_other_kernels_are_a_graph_of_their_own(generator: np.random.Generator) -> None:
+def test_views_of_other_filters_are_a_graph_of_their_own(generator: np.random.Generator) -> None:
     even = TransformConfig(blur_probability=1.0, blur_kernel_px=5)
-    group = ViewGroupConfig(size_px=32, even=even, odd=dataclasses.replace(even, blur_kernel_px=9))
+    odd = dataclasses.replace(even, blur_kernel_px=9, interpolation="bicubic")
+    group = ViewGroupConfig(size_px=32, even=even, odd=odd)
     views = ViewsConfig(global_views=group, evaluation_resize_px=32)
     assert [kind.view_indices for kind in render_dali._kinds_of_views(group, 3)] == [[0, 2], [1]]
     images, sizes = _batch(generator, 4)
     difference = _differences(views, images, _plan(views, sizes, num_views=3))
     assert difference.mean() < 0.5
+
+
+def test_hue_goes_round_the_whole_circle(generator: np.random.Generator) -> None:
+    """Every sextant of the shift, on every hue of the image."""
+    views = views_config(48, dataclasses.replace(NEUTRAL, jitter_probability=1.0, brightness=0.0, contrast=0.0,
+                                                 saturation=0.0, hue_turns=0.5))  # fmt: skip
+    images = [encode(generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(13)]
+    plan = _plan(views, np.full((13, 2), 48, np.int32))
+    turns = np.broadcast_to(np.linspace(-0.5, 0.5, 13, dtype=np.float32), (2, 13)).copy()
+    plan = dataclasses.replace(plan, hue_turns=turns, top=plan.top * 0, left=plan.left * 0,
+                               height=plan.height * 0 + 48, width=plan.width * 0 + 48)  # fmt: skip
+    assert _differences(views, images, plan).max() <= 1
