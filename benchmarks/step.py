@@ -1,7 +1,8 @@
 """What a hard step costs in random steps, measured and by operation count, and which parts the cost is made of.
 
 python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [--recipes NAME ...] [--images N]
-    [--scoring-px N ...] [--compile] [--repeats N] [--json FILE]
+    [--scoring-px N ...] [--scoring-precision bfloat16] [--scoring-batch-norm running] [--no-reuse-teacher]
+    [--compile] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
 (hardest-224) or at lower ones (hardest-112). Both are the real step on the real network with made-up pixels; rendering is
@@ -200,6 +201,9 @@ def measure(
         "repeats": repeats,
         "precision": precision,
         "compiled": compiled,
+        "scoring_batch_norm": config.selection.scoring_batch_norm,
+        "scoring_precision": config.selection.scoring_precision,
+        "reuse_teacher": config.selection.reuse_teacher,
         "views": f"{config.selection.num_candidate_views}+{config.selection.num_local_views or 0}",
     }
     for name, setting in settings.items():
@@ -296,7 +300,11 @@ def configs_of(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             parser.error("--method or --recipes, not both")
         recipe = next(recipe for recipe in RECIPES if recipe.startswith(f"{options.method}-"))
         configs = [config_of(recipe, options.backbone, options.resolution)]
-    changes = {"scoring_batch_norm": options.scoring_batch_norm, "reuse_teacher": not options.no_reuse_teacher}
+    changes = {
+        "scoring_batch_norm": options.scoring_batch_norm,
+        "scoring_precision": options.scoring_precision,
+        "reuse_teacher": not options.no_reuse_teacher,
+    }
     return [
         dataclasses.replace(config, selection=dataclasses.replace(config.selection, **changes)) for config in configs
     ]
@@ -324,6 +332,9 @@ def main() -> int:
         help="resolutions of hard steps' scoring (default: full, half; with --method also 3/7 and 5/14: 96 and 80 of 224)",
     )
     parser.add_argument("--scoring-batch-norm", choices=["batch", "running"], default="batch")
+    parser.add_argument(
+        "--scoring-precision", choices=["training", "bfloat16"], default="training", help="training: float32 on a CPU"
+    )
     parser.add_argument("--no-reuse-teacher", action="store_true", help="selection.reuse_teacher=False")
     parser.add_argument("--compile", action="store_true", help="torch.compile; GPUs only")
     parser.add_argument("--lock", type=Path, help="time a step only while no other process holds this file")
