@@ -112,9 +112,11 @@ def measure_by_turns(settings: dict[str, RunConfig], repeats: int) -> dict[str, 
     for step in steps.values():
         step()  # memory, kernels and the optimizer's state are made once
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            seconds[name].append(seconds_of(step, device))
+    names = list(steps)
+    for turn in range(repeats):
+        first = turn % len(names)  # each turn begins with another one, because a step leaves caches and memory behind
+        for name in names[first:] + names[:first]:
+            seconds[name].append(seconds_of(steps[name], device))
     for _ in range(max(1, repeats // 2)):
         for name, setting in settings.items():
             take_apart(trainee, setting, clocks[name])
