@@ -17,8 +17,8 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.methods.method import Method
+from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.training.rank import RunJob, build_order
-from hvp_ray.training.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
 
