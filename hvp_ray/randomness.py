@@ -93,7 +93,7 @@ def uniform_from_words(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 def permutation_from_words(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Turn n random words into a uniform permutation of 0..n-1 (stable sort, so ties are decided too)."""
-    return np.argsort(words, kind="stable").astype(np.int64)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
 def draw_torch_seed(*, seed: int, purpose: Purpose, step: int, rank: int, part: int = 0) -> int:

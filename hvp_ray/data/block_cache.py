@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import stat
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
@@ -26,7 +27,9 @@ from hvp_ray.errors import first_line
 logger = logging.getLogger(__name__)
 
 _IN_USE = "in-use"
+_HEADER_BYTES = 8
 _ENTRY_BYTES = 16
+"""A block's file: number of rows, `entries`, `data`."""
 _TIDYING = 2**61
 """Locks of bytes of one file: byte b while block b is made, this one while files are deleted."""
 
@@ -35,10 +38,8 @@ _TIDYING = 2**61
 class EncodedBlock:
     """Encoded images as they were read, in memory."""
 
-    starts: NDArray[np.int64]
-    """[rows]: first byte of each image in `data`, taken together."""
-    lengths: NDArray[np.int64]
-    """[rows]: bytes; 0 where there is no image."""
+    entries: NDArray[np.int64]
+    """[rows, 2]: first byte of each image in `data`, taken together, and its length in bytes; 0 where there is no image."""
     data: Sequence[memoryview]
 
     @property
@@ -48,7 +49,7 @@ class EncodedBlock:
 
     def image(self, row: int) -> bytes:
         """Return one image."""
-        start, length = int(self.starts[row]), int(self.lengths[row])
+        start, length = self.entries[row].tolist()
         for part in self.data:
             if start < len(part):
                 return bytes(part[start : start + length])
@@ -88,12 +89,14 @@ class BlockCache:
             if file is not None:
                 try:
                     os.utime(file)  # the least recently used go first
-                    return [_read_image(file, row) for row in rows]
+                    (num_rows,) = np.frombuffer(os.pread(file, _HEADER_BYTES, 0), np.int64).tolist()
+                    return [_read_image(file, row, num_rows) for row in rows]
                 finally:
                     os.close(file)
-        if self._last is None or self._last[0] != block:
-            self._last = (block, make())
-        return [self._last[1].image(row) for row in rows]
+        last = self._last
+        if last is None or last[0] != block:
+            last = self._last = (block, make())
+        return [last[1].image(row) for row in rows]
 
     def holds(self, block: int) -> bool:
         """Tell whether a block is there now."""
@@ -120,7 +123,7 @@ class BlockCache:
                 self._last = (block, made)
                 self._give_up(error)
                 return None
-            self._added_bytes += made.num_bytes
+            self._added_bytes += made.num_bytes + made.entries.nbytes
         finally:
             fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, block)
         if not self._has_tidied or self._added_bytes > self._max_bytes // 32:
@@ -132,8 +135,8 @@ class BlockCache:
         temporary = self._folder / f"{block}.{os.getpid()}.part"
         file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            table = np.stack([made.starts + _ENTRY_BYTES * len(made.starts), made.lengths], axis=1)
-            for part in (memoryview(table.tobytes()), *made.data):
+            header = len(made.entries).to_bytes(_HEADER_BYTES, sys.byteorder)
+            for part in (memoryview(header), made.entries.data.cast("B"), *made.data):
                 while len(part):
                     part = part[os.write(file, part) :]
             os.replace(temporary, self._folder / str(block))
@@ -177,9 +180,9 @@ class BlockCache:
         self._folder = None
 
 
-def _read_image(file: int, row: int) -> bytes:
-    start, length = np.frombuffer(os.pread(file, _ENTRY_BYTES, _ENTRY_BYTES * row), np.int64).tolist()
-    return os.pread(file, length, start)
+def _read_image(file: int, row: int, num_rows: int) -> bytes:
+    start, length = np.frombuffer(os.pread(file, _ENTRY_BYTES, _HEADER_BYTES + _ENTRY_BYTES * row), np.int64).tolist()
+    return os.pread(file, length, _HEADER_BYTES + _ENTRY_BYTES * num_rows + start)
 
 
 def _join(key: str) -> tuple[Path, int]:

@@ -32,6 +32,16 @@ class DigitsSource:
         return len(self._images)
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of the PNG files, about."""
+        return 673 * len(self._images)
+
+    @property
+    def has_labels(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def labels(self) -> NDArray[np.int64] | None:
         """The digit."""
         return self._labels
@@ -40,6 +50,11 @@ class DigitsSource:
     def block_starts(self) -> NDArray[np.int64] | None:
         """None: in memory."""
         return None
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """False: in memory."""
+        return False
 
     def fingerprint(self) -> str:
         """Digest of the pixels."""

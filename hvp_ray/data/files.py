@@ -5,6 +5,7 @@ asked for, or a `StorageError`, which the caller of a source repeats; every byte
 """
 
 import fnmatch
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from hvp_ray.errors import DataError, first_line
-from hvp_ray.remote_files import is_inside, is_uri, join_uri, open_uri, retried
+from hvp_ray.errors import DataError, HvpRayError, first_line
+from hvp_ray.remote_files import is_inside, is_uri, open_uri, retried
 
 _MAX_OPEN_FILES = 64
 
@@ -71,11 +72,20 @@ class FileSet:
     Names are relative to the folder, with `/`, and in the same order wherever the files lie. Hidden ones are left out.
     """
 
-    def __init__(self, location: str, *, option: str = "data.source") -> None:
+    def __init__(
+        self,
+        location: str,
+        *,
+        suffixes: tuple[str, ...] | None = None,
+        recursive: bool = True,
+        option: str = "data.source",
+    ) -> None:
         """List the files.
 
         Args:
             location: a path, or a URI (s3://, gs://, hf://, file://, whatever pyarrow.fs knows).
+            suffixes: of a folder on this machine, only files with one of these endings (in lower case).
+            recursive: also those in folders of the folder.
             option: what it was given by, for messages.
 
         Raises:
@@ -84,6 +94,8 @@ class FileSet:
         """
         self.location = location
         self.is_remote = is_uri(location)
+        self._suffixes = suffixes
+        self._recursive = recursive
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
         self._count = threading.Lock()
         self.num_bytes_read = 0
@@ -100,13 +112,13 @@ class FileSet:
             else:
                 self._filesystem, self._root = pafs.LocalFileSystem(), str(Path(path).expanduser().absolute())
                 found = self._list_local()
-        except DataError:
+        except HvpRayError:
             raise
         except FileNotFoundError as error:
             raise DataError(f"{option}={location!r} does not exist: {first_line(error)}") from error
         except Exception as error:
             raise DataError(f"{option}={location!r} cannot be listed: {first_line(error)}") from error
-        self._shown_root = path + mark + query
+        self._shown_root = path if self.is_remote else str(Path(path).expanduser())
         if self._pattern is not None:
             found = {name: size for name, size in found.items() if fnmatch.fnmatchcase(_last(name), self._pattern)}
         self.sizes: dict[str, int] = dict(sorted(found.items(), key=lambda entry: entry[0].split("/")))
@@ -121,12 +133,8 @@ class FileSet:
         return self.sizes[name]
 
     def shown(self, name: str) -> str:
-        """Return the path or URI of a file, for messages."""
-        if self._is_single:
-            return self._shown_root
-        if self.is_remote:
-            return join_uri(self._shown_root, name)
-        return f"{self._shown_root.rstrip('/')}/{name}"
+        """Return the path or URI of a file, without parameters, for messages."""
+        return self._shown_root if self._is_single else f"{self._shown_root.rstrip('/')}/{name}"
 
     def open(self, name: str) -> OpenFile:
         """Return an open file; the last ones stay open.
@@ -178,15 +186,24 @@ class FileSet:
         self._is_single = root.is_file()
         if self._is_single:
             return {root.name: root.stat().st_size}
-        names = (path for path in root.rglob("*") if not path.name.startswith(".") and path.is_file())
-        return {path.relative_to(root).as_posix(): path.stat().st_size for path in names}
+        if not root.is_dir():
+            raise FileNotFoundError(f"no file or folder {root}")
+        sizes: dict[str, int] = {}
+        for folder, folders, names in os.walk(root):
+            folders[:] = folders if self._recursive else []
+            for name in names:
+                wanted = self._suffixes is None or name.lower().endswith(self._suffixes)
+                path = Path(folder, name)
+                if wanted and not name.startswith(".") and path.is_file():
+                    sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+        return sizes
 
     def _list_remote(self) -> dict[str, int]:
         top = self._filesystem.get_file_info(self._root)
         self._is_single = top.is_file
         if self._is_single:
             return {_last(self._root): top.size}
-        found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=True))
+        found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=self._recursive))
         start = len(self._root) + 1
         sizes = {info.path[start:]: info.size for info in found if info.is_file}
         return {

@@ -165,6 +165,9 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         CheckpointError: the run of this name has another identity; the message has the difference.
     """
     dataset = _open_checked(config)
+    if is_writer and len(dataset.test_ids) and config.tracking.knn_images:
+        # Read when the run ends: what is wrong with them is said now.
+        _ = dataset.source.labels, dataset.test_source.labels
     fingerprint = dataset.fingerprint()
     parts = identity_parts(
         _with_local_weights(config),

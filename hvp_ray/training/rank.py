@@ -288,7 +288,7 @@ def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
         sample_ids=dataset.training_ids,
         images_per_step=config.training.images_per_step,
         block_starts=dataset.source.block_starts,
-        window_images=config.data.shuffle_window_images,
+        window_images=dataset.shuffle_window_images(config.data),
     )
 
 

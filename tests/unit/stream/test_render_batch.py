@@ -30,12 +30,24 @@ class ListSource:
         return len(self.images)
 
     @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.images))
+
+    @property
+    def has_labels(self) -> bool:
+        return False
+
+    @property
     def labels(self) -> NDArray[np.int64] | None:
         return None
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
         return None
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        return False
 
     def fingerprint(self) -> str:
         return "list"
