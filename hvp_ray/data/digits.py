@@ -41,9 +41,8 @@ class DigitsSource:
         """True."""
         return True
 
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """The digit."""
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the digits."""
         return self._labels
 
     @property

@@ -89,10 +89,9 @@ class FolderSource:
         """Whether there are class folders."""
         return bool(self.class_names)
 
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Index of the class folder; None where there are no class folders."""
-        return self._labels.astype(np.int64) if self.class_names else None
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the index of each image's class folder."""
+        return self._labels.astype(np.int64)
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:

@@ -147,7 +147,7 @@ def _run_tasks(
     num_seen = num_left_out + sum(packed for packed, _ in done.values())
     if not missing:
         return
-    labels = source.labels
+    labels = source.load_labels() if source.has_labels else None
     context = multiprocessing.get_context("spawn")
     board = context.Array("q", 2 * num_workers, lock=False)
     turn = context.Value("i", 0)

@@ -125,11 +125,10 @@ class ParquetSource:
         """Bytes that the storage has handed out to this process: footers, and columns as they are in the files."""
         return self._files.num_bytes_read
 
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """The label column, read when it is first asked for; None where a file has none."""
-        if self._labels is None and self.has_labels:
-            self._labels = self._read_labels()
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the label column."""
+        if self._labels is None:
+            self._labels = self._read_labels() if self.has_labels else np.full(self.num_samples, UNLABELLED)
         return self._labels
 
     @property

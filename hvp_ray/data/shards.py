@@ -128,10 +128,9 @@ class ShardSource:
         """See `Source`."""
         return self._num_labelled > 0
 
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Labels of the source, read when they are first asked for; None where no image has one."""
-        if self._labels is None and self.has_labels:
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the labels that the source had."""
+        if self._labels is None:
             try:
                 content = self._read_small(LABELS, self._labels_sha256, self.num_samples * LABEL_DTYPE.itemsize)
             except OSError as error:
@@ -250,9 +249,7 @@ class ShardSource:
             good = good and [int(n) for n in in_shards] == [shard.rows for shard in shards]
             good = good and rows.min() > 0 and rows.max() <= MAX_BLOCK_ROWS and blocks["data_bytes"].max() <= limit
         if not good:
-            raise DataError(
-                f"{self._files.shown(BLOCKS)} does not fit to the manifest: blocks outside of their shards; pack again"
-            )
+            raise DataError(f"{self._files.shown(BLOCKS)} cannot be true: blocks outside of their shards; pack again")
 
     def _shown(self, shard: int) -> str:
         return self._files.shown(self._shards[shard].decode())

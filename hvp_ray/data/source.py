@@ -43,12 +43,11 @@ class Source(Protocol):
 
     @property
     def has_labels(self) -> bool:
-        """Whether `labels` is not None, without reading them."""
+        """Whether any image may have a label; nothing is read for it."""
         ...
 
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """[N], `UNLABELLED` where an image has none; None: no labels at all. May be read when first asked for.
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return all labels, [N], `UNLABELLED` where an image has none; read when they are first asked for.
 
         Raises:
             DataError: they cannot be read, or are none.

@@ -167,7 +167,8 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     dataset = _open_checked(config)
     if is_writer and len(dataset.test_ids) and config.tracking.knn_images:
         # Read when the run ends: what is wrong with them is said now.
-        _ = dataset.source.labels, dataset.test_source.labels
+        dataset.source.load_labels()
+        dataset.test_source.load_labels()
     fingerprint = dataset.fingerprint()
     parts = identity_parts(
         _with_local_weights(config),

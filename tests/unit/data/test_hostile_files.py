@@ -77,7 +77,7 @@ from hvp_ray.config import DataConfig
 from hvp_ray.data.source import open_source
 def read(path):
     source = open_source(path, DataConfig(source=path, **json.loads(sys.argv[1])))
-    source.labels
+    source.load_labels()
     for block in source.block_starts.tolist():
         source.read([block])
     return source.num_samples

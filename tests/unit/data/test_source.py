@@ -32,15 +32,14 @@ def test_folder_has_sorted_images_with_the_first_folder_as_class(tmp_path: Path)
     _write_folder(tmp_path)
     source = _open(tmp_path)
     assert source.num_samples == 3
-    assert source.labels is not None
-    assert source.labels.tolist() == [0, 0, 1]
+    assert source.load_labels().tolist() == [0, 0, 1]
     assert source.describe(1).endswith("cat/deep/2.PNG")
     assert source.read([2, 0]) == [IMAGE, IMAGE]
 
 
 def test_folder_without_classes_has_no_labels(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(IMAGE)
-    assert _open(tmp_path).labels is None
+    assert not _open(tmp_path).has_labels
 
 
 def test_folder_fingerprint_changes_with_names_and_sizes(tmp_path: Path) -> None:
@@ -64,8 +63,7 @@ def test_parquet_reads_any_rows_in_any_order_over_files_and_row_groups(tmp_path:
     assert source.num_samples == 32
     assert source.block_starts is not None
     assert source.block_starts.tolist() == [0, 10, 20, 25, 28, 31]
-    assert source.labels is not None
-    assert source.labels.tolist() == [*range(25), *range(7)]
+    assert source.load_labels().tolist() == [*range(25), *range(7)]
     expected = [_table(25)["image"][24].as_py()["bytes"], _table(7)["image"][0].as_py()["bytes"]]
     assert source.read([24, 25]) == expected
     assert source.read([25, 24]) == expected[::-1]
@@ -98,8 +96,7 @@ def test_null_images_come_as_no_bytes(tmp_path: Path) -> None:
 def test_digits_are_1797_labelled_images() -> None:
     source = _open("digits")
     assert source.num_samples == 1797
-    assert source.labels is not None
-    assert np.bincount(source.labels).min() > 170
+    assert np.bincount(source.load_labels()).min() > 170
     assert source.read([5])[0].startswith(b"\x89PNG")
 
 

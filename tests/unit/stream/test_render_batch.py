@@ -37,9 +37,8 @@ class ListSource:
     def has_labels(self) -> bool:
         return False
 
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        return None
+    def load_labels(self) -> NDArray[np.int64]:
+        return np.full(len(self.images), -1)
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
