@@ -1,4 +1,4 @@
-"""Parquet and shards behind a URI are what they are on a disk: an S3 server, the hub's protocol, fsspec, and storages that fail."""
+"""Parquet and shards behind a URI are what they are on a disk: S3, the hub's protocol, fsspec; and storages that fail."""
 
 import os
 import subprocess
