@@ -73,6 +73,8 @@ class FolderSource:
                 self._path(int(large[0])),
             )
         self._labels, self.class_names = _classes(self._paths)
+        del paths, sizes, order
+        pa.default_memory_pool().release_unused()  # what sorting took
 
     @property
     def num_samples(self) -> int:

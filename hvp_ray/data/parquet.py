@@ -109,6 +109,7 @@ class ParquetSource:
         """See `Source`."""
         self._labels: NDArray[np.int64] | None = None
         self._cache = BlockCache(f"{self._fingerprint} {image_column} {max_image_bytes}", max_bytes=cache_bytes)
+        pa.default_memory_pool().release_unused()  # what parsing footers took
 
     @property
     def num_samples(self) -> int:
