@@ -1,7 +1,8 @@
 """Bytes read / bytes used over a whole epoch of data that are larger than the cache, with several view workers on a node.
 
 The view workers of a node are sources of their own here, as they are in their processes: they share nothing but the cache on
-the disk. The proportions of the defaults are kept (a cache of four windows), and everything is a thousand times smaller. A fifth of the images is held out, as by default: row groups are read with them.
+the disk. The proportions of the defaults are kept (a cache of four windows), and everything is a thousand times smaller. A
+fifth of the images is held out, as by default: row groups are read with them.
 """
 
 from pathlib import Path
