@@ -188,8 +188,8 @@ _state: dict[str, Any] = {}
 
 
 def _begin(jobs: _Jobs, board: Any, turn: Any) -> None:
-    """Set up a process of the pool; it ends with its parent, and at once when the user interrupts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Set up a process of the pool; it ends with its parent, which also answers when the user interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()

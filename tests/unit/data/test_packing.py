@@ -84,6 +84,18 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
     assert "packed already" in once_more.stdout
 
 
+def test_interrupted_it_ends_at_once_with_a_sentence(folder: Path, tmp_path: Path) -> None:
+    command = _program(folder, tmp_path / "shards", "--workers", 2, "--shard-mib", 1)
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as program:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "shards").glob("task-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+        _, said = program.communicate(timeout=30)
+    assert program.returncode == 130
+    assert said == "stopped; the same command goes on\n"
+
+
 def test_shard_that_was_half_written_is_written_again(
     folder: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
