@@ -98,6 +98,7 @@ class FileSet:
         self._recursive = recursive
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
         self._count = threading.Lock()
+        self._last_change = 0
         self.num_bytes_read = 0
         """Bytes that the storage has handed out."""
         path, mark, query = location.partition("?") if self.is_remote else (location, "", "")
@@ -123,6 +124,11 @@ class FileSet:
             found = {name: size for name, size in found.items() if fnmatch.fnmatchcase(_last(name), self._pattern)}
         self.sizes: dict[str, int] = dict(sorted(found.items(), key=lambda entry: entry[0].split("/")))
         """Name -> bytes, sorted by folder and name."""
+
+    @property
+    def state(self) -> str:
+        """Where the files are and when one last changed: what a cache of their content goes by."""
+        return f"{self.location} {self._root} {self._last_change}"
 
     def names(self, *suffixes: str) -> list[str]:
         """Return the names with one of these endings (in lower case)."""
@@ -185,6 +191,7 @@ class FileSet:
         root = Path(self._root)
         self._is_single = root.is_file()
         if self._is_single:
+            self._last_change = root.stat().st_mtime_ns
             return {root.name: root.stat().st_size}
         if not root.is_dir():
             raise FileNotFoundError(f"no file or folder {root}")
@@ -195,15 +202,19 @@ class FileSet:
                 wanted = self._suffixes is None or name.lower().endswith(self._suffixes)
                 path = Path(folder, name)
                 if wanted and not name.startswith(".") and path.is_file():
-                    sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+                    status = path.stat()
+                    sizes[path.relative_to(root).as_posix()] = status.st_size
+                    self._last_change = max(self._last_change, status.st_mtime_ns)
         return sizes
 
     def _list_remote(self) -> dict[str, int]:
         top = self._filesystem.get_file_info(self._root)
         self._is_single = top.is_file
         if self._is_single:
+            self._last_change = top.mtime_ns or 0
             return {_last(self._root): top.size}
         found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=self._recursive))
+        self._last_change = max((info.mtime_ns or 0 for info in found), default=0)
         start = len(self._root) + 1
         sizes = {info.path[start:]: info.size for info in found if info.is_file}
         return {

@@ -108,7 +108,9 @@ class ParquetSource:
         self.has_labels = all(footer.has_labels for footer in footers)
         """See `Source`."""
         self._labels: NDArray[np.int64] | None = None
-        self._cache = BlockCache(f"{self._fingerprint} {image_column} {max_image_bytes}", max_bytes=cache_bytes)
+        # Files of the same names and sizes need not have the same images: the place and the time are part of the key.
+        key = f"{files.state} {self._fingerprint} {image_column} {max_image_bytes}"
+        self._cache = BlockCache(key, max_bytes=cache_bytes)
         pa.default_memory_pool().release_unused()  # what parsing footers took
 
     @property

@@ -85,3 +85,14 @@ def test_window_is_bounded_by_bytes_where_blocks_are_read_whole(parquet: Path, p
     small = DataConfig(source=str(parquet), shuffle_window_images=7)
     assert dataset.shuffle_window_images(small) == 7
     assert open_dataset(DataConfig(source=str(packed))).shuffle_window_images(config) == 65_536
+
+
+def test_cache_does_not_take_changed_files_for_what_they_were(tmp_path: Path) -> None:
+    """Names, sizes and row groups stay; the images do not."""
+    path = write_parquet(tmp_path / "a.parquet", [b"one" * 90, b"two" * 90], row_group_size=1)
+    before = open_source(str(path), DataConfig(source=str(path)))
+    assert before.read([0, 1]) == [b"one" * 90, b"two" * 90]
+    path.write_bytes(path.read_bytes().replace(b"one", b"eno"))
+    after = open_source(str(path), DataConfig(source=str(path)))
+    assert after.fingerprint() == before.fingerprint()
+    assert after.read([0, 1]) == [b"eno" * 90, b"two" * 90]

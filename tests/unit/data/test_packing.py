@@ -17,7 +17,7 @@ from hvp_ray.errors import ConfigError, DataError
 from tests.unit.data.made import content_of, draw_images, open_any, pack_here, write_folder, write_parquet
 
 ROOT = Path(__file__).parents[3]
-NUM_IMAGES = 2_400
+NUM_IMAGES = 1_200
 
 
 def _nothing(_done: int, _total: int) -> None:
@@ -27,7 +27,7 @@ def _nothing(_done: int, _total: int) -> None:
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
     generator = np.random.default_rng(11)
-    return [image + generator.bytes(3_000) for image in draw_images(NUM_IMAGES, generator)]
+    return [image + generator.bytes(6_500) for image in draw_images(NUM_IMAGES, generator)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
         open_any(target)
     noted = [json.loads(path.read_bytes())["shards"][0]["name"] for path in target.glob("task-*.json")]
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    assert "packed 2400 images in" in again.stdout
+    assert "packed 1200 images in" in again.stdout
     assert content_of(target) == undisturbed
     for name in noted:  # what was done was not done again
         assert (target / name).stat().st_mtime_ns == done.get(name, (target / name).stat().st_mtime_ns)
@@ -101,7 +101,7 @@ def test_shard_that_was_half_written_is_written_again(
 ) -> None:
     target = tmp_path / "shards"
     with pytest.raises(DataError, match="is unreadable: .*without --strict"):
-        pack_here(_with_damage(folder, tmp_path / "damaged", [2_000]), target, is_strict=True)
+        pack_here(_with_damage(folder, tmp_path / "damaged", [1_100]), target, is_strict=True)
     first = next(iter(sorted(target.glob("shard-*.arrow"))))
     first.write_bytes(first.read_bytes()[:-5])
     with pytest.raises(ConfigError, match=r"another source or other settings \(source_fingerprint"):
@@ -120,14 +120,14 @@ def _with_damage(folder: Path, to: Path, indices: list[int]) -> Path:
 
 
 def test_unreadable_images_are_left_out_listed_and_counted(folder: Path, images: list[bytes], tmp_path: Path) -> None:
-    damaged = _with_damage(folder, tmp_path / "damaged", [5, 1_700])
+    damaged = _with_damage(folder, tmp_path / "damaged", [5, 1_000])
     result = pack_here(damaged, tmp_path / "shards", num_workers=2)
     assert (result.num_images, result.num_unreadable) == (NUM_IMAGES - 2, 2)
     lines = [json.loads(line) for line in (tmp_path / "shards" / "unreadable.jsonl").read_text().splitlines()]
-    assert [line["source_id"] for line in lines] == [5, 1_700]
-    assert lines[1]["path"] == "class-2/01700.png"
+    assert [line["source_id"] for line in lines] == [5, 1_000]
+    assert lines[1]["path"] == "class-2/01000.png"
     assert "not an image" in lines[1]["reason"]
-    kept = [image for index, image in enumerate(images) if index not in (5, 1_700)]
+    kept = [image for index, image in enumerate(images) if index not in (5, 1_000)]
     assert open_any(tmp_path / "shards").read(range(NUM_IMAGES - 2)) == kept
 
 
@@ -150,7 +150,7 @@ def test_target_of_something_else_is_refused(folder: Path, images: list[bytes], 
     small = write_folder(tmp_path / "small", images[:9])
     pack_here(small, tmp_path / "shards")
     before = content_of(tmp_path / "shards")
-    with pytest.raises(ConfigError, match=r"another source or other settings \(num_samples: 9 -> 2400"):
+    with pytest.raises(ConfigError, match=r"another source or other settings \(num_samples: 9 -> 1200"):
         pack_here(folder, tmp_path / "shards")
     with pytest.raises(ConfigError, match=r"shard_mib: 1 -> 2"):
         pack_here(small, tmp_path / "shards", shard_mib=2)
@@ -167,17 +167,15 @@ def test_target_of_something_else_is_refused(folder: Path, images: list[bytes], 
 
 
 def test_parquet_is_packed_by_whole_row_groups(images: list[bytes], tmp_path: Path) -> None:
-    write_parquet(tmp_path / "data" / "train-0.parquet", images[:1_000], row_group_size=300, total=1_500)
-    write_parquet(
-        tmp_path / "data" / "train-1.parquet", images[1_000:1_500], row_group_size=70, first=1_000, total=1_500
-    )
+    write_parquet(tmp_path / "data" / "train-0.parquet", images[:800], row_group_size=300, total=1_100)
+    write_parquet(tmp_path / "data" / "train-1.parquet", images[800:1_100], row_group_size=70, first=800, total=1_100)
     result = pack_here(tmp_path / "data", tmp_path / "shards", num_workers=2)
     source = open_any(tmp_path / "shards")
-    assert source.read(range(1_500)) == images[:1_500]
-    assert source.load_labels().tolist() == [index * 3 // 1_500 for index in range(1_500)]
+    assert source.read(range(1_100)) == images[:1_100]
+    assert source.load_labels().tolist() == [index * 3 // 1_100 for index in range(1_100)]
     assert result.num_shards > 3
     pack_here(tmp_path / "shards", tmp_path / "again")  # shards are a source as any other
-    assert open_any(tmp_path / "again").read(range(1_500)) == images[:1_500]
+    assert open_any(tmp_path / "again").read(range(1_100)) == images[:1_100]
 
 
 def test_process_that_dies_is_reported_with_what_it_had_in_hand(
