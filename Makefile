@@ -46,6 +46,7 @@ cluster-check: setup
 bench: setup
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.jsonl
 	$(BIN)/python benchmarks/render.py $(if $(DATA),--data $(DATA),--images 16 --repeats 3) --json benchmarks/results/render.jsonl
+	$(BIN)/python benchmarks/data.py --images 100000 --mib 300 --json benchmarks/results/data.jsonl
 
 ui: setup
 	@test -f $(UI_STORE) || { echo "no runs in $(UI_STORE) yet: start with make pretrain, or name another store: make ui UI_STORE=path/to/mlflow.db" >&2; exit 1; }

@@ -69,7 +69,10 @@ class DataConfig:
     """Where images come from."""
 
     source: str
-    """`digits` (embedded), a folder of class folders, or a Parquet file or folder in the Hugging Face image layout."""
+    """`digits` (embedded), a folder of class folders, Parquet in the Hugging Face image layout (a file, a folder, a pattern
+    such as FOLDER/train-*.parquet), or packed shards (pipelines/pack.py). Parquet and shards also behind a URI:
+    hf://datasets/OWNER/NAME, s3://bucket/prefix, gs://bucket/prefix, file:///; a server that speaks S3:
+    s3://bucket/prefix?endpoint_override=HOST:PORT&scheme=http. Credentials come from the environment of every node."""
 
     num_images: int | None = None
     """Use only this many images, a fixed pseudo-random subset that is the same for every seed. None: all."""
@@ -92,10 +95,16 @@ class DataConfig:
     """Encoded images of more MiB than this count as unreadable, and are not read."""
 
     shuffle_window_images: int = 65_536
-    """Row-grouped sources (Parquet): row groups are permuted, then samples inside windows of this many images."""
+    """Parquet and packed shards: blocks (row groups, record batches) are permuted, then samples inside windows of this many
+    images. As many as there are images: one permutation of all."""
 
-    block_cache_mib: int = 1024
-    """Memory for decompressed Parquet row groups in each view worker."""
+    shuffle_window_mib: int = 1024
+    """Parquet: a window has at most so many MiB of images, on average. An image costs the reading of its row group, so the
+    row groups of two windows should fit into `block_cache_mib`. Shards are read image by image and do not need it."""
+
+    block_cache_mib: int = 4096
+    """Disk of each node (below TMPDIR) for decompressed Parquet row groups, shared by its view workers; also for packed
+    shards behind a URI that fit into it as a whole. Deleted by the last process that uses it."""
 
     max_row_group_mib: int = 1024
     """A Parquet row group with more MiB of images than this, decompressed, stops the run before it is read: it would not fit
@@ -105,7 +114,7 @@ class DataConfig:
     """Parquet column with `struct<bytes, path>` (or plain binary)."""
 
     label_column: str = "label"
-    """Parquet column with integer labels; used by the k-NN only. May be missing."""
+    """Parquet column with integer labels; used by evaluations only. May be missing."""
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source", self.source, "a path, or `digits`")
@@ -117,7 +126,7 @@ class DataConfig:
         _require_probability("data.max_unreadable_fraction", self.max_unreadable_fraction)
         _require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "1 or more")
         _require(self.shuffle_window_images >= 1, "data.shuffle_window_images", self.shuffle_window_images, ">= 1")
-        for name in ("max_image_mib", "block_cache_mib", "max_row_group_mib"):
+        for name in ("max_image_mib", "shuffle_window_mib", "block_cache_mib", "max_row_group_mib"):
             _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")
 
 

@@ -89,7 +89,7 @@ def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
     """
     if "://" not in name:
         return
-    from hvp_ray.training.remote_files import RemoteFolder
+    from hvp_ray.remote_files import RemoteFolder
 
     remote = RemoteFolder(name, option="RUN")
     for path in paths:

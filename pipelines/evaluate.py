@@ -65,8 +65,7 @@ class Images:
 
     def labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of these ids."""
-        assert self.source.labels is not None
-        return self.source.labels[sample_ids]
+        return self.source.load_labels()[sample_ids]
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -144,7 +143,7 @@ def choose_images(dataset: Dataset, options: argparse.Namespace) -> tuple[Images
     )
     chosen = []
     for name, source, sample_ids, limit, advice in both:
-        labelled = sample_ids[:0] if source.labels is None else sample_ids[source.labels[sample_ids] != UNLABELLED]
+        labelled = sample_ids[source.load_labels()[sample_ids] != UNLABELLED] if source.has_labels else sample_ids[:0]
         if not len(labelled):
             raise DataError(f"no labelled {name} images among {len(sample_ids)}: evaluation needs labels{advice}")
         rows = choose_subset(len(labelled), None if limit is None else min(limit, len(labelled)))

@@ -77,7 +77,7 @@ def say(text: str) -> None:
 
 def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | None) -> str:
     """Return what a person wants to know at the end of the run in this folder, path or URI."""
-    from hvp_ray.training.remote_files import place_in
+    from hvp_ray.remote_files import place_in
 
     lines = [
         "",
@@ -132,8 +132,8 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
         prepare_ray_environment()
+        from hvp_ray.remote_files import place_in
         from hvp_ray.training.preparation import finished_summary, local_output, mlflow_location, output_location
-        from hvp_ray.training.remote_files import place_in
 
         summary = finished_summary(config)
         if summary is not None and config.run.resume:

@@ -135,7 +135,7 @@ def check_labels(base: RunConfig, dataset: Dataset) -> None:
         ConfigError: there is no k-NN, because labels or test images are missing or it is switched off.
     """
     labelled = [
-        source.labels is not None and bool((source.labels[ids] != UNLABELLED).any())
+        source.has_labels and bool((source.load_labels()[ids] != UNLABELLED).any())
         for source, ids in (
             (dataset.source, dataset.training_ids),
             (dataset.test_source, dataset.test_ids),

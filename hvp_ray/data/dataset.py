@@ -21,6 +21,13 @@ class Dataset:
     test_ids: NDArray[np.int64]
     """[M], ascending: sample ids of `test_source`; may be empty."""
 
+    def shuffle_window_images(self, config: DataConfig) -> int:
+        """Return how many images `SampleOrder` shuffles together: as many as the settings allow for this source."""
+        if not self.source.reads_whole_blocks:
+            return config.shuffle_window_images
+        per_image = max(1.0, self.source.num_bytes / self.source.num_samples)
+        return max(1, min(config.shuffle_window_images, int(config.shuffle_window_mib * 2**20 / per_image)))
+
     def fingerprint(self) -> str:
         """Digest of the images that are trained on."""
         return self.source.fingerprint()
@@ -38,5 +45,5 @@ def open_dataset(config: DataConfig) -> Dataset:
         test_source = open_source(config.test_source, config)
         test_ids = np.arange(test_source.num_samples, dtype=np.int64)
         return Dataset(source=source, training_ids=ids, test_source=test_source, test_ids=test_ids)
-    training_ids, test_ids = split_for_test(ids, config.test_fraction if source.labels is not None else 0.0)
+    training_ids, test_ids = split_for_test(ids, config.test_fraction if source.has_labels else 0.0)
     return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)

@@ -32,14 +32,28 @@ class DigitsSource:
         return len(self._images)
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """The digit."""
+    def num_bytes(self) -> int:
+        """Bytes of the PNG files, about."""
+        return 673 * len(self._images)
+
+    @property
+    def has_labels(self) -> bool:
+        """True."""
+        return True
+
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the digits."""
         return self._labels
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
         """None: in memory."""
         return None
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """False: in memory."""
+        return False
 
     def fingerprint(self) -> str:
         """Digest of the pixels."""

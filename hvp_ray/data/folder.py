@@ -5,9 +5,12 @@ import logging
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hvp_ray.data.source import UNLABELLED
@@ -19,13 +22,15 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga",
 )  # fmt: skip
 
+_PATHS_AT_ONCE = 16_384
+
 
 class FolderSource:
     """Images in class folders; the class is the first folder below the root. Implements `Source`.
 
-    Ids follow the sorted relative paths. Hidden files and folders are left out. Links to files and to folders are followed,
-    also out of the root, each folder once; a link to a folder that holds the root is not, nor is anything opened that is no
-    file (pipes, devices, sockets).
+    Ids follow the relative paths, sorted by their bytes, which are kept as one column. Hidden files and folders are left out.
+    Links to files and to folders are followed, also out of the root, each folder once; a link to a folder that holds the root
+    is not, nor is anything opened that is no file (pipes, devices, sockets).
     """
 
     def __init__(self, root: Path, *, max_image_bytes: int) -> None:
@@ -41,7 +46,7 @@ class FolderSource:
         self._root = root
         self._max_image_bytes = max_image_bytes
         left_out: list[str] = []
-        found = sorted(_find_images(str(root), left_out))
+        paths, sizes = _collect(_find_images(str(root), left_out))
         if left_out:
             logger.warning(
                 "%d entries of %s are no files (broken links, loops, pipes, devices) and are left out, the first: %s",
@@ -49,28 +54,27 @@ class FolderSource:
                 root,
                 min(left_out),
             )
-        if not found:
+        if not len(paths):
             files = sum(len(names) for _, _, names in os.walk(root))
             raise DataError(
                 f"no images in {root} ({files} files of other kinds); expected class folders with "
-                f"{', '.join(IMAGE_SUFFIXES[:5])}, ... or *.parquet files"
+                f"{', '.join(IMAGE_SUFFIXES[:5])}, ..., *.parquet files, or packed shards"
             )
-        large = [path for path, size in found if size > max_image_bytes]
-        if large:
+        order = pc.sort_indices(paths)
+        self._paths = paths.take(order)
+        self._sizes = sizes[order.to_numpy()]
+        large = np.flatnonzero(self._sizes > max_image_bytes)
+        if len(large):
             logger.warning(
                 "%d images of %s have more than data.max_image_mib=%d MiB and count as unreadable, the first: %s",
                 len(large),
                 root,
                 max_image_bytes // 2**20,
-                large[0],
+                self._path(int(large[0])),
             )
-        self._paths = [path for path, _ in found]
-        self._sizes = np.array([size for _, size in found], dtype=np.int64)
-        classes = [path.split(os.sep, 1)[0] if os.sep in path else None for path in self._paths]
-        names = sorted({name for name in classes if name is not None})
-        index = {name: number for number, name in enumerate(names)}
-        self._labels = np.array([UNLABELLED if c is None else index[c] for c in classes], dtype=np.int64)
-        self.class_names = names
+        self._labels, self.class_names = _classes(self._paths)
+        del paths, sizes, order
+        pa.default_memory_pool().release_unused()  # what sorting took
 
     @property
     def num_samples(self) -> int:
@@ -78,29 +82,48 @@ class FolderSource:
         return len(self._paths)
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """Index of the class folder; None where there are no class folders."""
-        return self._labels if self.class_names else None
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return int(self._sizes.sum())
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are class folders."""
+        return bool(self.class_names)
+
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the index of each image's class folder."""
+        return self._labels.astype(np.int64)
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
         """None: files are opened one by one."""
         return None
 
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """False: files are opened one by one."""
+        return False
+
     def fingerprint(self) -> str:
         """Digest of relative paths and sizes."""
         digest = hashlib.sha256()
-        for path, size in zip(self._paths, self._sizes.tolist(), strict=True):
-            digest.update(f"{path}\0{size}\n".encode("utf-8", "surrogateescape"))
+        for start in range(0, len(self._paths), _PATHS_AT_ONCE):
+            paths = self._paths[start : start + _PATHS_AT_ONCE].to_pylist()
+            sizes = self._sizes[start : start + _PATHS_AT_ONCE].tolist()
+            digest.update(b"".join(b"%b\0%d\n" % entry for entry in zip(paths, sizes, strict=True)))
         return digest.hexdigest()
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
         """Return the files' bytes; larger than allowed, or no file any more: no bytes, which counts as unreadable."""
-        return [self._read_file(os.path.join(self._root, self._paths[sample_id])) for sample_id in sample_ids]
+        return [self._read_file(os.path.join(self._root, self._path(sample_id))) for sample_id in sample_ids]
 
     def describe(self, sample_id: int) -> str:
         """Return the file's path."""
-        return str(self._root / self._paths[sample_id])
+        return str(self._root / self._path(sample_id))
+
+    def _path(self, sample_id: int) -> str:
+        return os.fsdecode(self._paths[sample_id].as_py())
 
     def _read_file(self, path: str) -> bytes:
         # Without waiting: what was a file when it was found may have become a pipe.
@@ -110,6 +133,31 @@ class FolderSource:
             if not stat.S_ISREG(status.st_mode) or status.st_size > self._max_image_bytes:
                 return b""
             return file.read(status.st_size + 1)  # some files of the kernel's say 0 bytes and have no end
+
+
+def _collect(found: Iterator[tuple[str, int]]) -> tuple[pa.LargeBinaryArray, NDArray[np.int64]]:
+    """Return paths and sizes in bytes as columns; never are there many Python objects at a time."""
+    parts, sizes = [pa.array([], pa.large_binary())], [np.zeros(0, np.int64)]
+    while some := list(islice(found, _PATHS_AT_ONCE)):
+        parts.append(pa.array([os.fsencode(path) for path, _ in some], pa.large_binary()))
+        sizes.append(np.array([size for _, size in some], np.int64))
+    return pa.concat_arrays(parts), np.concatenate(sizes)
+
+
+def _classes(paths: pa.LargeBinaryArray) -> tuple[NDArray[np.int32], list[str]]:
+    """Return the label of each path, [N], and the classes: the first folders, sorted."""
+    labels = np.full(len(paths), UNLABELLED, np.int32)
+    index: dict[bytes, int] = {}
+    for start in range(0, len(paths), _PATHS_AT_ONCE):
+        for place, path in enumerate(paths[start : start + _PATHS_AT_ONCE].to_pylist(), start):
+            name, slash, _ = path.partition(b"/")
+            if slash:
+                labels[place] = index.setdefault(name, len(index))
+    names = sorted(index)
+    ranks = np.empty(len(names) + 1, np.int32)
+    ranks[[index[name] for name in names]] = np.arange(len(names), dtype=np.int32)
+    ranks[UNLABELLED] = UNLABELLED  # the last one, which is where -1 points
+    return ranks[labels], [os.fsdecode(name) for name in names]
 
 
 def _find_images(root: str, left_out: list[str]) -> Iterator[tuple[str, int]]:

@@ -17,9 +17,9 @@ from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
 class SampleOrder:
     """Visits every sample at most once an epoch; a last part smaller than one step is dropped.
 
-    Where `block_sizes` is given (row groups of a Parquet file), blocks are permuted and samples are permuted inside
-    windows of `window_images`: neighbouring steps then read few blocks. Otherwise the permutation is global.
-    (Compared by identity, so that the orders of the last epochs can be cached.)
+    Where `block_starts` is given (row groups of a Parquet file), blocks are permuted and samples are permuted inside
+    windows of `window_images`: neighbouring steps then read few blocks, and only the window at hand is in memory. Otherwise
+    the permutation is global. (Compared by identity, so that the last windows can be cached.)
     """
 
     seed: int
@@ -61,41 +61,64 @@ class SampleOrder:
             raise ConfigError(f"images_per_step={self.images_per_step} is not a multiple of {num_ranks} ranks")
         per_rank = self.images_per_step // num_ranks
         start = self.first_position(step) + rank * per_rank
-        return self.epoch_order(self.epoch_of(step))[start : start + per_rank]
+        return self._slice(self.epoch_of(step), start, start + per_rank)
 
     def epoch_order(self, epoch: int) -> NDArray[np.int64]:
         """Return all sample ids in the order of epoch `epoch`, [N]."""
-        return _epoch_order(self, epoch)
+        return self._slice(epoch, 0, len(self.sample_ids))
 
-    def _compute(self, epoch: int) -> NDArray[np.int64]:
-        ids = self.sample_ids
-        window = len(ids)
-        if self.block_starts is not None:
-            ids = self._permute_blocks(epoch)
-            window = self.window_images
+    @property
+    def _window(self) -> int:
+        return len(self.sample_ids) if self.block_starts is None else min(self.window_images, len(self.sample_ids))
+
+    def _slice(self, epoch: int, start: int, end: int) -> NDArray[np.int64]:
+        """Return the sample ids at positions `start` to `end`; only the windows that they are in are computed."""
         parts = []
-        for index, start in enumerate(range(0, len(ids), window)):
-            part = ids[start : start + window]
-            # Stream 0 permutes the blocks; window w has stream w + 1.
-            words = draw_stream(
-                seed=self.seed, purpose=Purpose.ORDER, index=index + 1, epoch=epoch, num_words=len(part)
-            )
-            parts.append(part[permutation_from_words(words)])
+        for index in range(start // self._window, -(-end // self._window)):
+            first = index * self._window
+            parts.append(_order_of_window(self, epoch, index)[max(0, start - first) : end - first])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _compute_window(self, epoch: int, index: int) -> NDArray[np.int64]:
+        start = index * self._window
+        end = min(start + self._window, len(self.sample_ids))
+        ids = self.sample_ids[start:end] if self.block_starts is None else self._take_blocks(epoch, start, end)
+        # Stream 0 permutes the blocks; window w has stream w + 1.
+        words = draw_stream(seed=self.seed, purpose=Purpose.ORDER, index=index + 1, epoch=epoch, num_words=len(ids))
+        return ids[permutation_from_words(words)]
+
+    def _take_blocks(self, epoch: int, start: int, end: int) -> NDArray[np.int64]:
+        """Return the samples at `start` to `end` of the epoch's blocks, one block behind the other."""
+        begins, positions = _order_of_blocks(self, epoch)
+        first = int(np.searchsorted(positions, start, side="right")) - 1
+        last = int(np.searchsorted(positions, end, side="left"))
+        parts = []
+        for place in range(first, last):
+            begin, size = int(begins[place]), int(positions[place + 1] - positions[place])
+            skipped, kept = max(0, start - int(positions[place])), min(size, end - int(positions[place]))
+            parts.append(self.sample_ids[begin + skipped : begin + kept])
         return np.concatenate(parts)
 
-    def _permute_blocks(self, epoch: int) -> NDArray[np.int64]:
+    def _compute_blocks(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the blocks in the epoch's order: places of their first samples in `sample_ids`, and their positions."""
         assert self.block_starts is not None
         bounds = np.searchsorted(self.sample_ids, self.block_starts)
-        blocks = np.split(self.sample_ids, bounds[1:])
-        words = draw_stream(seed=self.seed, purpose=Purpose.ORDER, index=0, epoch=epoch, num_words=len(blocks))
-        return np.concatenate([blocks[index] for index in permutation_from_words(words)])
+        sizes = np.diff(np.append(bounds, len(self.sample_ids)))
+        words = draw_stream(seed=self.seed, purpose=Purpose.ORDER, index=0, epoch=epoch, num_words=len(bounds))
+        turn = permutation_from_words(words)
+        return bounds[turn], np.concatenate([[0], np.cumsum(sizes[turn])])
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(order: SampleOrder, epoch: int) -> NDArray[np.int64]:
-    ids = order._compute(epoch)
+def _order_of_window(order: SampleOrder, epoch: int, index: int) -> NDArray[np.int64]:
+    ids = order._compute_window(epoch, index)
     ids.setflags(write=False)
     return ids
+
+
+@lru_cache(maxsize=2)
+def _order_of_blocks(order: SampleOrder, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return order._compute_blocks(epoch)
 
 
 def choose_subset(num_samples: int, num_images: int | None) -> NDArray[np.int64]:

@@ -1,24 +1,33 @@
 """Parquet in the Hugging Face image layout: a column `image: struct<bytes, path>` and a column of integer labels.
 
-Rows are read by row group, and decompressed row groups are kept in a bounded cache; `data.order` visits samples so
-that neighbouring steps read few row groups. What a row group will take is known before it is read (`parquet_limits.py`).
+On this machine or behind a URI. An image costs the reading of its row group, so row groups are kept in a bounded cache that
+all processes of a node share (`block_cache.py`), and `data.order` visits samples so that neighbouring steps read few row
+groups. What a row group will take is known before it is read (`parquet_limits.py`). Opening reads footers only, and keeps a
+few numbers for each row group.
 """
 
 import hashlib
+import logging
+import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hvp_ray.data.block_cache import BlockCache, EncodedBlock
+from hvp_ray.data.files import FileSet, StorageError
 from hvp_ray.data.parquet_limits import ParquetFile, open_parquet
-from hvp_ray.data.source import UNLABELLED
+from hvp_ray.data.source import MAX_LABEL, UNLABELLED
 from hvp_ray.errors import DataError
+from hvp_ray.remote_files import retried
 
-MAX_LABEL = 2**20 - 1
-"""Evaluation keeps votes for every class up to the largest."""
+logger = logging.getLogger(__name__)
+
+PARQUET_SUFFIXES = (".parquet", ".pq")
 
 _ROWS_WITHOUT_QUESTION = 2**20
 _BYTES_PER_ROW = 16
@@ -26,21 +35,31 @@ _BYTES_PER_ROW = 16
 
 _LABELS_AT_ONCE = 65_536
 _BATCH_BYTES = 64 * 2**20
+_REQUESTS_AT_ONCE = 16
+_OPEN_FILES = 32
+_SPLITS = ("train", "test", "validation", "val", "dev")
 
 
-def find_parquet_files(path: Path) -> list[Path]:
-    """Return the Parquet files at `path`, sorted: the file itself, or all below a folder; empty: there are none."""
-    if path.is_file():
-        return [path] if path.suffix.lower() in (".parquet", ".pq") else []
-    return sorted(p for p in path.rglob("*.parquet") if p.is_file() and not p.name.startswith("."))
+def find_parquet_names(files: FileSet) -> list[str]:
+    """Return the Parquet files of a set, sorted by folder and name; empty: there are none."""
+    names = files.names(*PARQUET_SUFFIXES)
+    found = {split for split in _SPLITS for name in names if split in _words(name)}
+    if len(found) > 1:
+        logger.warning(
+            "%s holds files of several splits (%s), and all of them are used; name those of one split by a pattern at the "
+            "end, such as FOLDER/train-*.parquet",
+            files.location,
+            ", ".join(sorted(found)),
+        )
+    return names
 
 
 class ParquetSource:
-    """Images in local Parquet files; ids count the rows of the sorted files. Implements `Source`."""
+    """Images in Parquet files; ids count the rows of the sorted files. Implements `Source`."""
 
     def __init__(
         self,
-        paths: list[Path],
+        files: FileSet,
         *,
         image_column: str,
         label_column: str,
@@ -48,48 +67,51 @@ class ParquetSource:
         max_row_group_bytes: int,
         max_image_bytes: int,
     ) -> None:
-        """Open the files and read their labels.
+        """Read the footers.
 
         Args:
-            paths: the files, sorted.
+            files: the Parquet files, and maybe others.
             image_column: see `DataConfig`.
             label_column: see `DataConfig`.
-            cache_bytes: memory for decompressed row groups.
+            cache_bytes: disk of this node for decompressed row groups. 0: the last row group, in memory.
             max_row_group_bytes: a row group with more bytes of images is refused.
             max_image_bytes: larger images are returned as no bytes.
 
         Raises:
             DataError: a file is no Parquet, is damaged, has other columns, or is made to take too much memory.
+            StorageError: a file cannot be read.
         """
-        self._files = [open_parquet(path) for path in paths]
-        self._paths = paths
+        self._files = files
+        self._names = find_parquet_names(files)
         self._image_column = image_column
+        self._label_column = label_column
         self._max_row_group_bytes = max_row_group_bytes
         self._max_image_bytes = max_image_bytes
-        self._leaves = [_image_leaf(file, image_column) for file in self._files]
-        groups = [
-            (file_index, group)
-            for file_index, file in enumerate(self._files)
-            for group in range(len(file.groups))
-            if file.groups[group].num_rows
-        ]
-        if not groups:
-            raise DataError(f"{paths[0]} has no rows" if len(paths) == 1 else f"none of {len(paths)} files has rows")
-        sizes = [self._files[file_index].groups[group].num_rows for file_index, group in groups]
-        self._groups = groups
-        self._check_rows(sum(sizes))
-        for file, leaf in zip(self._files, self._leaves, strict=True):
-            file.check_column(leaf)
-        for file_index, group in groups:
-            chunk = self._files[file_index].groups[group].chunks[self._leaves[file_index]]
-            self._check_group_bytes(file_index, group, chunk.decompressed_bytes)
+        self._open: OrderedDict[int, ParquetFile] = OrderedDict()
+        footers = self._read_footers()
+        self._file_starts = np.cumsum([0, *(footer.num_rows for footer in footers)])
+        self._file_of_group = np.repeat(
+            np.arange(len(footers), dtype=np.int32), [len(footer.groups) for footer in footers]
+        )
+        self._groups = np.concatenate([footer.groups for footer in footers])
+        sizes = np.concatenate([footer.group_rows for footer in footers])
+        if not len(sizes):
+            raise DataError(
+                f"{files.shown(self._names[0])} has no rows"
+                if len(footers) == 1
+                else f"none of {len(footers)} files of {files.location} has rows"
+            )
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._labels = self._read_labels(label_column)
-        self._cache: OrderedDict[int, _Block] = OrderedDict()
-        self._cache_bytes = cache_bytes
-        self._cached_bytes = 0
-        self.num_bytes_read = 0
-        """Bytes of decompressed row groups read so far."""
+        self._check_rows()
+        self._num_image_bytes = sum(footer.image_bytes for footer in footers)
+        self._fingerprint = _digest(footer.digest for footer in footers)
+        self.has_labels = all(footer.has_labels for footer in footers)
+        """See `Source`."""
+        self._labels: NDArray[np.int64] | None = None
+        # Files of the same names and sizes need not have the same images: the place and the time are part of the key.
+        key = f"{files.state} {self._fingerprint} {image_column} {max_image_bytes}"
+        self._cache = BlockCache(key, max_bytes=cache_bytes)
+        pa.default_memory_pool().release_unused()  # what parsing footers took
 
     @property
     def num_samples(self) -> int:
@@ -97,8 +119,19 @@ class ParquetSource:
         return int(self._starts[-1])
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """The label column; None where a file has none."""
+    def num_bytes(self) -> int:
+        """Bytes of the column with images, decompressed, as the footers say."""
+        return self._num_image_bytes
+
+    @property
+    def num_bytes_read(self) -> int:
+        """Bytes that the storage has handed out to this process: footers, and columns as they are in the files."""
+        return self._files.num_bytes_read
+
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return the label column."""
+        if self._labels is None:
+            self._labels = self._read_labels() if self.has_labels else np.full(self.num_samples, UNLABELLED)
         return self._labels
 
     @property
@@ -106,134 +139,240 @@ class ParquetSource:
         """Row groups."""
         return self._starts[:-1]
 
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """True: pages are compressed, and hold many images."""
+        return True
+
     def fingerprint(self) -> str:
         """Digest of file names, row counts and the footers' sizes and offsets."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            digest.update(f"{file.path.name}\0{file.path.stat().st_size}\0{file.num_rows}\n".encode())
-            for group in file.groups:
-                digest.update(f"{group.num_rows} {group.total_bytes}\n".encode())
-        return digest.hexdigest()
+        return self._fingerprint
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
         """Return the images' bytes; null, or larger than allowed: no bytes, which counts as unreadable."""
-        block_indices = (np.searchsorted(self._starts, np.asarray(sample_ids), side="right") - 1).tolist()
+        blocks = np.searchsorted(self._starts, np.asarray(sample_ids), side="right") - 1
         images: list[bytes] = [b""] * len(sample_ids)
-        # Block by block, so that a batch never reads a row group twice, however small the cache is.
-        for position in sorted(range(len(sample_ids)), key=lambda i: block_indices[i]):
-            block = self._block(block_indices[position])
-            row = sample_ids[position] - int(self._starts[block_indices[position]])
-            images[position] = block.image(row, self._max_image_bytes)
+        # Block by block, so that a batch never reads a row group twice, however small the cache is. What is there comes
+        # first, and processes begin with different ones of the others, so that they do not wait for each other.
+        wanted = np.unique(blocks).tolist()
+        turn = os.getpid() % len(wanted)
+        missing = [block for block in wanted[turn:] + wanted[:turn] if not self._cache.holds(block)]
+        for block in [block for block in wanted if block not in set(missing)] + missing:
+            positions = np.flatnonzero(blocks == block).tolist()
+            rows = [sample_ids[position] - int(self._starts[block]) for position in positions]
+            found = self._cache.read(block, rows, lambda block=block: self._read_block(block))  # type: ignore[misc]
+            for position, image in zip(positions, found, strict=True):
+                images[position] = image
         return images
 
     def describe(self, sample_id: int) -> str:
         """Name file and row."""
-        block_index = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        file_index, _ = self._groups[block_index]
-        first_block = next(i for i, (f, _) in enumerate(self._groups) if f == file_index)
-        return f"{self._paths[file_index]} row {sample_id - int(self._starts[first_block])}"
+        file_index = int(np.searchsorted(self._file_starts, sample_id, side="right")) - 1
+        return f"{self._files.shown(self._names[file_index])} row {sample_id - int(self._file_starts[file_index])}"
 
-    def _block(self, block_index: int) -> "_Block":
-        if block_index in self._cache:
-            self._cache.move_to_end(block_index)
-            return self._cache[block_index]
-        block = self._read_group(*self._groups[block_index])
-        self.num_bytes_read += block.num_bytes
-        self._cache[block_index] = block
-        self._cached_bytes += block.num_bytes
-        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            _, dropped = self._cache.popitem(last=False)
-            self._cached_bytes -= dropped.num_bytes
-        return block
+    def _read_footers(self) -> list["_Footer"]:
+        if not self._files.is_remote:
+            return [self._read_footer(name) for name in self._names]
+        with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+            read = lambda name: retried(lambda: self._read_footer(name), f"reading {self._files.shown(name)}")
+            return list(pool.map(read, self._names))
 
-    def _read_group(self, file_index: int, group: int) -> "_Block":
+    def _read_footer(self, name: str) -> "_Footer":
+        """Read and check what one file says about itself."""
+        file = open_parquet(self._files.open(name))
+        leaf = _image_leaf(file, self._image_column)
+        used = [index for index, group in enumerate(file.groups) if group.num_rows]
+        rows = np.array([file.groups[index].num_rows for index in used], np.int64)
+        self._check_file_rows(file.path, int(rows.sum()), self._files.num_bytes_of(name))
+        file.check_column(leaf)
+        for index in used:
+            self._check_group_bytes(file.path, index, file.groups[index].chunks[leaf].decompressed_bytes)
+        lines = [f"{name.rpartition('/')[2]}\0{self._files.num_bytes_of(name)}\0{file.num_rows}\n"]
+        lines += [f"{group.num_rows} {group.total_bytes}\n" for group in file.groups]
+        return _Footer(
+            groups=np.array(used, np.int32),
+            group_rows=rows,
+            image_bytes=sum(file.groups[index].chunks[leaf].decompressed_bytes for index in used),
+            has_labels=self._has_labels(file),
+            digest="".join(lines).encode(),
+        )
+
+    def _has_labels(self, file: ParquetFile) -> bool:
+        """Tell whether a file has the column of labels, and check that it can be one."""
+        if self._label_column not in file.arrow.schema_arrow.names:
+            return False
+        kind = file.arrow.schema_arrow.field(self._label_column).type
+        if not pa.types.is_integer(kind):
+            raise DataError(f"{file.path}: column {self._label_column!r} has type {kind}; expected integers")
+        file.check_column(file.find_leaf(self._label_column))
+        return True
+
+    def _parquet_file(self, file_index: int) -> ParquetFile:
+        """Return a file with its footer; of the last ones the footer is still there."""
+        if file_index in self._open:
+            self._open.move_to_end(file_index)
+            return self._open[file_index]
+        file = self._open[file_index] = open_parquet(self._files.open(self._names[file_index]))
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)
+        return file
+
+    def _read_block(self, block: int) -> EncodedBlock:
         """Read the images of a row group: at once where it is known to fit, else in parts that are added up."""
-        file, leaf, limit = self._files[file_index], self._leaves[file_index], self._max_row_group_bytes
-        cost = file.measure(group, leaf)
-        self._check_group_bytes(file_index, group, cost.page_bytes)
-        columns = [file.leaf_path(leaf)]
+        file = self._parquet_file(int(self._file_of_group[block]))
+        group, limit = int(self._groups[block]), self._max_row_group_bytes
+        leaf = _image_leaf(file, self._image_column)
+        if group >= len(file.groups) or file.groups[group].num_rows != self._starts[block + 1] - self._starts[block]:
+            raise DataError(f"{file.path} is not what it was when it was opened; start again")
+        chunk = file.groups[group].chunks[leaf]
+        self._check_group_bytes(file.path, group, chunk.end - chunk.start)
+        file.fetch(group, leaf)
         try:
+            cost = file.measure(group, leaf)
+            self._check_group_bytes(file.path, group, cost.page_bytes)
+            columns = [file.leaf_path(leaf)]
             if cost.decoded_bytes <= limit:
-                return _Block([_images(file.arrow.read_row_group(group, columns=columns).column(0).combine_chunks())])
+                column = file.arrow.read_row_group(group, columns=columns).column(0)
+                return _encoded_block([_images(part) for part in column.chunks], self._max_image_bytes)
             parts: list[pa.Array] = []
             num_bytes = 0
             num_rows = max(1, min(limit, _BATCH_BYTES) // cost.largest_page_bytes)
             for batch in file.arrow.iter_batches(batch_size=num_rows, row_groups=[group], columns=columns):
                 parts.append(_images(batch.column(0)))
                 num_bytes += parts[-1].nbytes
-                self._check_group_bytes(file_index, group, num_bytes)
+                self._check_group_bytes(file.path, group, num_bytes)
+            return _encoded_block(parts, self._max_image_bytes)
+        except StorageError:
+            raise
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file.path}: row group {group} is damaged: {error}") from error
-        return _Block(parts)
+        finally:
+            file.release()
 
-    def _check_group_bytes(self, file_index: int, group: int, num_bytes: int) -> None:
+    def _check_group_bytes(self, path: str, group: int, num_bytes: int) -> None:
         if not 0 <= num_bytes <= self._max_row_group_bytes:
             raise DataError(
-                f"{self._paths[file_index]}: row group {group} has {num_bytes / 2**20:.0f} MiB of images or more, and "
+                f"{path}: row group {group} has {num_bytes / 2**20:.0f} MiB of images or more, and "
                 f"data.max_row_group_mib={self._max_row_group_bytes // 2**20}; write the file with smaller row groups, or "
                 f"raise the limit where all workers have the memory"
             )
 
-    def _check_rows(self, num_rows: int) -> None:
-        num_bytes = sum(path.stat().st_size for path in self._paths)
+    def _check_file_rows(self, path: str, num_rows: int, num_bytes: int) -> None:
         if num_rows > max(_ROWS_WITHOUT_QUESTION, num_bytes // _BYTES_PER_ROW):
             raise DataError(
-                f"{self._paths[0]}{' and others' if len(self._paths) > 1 else ''}: {num_rows} rows in {num_bytes} bytes "
-                f"cannot be images (at least {_BYTES_PER_ROW} bytes each)"
+                f"{path}: {num_rows} rows in {num_bytes} bytes cannot be images (at least {_BYTES_PER_ROW} bytes each)"
             )
 
-    def _read_labels(self, label_column: str) -> NDArray[np.int64] | None:
-        if any(label_column not in file.arrow.schema_arrow.names for file in self._files):
-            return None
+    def _check_rows(self) -> None:
+        num_bytes = sum(map(self._files.num_bytes_of, self._names))
+        self._check_file_rows(
+            f"{self._files.shown(self._names[0])}{' and others' if len(self._names) > 1 else ''}",
+            self.num_samples,
+            num_bytes,
+        )
+
+    def _read_labels(self) -> NDArray[np.int64]:
         labels = np.empty(self.num_samples, np.int64)
-        start = 0
-        for file in self._files:
-            for part in self._label_parts(file, label_column):
-                labels[start : start + len(part)] = part
+
+        def read(file_index: int) -> None:
+            start = int(self._file_starts[file_index])
+            file = open_parquet(self._files.open(self._names[file_index]))
+            for part in self._label_parts(file):
+                labels[start : start + len(part)] = part[: len(labels) - start]
                 start += len(part)
-        if start != len(labels):
-            raise DataError(f"{self._paths[0]}: {start} labels for {len(labels)} images; the file is damaged")
+            if start != self._file_starts[file_index + 1]:
+                raise DataError(f"{file.path}: {start} labels do not fit to the images; the file is damaged")
+
+        pauses = None if self._files.is_remote else ()
+        what = f"reading labels of {self._files.location}"
+        read_again = lambda index: retried(lambda: read(index), what, pauses=pauses)
+        try:
+            with ThreadPoolExecutor(_REQUESTS_AT_ONCE if self._files.is_remote else 1) as pool:
+                list(pool.map(read_again, range(len(self._names))))
+        except OSError as error:
+            raise DataError(f"the labels of {self._files.location} cannot be read: {error}") from error
         if labels.min() < UNLABELLED or labels.max() > MAX_LABEL:
             raise DataError(
-                f"column {label_column!r} has values from {labels.min()} to {labels.max()}; expected classes from 0 to "
+                f"column {self._label_column!r} has values from {labels.min()} to {labels.max()}; expected classes from 0 to "
                 f"{MAX_LABEL}, or {UNLABELLED} for none. Name another column by --data.label_column, or one that is not there"
             )
         return labels
 
-    def _label_parts(self, file: ParquetFile, label_column: str) -> Iterator[NDArray[np.int64]]:
-        kind = file.arrow.schema_arrow.field(label_column).type
-        if not pa.types.is_integer(kind):
-            raise DataError(f"{file.path}: column {label_column!r} has type {kind}; expected integers")
-        leaf = file.find_leaf(label_column)
-        file.check_column(leaf)
+    def _label_parts(self, file: ParquetFile) -> Iterator[NDArray[np.int64]]:
+        leaf = file.find_leaf(self._label_column)
         for group in range(len(file.groups)):
-            page_bytes = file.measure(group, leaf).page_bytes
+            chunk = file.groups[group].chunks[leaf]
+            page_bytes = chunk.end - chunk.start
+            if page_bytes <= self._max_row_group_bytes:
+                file.fetch(group, leaf)
+                page_bytes = file.measure(group, leaf).page_bytes
             if page_bytes > self._max_row_group_bytes:
                 raise DataError(f"{file.path}: the labels of row group {group} take {page_bytes / 2**20:.0f} MiB")
-        try:
-            for batch in file.arrow.iter_batches(batch_size=_LABELS_AT_ONCE, columns=[label_column]):
-                whole = batch.column(0).cast(pa.int64()).fill_null(UNLABELLED)
-                yield whole.to_numpy(zero_copy_only=False)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file.path}: column {label_column!r} is damaged: {error}") from error
+            try:
+                for batch in file.arrow.iter_batches(
+                    batch_size=_LABELS_AT_ONCE, row_groups=[group], columns=[self._label_column]
+                ):
+                    whole = batch.column(0).cast(pa.int64()).fill_null(UNLABELLED)
+                    yield whole.to_numpy(zero_copy_only=False)
+            except StorageError:
+                raise
+            except (pa.ArrowException, OSError) as error:
+                raise DataError(f"{file.path}: column {self._label_column!r} is damaged: {error}") from error
+        file.release()
 
 
-class _Block:
-    """The images of one row group, in the parts that they were read in."""
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Footer:
+    """What is kept of a file's footer."""
 
-    def __init__(self, parts: list[pa.Array]) -> None:
-        self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        self.num_bytes = sum(part.nbytes for part in parts)
+    groups: NDArray[np.int32]
+    """Row groups that have rows."""
+    group_rows: NDArray[np.int64]
+    image_bytes: int
+    has_labels: bool
+    digest: bytes
 
-    def image(self, row: int, max_bytes: int) -> bytes:
-        """Return a row's bytes; none: it is null, or larger than `max_bytes`."""
-        if len(self._parts) == 1:
-            value = self._parts[0][row].as_buffer()
-        else:
-            part = int(np.searchsorted(self._ends, row, side="right"))
-            value = self._parts[part][row - (int(self._ends[part - 1]) if part else 0)].as_buffer()
-        return b"" if value is None or value.size > max_bytes else value.to_pybytes()
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file."""
+        return int(self.group_rows.sum())
+
+
+def _digest(parts: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a file's name and folders: data/train-00000-of-00001.parquet has train."""
+    for mark in "/._":
+        name = name.replace(mark, "-")
+    return name.lower().split("-")
+
+
+def _encoded_block(parts: list[pa.Array], max_bytes: int) -> EncodedBlock:
+    """Return images as Arrow has them, without a copy; null, or larger than `max_bytes`: no bytes."""
+    entries = np.zeros((sum(map(len, parts)), 2), np.int64)
+    data: list[memoryview] = []
+    row = begin = 0
+    for part in parts:
+        some = entries[row : row + len(part)]
+        row += len(part)
+        _, offsets, values = part.buffers()
+        if values is None or not len(part):
+            continue
+        kind = np.dtype(np.int64 if pa.types.is_large_binary(part.type) else np.int32)
+        ends = np.frombuffer(offsets, kind, len(part) + 1, part.offset * kind.itemsize)
+        first, last = int(ends[0]), int(ends[-1])
+        np.subtract(ends[1:], ends[:-1], out=some[:, 1])
+        some[:, 0] = ends[:-1]
+        some[:, 0] += begin - first
+        some[(some[:, 1] > max_bytes) | np.asarray(part.is_null()), 1] = 0
+        data.append(memoryview(values)[first:last])
+        begin += last - first
+    return EncodedBlock(entries=entries, data=data)
 
 
 def _images(column: pa.Array) -> pa.Array:

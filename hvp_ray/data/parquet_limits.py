@@ -3,24 +3,27 @@
 A few kilobytes can hold row groups of many gigabytes, and a footer can lie about it. Arrow believes the footer and the page
 headers, and allocates what they say. Here both are read and compared, so that what Arrow is asked to do is bounded. They are
 read by this file alone: Arrow's own view of a damaged column (`RowGroupMetaData.column`) ends the process (pyarrow 25).
-Used by `parquet.py` and by those that read a run's own Parquet files.
+The bytes of a column are fetched once, from wherever the file lies; pages are measured in them, and Arrow decodes them from
+memory. Used by `parquet.py` and by those that read a run's own Parquet files.
 
 Source: the format's parquet.thrift; Thrift's compact protocol.
 """
 
-import os
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from hvp_ray.data.files import FileSet, OpenFile, StorageError
 from hvp_ray.errors import DataError, first_line
 
 MAX_FOOTER_BYTES = 64 * 2**20
 _MAX_FOOTER_ENTRIES = 500_000
+_FIRST_TAIL_BYTES = 65_536
+"""So much of the end of a file is fetched at once; most footers are smaller."""
 _MAX_PAGE_HEADER_BYTES = 2**20
 _MAX_DEPTH = 32
 _PAGES_WITHOUT_VALUES = 16
@@ -78,9 +81,11 @@ class RowGroup:
 class ParquetFile:
     """An open file, whose footer has been read twice: by Arrow and by us."""
 
-    path: Path
+    path: str
+    """Path or URI, for messages."""
     arrow: pq.ParquetFile
     groups: tuple[RowGroup, ...]
+    window: "_Window"
 
     @property
     def num_rows(self) -> int:
@@ -116,22 +121,35 @@ class ParquetFile:
                     f"of {self.leaf_path(leaf)!r}; the file is damaged"
                 )
 
+    def fetch(self, group: int, leaf: int) -> None:
+        """Bring the bytes of one column of one row group into memory, where they are measured and decoded.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        chunk = self.groups[group].chunks[leaf]
+        self.window.hold(chunk.start, chunk.end)
+
+    def release(self) -> None:
+        """Give the memory back that `fetch` took."""
+        self.window.hold(0, 0)
+
     def measure(self, group: int, leaf: int) -> ColumnCost:
-        """Add up the pages of one column of one row group, which are read by their headers only.
+        """Add up the pages of one column of one row group, by their headers.
 
         Raises:
             DataError: the pages are damaged, or are not what the footer says.
+            StorageError: they cannot be read (where they were not fetched).
         """
         chunk = self.groups[group].chunks[leaf]
         page_bytes = largest = num_repeatable = num_values = 0
         try:
-            with self.path.open("rb") as file:
-                for page in _pages(file, chunk):
-                    page_bytes += page.decompressed_bytes + _DICTIONARY_ENTRY_BYTES * page.num_dictionary_values
-                    largest = max(largest, page.decompressed_bytes)
-                    num_values += page.num_values
-                    num_repeatable += 0 if page.encoding in _PLAIN_ENCODINGS else page.num_values
-        except (IndexError, ValueError, OSError) as error:
+            for page in _pages(self.window, chunk):
+                page_bytes += page.decompressed_bytes + _DICTIONARY_ENTRY_BYTES * page.num_dictionary_values
+                largest = max(largest, page.decompressed_bytes)
+                num_values += page.num_values
+                num_repeatable += 0 if page.encoding in _PLAIN_ENCODINGS else page.num_values
+        except (IndexError, ValueError) as error:
             raise DataError(f"{self.path}: row group {group} is damaged: {first_line(error)}") from error
         if num_values != chunk.num_values:
             raise DataError(
@@ -141,31 +159,37 @@ class ParquetFile:
         return ColumnCost(page_bytes=page_bytes, largest_page_bytes=largest, num_repeatable=num_repeatable)
 
 
-def open_parquet(path: Path) -> ParquetFile:
-    """Open a local file whose footer can be true.
+def open_parquet(opened: OpenFile) -> ParquetFile:
+    """Open a file whose footer can be true.
 
     Raises:
         DataError: no Parquet, a damaged footer, or one that is made to cost much.
+        StorageError: it cannot be read.
     """
+    path = opened.shown
     refusal = f"{path} cannot be read as Parquet"
     try:
-        footer, file_bytes = _read_footer(path)
+        window = _Window(opened)
+        footer = _fetch_footer(window, path)
         groups = _Thrift(footer).row_groups() if footer is not None else ()
-        arrow = pq.ParquetFile(path, memory_map=True)
+        arrow = pq.ParquetFile(pa.PythonFile(window, mode="r"))
         num_leaves, num_rows = len(arrow.schema), arrow.metadata.num_rows
         _ = arrow.schema_arrow  # made from a text in the file, which may not be one
+    except StorageError:
+        raise
     except (pa.ArrowException, OSError, OverflowError, MemoryError, IndexError, ValueError) as error:
         raise DataError(f"{refusal}: {first_line(error)}") from error
-    file = ParquetFile(path=path, arrow=arrow, groups=groups)
+    window.hold(0, 0)
+    file = ParquetFile(path=path, arrow=arrow, groups=groups, window=window)
     if min((group.num_rows for group in groups), default=0) < 0 or file.num_rows != num_rows:
         raise DataError(f"{refusal}: the footer says {num_rows} rows, its row groups have {file.num_rows}")
     for index, group in enumerate(groups):
         if len(group.chunks) != num_leaves:
             raise DataError(f"{refusal}: row group {index} has {len(group.chunks)} of {num_leaves} columns")
         for chunk in group.chunks:
-            if not 0 <= chunk.start <= chunk.end <= file_bytes or min(chunk.num_values, chunk.decompressed_bytes) < 0:
+            if not 0 <= chunk.start <= chunk.end <= opened.size or min(chunk.num_values, chunk.decompressed_bytes) < 0:
                 raise DataError(
-                    f"{refusal}: row group {index} is damaged: bytes {chunk.start} to {chunk.end} of {file_bytes}, "
+                    f"{refusal}: row group {index} is damaged: bytes {chunk.start} to {chunk.end} of {opened.size}, "
                     f"{chunk.num_values} values, {chunk.decompressed_bytes} bytes decompressed"
                 )
     return file
@@ -177,7 +201,15 @@ def read_small_table(path: Path, *, max_bytes: int) -> pa.Table:
     Raises:
         DataError: no Parquet, damaged, or larger.
     """
-    file = open_parquet(path)
+    files = FileSet(str(path), option="the file")
+    try:
+        file = open_parquet(files.open(path.name))
+        return _read_small(file, max_bytes)
+    except StorageError as error:
+        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+
+
+def _read_small(file: ParquetFile, max_bytes: int) -> pa.Table:
     total = 0
     for index, group in enumerate(file.groups):
         for leaf, chunk in enumerate(group.chunks):
@@ -185,27 +217,79 @@ def read_small_table(path: Path, *, max_bytes: int) -> pa.Table:
             is_number = file.arrow.schema.column(leaf).physical_type in _NUMBERS
             total += (cost.page_bytes if is_number else cost.decoded_bytes) + 8 * max(chunk.num_values, group.num_rows)
             if total > max_bytes:
-                raise DataError(f"{path} decodes to more than {max_bytes // 2**20} MiB; expected a small file")
+                raise DataError(f"{file.path} decodes to more than {max_bytes // 2**20} MiB; expected a small file")
     try:
         return file.arrow.read()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {first_line(error)}") from error
+        raise DataError(f"{file.path} is damaged: {first_line(error)}") from error
 
 
-def _read_footer(path: Path) -> tuple[bytes | None, int]:
-    """Return the footer and the size of the file; None: there is no footer, and Arrow says what is wrong."""
-    with path.open("rb") as file:
-        file_bytes = os.fstat(file.fileno()).st_size
-        tail = os.pread(file.fileno(), 8, max(0, file_bytes - 8))
-        footer_bytes = int.from_bytes(tail[:4], "little")
-        if tail[4:] != b"PAR1" or footer_bytes > file_bytes - 8:
-            return None, file_bytes
-        if footer_bytes > MAX_FOOTER_BYTES:
-            raise DataError(
-                f"{path} has a footer of {footer_bytes // 2**20} MiB, more than {MAX_FOOTER_BYTES // 2**20}; rewrite it as "
-                f"several files, or with larger row groups"
-            )
-        return os.pread(file.fileno(), footer_bytes, file_bytes - 8 - footer_bytes), file_bytes
+class _Window(io.RawIOBase):
+    """A file as Arrow and we read it. One range of it may be held in memory; the rest comes from the storage."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self.size = file.size
+        self._file = file
+        self._position = 0
+        self._start = 0
+        self._held = b""
+
+    def hold(self, start: int, end: int) -> None:
+        """Fetch a range, and let the last one go."""
+        self._held = b""
+        self._held = self._file.read_at(start, end - start) if end > start else b""
+        self._start = start
+
+    def read_at(self, offset: int, num_bytes: int) -> bytes:
+        """Return at most so many bytes from `offset` on, fewer at the end of the file."""
+        num_bytes = max(0, min(num_bytes, self.size - offset))
+        start = offset - self._start
+        if start >= 0 and start + num_bytes <= len(self._held):
+            return self._held[start : start + num_bytes]
+        return self._file.read_at(offset, num_bytes) if num_bytes else b""
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Move; see `io`."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        """Return the position."""
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return the next bytes."""
+        num_bytes = self.size - self._position if size is None or size < 0 else size
+        content = self.read_at(self._position, num_bytes)
+        self._position += len(content)
+        return content
+
+
+def _fetch_footer(window: _Window, path: str) -> bytes | None:
+    """Return the footer, and hold it; None: there is none, and Arrow says what is wrong."""
+    window.hold(max(0, window.size - _FIRST_TAIL_BYTES), window.size)
+    tail = window.read_at(max(0, window.size - 8), 8)
+    footer_bytes = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or footer_bytes > window.size - 8:
+        return None
+    if footer_bytes > MAX_FOOTER_BYTES:
+        raise DataError(
+            f"{path} has a footer of {footer_bytes // 2**20} MiB, more than {MAX_FOOTER_BYTES // 2**20}; rewrite it as "
+            f"several files, or with larger row groups"
+        )
+    start = window.size - 8 - footer_bytes
+    if footer_bytes + 8 > _FIRST_TAIL_BYTES:
+        window.hold(start, window.size)
+    return window.read_at(start, footer_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,7 +301,7 @@ class _Page:
     num_dictionary_values: int
 
 
-def _pages(file: BinaryIO, chunk: ColumnChunk) -> Iterator[_Page]:
+def _pages(file: _Window, chunk: ColumnChunk) -> Iterator[_Page]:
     """Yield the headers of the pages that Arrow will read: those of as many values as the footer says."""
     position = chunk.start
     num_pages = num_values = 0
@@ -225,7 +309,7 @@ def _pages(file: BinaryIO, chunk: ColumnChunk) -> Iterator[_Page]:
         num_pages += 1
         if num_pages > chunk.num_values + _PAGES_WITHOUT_VALUES:
             raise ValueError("more pages than values")
-        page, header_bytes = _read_page_header(file, position)
+        page, header_bytes = _read_page_header(file, position, chunk.end)
         if min(page.decompressed_bytes, page.compressed_bytes, page.num_values) < 0:
             raise ValueError("negative sizes in a page header")
         if not 0 <= page.num_dictionary_values <= page.decompressed_bytes:
@@ -235,11 +319,11 @@ def _pages(file: BinaryIO, chunk: ColumnChunk) -> Iterator[_Page]:
         position += header_bytes + page.compressed_bytes
 
 
-def _read_page_header(file: BinaryIO, position: int) -> tuple[_Page, int]:
+def _read_page_header(file: _Window, position: int, end: int) -> tuple[_Page, int]:
     """Return the page header at `position`, and its length in bytes."""
     size = 512
     while True:
-        data = os.pread(file.fileno(), size, position)
+        data = file.read_at(position, min(size, end - position))
         thrift = _Thrift(data)
         try:
             return thrift.page_header(), thrift.position

@@ -12,12 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
-from hvp_ray.errors import DataError
+from hvp_ray.errors import DataError, first_line
+from hvp_ray.remote_files import is_uri
 
 UNLABELLED = -1
 """Label of an image without one."""
 
-REMOTE_SCHEMES = ("hf://", "s3://", "gs://", "http://", "https://")
+MAX_LABEL = 2**20 - 1
+"""Evaluation keeps votes for every class up to the largest."""
+
+PLAN = "packing.json"
+"""A folder that has it, and no manifest, is being packed (`packing.py`)."""
+
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -31,13 +37,31 @@ class Source(Protocol):
         ...
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """[N], `UNLABELLED` where an image has none; None: no labels at all."""
+    def num_bytes(self) -> int:
+        """Bytes of all encoded images, from sizes and footers: nothing is read for it."""
+        ...
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image may have a label; nothing is read for it."""
+        ...
+
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return all labels, [N], `UNLABELLED` where an image has none; read when they are first asked for.
+
+        Raises:
+            DataError: they cannot be read, or are none.
+        """
         ...
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
-        """First sample id of every group of rows that is read together; None: random access is cheap."""
+        """First sample id of every group of images that lie together; None: there are no groups."""
+        ...
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        """Whether an image costs the reading of its whole block."""
         ...
 
     def fingerprint(self) -> str:
@@ -57,42 +81,66 @@ class Source(Protocol):
         ...
 
 
-def open_source(source: str, config: DataConfig) -> Source:
-    """Open `digits`, a folder of images in class folders, or Parquet in the Hugging Face image layout.
+def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> Source:
+    """Open `digits`, a folder of images in class folders, Parquet in the Hugging Face image layout, or packed shards.
+
+    Args:
+        source: what `DataConfig.source` says.
+        config: columns and limits.
+        in_order: images will be read once, in order: nothing is cached on the disk.
 
     Raises:
         DataError: there is nothing usable at `source`; the message says what was found and what is expected.
+        ConfigError: a URI that cannot be used.
     """
-    from hvp_ray.data.folder import FolderSource
-    from hvp_ray.data.parquet import ParquetSource, find_parquet_files
-
     if source == "digits":
         from hvp_ray.data.digits import DigitsSource  # takes scikit-learn with it: seconds
 
         return DigitsSource()
-    if source.startswith(REMOTE_SCHEMES):
-        raise DataError(
-            f"data.source={source!r}: remote sources are not supported yet; copy the files to a local folder"
-        )
-    path = Path(source).expanduser()
     try:
-        exists = path.exists()
+        return _open_files(source, config, 0 if in_order else config.block_cache_mib * 2**20)
     except OSError as error:
-        raise DataError(f"data.source={source!r} cannot be read: {error.strerror}") from error
-    if not exists:
-        raise DataError(f"data.source={source!r} does not exist; expected `digits`, a folder or a Parquet file")
-    if not path.is_file() and not path.is_dir():
-        raise DataError(f"data.source={source!r} is a pipe, a device or a socket; expected a folder or a Parquet file")
-    parquet_files = find_parquet_files(path)
-    if parquet_files:
+        raise DataError(f"data.source={source!r} cannot be read: {first_line(error)}") from error
+
+
+def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
+    from hvp_ray.data.files import FileSet
+    from hvp_ray.data.folder import FolderSource
+    from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, find_parquet_names
+    from hvp_ray.data.shard_format import MANIFEST
+    from hvp_ray.data.shards import ShardSource
+
+    max_image_bytes = config.max_image_mib * 2**20
+    if source.startswith(("http://", "https://")):
+        raise DataError(
+            f"data.source={source!r}: web pages are not listed; give hf://datasets/OWNER/NAME, s3://, gs://, or download it"
+        )
+    path = None if is_uri(source) else _check_path(source)
+    is_packed = path is not None and (path / MANIFEST).is_file()
+    if is_packed or path is None:
+        files = FileSet(source, recursive=not is_packed)
+    else:
+        files = FileSet(source, suffixes=PARQUET_SUFFIXES)
+    if MANIFEST in files.sizes:
+        return ShardSource(files, cache_bytes=cache_bytes, max_image_bytes=max_image_bytes)
+    if find_parquet_names(files):
         return ParquetSource(
-            parquet_files,
+            files,
             image_column=config.image_column,
             label_column=config.label_column,
-            cache_bytes=config.block_cache_mib * 2**20,
+            cache_bytes=cache_bytes,
             max_row_group_bytes=config.max_row_group_mib * 2**20,
-            max_image_bytes=config.max_image_mib * 2**20,
+            max_image_bytes=max_image_bytes,
         )
+    if PLAN in files.sizes or (path is not None and (path / PLAN).is_file()):
+        raise DataError(f"data.source={source!r} is not packed to its end; give the command of pipelines/pack.py again")
+    if path is None:
+        raise DataError(
+            f"data.source={source!r} has no Parquet files and no packed shards ({len(files.sizes)} files of other kinds). "
+            f"Single images are read from folders of this machine only: pack them with pipelines/pack.py FOLDER {source}"
+        )
+    if "*" in path.name:
+        raise DataError(f"data.source={source!r}: no Parquet files match; patterns are for *.parquet")
     if path.is_file() and path.name.lower().endswith(ARCHIVE_SUFFIXES):
         raise DataError(
             f"data.source={source!r} is an archive, and archives are not read; unpack it into a folder of images, or give "
@@ -100,4 +148,21 @@ def open_source(source: str, config: DataConfig) -> Source:
         )
     if path.is_file():
         raise DataError(f"data.source={source!r} is a file, but not Parquet; expected *.parquet or a folder of images")
-    return FolderSource(path, max_image_bytes=config.max_image_mib * 2**20)
+    return FolderSource(path, max_image_bytes=max_image_bytes)
+
+
+def _check_path(source: str) -> Path:
+    """Return the path of a source on this machine, if something that may be opened is there."""
+    path = Path(source).expanduser()
+    place = path.parent if "*" in path.name else path
+    try:
+        exists = place.exists()
+    except OSError as error:
+        raise DataError(f"data.source={source!r} cannot be read: {error.strerror}") from error
+    if not exists:
+        raise DataError(
+            f"data.source={source!r} does not exist; expected `digits`, a folder, Parquet, packed shards, or a URI"
+        )
+    if not place.is_file() and not place.is_dir():
+        raise DataError(f"data.source={source!r} is a pipe, a device or a socket; expected a folder or a Parquet file")
+    return path

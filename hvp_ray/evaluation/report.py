@@ -44,20 +44,19 @@ def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
     )
     if not len(bank_ids) or not len(query_ids):
         return None
-    assert dataset.source.labels is not None and dataset.test_source.labels is not None
     return KnnData(
         bank=bank,
-        bank_labels=dataset.source.labels[bank_ids],
+        bank_labels=dataset.source.load_labels()[bank_ids],
         queries=queries,
-        query_labels=dataset.test_source.labels[query_ids],
+        query_labels=dataset.test_source.load_labels()[query_ids],
     )
 
 
 def _labelled(source: Source, sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     """Return at most `limit` labelled ids: a fixed pseudo-random choice."""
-    if source.labels is None:
+    if not source.has_labels:
         return sample_ids[:0]
-    labelled = sample_ids[source.labels[sample_ids] != UNLABELLED]
+    labelled = sample_ids[source.load_labels()[sample_ids] != UNLABELLED]
     words = draw_stream(seed=0, purpose=Purpose.SUBSET, index=1, epoch=0, num_words=len(labelled))
     return np.sort(labelled[permutation_from_words(words)[:limit]])
 

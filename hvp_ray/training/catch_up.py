@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from hvp_ray.config import RunConfig
+from hvp_ray.remote_files import is_uri, place_in
 from hvp_ray.tracking.mlflow import catch_up, lacks_records
 from hvp_ray.training.preparation import output_location
-from hvp_ray.training.remote_files import is_uri, place_in
 from hvp_ray.training.run_storage import RunStorage
 
 

@@ -28,6 +28,7 @@ from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.logs import set_up_logging
+from hvp_ray.remote_files import delete_folder, place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes, store_for_look_ahead
 from hvp_ray.stream.device import DeviceHandOver
@@ -38,7 +39,6 @@ from hvp_ray.training.placement import Placement, decide_placement, lacks_a_labe
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
-from hvp_ray.training.remote_files import delete_folder, place_in
 from hvp_ray.training.run_board import BoardContent, BoardLogHandler, RunBoardActor
 
 logger = logging.getLogger(__name__)

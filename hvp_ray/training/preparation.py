@@ -17,8 +17,8 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.methods.method import Method
+from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.training.rank import RunJob, build_order
-from hvp_ray.training.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
 
@@ -165,6 +165,10 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         CheckpointError: the run of this name has another identity; the message has the difference.
     """
     dataset = _open_checked(config)
+    if is_writer and len(dataset.test_ids) and config.tracking.knn_images:
+        # Read when the run ends: what is wrong with them is said now.
+        dataset.source.load_labels()
+        dataset.test_source.load_labels()
     fingerprint = dataset.fingerprint()
     parts = identity_parts(
         _with_local_weights(config),

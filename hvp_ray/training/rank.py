@@ -26,6 +26,7 @@ from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
+from hvp_ray.remote_files import place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
 from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.stream.stats import StreamStats
@@ -37,7 +38,6 @@ from hvp_ray.training.loop import LoopResult, run_loop
 from hvp_ray.training.online_knn import AskKnn, KnnDuringTraining
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.recorder import RunRecorder
-from hvp_ray.training.remote_files import place_in
 from hvp_ray.training.run_figures import draw_figures
 from hvp_ray.training.run_storage import RunStorage
 from hvp_ray.training.setup import build_trainee, build_untrained_method
@@ -288,7 +288,7 @@ def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:
         sample_ids=dataset.training_ids,
         images_per_step=config.training.images_per_step,
         block_starts=dataset.source.block_starts,
-        window_images=config.data.shuffle_window_images,
+        window_images=dataset.shuffle_window_images(config.data),
     )
 
 

@@ -31,7 +31,7 @@ from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.training.remote_files import RemoteFolder, is_uri, join_uri, read_file
+from hvp_ray.remote_files import RemoteFolder, is_uri, join_uri, read_file
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvp_ray import remote_files
 from hvp_ray.errors import CheckpointError
-from hvp_ray.training import remote_files
 from hvp_ray.training.preparation import prepare_run
 from hvp_ray.training.rank import push_on_all_ranks
 from hvp_ray.training.run_storage import RunStorage

@@ -53,3 +53,8 @@ def test_uniforms_lie_in_the_half_open_unit_interval_and_are_uniform() -> None:
 
 def test_permutation_is_a_permutation_with_ties_in_order() -> None:
     assert permutation_from_words(np.array([7, 1, 7, 0], np.uint64)).tolist() == [3, 1, 0, 2]
+
+
+def test_permutation_is_that_of_a_stable_sort_also_where_words_are_equal(generator: np.random.Generator) -> None:
+    for words in (generator.integers(0, 2**64, 1_000, np.uint64), generator.integers(0, 50, 1_000).astype(np.uint64)):
+        assert np.array_equal(permutation_from_words(words), np.argsort(words, kind="stable"))

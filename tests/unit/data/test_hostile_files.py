@@ -77,6 +77,7 @@ from hvp_ray.config import DataConfig
 from hvp_ray.data.source import open_source
 def read(path):
     source = open_source(path, DataConfig(source=path, **json.loads(sys.argv[1])))
+    source.load_labels()
     for block in source.block_starts.tolist():
         source.read([block])
     return source.num_samples
@@ -287,7 +288,7 @@ def test_files_below_the_limits_are_read(tmp_path: Path) -> None:
     }
     found = _run_child(_READ, json.dumps(LIMITS), good, *files.values())
     assert [found[name]["result"] for name in files] == [3, 99, 1_000_000]
-    assert all(found[name]["growth_mib"] < 40 for name in files)
+    assert all(found[name]["growth_mib"] < 60 for name in files)  # nothing.parquet: 44 bytes for each of its rows
 
 
 @pytest.mark.parametrize("use_dictionary", [False, True])

@@ -30,12 +30,23 @@ class ListSource:
         return len(self.images)
 
     @property
-    def labels(self) -> NDArray[np.int64] | None:
-        return None
+    def num_bytes(self) -> int:
+        return sum(map(len, self.images))
+
+    @property
+    def has_labels(self) -> bool:
+        return False
+
+    def load_labels(self) -> NDArray[np.int64]:
+        return np.full(len(self.images), -1)
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
         return None
+
+    @property
+    def reads_whole_blocks(self) -> bool:
+        return False
 
     def fingerprint(self) -> str:
         return "list"

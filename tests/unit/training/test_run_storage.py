@@ -17,20 +17,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hvp_ray import remote_files
 from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
+from hvp_ray.remote_files import RemoteFolder, check_writable, is_inside, join_uri
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
-from hvp_ray.training import remote_files, run_storage
+from hvp_ray.training import run_storage
 from hvp_ray.training.checkpoint import CheckpointStore
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.preparation import check_before_start, finished_summary, output_folder, prepare_run
 from hvp_ray.training.rank import train_rank
-from hvp_ray.training.remote_files import RemoteFolder, check_writable, is_inside, join_uri
 from hvp_ray.training.run_storage import RunStorage, fetch_run, replay_parts
 from hvp_ray.training.setup import build_untrained_method
 from tests.helpers import tiny_config

@@ -1,6 +1,7 @@
 """Files behind a URI (s3://, gs://, abfs://, hdfs://, file://), by pyarrow.fs: what stumbles is tried again, with a warning.
 
-Small files as a whole, for the folders of runs (`run_storage.py`, `checkpoint.py`, `preparation.py`). Not for images.
+Small files as a whole, for the folders of runs (`training/run_storage.py`, `checkpoint.py`, `preparation.py`) and for packing
+(`data/packing.py`); `open_uri` for all that read parts of large ones (`data/files.py`).
 Every storage error leaves this file as an OSError; what a user got wrong in a URI as a ConfigError with the way out.
 """
 
@@ -80,7 +81,7 @@ def open_uri(uri: str, *, option: str, pauses: tuple[float, ...] | None = None) 
             f"HOST:PORT&scheme=http"
         ) from error
     except OSError as error:
-        raise ConfigError(_no_answer(option, uri, error)) from error
+        raise ConfigError(_no_answer(option, uri, error, "list and read")) from error
     if filesystem.type_name in _BUCKETS and not path.strip("/"):
         raise ConfigError(f"{option}={uri!r} names no bucket; expected {scheme}://bucket/prefix")
     return filesystem, path.rstrip("/")
@@ -100,7 +101,7 @@ def check_writable(uri: str, *, option: str) -> None:
             raise FileNotFoundError("what was written cannot be read")
         folder.delete(name)
     except OSError as error:
-        raise ConfigError(_no_answer(option, uri, error)) from error
+        raise ConfigError(_no_answer(option, uri, error, "list, read, write and delete in")) from error
 
 
 class RemoteFolder:
@@ -253,11 +254,10 @@ def _split(uri: str) -> tuple[str, str]:
     return folder + mark + query, name
 
 
-def _no_answer(option: str, uri: str, error: Exception) -> str:
+def _no_answer(option: str, uri: str, error: Exception, rights: str) -> str:
     scheme = uri.partition("://")[0].lower()
     keys = place_of_credentials(scheme)
     return (
         f"{option}={uri!r} cannot be used: {first_line(error)}. The bucket or folder must be there, reachable, and this "
-        f"account must be allowed to list, read, write and delete in it"
-        + (f"; keys are looked for {keys}" if keys else "")
+        f"account must be allowed to {rights} it" + (f"; keys are looked for {keys}" if keys else "")
     )

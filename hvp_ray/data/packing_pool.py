@@ -1,0 +1,223 @@
+"""Packing with many processes: who does which task, and what happens when one dies. What a task does is in `packing.py`."""
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.config import DataConfig
+from hvp_ray.data.packing import (
+    PackingPlan,
+    PackResult,
+    Target,
+    check_unreadable,
+    clean_up,
+    commit,
+    open_for_packing,
+    pack_task,
+    plan_packing,
+)
+from hvp_ray.data.shard_format import Manifest
+from hvp_ray.data.source import Source
+from hvp_ray.errors import ConfigError, DataError, first_line
+from hvp_ray.remote_files import is_uri
+
+Show = Callable[[int, int], None]
+"""Called some times a second with the number of images done, and of all."""
+
+_SHOW_SECONDS = 0.25
+
+
+def pack(
+    location: str,
+    target_location: str,
+    config: DataConfig,
+    *,
+    shard_mib: int,
+    num_workers: int,
+    is_strict: bool,
+    show: Show = lambda _done, _total: None,
+) -> PackResult:
+    """Pack a source; where it was begun before, go on.
+
+    Args:
+        location: of the source; see `DataConfig.source`.
+        target_location: folder for the shards, a path or a URI.
+        config: columns and limits.
+        shard_mib: a shard is closed when it has so many MiB of images.
+        num_workers: processes; the result does not depend on it.
+        is_strict: stop at the first unreadable image.
+        show: progress.
+
+    Raises:
+        ConfigError: the target cannot be used, or holds something else.
+        DataError: the source cannot be used, too much of it is unreadable, or a process died.
+    """
+    source, root = open_for_packing(location, config)
+    plan = plan_packing(source, config, shard_mib=shard_mib)
+    target = Target(target_location)
+    try:
+        with _claimed(target_location):
+            manifest = target.begin(plan)
+            if manifest is not None:
+                clean_up(target)
+                return _result(manifest, was_complete=True)
+            done = target.finished_tasks()
+            jobs = _Jobs(location, target_location, config, plan, root, is_strict=is_strict)
+            # Processes open the source for themselves: what it holds is not carried to them.
+            _run_tasks(source, jobs, done, num_workers, config.max_unreadable_fraction, show)
+            manifest = commit(
+                plan,
+                target,
+                class_names=getattr(source, "class_names", ()),
+                max_unreadable_fraction=config.max_unreadable_fraction,
+            )
+    except OSError as error:
+        raise DataError(
+            f"packing stopped: {first_line(error)}; check source and target, then give the same command again to go on"
+        ) from error
+    return _result(manifest, was_complete=False)
+
+
+def _result(manifest: Manifest, *, was_complete: bool) -> PackResult:
+    return PackResult(
+        num_images=manifest.num_images,
+        num_unreadable=manifest.num_unreadable,
+        num_shards=len(manifest.shards),
+        num_bytes=sum(shard.bytes for shard in manifest.shards),
+        was_complete=was_complete,
+    )
+
+
+@contextmanager
+def _claimed(location: str) -> Iterator[None]:
+    """Let no second process pack into the same folder; on a bucket it may: files are whole there, and the same."""
+    if is_uri(location):
+        yield
+        return
+    folder = Path(location).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"TARGET {location}: another pack.py is at work there; wait for it") from error
+        yield
+    finally:
+        os.close(claim)
+
+
+class _Jobs:
+    """What every process needs to know."""
+
+    def __init__(
+        self, location: str, target: str, config: DataConfig, plan: PackingPlan, root: str, *, is_strict: bool
+    ) -> None:
+        self.location = location
+        self.target = target
+        self.config = config
+        self.plan = plan
+        self.root = root
+        self.is_strict = is_strict
+
+
+def _run_tasks(
+    source: Source,
+    jobs: _Jobs,
+    done: dict[int, tuple[int, int]],
+    num_workers: int,
+    max_fraction: float,
+    show: Show,
+) -> None:
+    starts = jobs.plan.task_starts
+    missing = [number for number in range(len(starts) - 1) if number not in done]
+    num_left_out = sum(left_out for _, left_out in done.values())
+    num_seen = num_left_out + sum(packed for packed, _ in done.values())
+    if not missing:
+        return
+    labels = source.load_labels() if source.has_labels else None
+    context = multiprocessing.get_context("spawn")
+    board = context.Array("q", 2 * num_workers, lock=False)
+    turn = context.Value("i", 0)
+    begun_with = num_seen
+    executor = ProcessPoolExecutor(
+        min(num_workers, len(missing)), mp_context=context, initializer=_begin, initargs=(jobs, board, turn)
+    )
+    under_way: set[Future[tuple[int, int]]] = set()
+    try:
+        pending = iter(missing)
+        while True:
+            while len(under_way) < 2 * num_workers and (number := next(pending, None)) is not None:
+                part = None if labels is None else labels[starts[number] : starts[number + 1]]
+                under_way.add(executor.submit(_do_task, number, part))
+            if not under_way:
+                break
+            finished, under_way = wait(under_way, timeout=_SHOW_SECONDS, return_when=FIRST_COMPLETED)
+            for future in finished:
+                packed, left_out = future.result()
+                num_seen, num_left_out = num_seen + packed + left_out, num_left_out + left_out
+            check_unreadable(num_left_out, num_seen, max_fraction)
+            show(begun_with + sum(board[0::2]), source.num_samples)
+        executor.shutdown()
+    except BrokenProcessPool as error:
+        in_hand = ", ".join(source.describe(sample_id) for sample_id in board[1::2])
+        raise DataError(
+            f"a process was killed, by the system for its memory (use fewer --workers) or by an image that crashes the "
+            f"decoder; these were in hand: {in_hand}. The same command goes on"
+        ) from error
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.terminate()
+
+
+_state: dict[str, Any] = {}
+"""Of a process of the pool."""
+
+
+def _begin(jobs: _Jobs, board: Any, turn: Any) -> None:
+    """Set up a process of the pool; it ends with its parent, which also answers when the user interrupts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (wait_for([parent.sentinel]), os._exit(1)), daemon=True).start()
+    with turn.get_lock():
+        slot = turn.value
+        turn.value += 1
+    _state.update(jobs=jobs, board=board, slot=slot)
+
+
+def _do_task(number: int, labels: NDArray[np.int64] | None) -> tuple[int, int]:
+    jobs, board, slot = _state["jobs"], _state["board"], _state["slot"]
+    if "source" not in _state:
+        source, _ = open_for_packing(jobs.location, jobs.config)
+        if source.fingerprint() != jobs.plan.source_fingerprint:
+            raise DataError(f"{jobs.location} changes while it is packed; give the command again when it is at rest")
+        _state.update(source=source, target=Target(jobs.target))
+
+    def report(num_images: int, sample_id: int) -> None:
+        board[2 * slot] += num_images
+        board[2 * slot + 1] = sample_id
+
+    return pack_task(
+        _state["source"],
+        jobs.plan,
+        _state["target"],
+        number,
+        labels=labels,
+        root=jobs.root,
+        is_strict=jobs.is_strict,
+        report=report,
+    )

@@ -1,0 +1,98 @@
+"""The same labelled images as a folder, as Parquet and packed, for the tests of this folder."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import pytest
+
+from hvp_ray.config import DataConfig
+from hvp_ray.data.packing import PackResult
+from hvp_ray.data.packing_pool import pack
+from hvp_ray.data.source import Source, open_source
+from tests.helpers import encode, photograph_like
+
+PARQUET_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def open_any(source: object, **options: object) -> Source:
+    return open_source(str(source), DataConfig(source=str(source), **options))
+
+
+def draw_images(count: int, generator: np.random.Generator) -> list[bytes]:
+    """JPEGs and PNGs of several sizes, no two alike."""
+    sizes = generator.integers(8, 40, (count, 2)).tolist()
+    return [
+        encode(photograph_like(generator, height, width), "JPEG" if index % 2 else "PNG")
+        for index, (height, width) in enumerate(sizes)
+    ]
+
+
+def write_folder(root: Path, images: list[bytes], num_classes: int = 3) -> Path:
+    """Sorted names are in the order of the list, so ids are its indices."""
+    for index, image in enumerate(images):
+        label = index * num_classes // len(images)
+        path = root / f"class-{label}" / f"{index:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    return root
+
+
+def write_parquet(
+    path: Path, images: list[bytes], *, row_group_size: int, first: int = 0, num_classes: int = 3, total: int = 0
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"bytes": image, "path": f"{first + index:05d}.png"} for index, image in enumerate(images)]
+    labels = [(first + index) * num_classes // (total or len(images)) for index in range(len(images))]
+    table = pa.table({"image": pa.array(rows, PARQUET_TYPE), "label": pa.array(labels, pa.int64())})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def pack_here(source: object, target: object, **options: object) -> PackResult:
+    """Pack with one process unless told otherwise."""
+    settings = {"shard_mib": 1, "num_workers": 1, "is_strict": False} | options
+    config = DataConfig(source=str(source), **settings.pop("config", {}))  # type: ignore[arg-type]
+    return pack(str(source), str(target), config, **settings)  # type: ignore[arg-type]
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """The URI of a folder in a bucket on a server that speaks S3, with {} before the query."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    settings = {
+        "AWS_ACCESS_KEY_ID": "of-moto",
+        "AWS_SECRET_ACCESS_KEY": "of-moto",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        query = f"endpoint_override=http://{host}:{port}&scheme=http"
+        filesystem, _ = pafs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket/prefix{{}}?{query}"
+        server.stop()
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Copy a folder to a bucket."""
+    filesystem, root = pafs.FileSystem.from_uri(uri)
+    for name, content in content_of(folder).items():
+        with filesystem.open_output_stream(f"{root}/{name}") as stream:
+            stream.write(content)
