@@ -63,9 +63,13 @@ def _draw_curves(
                 linewidth=0.8,
             )
         if curves:
+            by_step = [{point.step: point for point in curve} for curve in curves]
+            common = [
+                step for step in by_step[0] if all(step in points for points in by_step)
+            ]  # a point may have failed
             axis.plot(
-                [position(p) for p in curves[0]],
-                np.mean([[100 * p.values[metric.metric] for p in curve] for curve in curves], axis=0),
+                [position(by_step[0][step]) for step in common],
+                [np.mean([100 * points[step].values[metric.metric] for points in by_step]) for step in common],
                 color=colors[arm.name],
                 linewidth=2.0,
                 marker="o",

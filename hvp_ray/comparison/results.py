@@ -109,14 +109,13 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
         raise DataError(f"the run {folder} has not ended; start the comparison again")
     priced = VANILLA if run.arm.name == VANILLA_LONG else run.arm.name
     ratio = study.ratio_of(priced)
-    curve = []
+    points = {}
     for record in read_journal(folder / "evaluations.jsonl"):
         epoch = record["step"] / study.steps_per_epoch
         values = {name.removeprefix("eval/"): value for name, value in record["metrics"].items()}
-        curve.append(CurvePoint(step=record["step"], epoch=epoch, compute=epoch * ratio, values=values))
-    return RunResult(
-        arm=run.arm.name, seed=run.seed, folder=folder, summary=json.loads(path.read_text()), curve=tuple(curve)
-    )
+        points[record["step"]] = CurvePoint(step=record["step"], epoch=epoch, compute=epoch * ratio, values=values)
+    curve = tuple(points[step] for step in sorted(points))
+    return RunResult(arm=run.arm.name, seed=run.seed, folder=folder, summary=json.loads(path.read_text()), curve=curve)
 
 
 def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) -> MetricResult:

@@ -65,7 +65,8 @@ class KnnDuringTraining:
                 self._pending.append((step, ask(path.read_bytes())))
             else:
                 path.unlink()
-        if first_step == 0:
+        asked = answered | {step for step, _ in self._pending}
+        if first_step == 0 and 0 not in asked:  # a run that was killed before its first checkpoint has asked already
             self.after_step(0)
 
     def after_step(self, steps_done: int) -> None:

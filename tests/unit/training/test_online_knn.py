@@ -101,6 +101,24 @@ def test_restart_asks_again_for_what_had_no_answer(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("answered", [True, False])
+def test_restart_before_the_first_checkpoint_has_the_first_point_once(tmp_path: Path, answered: bool) -> None:
+    asked: list[_Slow] = []
+    torch.manual_seed(0)
+    killed = _watch(tmp_path, asked, 0)
+    if answered:
+        asked[0].come = True
+        killed.after_step(1)
+    again: list[_Slow] = []
+    torch.manual_seed(0)
+    watch = _watch(tmp_path, again, 0)
+    assert len(again) == (0 if answered else 1)
+    for answer in again:
+        answer.come = True
+    watch.finish({"eval/knn_top1": 1.0})
+    assert _steps(tmp_path) == [0, 8]
+
+
 def test_snapshot_evaluates_like_the_encoder_itself(tmp_path: Path) -> None:
     config = tiny_config(str(tmp_path), run={"name": "one"}, training={"num_steps": 2})
     summary = pretrain_in_process(config)
