@@ -63,7 +63,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
     folder: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     target = tmp_path / "shards"
-    command = _program(folder, target, "--workers", 2, "--shard-mib", 1)
+    command = _program(folder, target, "--workers", 1, "--shard-mib", 1)  # one: slow enough to be caught
     with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as program:
         deadline = time.monotonic() + 60
         while len(list(target.glob("task-*.json"))) < 2 and time.monotonic() < deadline:
@@ -85,7 +85,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
 
 
 def test_interrupted_it_ends_at_once_with_a_sentence(folder: Path, tmp_path: Path) -> None:
-    command = _program(folder, tmp_path / "shards", "--workers", 2, "--shard-mib", 1)
+    command = _program(folder, tmp_path / "shards", "--workers", 1, "--shard-mib", 1)  # one: slow enough to be caught
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as program:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "shards").glob("task-*.json")) and time.monotonic() < deadline:
