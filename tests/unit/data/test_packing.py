@@ -86,7 +86,14 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
 
 def test_interrupted_it_ends_at_once_with_a_sentence(folder: Path, tmp_path: Path) -> None:
     command = _program(folder, tmp_path / "shards", "--workers", 1, "--shard-mib", 1)  # one: slow enough to be caught
-    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as program:
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # programs in the background inherit that it is ignored
+    try:
+        program = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with program:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "shards").glob("task-*.json")) and time.monotonic() < deadline:
             time.sleep(0.005)
