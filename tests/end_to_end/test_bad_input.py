@@ -47,7 +47,10 @@ def sources(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data.source", "{}/absent"], "does not exist; expected `digits`, a folder, Parquet, packed shards, or a URI"),
+        (
+            ["--data.source", "{}/absent"],
+            "does not exist; expected `digits`, a folder, Parquet, packed shards, or a URI",
+        ),
         (["--data.source", "{}/empty"], "no images in"),
         (["--data.source", "{}/texts"], "(1 files of other kinds); expected class folders"),
         (["--data.source", "{}/broken.parquet"], "cannot be read as Parquet"),
