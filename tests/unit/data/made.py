@@ -1,15 +1,11 @@
 """The same labelled images as a folder, as Parquet and packed, for the tests of this folder."""
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-import pytest
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.packing import PackResult
@@ -63,31 +59,6 @@ def pack_here(source: object, target: object, **options: object) -> PackResult:
 
 def content_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextmanager
-def s3_server() -> Iterator[str]:
-    """The URI of a folder in a bucket on a server that speaks S3, with {} before the query."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    settings = {
-        "AWS_ACCESS_KEY_ID": "of-moto",
-        "AWS_SECRET_ACCESS_KEY": "of-moto",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            environment.setenv(name, value)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        query = f"endpoint_override=http://{host}:{port}&scheme=http"
-        filesystem, _ = pafs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket/prefix{{}}?{query}"
-        server.stop()
 
 
 def upload(folder: Path, uri: str) -> None:

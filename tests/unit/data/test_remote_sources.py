@@ -21,13 +21,13 @@ from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.remote_files import join_uri
 from hvp_ray.stream.render_batch import read_images
+from tests.s3_server import s3_server
 from tests.unit.data.hub import Hub
 from tests.unit.data.made import (
     content_of,
     draw_images,
     open_any,
     pack_here,
-    s3_server,
     upload,
     write_folder,
     write_parquet,

@@ -5,14 +5,12 @@
 
 import dataclasses
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -35,6 +33,7 @@ from hvp_ray.training.rank import train_rank
 from hvp_ray.training.run_storage import RunStorage, fetch_run, replay_parts
 from hvp_ray.training.setup import build_untrained_method
 from tests.helpers import tiny_config
+from tests.s3_server import s3_server
 
 JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "unreadable-rank-0.jsonl")
 WHOLE = ("config.json", "mlflow.json", "selection/part-1.parquet", "selection/part-2.parquet", "knn_pending/step-4")
@@ -47,27 +46,8 @@ def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """The URI of a folder in a bucket, with {} before the query."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    settings = {
-        "AWS_ACCESS_KEY_ID": "of-moto",
-        "AWS_SECRET_ACCESS_KEY": "of-moto",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            environment.setenv(name, value)
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        query = f"endpoint_override=http://{host}:{port}&scheme=http"
-        filesystem, _ = pafs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
-        filesystem.create_dir("bucket")
-        yield f"s3://bucket/prefix{{}}?{query}"
-        server.stop()
+    with s3_server() as uri:
+        yield uri
 
 
 def _on_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:

@@ -1,0 +1,33 @@
+"""A server that speaks S3, on loopback, for tests of sources and of runs."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow.fs as pafs
+import pytest
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """The URI of a folder in a bucket on a server that speaks S3, with {} before the query."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    settings = {
+        "AWS_ACCESS_KEY_ID": "of-moto",
+        "AWS_SECRET_ACCESS_KEY": "of-moto",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in settings.items():
+            environment.setenv(name, value)
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        query = f"endpoint_override=http://{host}:{port}&scheme=http"
+        filesystem, _ = pafs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
+        filesystem.create_dir("bucket")
+        yield f"s3://bucket/prefix{{}}?{query}"
+        server.stop()
