@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ import torch
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
+from benchmarks.results_file import describe_machine, open_results
 from hvp_ray.config import RunConfig, config_from_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
@@ -257,9 +257,11 @@ def settings_of(images: ScoredImages, scoring_px: Sequence[int]) -> dict[str, Sc
         settings[f"{px}px"] = lambda px=px: images.score(scoring_resolution_px=px)
     settings["bfloat16"] = lambda: images.score(scoring_precision="bfloat16")
     settings["running"] = lambda: images.score(scoring_batch_norm="running")
-    half = images.config.views.global_views.size_px // 2
-    settings[f"{half}px-running"] = lambda: images.score(scoring_batch_norm="running", scoring_resolution_px=half)
-    if any(hasattr(module, "patch_drop") for module in images.trainee.method.modules()):
+    if scoring_px:
+        px = scoring_px[0]
+        settings[f"{px}px-running"] = lambda: images.score(scoring_batch_norm="running", scoring_resolution_px=px)
+    takes_all_patches = images.config.views.masks is not None  # iBOT's loss is one of patches
+    if not takes_all_patches and any(hasattr(module, "patch_drop") for module in images.trainee.method.modules()):
         settings |= {"tokens-50": with_tokens(0.5), "tokens-25": with_tokens(0.25)}
     settings["overlap"] = images.overlap
     return settings
@@ -296,7 +298,8 @@ def main() -> int:
     images = ScoredImages(hard, num_images=options.images, device=device)
     size_px = config.views.global_views.size_px
     step_px = images.trainee.method.patch_px
-    sizes = options.scoring_px or [size_px * part // 14 // step_px * step_px for part in (7, 6, 5, 4)]
+    parts = [size_px * part // 14 // step_px * step_px for part in (7, 6, 5, 4)]
+    sizes = options.scoring_px or list(dict.fromkeys(px for px in parts if px >= 4))
     settings = settings_of(images, sizes)
     unknown = set(options.settings or ()) - {*settings, "earlier-weights"}
     if unknown:
@@ -304,11 +307,9 @@ def main() -> int:
     untrained = Checkpoint(
         step=0, method={k: v.clone() for k, v in images.trainee.method.state_dict().items()}, optimizer={}
     )
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     context = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": hardware,
-        "torch": torch.__version__,
+        **describe_machine("torch"),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "recipe": config.recipe,
         "backbone": config.method.backbone.name,
         "views": f"{images.candidates.num_views}+{images.candidates.num_local_views}",
@@ -318,32 +319,27 @@ def main() -> int:
     }
     print(", ".join(f"{name} {value}" for name, value in context.items()))
     print(f"{'step':>7}  {'setting':<18}{'kept':>8}{'+-':>7}{'agree':>8}{'rank':>8}{'seconds':>10}")
-    file = options.json.open("w") if options.json else None
+    wanted = {name: score for name, score in settings.items() if options.settings is None or name in options.settings}
+    wants_earlier = options.settings is None or "earlier-weights" in options.settings
     earlier: CandidateScores | None = None
-    for step in [step for step in (0, *steps) if options.steps is None or step in options.steps]:
-        images.load(untrained if step == 0 else store.load(step, device), num_steps)
-        begun = time.process_time()
-        full = images.score()
-        full_seconds = time.process_time() - begun
-        judged: dict[str, tuple[Kept, float]] = {}
-        for name, score in settings.items():
-            if options.settings is None or name in options.settings:
+    with open_results(options.json, context) as keep:
+        for step in [step for step in (0, *steps) if options.steps is None or step in options.steps]:
+            images.load(untrained if step == 0 else store.load(step, device), num_steps)
+            full = images.score()
+            ways = dict(wanted)
+            if wants_earlier and earlier is not None:
+                ways["earlier-weights"] = lambda scores=earlier: scores
+            for name, score in ways.items():
                 begun = time.process_time()
-                cheap = score()
-                judged[name] = (judge(full, cheap, images), time.process_time() - begun)
-        if earlier is not None and (options.settings is None or "earlier-weights" in options.settings):
-            judged["earlier-weights"] = (judge(full, earlier, images), full_seconds)
-        earlier = full
-        for name, (kept, seconds) in judged.items():
-            print(
-                f"{step:>7}  {name:<18}{kept.kept:>8.3f}{kept.interval:>7.3f}{kept.agree:>8.3f}{kept.rank:>8.3f}"
-                f"{seconds:>10.1f}",
-                flush=True,
-            )
-            if file is not None:
+                kept = judge(full, score(), images)
+                print(
+                    f"{step:>7}  {name:<18}{kept.kept:>8.3f}{kept.interval:>7.3f}{kept.agree:>8.3f}{kept.rank:>8.3f}"
+                    f"{time.process_time() - begun:>10.1f}",
+                    flush=True,
+                )
                 result = {"name": f"hardness.{config.method.name}.{name}.kept", "value": kept.kept, "unit": "fraction"}
-                file.write(json.dumps(result | dataclasses.asdict(kept) | {"step": step} | context) + "\n")
-                file.flush()
+                keep([result | dataclasses.asdict(kept) | {"step": step}])
+            earlier = full
     return 0
 
 

@@ -22,8 +22,6 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
@@ -35,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.results_file import describe_machine, open_results
 from benchmarks.step_ledger import StepClock
 from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World
@@ -346,22 +345,10 @@ def main() -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.compile and device.type == "cpu":
         parser.error("--compile works on GPUs only, and there is none")
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {device.type} ({hardware}), torch {torch.__version__}, {options.images} images a step"
-    )
-    context = {"date": time.strftime("%Y-%m-%d"), "device": hardware, "torch": torch.__version__}
-    with contextlib.ExitStack() as stack:
-        file = None
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(options.json.open("w"))
-
-        def keep(results: list[dict[str, object]]) -> None:
-            if file is not None:
-                file.write("".join(json.dumps(result | context) + "\n" for result in results))
-                file.flush()
-
+    gpu = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    context = describe_machine("torch") | gpu
+    print(", ".join(f"{name} {value}" for name, value in context.items()) + f", {options.images} images a step")
+    with open_results(options.json, context) as keep:
         for config in configs_of(options, parser):
             print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}{'GiB':>8}")
             ledger: dict[str, dict[str, float]] = {}

@@ -14,8 +14,6 @@ of one thread, best of the repeats; the images are read before.
 
 import argparse
 import dataclasses
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.results_file import describe_machine, open_results
 from hvp_ray.config import DataConfig, RunConfig, TransformConfig, ViewGroupConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.data.source import open_source
@@ -116,11 +115,7 @@ def main() -> int:
     images = source.read(list(range(min(options.images, source.num_samples))))
     pixels = [decode_rgb(image, max_pixels=_MAX_PIXELS) for image in images]
     encoded, decoded = (sum(map(len, images)) / len(images), sum(p.nbytes for p in pixels) / len(pixels))
-    context = {
-        "date": time.strftime("%Y-%m-%d"),
-        "device": platform.processor() or platform.machine(),
-        "images": len(images),
-    }
+    context = describe_machine("torch", "opencv-python-headless", "simplejpeg") | {"images": len(images)}
     print(", ".join(f"{name} {value}" for name, value in context.items()))
     print(f"an image shipped once: {encoded / 1000:.0f} kB encoded, {decoded / 1000:.0f} kB decoded")
     results = []
@@ -158,8 +153,8 @@ def main() -> int:
                     {"name": f"two_stage.{config.method.name}.{label}.{quantity}", "value": value, "unit": unit}
                 )
         print(f"(decoding alone {decode_ms:.2f} CPU ms)")
-    if options.json:
-        options.json.write_text("".join(json.dumps(result | context) + "\n" for result in results))
+    with open_results(options.json, context) as keep:
+        keep(results)
     return 0
 
 
