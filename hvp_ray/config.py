@@ -600,6 +600,15 @@ class ClusterConfig:
     cpus_per_view_worker: float = 1.0
     """CPUs that Ray reserves for a view worker."""
 
+    ship: Literal["views", "pixels"] = "views"
+    """What crosses the link to the trainer's node. views: rendered views. pixels: each image decoded once, cut to what its
+    views use; view finishers on the trainer's node render them, to the same bits. Fewer bytes where many views are drawn, or
+    views are large beside their images (`pipelines/describe.py` counts both); renderer cpu only."""
+
+    finishers_per_trainer: int = 1
+    """View finishers beside each trainer with ship=pixels, of `cpus_per_view_worker` CPUs each, which Ray reserves together
+    with the trainer's."""
+
     gpus_for_knn: float = 0.0
     """Share of a GPU that Ray reserves for the evaluation of `tracking.knn_every_epochs`. 0: it works on a CPU."""
 
@@ -643,6 +652,13 @@ class ClusterConfig:
             "late_seconds",
         ):
             _require(getattr(self, name) >= 0.0, f"cluster.{name}", getattr(self, name), "0 or more")
+        finishers = self.finishers_per_trainer
+        _require(finishers >= 1, "cluster.finishers_per_trainer", finishers, "1 or more")
+        if self.ship == "pixels" and self.renderer not in ("auto", "cpu"):
+            raise ConfigError(
+                f"cluster.ship=pixels with cluster.renderer={self.renderer!r} is not allowed: DALI decodes and renders in "
+                f"one graph; choose renderer cpu, or ship views"
+            )
         share, allowed = self.gpus_per_trainer, "auto, or above 0 and at most 1"
         _require(share == "auto" or 0.0 < share <= 1.0, "cluster.gpus_per_trainer", share, allowed)
         _require(self.late_factor >= 1.0, "cluster.late_factor", self.late_factor, "1 or more")
@@ -650,6 +666,12 @@ class ClusterConfig:
         _require(self.max_trainer_failures >= 0, "cluster.max_trainer_failures", self.max_trainer_failures, ">= 0")
         store = self.object_store_mib
         _require(store == "auto" or store >= 80, "cluster.object_store_mib", store, "auto, or 80 or more")
+
+    @property
+    def cpus_with_finishers(self) -> float:
+        """CPUs that a trainer reserves: its own, and those of the view finishers beside it."""
+        beside = self.finishers_per_trainer * self.cpus_per_view_worker if self.ship == "pixels" else 0.0
+        return self.cpus_per_trainer + beside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

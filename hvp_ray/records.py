@@ -1,6 +1,7 @@
-"""The records that travel between the stages, in the order of the way of the data.
+r"""The records that travel between the stages, in the order of the way of the data.
 
     EncodedBatch -> ViewPlan -> Views -> ViewBatch -> (trainer)
+                           \-> BatchDraft + DecodedImages -> Views -> ViewBatch   (views rendered beside the trainer)
 
 Legend of shapes, one for the whole project:
     V views per image   B images on this rank   P unordered pairs = V(V-1)/2   S slots trained on (2: the pair)
@@ -91,6 +92,10 @@ class ViewPlan:
             if getattr(self, field.name) is not None
         }
 
+    def within(self, boxes: NDArray[np.int32]) -> "ViewPlan":
+        """Return this plan for images cut to `boxes` [B, 4] (top, left, height, width in px)."""
+        return dataclasses.replace(self, top=self.top - boxes[:, 0], left=self.left - boxes[:, 1])
+
     def with_images(self, image_indices: NDArray[np.int64], other: "ViewPlan") -> "ViewPlan":
         """Return this plan with the columns `image_indices` taken, in order, from `other` [V, len(image_indices)]."""
         columns = {}
@@ -124,8 +129,58 @@ class Replacement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedImages:
+    """Decoded images of one batch, each cut to the box that its views use, one behind the other in one array."""
+
+    pixels: NDArray[np.uint8]
+    """[sum of height * width * 3]: the boxes, each HWC."""
+    boxes: NDArray[np.int32]
+    """[B, 4]: top, left, height, width in px of the original image."""
+    failures: dict[int, str]
+    """Index in the batch -> why the image cannot be decoded; zeros stand in its box."""
+
+    def images(self) -> list[NDArray[np.uint8]]:
+        """Return the pixels of each box, [height, width, 3], without a copy."""
+        shapes = [(height, width, 3) for height, width in self.boxes[:, 2:].tolist()]
+        ends = np.cumsum([height * width * 3 for height, width, _ in shapes])[:-1]
+        return [part.reshape(shape) for part, shape in zip(np.split(self.pixels, ends), shapes, strict=True)]
+
+    def with_images(self, image_indices: NDArray[np.int64], other: "DecodedImages") -> "DecodedImages":
+        """Return these with the images at `image_indices` taken, in order, from `other`, and the failures of `other`."""
+        boxes, images = self.boxes.copy(), self.images()
+        boxes[image_indices] = other.boxes
+        for index, image in zip(image_indices.tolist(), other.images(), strict=True):
+            images[index] = image
+        failures = {int(image_indices[place]): reason for place, reason in other.failures.items()}
+        return DecodedImages(pixels=np.concatenate([i.ravel() for i in images]), boxes=boxes, failures=failures)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchDraft:
+    """Everything of a `ViewBatch` but pixels: all that is decided before views are rendered."""
+
+    step: int
+    epoch: int
+    sample_ids: NDArray[np.int64]
+    """[B], after replacement of unreadable images."""
+    heights: NDArray[np.int32]
+    """[B], px of the original images."""
+    widths: NDArray[np.int32]
+    """[B], px of the original images."""
+    global_plan: ViewPlan
+    local_plan: ViewPlan | None
+    replacements: tuple[Replacement, ...]
+    cpu_seconds: float
+    """CPU time that the batch has cost so far."""
+    seconds: float
+    """Wall time of the same."""
+    worker: str
+    """Name of the worker that made it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ViewBatch:
-    """What a view worker returns for one rank of one step."""
+    """What the trainer takes for one rank of one step."""
 
     step: int
     epoch: int
@@ -139,17 +194,24 @@ class ViewBatch:
     local_views: Views | None
     replacements: tuple[Replacement, ...]
     render_cpu_seconds: float
-    """CPU time of reading, decoding and rendering in the worker."""
+    """CPU time of reading, decoding and rendering, in all processes that took part."""
     render_seconds: float
     """Wall time of the same."""
     worker: str
-    """Name of the worker."""
+    """Name of the view worker."""
+    decoded_bytes: int = 0
+    """Bytes of decoded pixels that were shipped in place of the views; 0: the views themselves were shipped."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of pixels."""
+        """Bytes of the views' pixels."""
         local_bytes = 0 if self.local_views is None else self.local_views.pixels.nbytes
         return self.global_views.pixels.nbytes + local_bytes
+
+    @property
+    def shipped_bytes(self) -> int:
+        """Bytes of pixels that the view worker sent."""
+        return self.decoded_bytes or self.num_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,7 +82,7 @@ def num_parallel(base: RunConfig, mode: Mode, device: str) -> int:
         needs = {"CPU": float(base.training.torch_threads)}
     else:
         workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
-        needs = {"CPU": cluster.num_trainers * cluster.cpus_per_trainer + workers * cluster.cpus_per_view_worker}
+        needs = {"CPU": cluster.num_trainers * cluster.cpus_with_finishers + workers * cluster.cpus_per_view_worker}
         if device == "cuda":
             share = 1.0 if cluster.gpus_per_trainer == "auto" else cluster.gpus_per_trainer
             needs["GPU"] = cluster.num_trainers * share

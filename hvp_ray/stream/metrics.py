@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from hvp_ray.records import ViewBatch
+from hvp_ray.records import BatchDraft, ViewBatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ TRAINER_METRICS: dict[str, Metric] = {
     "hvp_ray_under_way_batches": Metric("gauge", "Batches that are asked for and not there yet."),
     "hvp_ray_batches_total": Metric("counter", "Batches handed to the trainer."),
     "hvp_ray_views_total": Metric("counter", "Views that arrived."),
-    "hvp_ray_view_bytes_total": Metric("counter", "Bytes of pixels that arrived."),
+    "hvp_ray_view_bytes_total": Metric("counter", "Bytes of pixels that view workers sent: views or images."),
     "hvp_ray_repeated_batches_total": Metric("counter", "Batches asked again, because a worker died or was late."),
     "hvp_ray_worker_deaths_total": Metric("counter", "Calls of this rank that ended with the death of a view worker."),
     "hvp_ray_isolated_batches_total": Metric("counter", "Batches searched image by image for one that kills workers."),
@@ -74,7 +74,7 @@ TRAINER_METRICS: dict[str, Metric] = {
 
 WORKER_TAGS = ("run", "worker")
 WORKER_METRICS: dict[str, Metric] = {
-    "hvp_ray_worker_batches_total": Metric("counter", "Batches that this view worker rendered."),
+    "hvp_ray_worker_batches_total": Metric("counter", "Batches that this view worker rendered, or decoded."),
     "hvp_ray_worker_views_total": Metric("counter", "Views that this view worker rendered."),
     "hvp_ray_worker_render_seconds_total": Metric("counter", "Wall time of reading, decoding and rendering."),
     "hvp_ray_worker_render_cpu_seconds_total": Metric("counter", "CPU time of the same."),
@@ -228,6 +228,13 @@ class RenderedNumbers:
         self._seconds += batch.render_seconds
         self._cpu_seconds += batch.render_cpu_seconds
         self._views_per_second = views / max(batch.render_seconds, 1e-9)
+
+    def take_draft(self, draft: BatchDraft) -> None:
+        """Count a batch that was decoded here and is rendered elsewhere."""
+        self._batches += 1
+        self._unreadable_images += len(draft.replacements)
+        self._seconds += draft.seconds
+        self._cpu_seconds += draft.cpu_seconds
 
     def numbers(self) -> dict[str, float]:
         """Return what is published."""

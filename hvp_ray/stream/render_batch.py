@@ -1,14 +1,16 @@
 """A batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
 
-This is all that a view worker does. It knows no Ray: `InlineViews` calls it in the trainer's own process.
+This is all that a view worker does. It knows no Ray: `InlineBatches` calls it in the trainer's own process. The work can
+also be cut in two, `decode_batch` here and `finish_batch` beside the trainer, with the same bits as `render_batch`.
 """
 
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +21,21 @@ from hvp_ray.data.decode import read_size
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.randomness import Purpose, draw_stream
-from hvp_ray.records import BatchRequest, EncodedBatch, Replacement, ViewBatch, ViewPlan, Views
+from hvp_ray.records import (
+    BatchDraft,
+    BatchRequest,
+    DecodedImages,
+    EncodedBatch,
+    Replacement,
+    ViewBatch,
+    ViewPlan,
+    Views,
+)
+from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
-from hvp_ray.views.renderer import Renderer, build_renderer
+from hvp_ray.views.render_cpu import CpuRenderer
+from hvp_ray.views.renderer import RenderedBatch, Renderer, build_renderer
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +43,9 @@ READ_ATTEMPTS = 4
 """An I/O error is retried this often, with pauses of 0.1, 0.4 and 1.6 s, and then stops the run."""
 
 _REPLACEMENT_ATTEMPTS = 1000
+
+_Made = TypeVar("_Made", RenderedBatch, DecodedImages)
+"""What is made of the images of a batch: their views, or the pixels to render them from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,24 +97,64 @@ def render_batch(context: RenderContext, request: BatchRequest, *, worker: str =
     Raises:
         DataError: the storage failed repeatedly, or no replacement could be found.
     """
-    wall_start, cpu_start = time.perf_counter(), time.process_time()
-    batch = _Assembly(context, request)
-    batch.fill()
+    watch = _Watch()
+    assembly = _Assembly(context, request, context.renderer.render)
+    rendered = assembly.fill()
+    return _with_views(assembly.draft(watch, worker), rendered)
+
+
+def decode_batch(
+    context: RenderContext, request: BatchRequest, *, worker: str = "inline"
+) -> tuple[BatchDraft, DecodedImages]:
+    """Do the first half of `render_batch`: everything but the views, and the pixels that they are rendered from.
+
+    Raises:
+        DataError: as `render_batch`.
+    """
+    watch = _Watch()
+    decode = partial(decode_used, max_image_pixels=context.data.max_image_pixels)
+    assembly = _Assembly(context, request, decode)
+    decoded = assembly.fill()
+    return assembly.draft(watch, worker), decoded
+
+
+def finish_batch(renderer: CpuRenderer, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
+    """Do the second half: render the views of what `decode_batch` returned."""
+    watch = _Watch()
+    rendered = renderer.render_decoded(decoded, draft.global_plan, draft.local_plan)
+    cpu_seconds, seconds = watch.read()
+    draft = dataclasses.replace(draft, cpu_seconds=draft.cpu_seconds + cpu_seconds, seconds=draft.seconds + seconds)
+    return _with_views(draft, rendered, decoded_bytes=decoded.pixels.nbytes)
+
+
+def _with_views(draft: BatchDraft, rendered: RenderedBatch, *, decoded_bytes: int = 0) -> ViewBatch:
+    local_views = None
+    if rendered.local_pixels is not None and draft.local_plan is not None:
+        local_views = Views(pixels=rendered.local_pixels, plan=draft.local_plan)
     return ViewBatch(
-        step=request.step,
-        epoch=request.epoch,
-        sample_ids=batch.sample_ids,
-        heights=batch.heights,
-        widths=batch.widths,
-        global_views=Views(pixels=batch.global_pixels, plan=batch.global_plan),
-        local_views=None
-        if batch.local_pixels is None or batch.local_plan is None
-        else Views(pixels=batch.local_pixels, plan=batch.local_plan),
-        replacements=tuple(batch.replacements),
-        render_cpu_seconds=time.process_time() - cpu_start,
-        render_seconds=time.perf_counter() - wall_start,
-        worker=worker,
+        step=draft.step,
+        epoch=draft.epoch,
+        sample_ids=draft.sample_ids,
+        heights=draft.heights,
+        widths=draft.widths,
+        global_views=Views(pixels=rendered.global_pixels, plan=draft.global_plan),
+        local_views=local_views,
+        replacements=draft.replacements,
+        render_cpu_seconds=draft.cpu_seconds,
+        render_seconds=draft.seconds,
+        worker=draft.worker,
+        decoded_bytes=decoded_bytes,
     )
+
+
+class _Watch:
+    """CPU time of this process and wall time, in seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        return time.process_time() - self._cpu, time.perf_counter() - self._wall
 
 
 def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
@@ -140,19 +196,48 @@ _REPLACEMENT = _Purposes(
 )
 
 
-class _Assembly:
-    """One batch while it is put together."""
+class _Assembly(Generic[_Made]):
+    """One batch while it is put together.
 
-    def __init__(self, context: RenderContext, request: BatchRequest) -> None:
+    Args:
+        context: of the run.
+        request: which batch.
+        make: makes what is wanted of each image (its views, or its pixels) from encoded images and plans.
+    """
+
+    def __init__(
+        self,
+        context: RenderContext,
+        request: BatchRequest,
+        make: Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made],
+    ) -> None:
         self._context = context
         self._request = request
+        self._make: Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made] = make
         self.sample_ids = request.sample_ids.copy()
         self.replacements: list[Replacement] = []
         self._tried: set[int] = {*self.sample_ids.tolist(), *request.quarantined_ids}
         self._attempts = dict.fromkeys(range(len(self.sample_ids)), 0)
 
-    def fill(self) -> None:
-        """Render everything; replace until nothing fails."""
+    def draft(self, watch: _Watch, worker: str) -> BatchDraft:
+        """Return everything but pixels, once it is filled."""
+        cpu_seconds, seconds = watch.read()
+        return BatchDraft(
+            step=self._request.step,
+            epoch=self._request.epoch,
+            sample_ids=self.sample_ids,
+            heights=self.heights,
+            widths=self.widths,
+            global_plan=self.global_plan,
+            local_plan=self.local_plan,
+            replacements=tuple(self.replacements),
+            cpu_seconds=cpu_seconds,
+            seconds=seconds,
+            worker=worker,
+        )
+
+    def fill(self) -> _Made:
+        """Make everything; replace until nothing fails."""
         request = self._request
         known = {r.index: r for r in request.known_replacements}
         for replacement in request.known_replacements:
@@ -173,12 +258,12 @@ class _Assembly:
         # What failed on its header is rendered as an empty image: it fails there at once, and is replaced below.
         readable = [b"" if index in failures else image for index, image in enumerate(images)]
         self.global_plan, self.local_plan = self._draw_plans(self.sample_ids, self.heights, self.widths, _FIRST_CHOICE)
-        rendered = self._context.renderer.render(readable, self.global_plan, self.local_plan)
-        self.global_pixels, self.local_pixels = rendered.global_pixels, rendered.local_pixels
-        failures = rendered.failures | failures
+        made = self._make(readable, self.global_plan, self.local_plan)
+        failures = made.failures | failures
         while failures:
-            failures = self._replace(failures, known)
+            made, failures = self._replace(made, failures, known)
             known = {}
+        return made
 
     def _measure(self, index: int, image: bytes) -> str | None:
         try:
@@ -227,8 +312,10 @@ class _Assembly:
             global_plan = dataclasses.replace(global_plan, mask=mask)
         return global_plan, local_plan
 
-    def _replace(self, failures: dict[int, str], known: dict[int, Replacement]) -> dict[int, str]:
-        """Replace the failed indices by other images; return those that failed again."""
+    def _replace(
+        self, made: _Made, failures: dict[int, str], known: dict[int, Replacement]
+    ) -> tuple[_Made, dict[int, str]]:
+        """Replace the failed indices by other images; return what is made now, and those that failed again."""
         indices = sorted(failures)
         for index in indices:
             unreadable_id = int(self.sample_ids[index])
@@ -263,14 +350,12 @@ class _Assembly:
             _REPLACEMENT,
         )
         readable = [b"" if row in failed_again else image for row, image in zip(indices, images, strict=True)]
-        rendered = self._context.renderer.render(readable, global_plan, local_plan)
-        self.global_pixels[:, rows] = rendered.global_pixels
+        made = made.with_images(rows, self._make(readable, global_plan, local_plan))
         self.global_plan = self.global_plan.with_images(rows, global_plan)
-        if self.local_pixels is not None and self.local_plan is not None:
-            assert rendered.local_pixels is not None and local_plan is not None
-            self.local_pixels[:, rows] = rendered.local_pixels
+        if self.local_plan is not None:
+            assert local_plan is not None
             self.local_plan = self.local_plan.with_images(rows, local_plan)
-        return {indices[row]: reason for row, reason in rendered.failures.items()} | failed_again
+        return made, made.failures | failed_again
 
     def _draw_replacement(self, index: int) -> int:
         training_ids = self._context.training_ids

@@ -16,7 +16,7 @@ class StreamStats:
     """Batches handed to the trainer."""
 
     num_bytes: int = 0
-    """Bytes of pixels handed to the trainer."""
+    """Bytes of pixels that view workers sent: of views, or of decoded images (`cluster.ship`). What the link carries."""
 
     first_batch_seconds: float = 0.0
     """From the first request to the first batch on the device: start of workers and first rendering. Not counted as
@@ -56,7 +56,7 @@ class StreamStats:
         if batch.local_views is not None:
             num_views += batch.local_views.plan.num_views * batch.local_views.plan.num_images
         self.views += num_views
-        self.num_bytes += batch.num_bytes
+        self.num_bytes += batch.shipped_bytes
         self.render_cpu_seconds += batch.render_cpu_seconds
         self.views_by_worker[batch.worker] = self.views_by_worker.get(batch.worker, 0) + num_views
         seconds_before = self.render_seconds_by_worker.get(batch.worker, 0.0)

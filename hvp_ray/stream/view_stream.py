@@ -8,6 +8,8 @@ What it promises:
 - A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
 - A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
   own are quarantined, all others go on.
+- With view finishers (`cluster.ship=pixels`) a batch takes two calls: a worker decodes, then a finisher beside the trainer
+  renders. Each is repeated on its own; decoded pixels that are lost are decoded again.
 - Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
 - `close` returns at once; what is under way is dropped.
 """
@@ -16,8 +18,9 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.actor import ActorHandle
@@ -38,25 +41,67 @@ _PROBE_SECONDS = 0.5
 _REPEATABLE = (RayActorError, ObjectLostError, GetTimeoutError, WorkerCrashedError)
 
 
+_Kind = Literal["render", "decode", "finish", "isolate"]
+
+
 @dataclass(slots=True)
 class _Call:
-    """One request under way at one worker."""
+    """One request under way at one worker or finisher."""
 
     step: int
-    worker: int
+    worker: "_Worker"
     asked_at: float
-    isolates: bool
-    """Whether it looks for crashing images instead of rendering."""
+    kind: _Kind
+    decoded: "_Decoded | None" = None
+    """Of kind decode: what it will return; of kind finish: what it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """The first half of a batch, in the object store; read by the finisher only."""
+
+    draft: Any
+    """Reference of a BatchDraft."""
+    images: Any
+    """Reference of DecodedImages."""
+    asked_at: float
 
 
 @dataclass(slots=True)
 class _Worker:
     handle: ActorHandle[Any]
+    name: str
     is_up: bool = True
     num_calls: int = 0
     probe: Any = None
     """Reference of a call that tells when a dead worker is back."""
     probe_after: float = 0.0
+
+
+class _Team:
+    """Actors that can do the same."""
+
+    def __init__(self, title: str, handles: Sequence[ActorHandle[Any]], *, turn: int) -> None:
+        self._title = title
+        self.members = [_Worker(handle, f"{title} {index}") for index, handle in enumerate(handles)]
+        self._turn = turn
+
+    def num_up(self) -> int:
+        return sum(worker.is_up for worker in self.members)
+
+    def describe(self) -> str:
+        return f"{self.num_up()} of {len(self.members)} {self._title}s are up"
+
+    def least_busy(self, *, other_than: _Worker | None = None) -> _Worker | None:
+        """Choose the one with the fewest calls of this stream, in turn; None: none is up."""
+        count = len(self.members)
+        in_turn = [self.members[(self._turn + offset) % count] for offset in range(count)]
+        up = [worker for worker in in_turn if worker.is_up and worker is not other_than]
+        if not up:
+            return None
+        chosen = min(up, key=lambda worker: worker.num_calls)
+        self._turn = self.members.index(chosen) + 1
+        return chosen
 
 
 class ViewStream:
@@ -72,9 +117,11 @@ class ViewStream:
         cluster: ClusterConfig,
         hand_over: DeviceHandOver,
         rank: int = 0,
+        finishers: Sequence[ActorHandle[Any]] = (),
     ) -> None:
         self.stats = StreamStats()
-        self._workers = [_Worker(handle) for handle in workers]
+        self._workers = _Team("view worker", workers, turn=rank)  # ranks begin with different workers
+        self._finishers = _Team("view finisher", finishers, turn=0)
         self._request_of = request_of
         self._end_step = end_step
         self._cluster = cluster
@@ -85,12 +132,13 @@ class ViewStream:
         self._requests: dict[int, BatchRequest] = {}
         self._deaths: Counter[int] = Counter()
         self._unassigned: deque[int] = deque()
+        self._unfinished: dict[int, _Decoded] = {}
+        """step -> decoded images for which no finisher was up."""
         self._arrived: dict[int, ViewBatch] = {}
         self._ready: dict[int, DeviceBatch] = {}
         self._next_to_ask = first_step
         self._next_to_hand_over = first_step
         self._next_to_take = first_step
-        self._turn = rank  # ranks begin with different workers
         self._error: BaseException | None = None
         self._closed = False
         self._started_at = time.perf_counter()
@@ -130,7 +178,7 @@ class ViewStream:
         stats = self.stats
         with self._lock:
             ready, asked = len(self._ready), self._next_to_ask - self._next_to_take
-            up = sum(worker.is_up for worker in self._workers)
+            up = self._workers.num_up()
         return {
             "hvp_ray_ready_batches": float(ready),
             "hvp_ray_under_way_batches": float(asked - ready),
@@ -165,37 +213,41 @@ class ViewStream:
         self._assign()
 
     def _assign(self) -> None:
+        for step in sorted(self._unfinished):
+            finisher = self._finishers.least_busy()
+            if finisher is None:
+                break
+            self._finish(step, self._unfinished.pop(step), finisher)
         while self._unassigned:
-            worker = self._least_busy()
+            worker = self._workers.least_busy()
             if worker is None:
                 return
             self._ask(self._unassigned.popleft(), worker)
 
-    def _least_busy(self, *, other_than: int | None = None) -> int | None:
-        """Choose the worker with the fewest calls of this stream, in turn; None: no worker is up."""
-        count = len(self._workers)
-        turn = [(self._turn + offset) % count for offset in range(count)]
-        up = [index for index in turn if self._workers[index].is_up and index != other_than]
-        if not up:
-            return None
-        chosen = min(up, key=lambda index: self._workers[index].num_calls)
-        self._turn = chosen + 1
-        return chosen
-
-    def _ask(self, step: int, worker_index: int) -> None:
-        worker = self._workers[worker_index]
-        isolates = self._deaths[step] >= DEATHS_BEFORE_ISOLATION
-        method = worker.handle.find_crashing_ids if isolates else worker.handle.render
-        reference = method.remote(self._requests[step])
+    def _ask(self, step: int, worker: _Worker) -> None:
+        request, now = self._requests[step], time.perf_counter()
         worker.num_calls += 1
-        self._calls[reference] = _Call(step, worker_index, time.perf_counter(), isolates)
+        if self._deaths[step] >= DEATHS_BEFORE_ISOLATION:
+            self._calls[worker.handle.find_crashing_ids.remote(request)] = _Call(step, worker, now, "isolate")
+        elif self._finishers.members:
+            draft, images = worker.handle.decode.options(num_returns=2).remote(request)
+            self._calls[draft] = _Call(step, worker, now, "decode", _Decoded(draft, images, now))
+        else:
+            self._calls[worker.handle.render.remote(request)] = _Call(step, worker, now, "render")
+
+    def _finish(self, step: int, decoded: _Decoded, finisher: _Worker) -> None:
+        reference = finisher.handle.finish.remote(decoded.draft, decoded.images)
+        finisher.num_calls += 1
+        self._calls[reference] = _Call(step, finisher, time.perf_counter(), "finish", decoded)
 
     def _watch(self) -> None:
         try:
             while not self._closed:
                 with self._lock:
                     references = list(self._calls)
-                    probes = {w.probe: i for i, w in enumerate(self._workers) if w.probe is not None}
+                    probes = {
+                        w.probe: w for w in self._workers.members + self._finishers.members if w.probe is not None
+                    }
                 if references or probes:
                     done, _ = ray.wait([*references, *probes], num_returns=1, timeout=_POLL_SECONDS, fetch_local=True)
                 else:
@@ -223,7 +275,7 @@ class ViewStream:
         """Take the answer of a call that has ended."""
         with self._lock:
             call = self._calls.pop(reference)
-            self._workers[call.worker].num_calls -= 1
+            call.worker.num_calls -= 1
         try:
             answer = ray.get(reference, timeout=self._cluster.late_seconds)
         except RayTaskError as error:
@@ -233,15 +285,21 @@ class ViewStream:
             with self._changed:
                 self._lose(call, error)
             return
-        if call.isolates:
+        if call.kind == "isolate":
             with self._changed:
                 self._quarantine(call.step, answer)
             return
         with self._changed:
             if call.step < self._next_to_hand_over or call.step in self._arrived:
                 return  # a late twin of a batch that is here already
+            if call.kind == "decode":
+                assert call.decoded is not None
+                self._unfinished[call.step] = call.decoded
+                self._assign()
+                return
             self._arrived[call.step] = answer
-            self.stats.record_arrival(answer, time.perf_counter() - call.asked_at)
+            asked_at = call.asked_at if call.decoded is None else call.decoded.asked_at
+            self.stats.record_arrival(answer, time.perf_counter() - asked_at)
         del answer
         self._hand_over_in_order()
 
@@ -258,18 +316,24 @@ class ViewStream:
 
     def _lose(self, call: _Call, error: BaseException) -> None:
         """Put a step back that a worker could not answer."""
-        worker = self._workers[call.worker]
+        worker = call.worker
         if isinstance(error, RayActorError):
             self.stats.num_worker_deaths += 1
-            self._deaths[call.step] += 1
+            if call.kind != "finish":  # a finisher decodes nothing
+                self._deaths[call.step] += 1
             if worker.is_up:
-                logger.warning("view worker %d is gone (%s); its batches go to others", call.worker, _line(error))
+                logger.warning("%s is gone (%s); its batches go to others", worker.name, _line(error))
             worker.is_up = False
             worker.probe_after = time.perf_counter() + _PROBE_SECONDS
         under_way = any(other.step == call.step for other in self._calls.values())
         here = call.step < self._next_to_hand_over or call.step in self._arrived
-        if not under_way and not here:
-            self.stats.num_retries += 1
+        if under_way or here or call.step in self._unfinished:
+            return
+        self.stats.num_retries += 1
+        if call.kind == "finish" and isinstance(error, RayActorError):
+            assert call.decoded is not None
+            self._unfinished[call.step] = call.decoded
+        else:
             self._unassigned.appendleft(call.step)
             self._unassigned = deque(sorted(self._unassigned))
 
@@ -287,12 +351,11 @@ class ViewStream:
     def _probe_workers(self) -> None:
         """Ask dead workers whether they are back; Ray starts them again."""
         now = time.perf_counter()
-        for worker in self._workers:
+        for worker in self._workers.members + self._finishers.members:
             if not worker.is_up and worker.probe is None and now >= worker.probe_after:
                 worker.probe = worker.handle.process_id.remote()
 
-    def _hear_probe(self, worker_index: int, reference: Any) -> None:
-        worker = self._workers[worker_index]
+    def _hear_probe(self, worker: _Worker, reference: Any) -> None:
         try:
             ray.get(reference, timeout=1.0)
             is_up = True
@@ -303,11 +366,11 @@ class ViewStream:
             worker.is_up = is_up
             worker.probe_after = time.perf_counter() + _PROBE_SECONDS
             if is_up:
-                logger.warning("view worker %d is back", worker_index)
+                logger.warning("%s is back", worker.name)
 
     def _repeat_late(self) -> None:
         typical = self.stats.typical_seconds()
-        if typical is None or len(self._workers) == 1:
+        if typical is None:
             return
         limit = max(self._cluster.late_seconds, self._cluster.late_factor * typical)
         now = time.perf_counter()
@@ -315,17 +378,27 @@ class ViewStream:
         for call in list(self._calls.values()):
             is_missing = call.step >= self._next_to_hand_over and call.step not in self._arrived
             if is_missing and now - call.asked_at > limit and calls_of_step[call.step] == 1:
-                other = self._least_busy(other_than=call.worker)
-                if other is not None:
-                    logger.warning("step %d is late (%.1f s); asked again", call.step, now - call.asked_at)
-                    self.stats.num_retries += 1
+                finishes = call.kind == "finish"
+                other = (self._finishers if finishes else self._workers).least_busy(other_than=call.worker)
+                if other is None:
+                    continue
+                logger.warning("step %d is late (%.1f s); asked again", call.step, now - call.asked_at)
+                self.stats.num_retries += 1
+                if finishes and call.decoded is not None:
+                    self._finish(call.step, call.decoded, other)
+                else:
                     self._ask(call.step, other)
 
     def _describe_stall(self) -> str:
-        up = sum(worker.is_up for worker in self._workers)
+        teams = [
+            (team, title)
+            for team, title in ((self._workers, "workers"), (self._finishers, "finishers"))
+            if team.members
+        ]
+        up = ", ".join(f"{team.num_up()} of {len(team.members)} view {title} are up" for team, title in teams)
         return (
             f"no batch for step {self._next_to_take} within cluster.stall_seconds={self._cluster.stall_seconds:.0f}: "
-            f"{up} of {len(self._workers)} view workers are up, {len(self._calls)} calls under way, "
+            f"{up}, {len(self._calls)} calls under way, "
             f"{self.stats.num_retries} repeated, {self.stats.num_worker_deaths} calls lost to deaths; "
             f"see the workers' logs (`ray logs`), then start the run again with its name to go on"
         )

@@ -15,10 +15,10 @@ import torch
 
 from hvp_ray.config import RendererName
 from hvp_ray.logs import note_step, set_up_logging
-from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
 from hvp_ray.stream.isolation import find_crashing_images
 from hvp_ray.stream.metrics import WORKER_METRICS, MetricsPublisher, RenderedNumbers
-from hvp_ray.stream.render_batch import open_render_context, read_images, render_batch
+from hvp_ray.stream.render_batch import decode_batch, open_render_context, read_images, render_batch
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,13 @@ class ViewWorker:
         batch = render_batch(self._context, request, worker=self._name)
         self._rendered.take(batch)
         return batch
+
+    def decode(self, request: BatchRequest) -> tuple[BatchDraft, DecodedImages]:
+        """Do the first half of a batch, for a view finisher; called with `num_returns=2`, so that the pixels travel alone."""
+        note_step(request.step)
+        draft, decoded = decode_batch(self._context, request, worker=self._name)
+        self._rendered.take_draft(draft)
+        return draft, decoded
 
     def find_crashing_ids(self, request: BatchRequest) -> list[int]:
         """Return the sample ids of the request that crash a decoder's process on their own."""

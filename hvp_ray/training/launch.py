@@ -34,6 +34,7 @@ from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
+from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.training.placement import Placement, decide_placement, lacks_a_label
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
@@ -122,7 +123,7 @@ def _connect(config: RunConfig) -> bool:
         return True
     cluster = config.cluster
     workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
-    needed_cpus = cluster.num_trainers * cluster.cpus_per_trainer + workers * cluster.cpus_per_view_worker
+    needed_cpus = cluster.num_trainers * cluster.cpus_with_finishers + workers * cluster.cpus_per_view_worker
     store_mib = cluster.object_store_mib
     store_bytes = max(2**28, 3 * look_ahead_bytes(config)) if store_mib == "auto" else store_mib * 2**20
     ray.init(
@@ -331,6 +332,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
     if device.type == "cuda" and settings["gpu_share"] < 1.0:
         torch.cuda.set_per_process_memory_fraction(settings["gpu_share"], device)  # the rest is the neighbours'
     hand_over = DeviceHandOver(device)
+    finishers = start_finishers(config, rank=world.rank)
     publisher = MetricsPublisher(TRAINER_METRICS, {"run": job.run_name, "rank": str(world.rank)})
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
@@ -343,6 +345,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             cluster=config.cluster,
             hand_over=hand_over,
             rank=world.rank,
+            finishers=finishers,
         )
         publisher.watch(stream.numbers)
         return stream

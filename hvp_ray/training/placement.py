@@ -49,7 +49,7 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     renderer: RendererName = "cpu" if cluster.renderer == "auto" else cluster.renderer
     if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0 and cluster.placement != "labels":
         raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
-    trainer = {"CPU": cluster.cpus_per_trainer}
+    trainer = {"CPU": cluster.cpus_with_finishers}
     worker = {"CPU": cluster.cpus_per_view_worker}
     if renderer == "dali-gpu":
         worker["GPU"] = cluster.gpus_per_dali_worker
@@ -159,7 +159,7 @@ def _decide_num_view_workers(
     # auto takes what is free now; an explicit number is judged by what the cluster has.
     resources = free if wanted == "auto" else total
     cpus = resources.get("CPU", 0.0)
-    left = cpus - cluster.num_trainers * cluster.cpus_per_trainer
+    left = cpus - cluster.num_trainers * cluster.cpus_with_finishers
     room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
     if labelled:
         room = min(room, int(resources.get(VIEW_LABEL, 0.0)))
@@ -169,7 +169,7 @@ def _decide_num_view_workers(
         labels = f" and {resources.get(VIEW_LABEL, 0.0):g} free `{VIEW_LABEL}`" if labelled else ""
         raise ConfigError(
             f"the cluster has {cpus:g} free CPUs{labels}; {cluster.num_trainers} trainer(s) of "
-            f"{cluster.cpus_per_trainer:g} leave room for {max(room, 0)} view worker(s) of "
+            f"{cluster.cpus_with_finishers:g} leave room for {max(room, 0)} view worker(s) of "
             f"{cluster.cpus_per_view_worker:g}, but cluster.num_view_workers={wanted}; ask for fewer, lower "
             f"cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
         )

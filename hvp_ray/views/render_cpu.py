@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.errors import UnreadableImageError
-from hvp_ray.records import ViewPlan
+from hvp_ray.records import DecodedImages, ViewPlan
 from hvp_ray.views import color
 from hvp_ray.views.blur_kernel import gaussian_kernel
 from hvp_ray.views.renderer import RenderedBatch
@@ -47,17 +47,44 @@ class CpuRenderer:
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
     ) -> RenderedBatch:
         """Decode each image once and render all its views while it is in the cache."""
+        failures: dict[int, str] = {}
+
+        def decode(index: int) -> Pixels | None:
+            try:
+                return decode_rgb(images[index], max_pixels=self._max_image_pixels)
+            except UnreadableImageError as error:
+                failures[index] = str(error)
+                return None
+
+        return self._render_each(decode, global_plan, local_plan, failures)
+
+    def render_decoded(
+        self, decoded: DecodedImages, global_plan: ViewPlan, local_plan: ViewPlan | None = None
+    ) -> RenderedBatch:
+        """Render the views of images that another process decoded and cut to their boxes; the same bits as `render`."""
+        plans = [plan if plan is None else plan.within(decoded.boxes) for plan in (global_plan, local_plan)]
+        assert plans[0] is not None
+        images, failures = decoded.images(), dict(decoded.failures)
+        return self._render_each(
+            lambda index: None if index in failures else images[index], plans[0], plans[1], failures
+        )
+
+    def _render_each(
+        self,
+        image_of: Callable[[int], Pixels | None],
+        global_plan: ViewPlan,
+        local_plan: ViewPlan | None,
+        failures: dict[int, str],
+    ) -> RenderedBatch:
         groups = [(global_plan, self._views.global_views)]
         if local_plan is not None:
             assert self._views.local_views is not None
             groups.append((local_plan, self._views.local_views))
-        outputs = [np.zeros((p.num_views, len(images), g.size_px, g.size_px, 3), np.uint8) for p, g in groups]
-        failures: dict[int, str] = {}
-        for index, image in enumerate(images):
-            try:
-                pixels = decode_rgb(image, max_pixels=self._max_image_pixels)
-            except UnreadableImageError as error:
-                failures[index] = str(error)
+        num_images = global_plan.num_images
+        outputs = [np.zeros((p.num_views, num_images, g.size_px, g.size_px, 3), np.uint8) for p, g in groups]
+        for index in range(num_images):
+            pixels = image_of(index)
+            if pixels is None:
                 continue
             for (plan, group), output in zip(groups, outputs, strict=True):
                 canvas = self._canvases[group.size_px]
@@ -102,7 +129,8 @@ def _render_into(
         operations.append(_solarize)
     if plan.flip[at]:
         operations.append(_flip)
-    source = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    # Writeable for torch's sake, which would warn of pixels in Ray's store; nothing writes to it.
+    source = np.require(pixels[top : top + height, left : left + width], requirements=("C", "W"))
     for place, operation in enumerate(operations):
         target = view if place == len(operations) - 1 else canvas.between[place % 2]
         operation(source, target)

@@ -27,6 +27,14 @@ class RenderedBatch:
     failures: dict[int, str]
     """Index in the batch -> why the image cannot be decoded."""
 
+    def with_images(self, image_indices: NDArray[np.int64], other: "RenderedBatch") -> "RenderedBatch":
+        """Write the views of `other` over those of the images at `image_indices`, in place; return this with its failures."""
+        self.global_pixels[:, image_indices] = other.global_pixels
+        if self.local_pixels is not None and other.local_pixels is not None:
+            self.local_pixels[:, image_indices] = other.local_pixels
+        failures = {int(image_indices[place]): reason for place, reason in other.failures.items()}
+        return RenderedBatch(global_pixels=self.global_pixels, local_pixels=self.local_pixels, failures=failures)
+
 
 @runtime_checkable
 class Renderer(Protocol):

@@ -33,6 +33,7 @@ LEVELS = [
     ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),
     (
         "views/color.py",
+        "views/decoded.py",
         "views/downscale.py",
         "views/normalise.py",
         "views/renderer.py",

@@ -1,19 +1,22 @@
 """Replacement of unreadable images: deterministic, complete, never a neighbour's copy; and its journal."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import ExifTags, Image
 
-from hvp_ray.config import DataConfig, TransformConfig
+from hvp_ray.config import DataConfig, TransformConfig, ViewsConfig
 from hvp_ray.errors import DataError
+from hvp_ray.recipes import get_recipe
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.stream.render_batch import RenderContext, render_batch
+from hvp_ray.stream.render_batch import RenderContext, decode_batch, finish_batch, render_batch
 from hvp_ray.tracking.journal import UnreadableLog
 from hvp_ray.views.render_cpu import CpuRenderer
-from tests.helpers import encode, views_config
+from tests.helpers import encode, photograph_like, views_config
 
 VIEWS = views_config(16, TransformConfig())
 
@@ -68,19 +71,24 @@ def _images(count: int = 40, damaged: tuple[int, ...] = ()) -> list[bytes]:
     return images
 
 
-def _render(images: list[bytes], ids: list[int], *, failures_left: int = 0, **request: object) -> ViewBatch:
-    context = RenderContext(
+def _context(images: list[bytes], *, views: ViewsConfig = VIEWS, failures_left: int = 0) -> RenderContext:
+    return RenderContext(
         seed=3,
         source=ListSource(images, failures_left),
         training_ids=np.arange(len(images)),
         data=DataConfig(source="list"),
-        views=VIEWS,
-        renderer=CpuRenderer(VIEWS, max_image_pixels=10**6),
+        views=views,
+        renderer=CpuRenderer(views, max_image_pixels=10**6),
     )
-    sample_ids = np.array(ids, np.int64)
-    return render_batch(
-        context, BatchRequest(step=1, epoch=0, first_position=8, sample_ids=sample_ids, num_views=2, **request)
-    )
+
+
+def _request(ids: list[int], **request: object) -> BatchRequest:
+    values = {"step": 1, "epoch": 0, "first_position": 8, "num_views": 2} | request
+    return BatchRequest(sample_ids=np.array(ids, np.int64), **values)
+
+
+def _render(images: list[bytes], ids: list[int], *, failures_left: int = 0, **request: object) -> ViewBatch:
+    return render_batch(_context(images, failures_left=failures_left), _request(ids, **request))
 
 
 def test_healthy_batch_is_what_was_asked_for() -> None:
@@ -136,6 +144,52 @@ def test_known_decisions_are_replayed_even_where_the_image_is_readable_now() -> 
 def test_quarantined_image_is_never_decoded() -> None:
     batch = _render(_images(), list(range(8)), quarantined_ids=(6,))
     assert [r.unreadable_id for r in batch.replacements] == [6]
+
+
+def _arrays(batch: ViewBatch) -> dict[str, NDArray[np.generic]]:
+    """Everything that a trainer takes from a batch."""
+    arrays = {"ids": batch.sample_ids, "heights": batch.heights, "widths": batch.widths}
+    for name, views in (("global", batch.global_views), ("local", batch.local_views)):
+        if views is not None:
+            plan = {field: value for field, value in dataclasses.asdict(views.plan).items() if value is not None}
+            arrays |= {f"{name} {field}": value for field, value in ({"pixels": views.pixels} | plan).items()}
+    return arrays
+
+
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-imagenet-r50-100ep", "ibot-digits"])
+@pytest.mark.parametrize("damaged", [(), (2, 5, 9, 20, 21)])
+def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
+    generator: np.random.Generator, recipe: str, damaged: tuple[int, ...]
+) -> None:
+    """Photographs of all sizes, grey, turned by EXIF; damaged ones, replayed decisions, a quarantined one."""
+    config = get_recipe(recipe)
+    images = []
+    for index in range(40):
+        pixels = photograph_like(generator, int(generator.integers(1, 90)), int(generator.integers(1, 90)))
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6
+        options = {"exif": turned} if index % 3 == 0 else {}
+        images.append(encode(pixels[..., 0] if index % 5 == 0 else pixels, "JPEG", **options))
+    for index in damaged:
+        images[index] = images[index][: len(images[index]) // 2] if index % 2 else b""
+    num_local_views = config.selection.num_local_views_at(0)
+    request = _request(list(range(12)), num_views=3, num_local_views=num_local_views, quarantined_ids=(7,))
+    decided: list[ViewBatch] = []
+    for _ in range(2):  # the second time with the first one's decisions
+        whole = render_batch(_context(images, views=config.views), request)
+        draft, decoded = decode_batch(_context(images, views=config.views), request)
+        # What travels is read-only where it arrives.
+        decoded.pixels.flags.writeable = False
+        finished = finish_batch(CpuRenderer(config.views, max_image_pixels=10**6), draft, decoded)
+        assert finished.replacements == whole.replacements
+        expected, found = _arrays(whole), _arrays(finished)
+        assert list(found) == list(expected)
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+        assert finished.shipped_bytes == decoded.pixels.nbytes <= int((whole.heights * whole.widths).sum()) * 3
+        assert whole.shipped_bytes == whole.num_bytes == finished.num_bytes
+        decided.append(whole)
+        request = dataclasses.replace(request, known_replacements=whole.replacements)
+    assert len(decided[0].replacements) >= 1 + len(damaged) // 2
 
 
 def test_nothing_readable_left_is_an_error() -> None:
