@@ -591,8 +591,10 @@ class ClusterConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """What trainers run on. auto: cuda where the cluster has enough GPUs for the trainers, else cpu."""
 
-    batches_in_flight: int = 4
-    """Batches that each trainer asks for ahead of the step."""
+    batches_in_flight: int | Literal["auto"] = "auto"
+    """Batches that each trainer asks for ahead of the step. A view worker works on one batch at a time: with fewer batches
+    than view workers for each trainer, some idle. auto: two more than workers (and finishers) for each trainer, at least 4,
+    as far as the object stores hold them."""
 
     cpus_per_trainer: float = 1.0
     """CPUs that Ray reserves for a trainer."""
@@ -643,7 +645,8 @@ class ClusterConfig:
         _require(self.resize_check_seconds > 0.0, "cluster.resize_check_seconds", self.resize_check_seconds, "positive")
         workers = self.num_view_workers
         _require(workers == "auto" or workers >= 1, "cluster.num_view_workers", workers, "auto, or 1 or more")
-        _require(self.batches_in_flight >= 1, "cluster.batches_in_flight", self.batches_in_flight, "1 or more")
+        ahead = self.batches_in_flight
+        _require(ahead == "auto" or ahead >= 1, "cluster.batches_in_flight", ahead, "auto, or 1 or more")
         for name in (
             "cpus_per_trainer",
             "cpus_per_view_worker",
@@ -666,6 +669,15 @@ class ClusterConfig:
         _require(self.max_trainer_failures >= 0, "cluster.max_trainer_failures", self.max_trainer_failures, ">= 0")
         store = self.object_store_mib
         _require(store == "auto" or store >= 80, "cluster.object_store_mib", store, "auto, or 80 or more")
+
+    def num_batches_in_flight(self, num_view_workers: int | None = None) -> int:
+        """Return `batches_in_flight`; auto: for so many view workers (None: as many as are set, or 1)."""
+        if self.batches_in_flight != "auto":
+            return self.batches_in_flight
+        if num_view_workers is None:
+            num_view_workers = 1 if self.num_view_workers == "auto" else self.num_view_workers
+        finishers = self.finishers_per_trainer if self.ship == "pixels" else 0
+        return max(4, -(-num_view_workers // self.num_trainers) + finishers + 2)
 
     @property
     def cpus_with_finishers(self) -> float:

@@ -1,16 +1,19 @@
-"""Say what a run would be and need, without starting anything: settings, views, operations, memory, view workers.
+"""Say what a run would be and need, without starting anything: settings, views, view workers, link, operations, memory.
 
-python pipelines/describe.py [RECIPE] [--section.field VALUE ...]
+python pipelines/describe.py [RECIPE] [--demand IMAGES_PER_SECOND] [--link GIGABYTES_PER_SECOND] [--section.field VALUE ...]
+
+--demand: images per second that all trainers together take (default 1,000). --link: of the network into the node of one
+trainer; with it, what to ship over it is recommended.
 """
 
+import argparse
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.config import RunConfig, ViewGroupConfig, config_to_dict, flatten
-from hvp_ray.errors import HvpRayError
+from hvp_ray.config import RunConfig, config_to_dict, flatten
+from hvp_ray.errors import ConfigError, HvpRayError
 from pipelines.command_line import parse_run
 
 _MIB = 2**20
@@ -33,7 +36,7 @@ def describe_settings(config: RunConfig) -> str:
 
 
 def describe_views(config: RunConfig) -> str:
-    """Return what is rendered and shipped for a step, and the link that 1,000 images a second need."""
+    """Return what is rendered for a step."""
     from hvp_ray.stream.capacity import batch_bytes, look_ahead_bytes
     from hvp_ray.training.choosing import candidates_of
 
@@ -55,59 +58,122 @@ def describe_views(config: RunConfig) -> str:
         + (f", of which {config.selection.limit} are compared" if config.selection.limit else ""),
         f"  bytes          {per_image / 1024:.0f} KiB an image, {batch_bytes(config) / _MIB:.1f} MiB a batch of one trainer, "
         f"{look_ahead_bytes(config) / _MIB:.0f} MiB of look-ahead in the object store",
-        f"  link           {per_image * 1000 / 1e9:.2f} GB/s into the trainers for every 1,000 images/s",
     ]
     return "\n".join(lines)
 
 
-def describe_workers(config: RunConfig) -> str:
-    """Render an imaginary photograph of 500 x 375 px here and now, and say how many workers that makes."""
+def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
+    """Render a sample here and now; return what the demand takes, with views and with decoded pixels shipped.
+
+    Args:
+        config: the run.
+        demand: images per second of all trainers.
+        link: bytes per second into the node of a trainer; None: unknown.
+    """
+    from hvp_ray.stream.sizing import USABLE_LINK_FRACTION, measure_service_times, recommend_ship, size_pool
+
+    images, what = _sample(config)
+    times = measure_service_times(config, images)
+    trainers, per_trainer = config.cluster.num_trainers, demand / config.cluster.num_trainers
+    needs = [size_pool(config, times, images_per_second=demand, ship=ship) for ship in ("views", "pixels")]
+    lines = [
+        f"  measured on    {what}, {times.encoded_bytes / 1e3:.0f} kB encoded; renderer cpu, one thread of this machine",
+        f"  demand         {demand:,.0f} images/s of {trainers} trainer(s); capacity 1.2 times that",
+        "",
+        f"  {'cluster.ship':<14}{'kB shipped':>11}{'CPU ms at':>11}{'CPU ms beside':>15}{'view':>9}{'finishers':>11}"
+        f"{'GB/s into':>11}{'in':>8}{'store':>9}",
+        f"  {'':<14}{'an image':>11}{'a worker':>11}{'the trainer':>15}{'workers':>9}{'a trainer':>11}"
+        f"{'a trainer':>11}{'flight':>8}{'MiB':>9}",
+    ]
+    for need in needs:
+        pixels = need.ship == "pixels"
+        shipped = times.shipped_pixel_bytes if pixels else times.view_bytes
+        at_worker, beside = (times.decode_seconds, times.finish_seconds) if pixels else (times.whole_seconds, 0.0)
+        lines.append(
+            f"  {need.ship:<14}{shipped / 1e3:>11.0f}{at_worker * 1e3:>11.2f}{beside * 1e3:>15.2f}{need.num_view_workers:>9}"
+            f"{need.finishers_per_trainer:>11}{need.link_bytes_per_second / 1e9:>11.2f}{need.batches_in_flight:>8}"
+            f"{need.store_bytes / _MIB:>9.0f}"
+        )
+    lines.append("")
+    if link is None:
+        lines.append(
+            "  tell the link into a trainer's node (--link GIGABYTES_PER_SECOND) to hear which of them fits it"
+        )
+        return "\n".join(lines)
+    usable, chosen = USABLE_LINK_FRACTION * link, recommend_ship(needs, link)
+    if chosen is None:
+        least = min(needs, key=lambda need: need.link_bytes_per_second)
+        most = per_trainer * usable / least.link_bytes_per_second
+        lines.append(
+            f"  WARNING        neither fits {USABLE_LINK_FRACTION:.0%} of a link of {link / 1e9:g} GB/s: at most {most:,.0f} "
+            f"images/s reach a trainer ({least.ship}).\n                 Put view workers on the trainers' nodes: then only "
+            f"encoded images cross the link ({per_trainer * times.encoded_bytes / 1e9:.2f} GB/s)"
+        )
+    else:
+        why = "views fit the link" if chosen == "views" else "views do not fit the link, decoded pixels do"
+        finishers = next(need.finishers_per_trainer for need in needs if need.ship == chosen)
+        options = f" --cluster.finishers_per_trainer {finishers}" if chosen == "pixels" else ""
+        lines.append(f"  recommended    --cluster.ship {chosen}{options}   ({why}: {link / 1e9:g} GB/s)")
+    return "\n".join(lines)
+
+
+def _sample(config: RunConfig) -> tuple[list[bytes], str]:
+    """Return images of the run's source and what they are; where it cannot be opened from here, made-up ones."""
+    from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.errors import DataError
+    from hvp_ray.stream.sizing import sample_images
+
+    try:
+        images = sample_images(open_dataset(config.data))
+        return images, f"{len(images)} images of {config.data.source}"
+    except (DataError, OSError) as error:
+        why = str(error).splitlines()[0]
+    return [_made_up_photograph()] * 8, f"a made-up photograph of 500 x 375 px ({why})"
+
+
+def _made_up_photograph() -> bytes:
     import io
 
     import numpy as np
     from PIL import Image
 
-    from hvp_ray.randomness import Purpose
-    from hvp_ray.records import ViewPlan
-    from hvp_ray.views.plan import draw_plan
-    from hvp_ray.views.render_cpu import CpuRenderer
-
     rows, columns = np.mgrid[0:375, 0:500]
     pixels = np.stack([rows // 2, columns // 2, (rows * columns) % 251], axis=-1).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    images, selection = [buffer.getvalue()] * 8, config.selection
-    ids, heights, widths = np.arange(8), np.full(8, 375, np.int32), np.full(8, 500, np.int32)
+    return buffer.getvalue()
 
-    def plan(purpose: Purpose, num_views: int, group: ViewGroupConfig) -> ViewPlan:
-        return draw_plan(
-            seed=0, purpose=purpose, epoch=0, sample_ids=ids, heights=heights, widths=widths, num_views=num_views, group=group
-        )  # fmt: skip
 
-    global_plan = plan(Purpose.GLOBAL_VIEWS, selection.num_views_at(0), config.views.global_views)
-    local_plan = None
-    if config.views.local_views is not None:
-        local_plan = plan(Purpose.LOCAL_VIEWS, selection.num_local_views_at(0), config.views.local_views)
-    renderer = CpuRenderer(config.views, max_image_pixels=config.data.max_image_pixels)
-    started, rounds = time.process_time(), 0
-    while time.process_time() - started < 1.0:
-        renderer.render(images, global_plan, local_plan)
-        rounds += 1
-    milliseconds = (time.process_time() - started) * 1000 / (rounds * len(images))
-    return (
-        f"  cpu renderer   {milliseconds:.1f} CPU ms an image on this machine (a JPEG of 500 x 375 px), so "
-        f"{milliseconds:.0f} view workers for every 1,000 images/s"
-    )
+def _parse_own(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of this program, and the rest: recipe and settings.
+
+    Raises:
+        ConfigError: not a positive number.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--demand", type=float, default=1000.0)
+    parser.add_argument("--link", type=float)
+    try:
+        own, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; it must be a number") from error
+    for name in ("demand", "link"):
+        value = getattr(own, name)
+        if value is not None and not 0.0 < value < float("inf"):
+            raise ConfigError(f"--{name} {value:g} is not allowed: a positive number")
+    return own, rest
 
 
 def main(arguments: list[str]) -> int:
     """Print; return the exit status."""
     try:
+        own, arguments = _parse_own(arguments)
         config = parse_run(arguments, program="describe.py", description=__doc__ or "")
         print(
             f"settings of {config.recipe}\n{describe_settings(config)}\n\nviews\n{describe_views(config)}", flush=True
         )
-        print(describe_workers(config), flush=True)
+        link = None if own.link is None else own.link * 1e9
+        print(f"\nview workers\n{describe_pool(config, own.demand, link)}", flush=True)
         from hvp_ray.training.memory import estimate_memory
         from hvp_ray.training.operations import count_operations
 

@@ -1,8 +1,10 @@
 """Bytes in flight against the object store, and what the store really spilled."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
@@ -22,9 +24,55 @@ def batch_bytes(config: RunConfig) -> int:
     return pixels * config.images_per_rank * 3
 
 
-def look_ahead_bytes(config: RunConfig) -> int:
+def step_bytes(config: RunConfig, decoded_bytes: float = 0.0) -> int:
+    """Return the bytes that one step of all trainers can take in the object store.
+
+    Args:
+        config: the run.
+        decoded_bytes: of one image on average, where decoded pixels are shipped: they lie beside the views for a while.
+    """
+    shipped = decoded_bytes * config.images_per_rank if config.cluster.ship == "pixels" else 0.0
+    return config.cluster.num_trainers * (batch_bytes(config) + int(shipped))
+
+
+def look_ahead_bytes(config: RunConfig, decoded_bytes: float = 0.0) -> int:
     """Return the bytes that all trainers can have under way at once: the look-ahead and the batch in use."""
-    return config.cluster.num_trainers * (config.cluster.batches_in_flight + 1) * batch_bytes(config)
+    return (config.cluster.num_batches_in_flight() + 1) * step_bytes(config, decoded_bytes)
+
+
+def decide_look_ahead(
+    config: RunConfig, num_view_workers: int, store_bytes: float, decoded_bytes: float = 0.0
+) -> RunConfig:
+    """Return the config with `cluster.batches_in_flight` as a number: enough for all view workers, if the store holds it.
+
+    Raises:
+        ConfigError: the look-ahead is more than 70 % of the object store, and was set; or not even one batch fits.
+    """
+    ahead = config.cluster.num_batches_in_flight(num_view_workers)
+    if config.cluster.batches_in_flight == "auto":
+        ahead = max(1, min(ahead, _num_that_fit(config, store_bytes, decoded_bytes)))
+    decided = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, batches_in_flight=ahead))
+    check_store(decided, store_bytes, decoded_bytes)
+    return decided
+
+
+def _num_that_fit(config: RunConfig, store_bytes: float, decoded_bytes: float) -> int:
+    return int(USABLE_STORE_FRACTION * store_bytes // step_bytes(config, decoded_bytes)) - 1
+
+
+def store_to_start(config: RunConfig, num_view_workers: int, decoded_bytes: float = 0.0) -> int:
+    """Return the bytes of the object store of a Ray that is started for this run alone.
+
+    Three times the look-ahead: it lies there twice where a batch is copied, and Ray spills at 0.8. For batches that were not
+    asked for by number no more than 30 % of the machine's memory, which is what Ray takes by itself.
+    """
+    cluster = config.cluster
+    if cluster.object_store_mib != "auto":
+        return cluster.object_store_mib * 2**20
+    needed = 3 * (cluster.num_batches_in_flight(num_view_workers) + 1) * step_bytes(config, decoded_bytes)
+    if cluster.batches_in_flight == "auto":
+        needed = min(needed, int(0.3 * psutil.virtual_memory().total))
+    return max(2**28, needed)
 
 
 def store_for_look_ahead(
@@ -61,21 +109,21 @@ def _room(node: Mapping[str, float], needed: Mapping[str, float]) -> int:
     return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0.0), default=1)
 
 
-def check_store(config: RunConfig, store_bytes: float) -> None:
+def check_store(config: RunConfig, store_bytes: float, decoded_bytes: float = 0.0) -> None:
     """Refuse a look-ahead that would spill.
 
     Raises:
         ConfigError: the look-ahead is more than 70 % of the object store.
     """
-    needed = look_ahead_bytes(config)
+    needed, ahead = look_ahead_bytes(config, decoded_bytes), config.cluster.num_batches_in_flight()
     if needed <= USABLE_STORE_FRACTION * store_bytes:
         return
-    per_batch = config.cluster.num_trainers * batch_bytes(config)
-    fits = int(USABLE_STORE_FRACTION * store_bytes // per_batch) - 1
+    per_batch = step_bytes(config, decoded_bytes) / config.cluster.num_trainers
+    fits = _num_that_fit(config, store_bytes, decoded_bytes)
     advice = f"set cluster.batches_in_flight={fits}" if fits >= 1 else "use fewer images per step or smaller views"
     raise ConfigError(
         f"the look-ahead needs {needed / 2**20:.0f} MiB of the object store (cluster.batches_in_flight="
-        f"{config.cluster.batches_in_flight} batches and one in use, {batch_bytes(config) / 2**20:.1f} MiB each, "
+        f"{ahead} batches and one in use, {per_batch / 2**20:.1f} MiB each, "
         f"{config.cluster.num_trainers} trainer(s)), but of its {store_bytes / 2**20:.0f} MiB only "
         f"{USABLE_STORE_FRACTION:.0%} can be used without spilling to disk; {advice}, or give Ray a larger "
         f"object store (cluster.object_store_mib for a local Ray, `ray start --object-store-memory` otherwise)"

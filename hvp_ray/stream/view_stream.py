@@ -32,6 +32,7 @@ from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import RequestOf
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.stats import StreamStats
+from hvp_ray.stream.team import Member, Team
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class _Call:
     """One request under way at one worker or finisher."""
 
     step: int
-    worker: "_Worker"
+    worker: Member
     asked_at: float
     kind: _Kind
     decoded: "_Decoded | None" = None
@@ -67,43 +68,6 @@ class _Decoded:
     asked_at: float
 
 
-@dataclass(slots=True)
-class _Worker:
-    handle: ActorHandle[Any]
-    name: str
-    is_up: bool = True
-    num_calls: int = 0
-    probe: Any = None
-    """Reference of a call that tells when a dead worker is back."""
-    probe_after: float = 0.0
-
-
-class _Team:
-    """Actors that can do the same."""
-
-    def __init__(self, title: str, handles: Sequence[ActorHandle[Any]], *, turn: int) -> None:
-        self._title = title
-        self.members = [_Worker(handle, f"{title} {index}") for index, handle in enumerate(handles)]
-        self._turn = turn
-
-    def num_up(self) -> int:
-        return sum(worker.is_up for worker in self.members)
-
-    def describe(self) -> str:
-        return f"{self.num_up()} of {len(self.members)} {self._title}s are up"
-
-    def least_busy(self, *, other_than: _Worker | None = None) -> _Worker | None:
-        """Choose the one with the fewest calls of this stream, in turn; None: none is up."""
-        count = len(self.members)
-        in_turn = [self.members[(self._turn + offset) % count] for offset in range(count)]
-        up = [worker for worker in in_turn if worker.is_up and worker is not other_than]
-        if not up:
-            return None
-        chosen = min(up, key=lambda worker: worker.num_calls)
-        self._turn = self.members.index(chosen) + 1
-        return chosen
-
-
 class ViewStream:
     """See the module. One thread watches the calls; `next_batch` belongs to the trainer's thread."""
 
@@ -117,14 +81,16 @@ class ViewStream:
         cluster: ClusterConfig,
         hand_over: DeviceHandOver,
         rank: int = 0,
+        num_ranks: int = 1,
         finishers: Sequence[ActorHandle[Any]] = (),
     ) -> None:
         self.stats = StreamStats()
-        self._workers = _Team("view worker", workers, turn=rank)  # ranks begin with different workers
-        self._finishers = _Team("view finisher", finishers, turn=0)
+        self._workers = Team("view worker", workers, rank=rank, num_ranks=num_ranks)
+        self._finishers = Team("view finisher", finishers)
         self._request_of = request_of
         self._end_step = end_step
         self._cluster = cluster
+        self._num_ahead = cluster.num_batches_in_flight(len(workers))
         self._hand_over = hand_over
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -205,7 +171,7 @@ class ViewStream:
     # Everything below holds the lock, except the waiting itself.
 
     def _ask_ahead(self) -> None:
-        while self._next_to_ask < min(self._end_step, self._next_to_take + self._cluster.batches_in_flight):
+        while self._next_to_ask < min(self._end_step, self._next_to_take + self._num_ahead):
             step = self._next_to_ask
             self._requests[step] = self._request_of(step)
             self._next_to_ask += 1
@@ -224,7 +190,7 @@ class ViewStream:
                 return
             self._ask(self._unassigned.popleft(), worker)
 
-    def _ask(self, step: int, worker: _Worker) -> None:
+    def _ask(self, step: int, worker: Member) -> None:
         request, now = self._requests[step], time.perf_counter()
         worker.num_calls += 1
         if self._deaths[step] >= DEATHS_BEFORE_ISOLATION:
@@ -235,7 +201,7 @@ class ViewStream:
         else:
             self._calls[worker.handle.render.remote(request)] = _Call(step, worker, now, "render")
 
-    def _finish(self, step: int, decoded: _Decoded, finisher: _Worker) -> None:
+    def _finish(self, step: int, decoded: _Decoded, finisher: Member) -> None:
         reference = finisher.handle.finish.remote(decoded.draft, decoded.images)
         finisher.num_calls += 1
         self._calls[reference] = _Call(step, finisher, time.perf_counter(), "finish", decoded)
@@ -355,7 +321,7 @@ class ViewStream:
             if not worker.is_up and worker.probe is None and now >= worker.probe_after:
                 worker.probe = worker.handle.process_id.remote()
 
-    def _hear_probe(self, worker: _Worker, reference: Any) -> None:
+    def _hear_probe(self, worker: Member, reference: Any) -> None:
         try:
             ray.get(reference, timeout=1.0)
             is_up = True

@@ -24,19 +24,27 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
+from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.logs import set_up_logging
 from hvp_ray.remote_files import delete_folder, place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf
-from hvp_ray.stream.capacity import check_store, look_ahead_bytes, spilled_bytes, store_for_look_ahead
+from hvp_ray.stream.capacity import (
+    decide_look_ahead,
+    look_ahead_bytes,
+    spilled_bytes,
+    store_for_look_ahead,
+    store_to_start,
+)
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
+from hvp_ray.stream.sizing import mean_decoded_bytes
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.training.placement import Placement, decide_placement, lacks_a_label
+from hvp_ray.training.placement import MAX_AUTO_WORKERS, Placement, decide_placement, lacks_a_label
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
@@ -88,12 +96,21 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     """
     config = with_absolute_paths(config)
     check_before_start(config)
+    decoded_bytes = mean_decoded_bytes(open_dataset(config.data)) if config.cluster.ship == "pixels" else 0.0
     is_ours = not ray.is_initialized()
-    joined = _connect(config)
+    joined = _connect(config, decoded_bytes)
     try:
         placement = _place(config, may_wait=joined, say=watchers.show_message)
         needs = placement.trainer_resources, placement.view_worker_resources
-        check_store(config, store_for_look_ahead(config, ray.nodes(), *needs))
+        store_bytes = store_for_look_ahead(config, ray.nodes(), *needs)
+        config = decide_look_ahead(config, placement.num_view_workers, store_bytes, decoded_bytes)
+        idle = placement.num_view_workers - config.cluster.num_trainers * config.cluster.num_batches_in_flight()
+        if idle > 0:
+            watchers.show_message(
+                f"{idle} of {placement.num_view_workers} view workers will idle: {config.cluster.num_trainers} trainer(s) "
+                f"ask for {config.cluster.batches_in_flight} batches ahead, one for each worker at a time; raise "
+                f"cluster.batches_in_flight (or, where it is auto, the object store: {store_bytes / 2**20:.0f} MiB)"
+            )
         job = prepare_run(config, renderer=placement.renderer, device=placement.device)
         watchers.announce(
             Announcement(
@@ -104,7 +121,7 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
                 num_view_workers=placement.num_view_workers,
                 renderer=placement.renderer,
                 device=placement.device,
-                look_ahead_bytes=look_ahead_bytes(config),
+                look_ahead_bytes=look_ahead_bytes(config, decoded_bytes),
             )
         )
         return _run(job, placement, watchers), job
@@ -113,7 +130,7 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
             ray.shutdown()
 
 
-def _connect(config: RunConfig) -> bool:
+def _connect(config: RunConfig, decoded_bytes: float) -> bool:
     """Use the Ray of this process, or join the cluster that RAY_ADDRESS names, or start a local one; tell if joined."""
     if ray.is_initialized():
         return True
@@ -122,14 +139,15 @@ def _connect(config: RunConfig) -> bool:
         ray.init(**quiet)
         return True
     cluster = config.cluster
+    of_trainers = cluster.num_trainers * cluster.cpus_with_finishers
     workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
-    needed_cpus = cluster.num_trainers * cluster.cpus_with_finishers + workers * cluster.cpus_per_view_worker
-    store_mib = cluster.object_store_mib
-    store_bytes = max(2**28, 3 * look_ahead_bytes(config)) if store_mib == "auto" else store_mib * 2**20
+    cpus = max(os.cpu_count() or 1, int(of_trainers + workers * cluster.cpus_per_view_worker + 0.999))
+    if cluster.num_view_workers == "auto" and cluster.cpus_per_view_worker > 0:
+        workers = max(1, min(MAX_AUTO_WORKERS, int((cpus - of_trainers) / cluster.cpus_per_view_worker)))
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, int(needed_cpus + 0.999)),
-        object_store_memory=store_bytes,
+        num_cpus=cpus,
+        object_store_memory=store_to_start(config, workers, decoded_bytes),
         include_dashboard=False,
         **quiet,
     )
@@ -345,6 +363,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             cluster=config.cluster,
             hand_over=hand_over,
             rank=world.rank,
+            num_ranks=world.num_ranks,
             finishers=finishers,
         )
         publisher.watch(stream.numbers)

@@ -63,6 +63,28 @@ def test_three_view_workers_equal_inline_rendering(output: Path, straight: str) 
     assert other_seed["weights_digest"] != straight
 
 
+def test_shipped_pixels_with_workers_finishers_and_the_trainer_killed_equal_inline(output: Path, straight: str) -> None:
+    """cluster.ship=pixels: decoded by two view workers, rendered by two finishers beside the trainer."""
+
+    def kill(step: int) -> None:
+        title = "ray::ViewWorker" if step == 3 else "ray::ViewFinisher"
+        killed = processes_titled(title)
+        assert killed
+        for process in killed[: 2 if step == 3 else 1]:
+            os.kill(process.pid, signal.SIGKILL)
+        os.kill(attempts(output / "pixels")[-1]["process_id"], signal.SIGKILL)
+
+    killer = AtStep(output / "pixels", [3, 9], kill)
+    killer.start()
+    cluster = {"ship": "pixels", "num_view_workers": 2, "finishers_per_trainer": 2}
+    summary = launch_quietly(_config(output, "pixels", **cluster))
+    killer.end()
+    assert len(killer.fired) == 2
+    assert summary["num_resumes"] == 2
+    assert summary["num_worker_restarts"] >= 1
+    assert _check(output, "pixels", summary) == straight
+
+
 def test_ibot_with_view_workers_and_a_trainer_killed_equals_inline(output: Path) -> None:
     """The method with the most state (teacher, two centres, masks, local views); every second step is vanilla."""
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, 
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import render_batch
+from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewWorker, open_render_context
 from hvp_ray.training.rank import build_order
@@ -45,7 +47,9 @@ def _requests(config: Any = CONFIG) -> Any:
     return requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
 
 
-def _stream(workers: list[Any], *, end_step: int, request_of: Any = None, **cluster: Any) -> ViewStream:
+def _stream(
+    workers: list[Any], *, end_step: int, request_of: Any = None, finishers: Sequence[Any] = (), **cluster: Any
+) -> ViewStream:
     settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
     return ViewStream(
         workers,
@@ -54,6 +58,7 @@ def _stream(workers: list[Any], *, end_step: int, request_of: Any = None, **clus
         end_step=end_step,
         cluster=settings,
         hand_over=DeviceHandOver(CPU),
+        finishers=finishers,
     )
 
 
@@ -80,6 +85,30 @@ def test_batches_come_in_order_and_equal_inline_rendering() -> None:
     assert set(stream.stats.views_per_second_by_worker()) == {"worker-0", "worker-1", "worker-2"}
     stream.close()
     _kill(workers)
+
+
+def test_finishers_may_die_and_what_they_had_in_hand_is_rendered_by_others() -> None:
+    """Decoded by workers, rendered by finishers: the same batches in order; no worker is asked again for a finisher's death."""
+    config = tiny_config("unused", run={"output": None}, cluster={"ship": "pixels", "finishers_per_trainer": 2})
+    workers, finishers = _start(SlowWorker, 2, 0.0), start_finishers(config, rank=0)
+    assert len(finishers) == 2
+    ray.get([finisher.process_id.remote() for finisher in finishers])
+    stream = _stream(workers, end_step=12, finishers=finishers)
+    context = open_render_context(config_to_dict(CONFIG), "cpu")
+    for step in range(12):
+        if step in (3, 7):
+            for process in processes_titled("ray::ViewFinisher"):
+                os.kill(process.pid, signal.SIGKILL)
+        batch = stream.next_batch()
+        expected = render_batch(context, _requests()(step))
+        assert batch.batch.step == step
+        assert np.array_equal(batch.global_pixels.numpy(), expected.global_views.pixels)
+        assert batch.batch.decoded_bytes > 0
+    assert stream.stats.num_worker_deaths >= 1
+    assert stream.stats.num_isolations == 0
+    assert set(stream.stats.views_per_second_by_worker()) == {"worker-0", "worker-1"}
+    stream.close()
+    _kill(workers + finishers)
 
 
 def test_no_more_batches_are_asked_for_than_allowed() -> None:

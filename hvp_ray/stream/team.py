@@ -1,0 +1,57 @@
+"""Whom to ask: the actors that can do the same, and which of them is next. Knows no Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One actor, as one trainer sees it."""
+
+    handle: Any
+    name: str
+    is_up: bool = True
+    num_calls: int = 0
+    """Calls of this trainer that it has not answered."""
+    probe: Any = None
+    """Reference of a call that tells when a dead one is back."""
+    probe_after: float = 0.0
+
+
+class Team:
+    """Actors that can do the same.
+
+    Trainers do not know of each other's calls. So each begins at a place of its own, spread evenly over the members, and goes
+    round: trainers that run in step then ask everybody equally often, and nobody in bursts.
+
+    Args:
+        title: of one member.
+        handles: of the members.
+        rank: the trainer that asks.
+        num_ranks: trainers that ask the same members.
+    """
+
+    def __init__(self, title: str, handles: Sequence[Any], *, rank: int = 0, num_ranks: int = 1) -> None:
+        self.members = [Member(handle, f"{title} {index}") for index, handle in enumerate(handles)]
+        self._title = title
+        self._turn = rank * len(handles) // num_ranks
+
+    def num_up(self) -> int:
+        """Return how many answer."""
+        return sum(member.is_up for member in self.members)
+
+    def describe(self) -> str:
+        """Return a line for an error."""
+        return f"{self.num_up()} of {len(self.members)} {self._title}s are up"
+
+    def least_busy(self, *, other_than: Member | None = None) -> Member | None:
+        """Choose the one with the fewest calls of this trainer, in turn; None: none is up."""
+        count = len(self.members)
+        in_turn = [self.members[(self._turn + offset) % count] for offset in range(count)]
+        up = [member for member in in_turn if member.is_up and member is not other_than]
+        if not up:
+            return None
+        chosen = min(up, key=lambda member: member.num_calls)
+        self._turn = self.members.index(chosen) + 1
+        return chosen

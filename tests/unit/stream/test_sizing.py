@@ -1,0 +1,74 @@
+"""The sizes that follow from service times, computed by hand; and service times that add up."""
+
+import numpy as np
+import pytest
+
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.errors import UnreadableImageError
+from hvp_ray.stream.capacity import batch_bytes
+from hvp_ray.stream.sizing import (
+    ServiceTimes,
+    mean_decoded_bytes,
+    measure_service_times,
+    recommend_ship,
+    sample_images,
+    size_pool,
+)
+from tests.helpers import encode, photograph_like, tiny_config
+
+TIMES = ServiceTimes(
+    num_images=64,
+    whole_seconds=0.0048,
+    decode_seconds=0.0020,
+    finish_seconds=0.0030,
+    encoded_bytes=110_000.0,
+    shipped_pixel_bytes=450_000.0,
+    view_bytes=600_000.0,
+)
+
+
+def test_need_of_views_and_of_pixels_by_hand() -> None:
+    config = tiny_config("x", training={"images_per_step": 1024}, cluster={"num_trainers": 4})
+    views = size_pool(config, TIMES, images_per_second=4000.0, ship="views")
+    assert views.num_view_workers == 24  # 1.2 x 4,000 x 0.0048 = 23.04
+    assert views.finishers_per_trainer == 0
+    assert views.link_bytes_per_second == 1000 * 600_000
+    assert views.batches_in_flight == 8  # 24 / 4 + 2
+    assert views.store_bytes == 9 * 256 * 600_000
+    assert views.calls_per_second == pytest.approx(4000 / 256)
+    pixels = size_pool(config, TIMES, images_per_second=4000.0, ship="pixels")
+    assert pixels.num_view_workers == 10  # 1.2 x 4,000 x 0.0020 = 9.6
+    assert pixels.finishers_per_trainer == 4  # 1.2 x 1,000 x 0.0030 = 3.6
+    assert pixels.link_bytes_per_second == 1000 * 450_000
+    assert pixels.batches_in_flight == 9  # 10 / 4, rounded up, + 4 + 2
+    assert pixels.store_bytes == 10 * 256 * 1_050_000
+
+
+@pytest.mark.parametrize(
+    ("link", "chosen"), [(1e9, "views"), (0.75e9, "views"), (0.74e9, "pixels"), (0.57e9, "pixels"), (0.5e9, None)]
+)
+def test_views_are_shipped_where_they_fit_else_pixels_else_nothing(link: float, chosen: str | None) -> None:
+    """0.6 and 0.45 GB/s are needed; 80 % of the link can be used."""
+    config = tiny_config("x")
+    needs = [size_pool(config, TIMES, images_per_second=1000.0, ship=ship) for ship in ("views", "pixels")]
+    assert recommend_ship(needs, link) == chosen
+
+
+def test_service_times_of_the_two_halves_and_bytes(generator: np.random.Generator) -> None:
+    config = tiny_config("x", recipe="dino-digits")
+    images = [encode(photograph_like(generator, 60, 80), "JPEG") for _ in range(4)]
+    times = measure_service_times(config, [*images, b"damaged"], seconds=0.05)
+    assert times.num_images == 4
+    assert times.encoded_bytes == sum(map(len, images)) / 4
+    assert times.view_bytes == batch_bytes(config) / 16
+    assert 0 < times.shipped_pixel_bytes <= 60 * 80 * 3
+    assert min(times.whole_seconds, times.decode_seconds, times.finish_seconds) > 0.0
+    with pytest.raises(UnreadableImageError):
+        measure_service_times(config, [b"damaged"])
+
+
+def test_sample_is_spread_over_the_images_that_are_trained_on() -> None:
+    dataset = open_dataset(tiny_config("x").data)
+    ids = dataset.training_ids
+    assert sample_images(dataset, 3) == dataset.source.read([int(ids[0]), int(ids[(len(ids) - 1) // 2]), int(ids[-1])])
+    assert mean_decoded_bytes(dataset) > 0.0
