@@ -88,7 +88,7 @@ def test_batches_come_in_order_and_equal_inline_rendering() -> None:
 
 
 def test_finishers_may_die_and_what_they_had_in_hand_is_rendered_by_others() -> None:
-    """Decoded by workers, rendered by finishers: the same batches in order; no worker is asked again for a finisher's death."""
+    """Decoded by workers, rendered by finishers: the same batches in order, whatever finishers die."""
     config = tiny_config("unused", run={"output": None}, cluster={"ship": "pixels", "finishers_per_trainer": 2})
     workers, finishers = _start(SlowWorker, 2, 0.0), start_finishers(config, rank=0)
     assert len(finishers) == 2
