@@ -4,9 +4,9 @@ python benchmarks/sizing.py [--data PARQUET] [--images-per-step N] [--steps N] [
 
 measured: service times of this machine (CPU ms an image, one thread: `stream.sizing.measure_service_times`), then pools of
 one and of two view workers, and of one view worker with one view finisher that ship decoded pixels, each emptied by a trainer
-that does nothing else. Predicted is what the slowest stage can do. Busy: CPU time of the processes that render, as a share of
-the wall time and of their number; below 1 the machine was short of cores, so that beside the ratio stands that for the time
-in which they ran. The first batches are not counted.
+that does nothing else. Predicted is what the slowest stage can do. Busy: CPU time of the processes that render, as a share
+of the wall time and of their number; below 1 the machine was short of cores, so beside the ratio stands that for the time in
+which they ran. MiB: memory that the largest of them has for itself. The first batches are not counted.
 
 paper: waiting of 64 trainers for 256 view workers, and of one trainer for 1 to 16, by `pool_simulation.py`: rendering times
 vary by 10 %, whom a trainer asks is decided by the product's own code.
@@ -78,8 +78,8 @@ def bottleneck_processes(times: ServiceTimes, workers: int, finishers: int) -> f
     return predict(times, workers, finishers) * (times.decode_seconds + times.finish_seconds)
 
 
-def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, float]:
-    """Return images per second, and CPU seconds of the rendering processes / wall seconds."""
+def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, float, float]:
+    """Return images per second, CPU seconds of the rendering processes / wall seconds, and the largest one's own bytes."""
     dataset = open_dataset(config.data)
     order = build_order(config, dataset)
     pool = start_pool(config, "cpu", workers, {"CPU": 1.0})
@@ -102,12 +102,13 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
         for _ in range(steps):
             stream.next_batch()
         seconds, cpu = time.perf_counter() - begun, _cpu_seconds(process_ids) - cpu_begun
+        own_bytes = max(psutil.Process(process_id).memory_full_info().uss for process_id in process_ids)
     finally:
         stream.close()
         for actor in beside:
             ray.kill(actor)
         pool.close()
-    return steps * config.training.images_per_step / seconds, cpu / seconds
+    return steps * config.training.images_per_step / seconds, cpu / seconds, own_bytes
 
 
 def _cpu_seconds(process_ids: list[int]) -> float:
@@ -126,25 +127,26 @@ def measured(data: str, images_per_step: int, steps: int) -> Iterator[Result]:
     for field in ("whole_seconds", "decode_seconds", "finish_seconds", "shipped_pixel_bytes", "view_bytes"):
         unit = "bytes" if field.endswith("bytes") else "s"
         yield {"name": f"sizing.{field}", "value": getattr(times, field), "unit": unit}
-    print(
-        f"\n{'view workers':<14}{'finishers':>10}{'images/s':>10}{'predicted':>11}{'ratio':>7}{'busy':>6}{'ratio while busy':>18}"
-    )
+    titles = ("view workers", "finishers", "images/s", "predicted", "ratio", "busy", "ratio, busy", "MiB each")
+    print("\n" + "".join(f"{title:>13}" for title in titles))
     store = 3 * 10 * 2 * int(times.view_bytes) * images_per_step
     # As many CPUs as the pools ask for: what they really share is this machine.
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=store)
     for workers, finishers in POOLS:
         pool_config = configure(data, images_per_step, finishers=finishers)
-        rate, busy = measure_pool(pool_config, workers, steps)
+        rate, busy, own_bytes = measure_pool(pool_config, workers, steps)
         expected = predict(times, workers, finishers)
         share = busy / bottleneck_processes(times, workers, finishers)
+        ratio = rate / expected
         print(
-            f"{workers:<14}{finishers:>10}{rate:>10.0f}{expected:>11.0f}{rate / expected:>7.2f}{share:>6.2f}"
-            f"{rate / expected / share:>18.2f}",
+            f"{workers:>13}{finishers:>13}{rate:>13.0f}{expected:>13.0f}{ratio:>13.2f}{share:>13.2f}{ratio / share:>13.2f}"
+            f"{own_bytes / 2**20:>13.0f}",
             flush=True,
         )
         name, busy_context = f"sizing.workers-{workers}.finishers-{finishers}", {"busy": round(share, 3)}
         yield {"name": f"{name}.images_per_second", "value": rate, "unit": "images/s"}
-        yield {"name": f"{name}.ratio_to_formula", "value": rate / expected, "unit": "1"} | busy_context
+        yield {"name": f"{name}.ratio_to_formula", "value": ratio, "unit": "1"} | busy_context
+        yield {"name": f"{name}.own_bytes", "value": own_bytes, "unit": "bytes"}
     ray.shutdown()
 
 

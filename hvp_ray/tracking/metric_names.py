@@ -33,6 +33,6 @@ METRICS: dict[str, str] = {
     "perf/step_seconds": "Wall time of a step.",
     "perf/wait_seconds": "Time a step stood still for its batch. Above a few percent of the step: more view workers.",
     "stream/views_per_second_per_worker": "Speed of a view worker while it renders, mean over workers.",
-    "stream/bytes": "Bytes of pixels received so far.",
+    "stream/bytes": "Bytes of pixels that view workers sent so far.",
     "stream/retries": "Batches asked again so far, because a worker died or was late.",
 }

@@ -106,7 +106,11 @@ def test_output_folder_that_cannot_be_written_is_refused(capfd: pytest.CaptureFi
 def test_help_lists_recipes_and_options(capfd: pytest.CaptureFixture[str]) -> None:
     status, printed = _run(capfd, "--help")
     assert status == 0
-    for text in ("simsiam-imagenet-r50-100ep", "--selection.num_views {None}|INT", "--cluster.batches_in_flight INT"):
+    for text in (
+        "simsiam-imagenet-r50-100ep",
+        "--selection.num_views {None}|INT",
+        "--cluster.batches_in_flight INT|{auto}",
+    ):
         assert text in printed
 
 
@@ -133,6 +137,18 @@ def test_describe_says_what_a_run_needs_and_starts_nothing(
         "PEAK",
     ):
         assert text in printed
+    assert "tell the link" in printed
+    pool = printed.split("cluster.ship  ")[-1]
+    # 4 x 8 x 8 x 3 + 4 x 6 x 6 x 3 = 1.2 kB of views; workers and links follow from what is measured here and now
+    assert [line.split()[1] for line in pool.splitlines() if line.startswith("  views")] == ["1"]
+    assert describe(["dino-digits", "--training.images_per_step", "16", "--demand", "1e6", "--link", "10"]) == 0
+    assert "recommended    --cluster.ship views   (views fit the link: 10 GB/s)" in capfd.readouterr().out
+    assert describe(["dino-digits", "--training.images_per_step", "16", "--demand", "1e6", "--link", "0.001"]) == 0
+    assert "WARNING        neither fits 80% of a link of 0.001 GB/s: at most " in capfd.readouterr().out
+    assert describe(["dino-digits", "--link", "fast"]) == 1
+    assert "--link" in capfd.readouterr().err
+    assert describe(["dino-digits", "--demand", "0"]) == 1
+    assert "--demand 0 is not allowed: a positive number" in capfd.readouterr().err
     assert describe(["dino-digit"]) == 1
     assert "did you mean 'dino-digits'" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
