@@ -676,14 +676,17 @@ class ClusterConfig:
             return self.batches_in_flight
         if num_view_workers is None:
             num_view_workers = 1 if self.num_view_workers == "auto" else self.num_view_workers
-        finishers = self.finishers_per_trainer if self.ship == "pixels" else 0
-        return max(4, -(-num_view_workers // self.num_trainers) + finishers + 2)
+        return max(4, -(-num_view_workers // self.num_trainers) + self.num_finishers + 2)
+
+    @property
+    def num_finishers(self) -> int:
+        """View finishers beside each trainer; 0 where views are shipped."""
+        return self.finishers_per_trainer if self.ship == "pixels" else 0
 
     @property
     def cpus_with_finishers(self) -> float:
         """CPUs that a trainer reserves: its own, and those of the view finishers beside it."""
-        beside = self.finishers_per_trainer * self.cpus_per_view_worker if self.ship == "pixels" else 0.0
-        return self.cpus_per_trainer + beside
+        return self.cpus_per_trainer + self.num_finishers * self.cpus_per_view_worker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,11 +29,14 @@ class Display:
     def announce(self, announcement: Any) -> None:
         """Say what is about to run."""
         where = "the Ray cluster it was submitted to" if announcement.joined_cluster else "a local Ray"
+        work = f"rendering with {announcement.renderer}"
+        if announcement.num_finishers:
+            work = f"decoding for {announcement.num_finishers} view finisher(s) beside the trainers"
         say(f"run      {announcement.run_name}")
         say(f"folder   {announcement.location}")
         say(
             f"on       {where}: {announcement.num_trainers} trainer(s) on {announcement.device}, "
-            f"{announcement.num_view_workers} view worker(s) rendering with {announcement.renderer}, "
+            f"{announcement.num_view_workers} view worker(s) {work}, "
             f"at most {announcement.look_ahead_bytes / 2**20:.1f} MiB of views in flight"
         )
 

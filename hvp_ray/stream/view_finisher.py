@@ -62,9 +62,7 @@ def start_finishers(config: RunConfig, *, rank: int) -> list[ActorHandle[Any]]:
     Returns:
         none, where views are shipped.
     """
-    if config.cluster.ship == "views":
-        return []
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = _ViewFinisherActor.options(scheduling_strategy=here)
-    values, count = config_to_dict(config), config.cluster.finishers_per_trainer
+    values, count = config_to_dict(config), config.cluster.num_finishers
     return [actor.remote(values, f"view-finisher-{rank}-{index}") for index in range(count)]

@@ -70,6 +70,8 @@ class Announcement:
     joined_cluster: bool
     num_trainers: int
     num_view_workers: int
+    num_finishers: int
+    """View finishers of all trainers; 0: view workers render."""
     renderer: RendererName
     device: str
     look_ahead_bytes: int
@@ -119,6 +121,7 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
                 joined_cluster=joined,
                 num_trainers=config.cluster.num_trainers,
                 num_view_workers=placement.num_view_workers,
+                num_finishers=config.cluster.num_trainers * config.cluster.num_finishers,
                 renderer=placement.renderer,
                 device=placement.device,
                 look_ahead_bytes=look_ahead_bytes(config, decoded_bytes),
