@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,11 +172,11 @@ class ViewStream:
                 return
             self._ask(self._unassigned.popleft(), worker)
 
-    def _least_busy(self, *, other_than: int | None = None) -> int | None:
-        """Choose the worker with the fewest calls of this stream, in turn; None: no worker is up."""
+    def _least_busy(self, *, other_than: Collection[int] = ()) -> int | None:
+        """Choose the worker with the fewest calls of this stream, in turn; None: no other worker is up."""
         count = len(self._workers)
         turn = [(self._turn + offset) % count for offset in range(count)]
-        up = [index for index in turn if self._workers[index].is_up and index != other_than]
+        up = [index for index in turn if self._workers[index].is_up and index not in other_than]
         if not up:
             return None
         chosen = min(up, key=lambda index: self._workers[index].num_calls)
@@ -311,15 +312,17 @@ class ViewStream:
             return
         limit = max(self._cluster.late_seconds, self._cluster.late_factor * typical)
         now = time.perf_counter()
-        calls_of_step = Counter(call.step for call in self._calls.values())
-        for call in list(self._calls.values()):
-            is_missing = call.step >= self._next_to_hand_over and call.step not in self._arrived
-            if is_missing and now - call.asked_at > limit and calls_of_step[call.step] == 1:
-                other = self._least_busy(other_than=call.worker)
-                if other is not None:
-                    logger.warning("step %d is late (%.1f s); asked again", call.step, now - call.asked_at)
-                    self.stats.num_retries += 1
-                    self._ask(call.step, other)
+        calls_of_step: dict[int, list[_Call]] = {}
+        for call in self._calls.values():
+            if call.step >= self._next_to_hand_over and call.step not in self._arrived:
+                calls_of_step.setdefault(call.step, []).append(call)
+        for step, calls in calls_of_step.items():
+            seconds = now - max(call.asked_at for call in calls)
+            other = self._least_busy(other_than={call.worker for call in calls}) if seconds > limit else None
+            if other is not None:
+                logger.warning("step %d is late (%.1f s); asked again", step, seconds)
+                self.stats.num_retries += 1
+                self._ask(step, other)
 
     def _describe_stall(self) -> str:
         up = sum(worker.is_up for worker in self._workers)
