@@ -20,6 +20,7 @@ from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.randomness import Purpose, draw_stream
 from hvp_ray.records import BatchRequest, EncodedBatch, Replacement, ViewBatch, ViewPlan, Views
+from hvp_ray.stream.isolation import CRASHES_DECODER
 from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.renderer import Renderer, build_renderer
@@ -165,7 +166,7 @@ class _Assembly:
             if index in known:
                 failures[index] = known[index].reason
             elif sample_id in request.quarantined_ids:
-                failures[index] = "crashes the decoder"
+                failures[index] = CRASHES_DECODER
             else:
                 failure = self._measure(index, images[index])
                 if failure is not None:

@@ -7,7 +7,7 @@ What it promises:
   are pure addresses, so the repeated batch has the same bits.
 - A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
 - A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
-  own are quarantined, all others go on.
+  own are quarantined for all steps to come, all others go on.
 - Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
 - `close` returns at once; what is under way is dropped.
 """
@@ -85,6 +85,7 @@ class ViewStream:
         self._calls: dict[Any, _Call] = {}
         self._requests: dict[int, BatchRequest] = {}
         self._deaths: Counter[int] = Counter()
+        self._quarantined_ids: tuple[int, ...] = ()
         self._unassigned: deque[int] = deque()
         self._arrived: dict[int, ViewBatch] = {}
         self._ready: dict[int, DeviceBatch] = {}
@@ -160,7 +161,7 @@ class ViewStream:
     def _ask_ahead(self) -> None:
         while self._next_to_ask < min(self._end_step, self._next_to_take + self._cluster.batches_in_flight):
             step = self._next_to_ask
-            self._requests[step] = self._request_of(step)
+            self._requests[step] = replace(self._request_of(step), quarantined_ids=self._quarantined_ids)
             self._next_to_ask += 1
             self._unassigned.append(step)
         self._assign()
@@ -281,8 +282,9 @@ class ViewStream:
         self._deaths[step] = 0
         if crashing_ids:
             logger.error("step %d: images %s crash the decoder and are quarantined", step, crashing_ids)
-        request = self._requests[step]
-        self._requests[step] = replace(request, quarantined_ids=(*request.quarantined_ids, *crashing_ids))
+        self._quarantined_ids = tuple(sorted({*self._quarantined_ids, *crashing_ids}))
+        for asked, request in self._requests.items():
+            self._requests[asked] = replace(request, quarantined_ids=self._quarantined_ids)
         self._unassigned.appendleft(step)
 
     def _probe_workers(self) -> None:

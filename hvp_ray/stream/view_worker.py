@@ -9,16 +9,15 @@ import os
 from typing import Any
 
 import cv2
-import numpy as np
 import ray
 import torch
 
 from hvp_ray.config import RendererName
 from hvp_ray.logs import note_step, set_up_logging
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.stream.isolation import find_crashing_images
 from hvp_ray.stream.metrics import WORKER_METRICS, MetricsPublisher, RenderedNumbers
-from hvp_ray.stream.render_batch import open_render_context, read_images, render_batch
+from hvp_ray.stream.quarantine import find_crashing_ids
+from hvp_ray.stream.render_batch import open_render_context, render_batch
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +48,9 @@ class ViewWorker:
         return batch
 
     def find_crashing_ids(self, request: BatchRequest) -> list[int]:
-        """Return the sample ids of the request that crash a decoder's process on their own."""
+        """Return the sample ids that crash a decoder's process on their own, see `quarantine`."""
         note_step(request.step)
-        ids = [i for i in request.sample_ids.tolist() if i not in request.quarantined_ids]
-        images = read_images(self._context.source, np.array(ids).tolist()).images
-        crashing = find_crashing_images(images, max_pixels=self._context.data.max_image_pixels)
-        return [ids[index] for index in crashing]
+        return find_crashing_ids(self._context, request)
 
 
 ViewWorkerActor: Any = ray.remote(max_restarts=-1, max_task_retries=0)(ViewWorker)
