@@ -263,7 +263,7 @@ class ViewStream:
         worker = self._workers[call.worker]
         if isinstance(error, RayActorError):
             self.stats.num_worker_deaths += 1
-            self._deaths[call.step] += 1
+            self._deaths[call.step] += not error.actor_init_failed  # it never ran, so no image has killed it
             if worker.is_up:
                 logger.warning("view worker %d is gone (%s); its batches go to others", call.worker, _line(error))
             worker.is_up = False
@@ -337,4 +337,6 @@ class ViewStream:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return f"it could not start: {str(error).strip().splitlines()[-1]}"
     return type(error).__name__

@@ -6,6 +6,7 @@ no state between calls; every call may be repeated, on any worker, with the same
 
 import logging
 import os
+import time
 from typing import Any
 
 import cv2
@@ -21,6 +22,8 @@ from hvp_ray.stream.render_batch import open_render_context, render_batch
 
 logger = logging.getLogger(__name__)
 
+_START_AGAIN_SECONDS = 2.0
+
 
 class ViewWorker:
     """See the module. Made by `pool.ViewWorkerPool`."""
@@ -33,7 +36,15 @@ class ViewWorker:
         set_up_logging(run=run, origin=f"worker={name}")
         self._rendered = RenderedNumbers()
         MetricsPublisher(WORKER_METRICS, {"run": run, "worker": name}).watch(self._rendered.numbers)
-        self._context = open_render_context(config_values, renderer)
+        try:
+            self._context = open_render_context(config_values, renderer)
+        except Exception as error:
+            if not ray.get_runtime_context().was_current_actor_reconstructed:
+                raise  # the pool hears why
+            # What worked before may work again, here or elsewhere; but Ray tries again only where the process ends.
+            logger.error("cannot start again yet: %s: %s", type(error).__name__, error)
+            time.sleep(_START_AGAIN_SECONDS)
+            os._exit(1)
         logger.info("renders with %s", renderer)
 
     def process_id(self) -> int:
