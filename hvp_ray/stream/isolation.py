@@ -14,6 +14,9 @@ from collections.abc import Sequence
 DECODER = "hvp_ray.data.decode:decode_rgb"
 """module:function that is called as f(image, max_pixels=...)."""
 
+CRASHES_DECODER = "crashes the decoder"
+"""Reason in the journal of unreadable images."""
+
 
 def find_crashing_images(
     images: Sequence[bytes], *, max_pixels: int, decoder: str = DECODER, timeout_seconds: float = 120.0

@@ -1,20 +1,22 @@
 """The pool of view workers: made by the driver, so that it survives a restart of the trainers."""
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict
-from hvp_ray.errors import ConfigError, HvpRayError
+from hvp_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 300.0
+_ASK_AGAIN_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,9 @@ def start_pool(
 ) -> ViewWorkerPool:
     """Start the workers and wait until one of them is up; the others may follow.
 
+    A worker that cannot start (its node lacks a package, or does not see the data) is left out, with a warning, where
+    another one can.
+
     Args:
         config: the run.
         renderer: what they render with.
@@ -49,7 +54,7 @@ def start_pool(
         resources: Ray resource -> amount that one worker reserves.
 
     Raises:
-        ConfigError: the first worker could not open the data or make its renderer; or none came up in time.
+        ConfigError: no worker could open the data or make its renderer; or none came up in time.
     """
     from hvp_ray.stream.view_worker import ViewWorkerActor
 
@@ -59,21 +64,33 @@ def start_pool(
         num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
     )
     workers = [actor.remote(values, renderer, f"view-worker-{index}") for index in range(num_workers)]
-    try:
-        ready, _ = ray.wait(
-            [worker.process_id.remote() for worker in workers], num_returns=1, timeout=START_TIMEOUT_SECONDS
-        )
+    reasons = _wait_for_one(workers, resources)
+    for index, reason in reasons.items():
+        logger.warning("view worker %d could not start and is left out: %s", index, reason)
+        ray.kill(workers[index])
+    return ViewWorkerPool([worker for index, worker in enumerate(workers) if index not in reasons])
+
+
+def _wait_for_one(workers: list[ActorHandle[Any]], resources: Mapping[str, float]) -> dict[int, str]:
+    """Wait until a worker is up; return why others could not start, by index, as far as it is known by then."""
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    reasons: dict[int, str] = {}
+    asked = {worker.process_id.remote(): index for index, worker in enumerate(workers)}
+    while asked:
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise ConfigError(
                 f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; the cluster has "
                 f"{ray.available_resources()} free and each worker needs {dict(resources)}: see `ray status`, "
                 "or lower cluster.num_view_workers"
             )
-        ray.get(ready[0])
-    except RayTaskError as error:
-        if isinstance(error.cause, HvpRayError):
-            raise error.cause from error
-        raise
-    except RayError as error:
-        raise ConfigError(f"a view worker could not start: {str(error).strip().splitlines()[-1]}") from error
-    return ViewWorkerPool(workers)
+        index = asked.pop(ready[0])
+        try:
+            ray.get(ready[0])
+            return reasons
+        except ActorUnavailableError:  # its process died, and Ray starts another one
+            time.sleep(_ASK_AGAIN_SECONDS)
+            asked[workers[index].process_id.remote()] = index
+        except RayError as error:
+            reasons[index] = str(error).strip().splitlines()[-1]
+    raise ConfigError(f"a view worker could not start: {reasons[0]}")

@@ -31,6 +31,7 @@ from hvp_ray.records import (
     ViewPlan,
     Views,
 )
+from hvp_ray.stream.isolation import CRASHES_DECODER
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
@@ -250,7 +251,7 @@ class _Assembly(Generic[_Made]):
             if index in known:
                 failures[index] = known[index].reason
             elif sample_id in request.quarantined_ids:
-                failures[index] = "crashes the decoder"
+                failures[index] = CRASHES_DECODER
             else:
                 failure = self._measure(index, images[index])
                 if failure is not None:

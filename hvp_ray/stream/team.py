@@ -1,6 +1,6 @@
 """Whom to ask: the actors that can do the same, and which of them is next. Knows no Ray."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,11 @@ class Team:
         """Return a line for an error."""
         return f"{self.num_up()} of {len(self.members)} {self._title}s are up"
 
-    def least_busy(self, *, other_than: Member | None = None) -> Member | None:
-        """Choose the one with the fewest calls of this trainer, in turn; None: none is up."""
+    def least_busy(self, *, other_than: Collection[Member] = ()) -> Member | None:
+        """Choose the one with the fewest calls of this trainer, in turn; None: no other one is up."""
         count = len(self.members)
         in_turn = [self.members[(self._turn + offset) % count] for offset in range(count)]
-        up = [member for member in in_turn if member.is_up and member is not other_than]
+        up = [member for member in in_turn if member.is_up and member not in other_than]
         if not up:
             return None
         chosen = min(up, key=lambda member: member.num_calls)

@@ -7,7 +7,7 @@ What it promises:
   are pure addresses, so the repeated batch has the same bits.
 - A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
 - A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
-  own are quarantined, all others go on.
+  own are quarantined for all steps to come, all others go on.
 - With view finishers (`cluster.ship=pixels`) a batch takes two calls: a worker decodes, then a finisher beside the trainer
   renders. Each is repeated on its own; decoded pixels that are lost are decoded again.
 - Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
@@ -97,6 +97,7 @@ class ViewStream:
         self._calls: dict[Any, _Call] = {}
         self._requests: dict[int, BatchRequest] = {}
         self._deaths: Counter[int] = Counter()
+        self._quarantined_ids: tuple[int, ...] = ()
         self._unassigned: deque[int] = deque()
         self._unfinished: dict[int, _Decoded] = {}
         """step -> decoded images for which no finisher was up."""
@@ -173,7 +174,7 @@ class ViewStream:
     def _ask_ahead(self) -> None:
         while self._next_to_ask < min(self._end_step, self._next_to_take + self._num_ahead):
             step = self._next_to_ask
-            self._requests[step] = self._request_of(step)
+            self._requests[step] = replace(self._request_of(step), quarantined_ids=self._quarantined_ids)
             self._next_to_ask += 1
             self._unassigned.append(step)
         self._assign()
@@ -285,8 +286,8 @@ class ViewStream:
         worker = call.worker
         if isinstance(error, RayActorError):
             self.stats.num_worker_deaths += 1
-            if call.kind != "finish":  # a finisher decodes nothing
-                self._deaths[call.step] += 1
+            decoded_nothing = call.kind == "finish" or error.actor_init_failed  # so no image has killed it
+            self._deaths[call.step] += not decoded_nothing
             if worker.is_up:
                 logger.warning("%s is gone (%s); its batches go to others", worker.name, _line(error))
             worker.is_up = False
@@ -310,8 +311,9 @@ class ViewStream:
         self._deaths[step] = 0
         if crashing_ids:
             logger.error("step %d: images %s crash the decoder and are quarantined", step, crashing_ids)
-        request = self._requests[step]
-        self._requests[step] = replace(request, quarantined_ids=(*request.quarantined_ids, *crashing_ids))
+        self._quarantined_ids = tuple(sorted({*self._quarantined_ids, *crashing_ids}))
+        for asked, request in self._requests.items():
+            self._requests[asked] = replace(request, quarantined_ids=self._quarantined_ids)
         self._unassigned.appendleft(step)
 
     def _probe_workers(self) -> None:
@@ -340,28 +342,28 @@ class ViewStream:
             return
         limit = max(self._cluster.late_seconds, self._cluster.late_factor * typical)
         now = time.perf_counter()
-        calls_of_step = Counter(call.step for call in self._calls.values())
-        for call in list(self._calls.values()):
-            is_missing = call.step >= self._next_to_hand_over and call.step not in self._arrived
-            if is_missing and now - call.asked_at > limit and calls_of_step[call.step] == 1:
-                finishes = call.kind == "finish"
-                other = (self._finishers if finishes else self._workers).least_busy(other_than=call.worker)
-                if other is None:
-                    continue
-                logger.warning("step %d is late (%.1f s); asked again", call.step, now - call.asked_at)
-                self.stats.num_retries += 1
-                if finishes and call.decoded is not None:
-                    self._finish(call.step, call.decoded, other)
-                else:
-                    self._ask(call.step, other)
+        calls_of_step: dict[int, list[_Call]] = {}
+        for call in self._calls.values():
+            if call.step >= self._next_to_hand_over and call.step not in self._arrived:
+                calls_of_step.setdefault(call.step, []).append(call)
+        for step, calls in calls_of_step.items():
+            newest = max(calls, key=lambda call: call.asked_at)
+            seconds = now - newest.asked_at
+            if seconds <= limit:
+                continue
+            team = self._finishers if newest.kind == "finish" else self._workers
+            other = team.least_busy(other_than=[call.worker for call in calls])
+            if other is None:
+                continue
+            logger.warning("step %d is late (%.1f s); asked again", step, seconds)
+            self.stats.num_retries += 1
+            if newest.kind == "finish" and newest.decoded is not None:
+                self._finish(step, newest.decoded, other)
+            else:
+                self._ask(step, other)
 
     def _describe_stall(self) -> str:
-        teams = [
-            (team, title)
-            for team, title in ((self._workers, "workers"), (self._finishers, "finishers"))
-            if team.members
-        ]
-        up = ", ".join(f"{team.num_up()} of {len(team.members)} view {title} are up" for team, title in teams)
+        up = ", ".join(team.describe() for team in (self._workers, self._finishers) if team.members)
         return (
             f"no batch for step {self._next_to_take} within cluster.stall_seconds={self._cluster.stall_seconds:.0f}: "
             f"{up}, {len(self._calls)} calls under way, "
@@ -371,4 +373,6 @@ class ViewStream:
 
 
 def _line(error: BaseException) -> str:
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return f"it could not start: {str(error).strip().splitlines()[-1]}"
     return type(error).__name__

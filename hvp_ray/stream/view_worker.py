@@ -6,21 +6,23 @@ no state between calls; every call may be repeated, on any worker, with the same
 
 import logging
 import os
+import time
 from typing import Any
 
 import cv2
-import numpy as np
 import ray
 import torch
 
 from hvp_ray.config import RendererName
 from hvp_ray.logs import note_step, set_up_logging
 from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
-from hvp_ray.stream.isolation import find_crashing_images
 from hvp_ray.stream.metrics import WORKER_METRICS, MetricsPublisher, RenderedNumbers
-from hvp_ray.stream.render_batch import decode_batch, open_render_context, read_images, render_batch
+from hvp_ray.stream.quarantine import find_crashing_ids
+from hvp_ray.stream.render_batch import decode_batch, open_render_context, render_batch
 
 logger = logging.getLogger(__name__)
+
+_START_AGAIN_SECONDS = 2.0
 
 
 class ViewWorker:
@@ -34,7 +36,15 @@ class ViewWorker:
         set_up_logging(run=run, origin=f"worker={name}")
         self._rendered = RenderedNumbers()
         MetricsPublisher(WORKER_METRICS, {"run": run, "worker": name}).watch(self._rendered.numbers)
-        self._context = open_render_context(config_values, renderer)
+        try:
+            self._context = open_render_context(config_values, renderer)
+        except Exception as error:
+            if not ray.get_runtime_context().was_current_actor_reconstructed:
+                raise  # the pool hears why
+            # What worked before may work again, here or elsewhere; but Ray tries again only where the process ends.
+            logger.error("cannot start again yet: %s: %s", type(error).__name__, error)
+            time.sleep(_START_AGAIN_SECONDS)
+            os._exit(1)
         logger.info("renders with %s", renderer)
 
     def process_id(self) -> int:
@@ -56,12 +66,9 @@ class ViewWorker:
         return draft, decoded
 
     def find_crashing_ids(self, request: BatchRequest) -> list[int]:
-        """Return the sample ids of the request that crash a decoder's process on their own."""
+        """Return the sample ids that crash a decoder's process on their own, see `quarantine`."""
         note_step(request.step)
-        ids = [i for i in request.sample_ids.tolist() if i not in request.quarantined_ids]
-        images = read_images(self._context.source, np.array(ids).tolist()).images
-        crashing = find_crashing_images(images, max_pixels=self._context.data.max_image_pixels)
-        return [ids[index] for index in crashing]
+        return find_crashing_ids(self._context, request)
 
 
 ViewWorkerActor: Any = ray.remote(max_restarts=-1, max_task_retries=0)(ViewWorker)

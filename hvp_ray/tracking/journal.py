@@ -112,7 +112,7 @@ class UnreadableLog:
         self._first_index = rank * images_per_rank
         self._max_fraction = max_fraction
         self.known: dict[int, tuple[Replacement, ...]] = {}
-        """Step -> decisions, of earlier attempts at this run."""
+        """Step -> decisions, of earlier attempts at this run, on steps that are not done yet."""
         for path in sorted(run_dir.glob("unreadable-rank-*.jsonl")):
             for record in read_journal(path):
                 decisions = [Replacement(**decision) for decision in record["replacements"]]
@@ -136,7 +136,7 @@ class UnreadableLog:
         if not batch.replacements:
             return
         self.num_unreadable += len(batch.replacements)
-        known = {replacement.index for replacement in self.known.get(batch.step, ())}
+        known = {replacement.index for replacement in self.known.pop(batch.step, ())}
         if any(replacement.index not in known for replacement in batch.replacements):
             decisions = [
                 {
@@ -148,7 +148,6 @@ class UnreadableLog:
                 for r in batch.replacements
             ]
             self._journal.write({"step": batch.step, "first_index": self._first_index, "replacements": decisions})
-            self.known[batch.step] = batch.replacements
         fraction = self.num_unreadable / self.num_images
         if self.num_images >= _JUDGED_AFTER_IMAGES and fraction > self._max_fraction:
             last = batch.replacements[-1]

@@ -28,6 +28,7 @@ from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_kn
 from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.remote_files import place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
+from hvp_ray.stream.isolation import CRASHES_DECODER
 from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
@@ -215,7 +216,12 @@ def _train_rank(
         return None
     storage.pull_decisions()
     summary = _summarize(job, dataset, order, trainee, stream.stats, result)
-    summary |= {"num_unreadable_images": len(_unreadable_ids(job.run_dir)), **cluster_facts()}
+    unreadable_ids = _unreadable_ids(job.run_dir)
+    summary |= {
+        "num_unreadable_images": len(unreadable_ids),
+        "num_quarantined_images": sum(reason == CRASHES_DECODER for reason in unreadable_ids.values()),
+        **cluster_facts(),
+    }
     summary["num_collapse_warnings"] = recorder.collapse.num_warnings
     summary = _report(job, dataset, trainee, feed, knn, summary)
     storage.push(is_final=True)
@@ -317,9 +323,10 @@ def _note_attempt(run_dir: Path, first_step: int, num_trainers: int) -> None:
     attempts.close()
 
 
-def _unreadable_ids(run_dir: Path) -> set[int]:
+def _unreadable_ids(run_dir: Path) -> dict[int, str]:
+    """Return id -> reason."""
     return {
-        replacement["unreadable_id"]
+        replacement["unreadable_id"]: replacement["reason"]
         for path in run_dir.glob("unreadable-rank-*.jsonl")
         for record in read_journal(path)
         for replacement in record["replacements"]

@@ -20,7 +20,7 @@ def test_least_busy_is_asked_in_turn_and_the_dead_are_not() -> None:
     team.members[2].is_up = False
     first = team.least_busy()
     assert first is team.members[0]
-    assert team.least_busy(other_than=first) is team.members[1]
+    assert team.least_busy(other_than=[first]) is team.members[1]
     assert team.describe() == "2 of 3 view workers are up"
     team.members[0].is_up = team.members[1].is_up = False
     assert team.least_busy() is None

@@ -1,0 +1,89 @@
+"""A program: a run on nodes of one machine that break, are lost and come, with a decoder that dies.
+
+python -m tests.ray.cluster_faults FOLDER
+
+The view nodes find a JPEG decoder with a bug (`dying_decoder/`), or none at all (`broken_node/`), where their Python looks
+first. `FOLDER/poisoned-images` are the images. The summary and the messages go to `FOLDER/results.json`.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "disabled"
+
+from hvp_ray.training.ray_environment import prepare_ray_environment
+
+prepare_ray_environment()
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+
+from tests.ray.fault_runs import NUM_STEPS, fault_config
+from tests.ray.runs import launch_quietly
+from tests.ray.view_worker_processes import catch, state, trainer_stopped, wait_for_step, wait_until
+
+HERE = Path(__file__).parent
+STORE_BYTES = 100 * 2**20
+FETCH_SECONDS = 1.0
+"""Nothing tells from outside that a fetch has begun; a batch takes a millisecond."""
+
+
+def _add_view_node(cluster: Cluster, python_path: str, *, num_workers: int) -> Any:
+    return cluster.add_node(
+        num_cpus=num_workers,
+        resources={"view": num_workers},
+        object_store_memory=STORE_BYTES,
+        env_vars={"PYTHONPATH": str(HERE / python_path)},
+    )
+
+
+def _lose_node_that_holds_batches(run_dir: Path, cluster: Cluster, node: Any) -> None:
+    """Lose it while the trainer fetches what was finished there."""
+    worker = catch("rendering")
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    with trainer_stopped(run_dir):
+        wait_until(lambda: state(worker) == "idle", "a finished batch")
+        raylet.suspend()  # it keeps the batches and does not hand them out
+    time.sleep(FETCH_SECONDS)
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def main(output: Path) -> None:
+    """See the module."""
+    head = {"num_cpus": 1, "resources": {"trainer": 1}, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    broken = _add_view_node(cluster, "broken_node", num_workers=1)
+    node = _add_view_node(cluster, "dying_decoder", num_workers=2)
+    ray.init(address=cluster.address, log_to_driver=False)
+    config = fault_config(output, "on-nodes", output / "poisoned-images", num_view_workers=3)
+    messages: list[str] = []
+    result: dict[str, Any] = {"messages": messages}
+
+    def run() -> None:
+        try:
+            result["summary"] = launch_quietly(config, messages)
+        except BaseException as error:
+            result["error"] = repr(error)
+
+    # Nodes can be added by the main thread only.
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_for_step(output / "on-nodes", 1)
+    cluster.remove_node(broken)  # Ray would start others there
+    wait_for_step(output / "on-nodes", NUM_STEPS // 2)  # two epochs: the decoder has died by now
+    _lose_node_that_holds_batches(output / "on-nodes", cluster, node)
+    _add_view_node(cluster, "dying_decoder", num_workers=2)
+    thread.join()
+    (output / "results.json").write_text(json.dumps(result))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
