@@ -11,9 +11,10 @@ ray_data (map_batches), torch_dataloader.
   first batch: hvp_ray's is counted from the first request of a new pool whose workers are up (their start is beside it);
   the peers start their workers when they are asked for the first batch.
   CPU outside rendering: what the processes that render, the trainer's process and the raylets (with the object store)
-  spent besides render_batch, as a share of render_batch, from standstill to standstill; the first epoch (hvp_ray: the
-  measurement of capacity) is not counted. For hvp_ray this is stream.transport_cpu_fraction. (rest): Ray's other
-  processes, control service and agents, which are not part of it and work as much when nothing is brought.
+  spent besides render_batch, as a share of render_batch, from standstill to standstill. net: without what they
+  spend in the same time at standstill; for hvp_ray this is stream.transport_cpu_fraction, with all memory of the store
+  touched by all workers before. "cold store" are the first batches of a new pool, which pay for that. The first epoch of
+  the peers is not counted. (rest): Ray's other processes, control service and agents.
 
 transport: view workers that render once and return it again and again, as fast as it goes: GB/s and CPU time. nodes: the
 same between two raylets on this machine, or, where RAY_ADDRESS names a cluster (`ray job submit -- python
@@ -25,6 +26,7 @@ Without --data photographs are made up. Takes 4 GB of memory with the default si
 """
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -53,11 +55,14 @@ from benchmarks.streams import peers, training, transport
 from benchmarks.streams.cpu_time import CpuSpent, CpuTimes, cpu_spent, read_cpu_times
 from benchmarks.streams.setting import Setting, build_setting, requests_of
 from benchmarks.streams.timed_loop import LoopTimes, run_timed
+from benchmarks.streams.touched_store import touch_store
 from hvp_ray.stream.capacity import spilled_bytes
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.view_stream import ViewStream
 
+IDLE_SECONDS = 4.0
+COLD = "hvp_ray, cold store"
 ONE_NODE = "one node"
 PARTS = ("loops", "transport", "nodes", "training")
 PEERS = {"ray_data": peers.ray_data_batches, "torch_dataloader": peers.torch_dataloader_batches}
@@ -77,6 +82,8 @@ class Measured:
     render_cpu_seconds: float = 0.0
     cpu: CpuSpent | None = None
     """Spent while `render_cpu_seconds` were rendered."""
+    idle_cpu: CpuSpent | None = None
+    """What the same processes spend in the same time at standstill."""
 
     def outside_rendering(self, kind: str) -> float:
         """CPU time of `kind` outside rendering, as a share of rendering."""
@@ -86,6 +93,13 @@ class Measured:
         if kind in ("workers", "outside_rest"):
             seconds -= self.render_cpu_seconds
         return seconds / self.render_cpu_seconds
+
+    @property
+    def net_fraction(self) -> float:
+        """CPU time outside rendering above that at standstill, as a share of rendering; nan: standstill is not known."""
+        if self.idle_cpu is None:
+            return math.nan
+        return self.outside_rendering("outside_rest") - self.idle_cpu.outside_rest / self.render_cpu_seconds
 
 
 @dataclass(slots=True)
@@ -113,27 +127,44 @@ def measure_loops(setting: Setting, workers: int, capacity_ratio: float, subject
     process_ids = ray.get([worker.process_id.remote() for worker in pool.workers])
     start_seconds = time.perf_counter() - started
     try:
-        free = _with_pool(pool, setting, steps=4 + 2 * workers, step_seconds=0.0)[0]
+        before = read_cpu_times()
+        time.sleep(IDLE_SECONDS)
+        idle_cpu = cpu_spent(before, read_cpu_times(), workers=process_ids).times(1 / IDLE_SECONDS)
+        cold, cold_cpu_seconds, cold_cpu = _with_pool(pool, process_ids, setting, steps=1 + workers, step_seconds=0.0)
+        touched = ray.get([worker.__ray_call__.remote(touch_store) for worker in pool.workers])
+        free, _, _ = _with_pool(pool, process_ids, setting, steps=4 + 2 * workers, step_seconds=0.0)
         # Batches are in hand one after the other without a step, so waits are the time between them.
         capacity = setting.images_per_step * (len(free.waits) - workers) / sum(free.waits[workers:])
         step_seconds = capacity_ratio * setting.images_per_step / capacity
         print(
-            f"\n{workers} worker{'s' * (workers > 1)}: {capacity:.0f} images/s when nothing holds them up, "
-            f"so a step of {step_seconds:.3f} s"
+            f"\n{workers} worker{'s' * (workers > 1)}: {capacity:.0f} images/s when nothing holds them up, so a step of "
+            f"{step_seconds:.3f} s; {min(touched) / 2**20:.0f} MiB of the store touched"
         )
         cached = training.CachedBatches(training.first_batch(setting.config))
         headroom = timed_headroom(setting, cached, step_seconds=step_seconds, steps=4)
         yield Measured(subject="headroom", workers=workers, times=headroom, first_batch_seconds=headroom.waits[0])
-        before = read_cpu_times()
-        times, render_cpu_seconds = _with_pool(pool, setting, steps=setting.num_steps, step_seconds=step_seconds)
+        times, render_cpu_seconds, cpu = _with_pool(
+            pool, process_ids, setting, steps=setting.num_steps, step_seconds=step_seconds
+        )
         yield Measured(
             subject="hvp_ray",
             workers=workers,
             times=times,
-            first_batch_seconds=free.waits[0],
+            first_batch_seconds=cold.waits[0],
             start_seconds=start_seconds,
             render_cpu_seconds=render_cpu_seconds,
-            cpu=cpu_spent(before, read_cpu_times(), workers=process_ids),
+            cpu=cpu,
+            idle_cpu=idle_cpu.times(times.waits[0] + times.seconds),
+        )
+        yield Measured(
+            subject=COLD,
+            workers=workers,
+            times=cold,
+            first_batch_seconds=cold.waits[0],
+            start_seconds=start_seconds,
+            render_cpu_seconds=cold_cpu_seconds,
+            cpu=cold_cpu,
+            idle_cpu=idle_cpu.times(cold.waits[0] + cold.seconds),
         )
     finally:
         pool.close()
@@ -147,8 +178,11 @@ def measure_loops(setting: Setting, workers: int, capacity_ratio: float, subject
             yield _measure_peer(subject, batches_of, setting, workers, step_seconds)
 
 
-def _with_pool(pool: ViewWorkerPool, setting: Setting, *, steps: int, step_seconds: float) -> tuple[LoopTimes, float]:
-    """Run a loop on the product's stream; return its times and the CPU time of rendering."""
+def _with_pool(
+    pool: ViewWorkerPool, process_ids: list[int], setting: Setting, *, steps: int, step_seconds: float
+) -> tuple[LoopTimes, float, CpuSpent]:
+    """Run a loop on the product's stream; return its times, the CPU time of rendering, and all CPU time."""
+    before = read_cpu_times()
     stream = ViewStream(
         pool.workers,
         requests_of(setting.config),
@@ -161,7 +195,8 @@ def _with_pool(pool: ViewWorkerPool, setting: Setting, *, steps: int, step_secon
         times = _timed(setting, stream.next_batch, steps=steps, step_seconds=step_seconds)
     finally:
         stream.close()
-    return times, stream.stats.render_cpu_seconds
+    spent = cpu_spent(before, read_cpu_times(), workers=process_ids)
+    return times, stream.stats.render_cpu_seconds, spent
 
 
 def _measure_peer(
@@ -197,20 +232,17 @@ def _timed(setting: Setting, next_batch: Callable[[], object], *, steps: int, st
 
 def report_loops(measured: Iterator[Measured]) -> Results:
     """Print a line for each subject as it is measured; yield the results."""
-    print(
-        f"{'':<27}{'of head-':>9}{'':>8}{'first':>8}{'start':>8}   wait before a step, ms     CPU outside rendering, %"
-    )
-    print(
-        f"{'subject':<18}{'images/s':>9}{'room':>9}{'wait %':>8}{'batch s':>8}{'s':>8}"
-        f"{'1st epoch':>11}{'boundary':>9}{'else':>7}{'all':>8}{'workers':>8}{'trainer':>8}{'raylets':>8}{'(rest)':>8}"
-    )  # fmt: skip
+    print(f"{'of head-':>36}{'':>8}{'first':>8}{'start':>8}   wait before a step, ms    CPU outside rendering, %")
+    columns = {"images/s": 9, "room": 9, "wait %": 8, "batch s": 8, "s": 8, "1st epoch": 11, "boundary": 9, "else": 7}
+    columns |= dict.fromkeys(("net", "all", "workers", "trainer", "raylets", "(rest)"), 8)
+    print(f"{'subject':<18}" + "".join(f"{column:>{width}}" for column, width in columns.items()))
     headroom = math.nan
     for one in measured:
         if one.subject == "headroom":
             headroom = one.times.images_per_second
         share = one.times.images_per_second / headroom
         print(_line(one, share), flush=True)
-        yield from _results_of(one, share)
+        yield from _cpu_results(one) if one.subject == COLD else _results_of(one, share)
 
 
 def _line(one: Measured, share: float) -> str:
@@ -218,21 +250,22 @@ def _line(one: Measured, share: float) -> str:
         return f"{'' if math.isnan(value) else format(value, form):>{width}}"
 
     times = one.times
+    kinds = ("outside_rest", "workers", "consumer", "raylets", "rest")
+    cpu_cells = [number(100 * one.net_fraction, 8, ".2f")]
+    cpu_cells += [number(100 * one.outside_rendering(kind), 8, ".2f") for kind in kinds]
+    if one.subject == COLD:  # it has no step
+        return f"{one.subject:<78}" + "".join(cpu_cells)
     waits = (times.first_epoch_wait_seconds, times.boundary_wait_seconds, times.later_wait_seconds)
     cells = [number(times.images_per_second, 9, ".1f"), number(share, 9, ".3f")]
     cells += [number(100 * times.wait_fraction, 8, ".2f"), number(one.first_batch_seconds, 8, ".2f")]
     cells += [number(one.start_seconds or math.nan, 8, ".2f")]
     cells += [number(1000 * wait, width, ".0f") for wait, width in zip(waits, (11, 9, 7), strict=True)]
-    kinds = ("outside_rest", "workers", "consumer", "raylets", "rest")
-    cells += [number(100 * one.outside_rendering(kind), 8, ".2f") for kind in kinds]
-    return f"{one.subject:<18}" + "".join(cells)
+    return f"{one.subject:<18}" + "".join([*cells, *cpu_cells])
 
 
 def _results_of(one: Measured, share: float) -> Results:
     name, times = f"stream.{one.subject}", one.times
-    has_workers = one.subject not in ("headroom", "inline")
-    context = {"workers": one.workers if has_workers else 0, "step_of_workers": one.workers}
-    context |= {"step_seconds": times.step_seconds, "steps": len(times.waits)}
+    context = _context(one)
     speed = {"value": times.images_per_second, "unit": "images/s", "share_of_headroom": share}
     yield {"name": f"{name}.images_per_second"} | speed | context
     waits = {
@@ -242,20 +275,29 @@ def _results_of(one: Measured, share: float) -> Results:
         "waits_seconds": [round(wait, 4) for wait in times.waits],
     }
     yield {"name": f"{name}.wait_fraction", "value": times.wait_fraction, "unit": "1"} | waits | context
-    first: Result = {"name": f"{name}.first_batch_seconds", "value": one.first_batch_seconds, "unit": "s"}
-    if one.start_seconds:
-        first |= {"counted_from": "workers are up", "workers_start_seconds": one.start_seconds}
-    yield first | context
+    first = {"name": f"{name}.first_batch_seconds", "value": one.first_batch_seconds, "unit": "s"}
+    yield first | {"start_of_workers_before_seconds": one.start_seconds} | context
+    yield from _cpu_results(one)
+
+
+def _cpu_results(one: Measured) -> Results:
     if one.cpu is None:
         return
-    fractions = {f"{kind}_fraction": one.outside_rendering(kind) for kind in ("workers", "consumer", "raylets", "rest")}
-    quantity = "transport_cpu_fraction" if one.subject == "hvp_ray" else f"{one.subject}.cpu_outside_rendering_fraction"
-    yield (
-        {"name": f"stream.{quantity}", "value": one.outside_rendering("outside_rest"), "unit": "of rendering CPU"}
-        | fractions
-        | {"render_cpu_seconds": one.render_cpu_seconds}
-        | context
+    quantity = {"hvp_ray": "transport_cpu_fraction", COLD: "transport_cold_cpu_fraction"}.get(
+        one.subject, f"{one.subject}.cpu_outside_rendering_fraction"
     )
+    fractions = {f"{kind}_fraction": one.outside_rendering(kind) for kind in ("workers", "consumer", "raylets", "rest")}
+    gross = one.outside_rendering("outside_rest")
+    is_net = one.idle_cpu is not None
+    value = {"value": one.net_fraction if is_net else gross, "unit": "of rendering CPU", "with_standstill": gross}
+    render = {"render_cpu_seconds": one.render_cpu_seconds}
+    yield {"name": f"stream.{quantity}"} | value | fractions | render | _context(one)
+
+
+def _context(one: Measured) -> Result:
+    has_workers = one.subject not in ("headroom", "inline")
+    workers = {"workers": one.workers if has_workers else 0, "step_of_workers": one.workers}
+    return workers | {"step_seconds": one.times.step_seconds, "steps": len(one.times.waits)}
 
 
 def judge(results: list[Result]) -> None:
@@ -271,12 +313,17 @@ def judge(results: list[Result]) -> None:
                 bound = "at least" if target == "share_of_headroom" else "at most"
                 said = f"{target} {value:.3f}, {bound} {limit:g}: {'met' if is_met else 'MISSED'}"
                 print(f"{one['workers']} workers: {said}")
-    for quantity, sign in (("images_per_second", 1), ("wait_fraction", -1), ("first_batch_seconds", -1)):
-        for workers in sorted({one["step_of_workers"] for one in results}):
-            named = {one["name"]: sign * one["value"] for one in results if one["step_of_workers"] == workers}
-            ours = named[f"stream.hvp_ray.{quantity}"]
-            ahead = [s for s in ("inline", *PEERS) if named.get(f"stream.{s}.{quantity}", -math.inf) > ours]
-            print(f"{workers} workers, {quantity}: ahead of hvp_ray: {', '.join(ahead) or 'none'}")
+    for workers in sorted({one["step_of_workers"] for one in results}):
+        named = {one["name"]: one for one in results if one["step_of_workers"] == workers}
+        for quantity, sign in (("images_per_second", 1), ("wait_fraction", -1), ("first_batch_seconds", -1)):
+            scores = {
+                subject: sign * (one["value"] + one.get("start_of_workers_before_seconds", 0.0))
+                for subject in ("hvp_ray", "inline", *PEERS)
+                if (one := named.get(f"stream.{subject}.{quantity}")) is not None
+            }
+            ahead = [subject for subject, score in scores.items() if score > scores["hvp_ray"]]
+            said = f"{quantity}, with the start of workers" if quantity == "first_batch_seconds" else quantity
+            print(f"{workers} workers, {said}: ahead of hvp_ray: {', '.join(ahead) or 'none'}")
 
 
 def measure_transport(setting: Setting, path: str, steps: int, resources: dict[str, float]) -> Results:
@@ -355,6 +402,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Results:
             object_store_memory=setting.store_bytes,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
         )
         try:
             for workers in options.workers if "loops" in options.parts else []:

@@ -4,6 +4,7 @@ Both call the product's own `render_batch`, with as many workers as the pool, an
 whole batch, so neither has to split or to join anything. They are asked for an epoch at a time, as their users do.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def ray_data_batches(setting: Setting, num_workers: int, between_epochs: Between
     """Yield all batches through Ray Data: one block a step, tasks (which start faster than actors), order preserved."""
     import ray.data
 
+    for name in ("execution.streaming_executor", "progress"):
+        logging.getLogger(f"ray.data._internal.{name}").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
@@ -84,7 +87,7 @@ def ray_data_batches(setting: Setting, num_workers: int, between_epochs: Between
             render_rows,
             batch_size=1,
             fn_kwargs={"config_values": values, "first_step": epoch * steps},
-            concurrency=num_workers,
+            compute=ray.data.TaskPoolStrategy(size=num_workers),
             num_cpus=1,
         )
         look_ahead = setting.config.cluster.batches_in_flight
