@@ -1,6 +1,7 @@
 """How much of the hardness a cheaper way of scoring keeps: at every checkpoint of a run, on its own images.
 
-python benchmarks/hardness.py RUN [--images N] [--scoring-px PX ...] [--settings NAME ...] [--steps N ...] [--json FILE]
+python benchmarks/hardness.py RUN [--images N] [--scoring-px PX ...] [--settings NAME ...] [--steps N ...] [--training-loss]
+    [--json FILE]
 
 RUN is the folder of a run that kept its checkpoints (training.keep_checkpoints). At each of them the same candidates of the
 same images are scored by each setting; a setting is judged by what its choice is worth under full scoring:
@@ -11,10 +12,15 @@ same images are scored by each setting; a setting is judged by what its choice i
 same, `rank` the mean over the images of Spearman's correlation of the pairs' scores.
 
 The ceiling is full scoring itself with other images in the batch (`other-batch`): where BatchNorm or negatives look at the
-batch, hardness is not a property of the image alone. `running` scores with the running statistics of BatchNorm.
+batch, hardness is not a property of the image alone. `running` scores with the running statistics of BatchNorm, `bfloat16`
+in that precision; names are joined where settings are (`112px-bfloat16`).
 `earlier-weights` scores at full resolution with the checkpoint before: what scorers elsewhere in the cluster could do.
 `overlap` chooses the pair of least overlap, without a network. `tokens-50` and `tokens-25` are for Vision Transformers: full
 resolution, but only that percentage of the patches, drawn for each view.
+
+`trained` (with --training-loss) asks the same of the loss that training would see: the chosen views of a batch without the
+others, each slot with BatchNorm statistics of its own. It is one number for all images, and 1 means as hard as what full
+scoring chooses; another choice may be harder.
 
 Numbers are exact on one machine; `interval` is the standard error of `kept` over the images.
 """
@@ -36,13 +42,14 @@ from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
 
 from benchmarks.results_file import describe_machine, open_results
-from hvp_ray.config import RunConfig, config_from_dict
+from hvp_ray.config import Rule, RunConfig, config_from_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import HvpRayError
 from hvp_ray.methods.method import StepPosition
 from hvp_ray.selection import Candidates, CandidateScores, choose_views
 from hvp_ray.selection.choice import Selection
+from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context, render_batch
@@ -167,6 +174,26 @@ class ScoredImages:
         """Choose the hardest candidate of every image."""
         return choose_views("hardest", self.candidates, num_images=self.num_images, device=self.device, scores=scores)
 
+    def training_loss(self, selection: Selection) -> float:
+        """Return the loss that training on this choice would see, mean over the batches; nothing is updated."""
+        per_batch = self.config.training.images_per_step
+        losses = []
+        for step, pixels in enumerate(self._pixels):
+            images = slice(step * per_batch, (step + 1) * per_batch)
+            of_locals = None if selection.local_indices is None else selection.local_indices[:, images]
+            chosen = pixels.gather(
+                Selection(pair_indices=None, view_indices=selection.view_indices[:, images], local_indices=of_locals)
+            )
+            torch.manual_seed(step)  # the same drop path for all choices
+            with torch.no_grad(), batch_norm_for_scoring(self.trainee.method, "batch"):
+                losses.append(self.trainee.method(chosen.normalised(self.config)).loss)
+        return float(torch.stack(losses).mean())
+
+    def random_training_loss(self) -> float:
+        """Return the training loss of random views: with pairs, the mean of all of them."""
+        rule: Rule = "first" if self.candidates.num_local_views else "all_pairs"
+        return self.training_loss(choose_views(rule, self.candidates, num_images=self.num_images, device=self.device))
+
     def _score(self, pixels: PixelViews, config: RunConfig, step: int) -> CandidateScores:
         return score_candidates(self.trainee, pixels, self.candidates, config, step)
 
@@ -200,6 +227,7 @@ class Kept:
     interval: float
     agree: float
     rank: float
+    trained: float | None = None
 
 
 def judge(full: CandidateScores, cheap: CandidateScores, images: ScoredImages) -> Kept:
@@ -255,11 +283,17 @@ def settings_of(images: ScoredImages, scoring_px: Sequence[int]) -> dict[str, Sc
     settings: dict[str, Score] = {"other-batch": images.score_in_other_batches}
     for px in scoring_px:
         settings[f"{px}px"] = lambda px=px: images.score(scoring_resolution_px=px)
-    settings["bfloat16"] = lambda: images.score(scoring_precision="bfloat16")
-    settings["running"] = lambda: images.score(scoring_batch_norm="running")
-    if scoring_px:
-        px = scoring_px[0]
-        settings[f"{px}px-running"] = lambda: images.score(scoring_batch_norm="running", scoring_resolution_px=px)
+    cheaper: dict[str, dict[str, str]] = {
+        "bfloat16": {"scoring_precision": "bfloat16"},
+        "running": {"scoring_batch_norm": "running"},
+        "bfloat16-running": {"scoring_precision": "bfloat16", "scoring_batch_norm": "running"},
+    }
+    for name, selection in cheaper.items():
+        settings[name] = lambda selection=selection: images.score(**selection)
+        for px in scoring_px:
+            settings[f"{px}px-{name}"] = lambda px=px, selection=selection: images.score(
+                scoring_resolution_px=px, **selection
+            )
     takes_all_patches = images.config.views.masks is not None  # iBOT's loss is one of patches
     if not takes_all_patches and any(hasattr(module, "patch_drop") for module in images.trainee.method.modules()):
         settings |= {"tokens-50": with_tokens(0.5), "tokens-25": with_tokens(0.25)}
@@ -278,6 +312,9 @@ def main() -> int:
     parser.add_argument("--scoring-px", nargs="+", type=int, help="default: 1/2, 3/7, 5/14 and 2/7 of the full size")
     parser.add_argument("--settings", nargs="+", help="only these, by name")
     parser.add_argument("--steps", nargs="+", type=int, help="only these checkpoints; 0: before training")
+    parser.add_argument(
+        "--training-loss", action="store_true", help="also ask the loss of training; half as long again"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
     parser.add_argument("--json", type=Path, help="write one JSON object a line, each as soon as it is measured")
     options = parser.parse_args()
@@ -318,7 +355,7 @@ def main() -> int:
         "run_steps": num_steps,
     }
     print(", ".join(f"{name} {value}" for name, value in context.items()))
-    print(f"{'step':>7}  {'setting':<18}{'kept':>8}{'+-':>7}{'agree':>8}{'rank':>8}{'seconds':>10}")
+    print(f"{'step':>7}  {'setting':<18}{'kept':>8}{'+-':>7}{'agree':>8}{'rank':>8}{'trained':>9}{'seconds':>10}")
     wanted = {name: score for name, score in settings.items() if options.settings is None or name in options.settings}
     wants_earlier = options.settings is None or "earlier-weights" in options.settings
     earlier: CandidateScores | None = None
@@ -326,15 +363,23 @@ def main() -> int:
         for step in [step for step in (0, *steps) if options.steps is None or step in options.steps]:
             images.load(untrained if step == 0 else store.load(step, device), num_steps)
             full = images.score()
+            if options.training_loss:
+                random, hardest = images.random_training_loss(), images.training_loss(images.choose(full))
             ways = dict(wanted)
             if wants_earlier and earlier is not None:
                 ways["earlier-weights"] = lambda scores=earlier: scores
             for name, score in ways.items():
                 begun = time.process_time()
-                kept = judge(full, score(), images)
+                cheap = score()
+                seconds = time.process_time() - begun
+                kept = judge(full, cheap, images)
+                if options.training_loss:
+                    loss = images.training_loss(images.choose(cheap))
+                    kept = dataclasses.replace(kept, trained=(loss - random) / (hardest - random))
+                trained = "" if kept.trained is None else f"{kept.trained:.3f}"
                 print(
                     f"{step:>7}  {name:<18}{kept.kept:>8.3f}{kept.interval:>7.3f}{kept.agree:>8.3f}{kept.rank:>8.3f}"
-                    f"{time.process_time() - begun:>10.1f}",
+                    f"{trained:>9}{seconds:>10.1f}",
                     flush=True,
                 )
                 result = {"name": f"hardness.{config.method.name}.{name}.kept", "value": kept.kept, "unit": "fraction"}
