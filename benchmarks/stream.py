@@ -268,12 +268,13 @@ def _results_of(one: Measured, share: float) -> Results:
     context = _context(one)
     speed = {"value": times.images_per_second, "unit": "images/s", "share_of_headroom": share}
     yield {"name": f"{name}.images_per_second"} | speed | context
-    waits = {
+    means = {
         "first_epoch_wait_seconds": times.first_epoch_wait_seconds,
         "boundary_wait_seconds": times.boundary_wait_seconds,
         "later_wait_seconds": times.later_wait_seconds,
-        "waits_seconds": [round(wait, 4) for wait in times.waits],
     }
+    waits: Result = {name: mean for name, mean in means.items() if not math.isnan(mean)}
+    waits["waits_seconds"] = [round(wait, 4) for wait in times.waits]
     yield {"name": f"{name}.wait_fraction", "value": times.wait_fraction, "unit": "1"} | waits | context
     first = {"name": f"{name}.first_batch_seconds", "value": one.first_batch_seconds, "unit": "s"}
     yield first | {"start_of_workers_before_seconds": one.start_seconds} | context
