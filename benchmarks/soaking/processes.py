@@ -23,7 +23,10 @@ def view_workers() -> list[psutil.Process]:
 
 
 def memory_of_processes(run_dir: Path) -> dict[str, int]:
-    """Return resident memory by kind of process, the mean of its processes, bytes."""
+    """Return resident memory by kind of process, the mean of its processes, bytes.
+
+    `trainer alone` is the trainer's without what it shares with others: the object store and libraries.
+    """
     trainer = trainer_id(run_dir)
     found: dict[str, list[int]] = {}
     for process in [*_children(), psutil.Process(os.getpid())]:
@@ -31,6 +34,9 @@ def memory_of_processes(run_dir: Path) -> dict[str, int]:
             kind = _kind(process, trainer)
             if kind is not None:
                 found.setdefault(kind, []).append(process.memory_info().rss)
+            if kind == "trainer":
+                memory = process.memory_info()
+                found["trainer alone"] = [memory.rss - memory.shared]
         except psutil.Error:
             continue
     return {kind: sum(values) // len(values) for kind, values in found.items()}
