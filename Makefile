@@ -9,7 +9,7 @@ UI_STORE ?= runs/mlflow.db
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup pretrain compare test check cluster-check bench ui gpu-check lock
+.PHONY: setup pretrain compare test check cluster-check bench soak ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -49,6 +49,9 @@ bench: setup
 	$(BIN)/python benchmarks/stream.py $(if $(DATA),--data $(DATA),--images-per-step 48) --json benchmarks/results/stream.jsonl
 	$(BIN)/python benchmarks/headroom.py $(if $(DATA),--data $(DATA)) --json benchmarks/results/headroom.jsonl
 	$(BIN)/python benchmarks/data.py --images 100000 --mib 300 --json benchmarks/results/data.jsonl
+
+soak: setup
+	$(BIN)/python benchmarks/soak.py $(if $(KILLS),--kills $(KILLS)) $(if $(STEPS),--steps $(STEPS))
 
 ui: setup
 	@test -f $(UI_STORE) || { echo "no runs in $(UI_STORE) yet: start with make pretrain, or name another store: make ui UI_STORE=path/to/mlflow.db" >&2; exit 1; }

@@ -71,5 +71,6 @@ class ViewWorker:
         return find_crashing_ids(self._context, request)
 
 
-ViewWorkerActor: Any = ray.remote(max_restarts=-1, max_task_retries=0)(ViewWorker)
-"""`ViewWorker` as an actor. Ray restarts the process; the stream alone repeats calls."""
+ViewWorkerActor: Any = ray.remote(max_restarts=-1, max_task_retries=0, enable_task_events=False)(ViewWorker)
+"""`ViewWorker` as an actor. Ray restarts the process; the stream alone repeats calls. Ray's head keeps no record of calls:
+they would fill its memory (`docs/experiments.md`)."""

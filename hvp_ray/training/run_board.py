@@ -60,7 +60,7 @@ class RunBoard:
         return content
 
 
-RunBoardActor: Any = ray.remote(num_cpus=0, max_restarts=0)(RunBoard)
+RunBoardActor: Any = ray.remote(num_cpus=0, max_restarts=0, enable_task_events=False)(RunBoard)
 
 
 class BoardLogHandler(logging.Handler):
