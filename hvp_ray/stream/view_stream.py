@@ -252,7 +252,11 @@ class ViewStream:
             answer = ray.get(reference, timeout=self._cluster.late_seconds)
         except RayTaskError as error:
             cause = error.cause
-            raise (cause if isinstance(cause, HvpRayError) else error) from None
+            if not isinstance(cause, ObjectLostError):
+                raise (cause if isinstance(cause, HvpRayError) else error) from None
+            with self._changed:
+                self._lose(call, cause)  # what a finisher was to render went with the node that held it
+            return
         except _REPEATABLE as error:
             with self._changed:
                 self._lose(call, error)

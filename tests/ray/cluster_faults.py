@@ -1,9 +1,9 @@
 """A program: a run on nodes of one machine that break, are lost and come, with a decoder that dies.
 
-python -m tests.ray.cluster_faults FOLDER
+python -m tests.ray.cluster_faults FOLDER SHIP
 
 The view nodes find a JPEG decoder with a bug (`dying_decoder/`), or none at all (`broken_node/`), where their Python looks
-first. `FOLDER/poisoned-images` are the images. The summary and the messages go to `FOLDER/results.json`.
+first. `FOLDER/poisoned-images` are the images, SHIP is `cluster.ship`. The summary and the messages go to `FOLDER/SHIP.json`.
 """
 
 import json
@@ -54,14 +54,15 @@ def _lose_node_that_holds_batches(run_dir: Path, cluster: Cluster, node: Any) ->
     cluster.remove_node(node, allow_graceful=False)
 
 
-def main(output: Path) -> None:
+def main(output: Path, ship: str) -> None:
     """See the module."""
-    head = {"num_cpus": 1, "resources": {"trainer": 1}, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    name = f"on-nodes-{ship}"
+    head = {"num_cpus": 2, "resources": {"trainer": 1}, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     broken = _add_view_node(cluster, "broken_node", num_workers=1)
     node = _add_view_node(cluster, "dying_decoder", num_workers=2)
     ray.init(address=cluster.address, log_to_driver=False)
-    config = fault_config(output, "on-nodes", output / "poisoned-images", num_view_workers=3)
+    config = fault_config(output, name, output / "poisoned-images", num_view_workers=3, ship=ship)
     messages: list[str] = []
     result: dict[str, Any] = {"messages": messages}
 
@@ -74,16 +75,16 @@ def main(output: Path) -> None:
     # Nodes can be added by the main thread only.
     thread = threading.Thread(target=run)
     thread.start()
-    wait_for_step(output / "on-nodes", 1)
+    wait_for_step(output / name, 1)
     cluster.remove_node(broken)  # Ray would start others there
-    wait_for_step(output / "on-nodes", NUM_STEPS // 2)  # two epochs: the decoder has died by now
-    _lose_node_that_holds_batches(output / "on-nodes", cluster, node)
+    wait_for_step(output / name, NUM_STEPS // 2)  # two epochs: the decoder has died by now
+    _lose_node_that_holds_batches(output / name, cluster, node)
     _add_view_node(cluster, "dying_decoder", num_workers=2)
     thread.join()
-    (output / "results.json").write_text(json.dumps(result))
+    (output / f"{ship}.json").write_text(json.dumps(result))
     ray.shutdown()
     cluster.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

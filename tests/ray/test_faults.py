@@ -116,21 +116,22 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
     assert summary["num_quarantined_images"] == 0
 
 
+@pytest.mark.parametrize("ship", ["views", pytest.param("pixels", marks=pytest.mark.cluster)])
 def test_worker_that_cannot_start_decoder_that_dies_and_node_lost_with_finished_batches_change_nothing(
-    output: Path, undisturbed: str
+    output: Path, undisturbed: str, ship: str
 ) -> None:
     """Of two view nodes one lacks a package. The decoder of the other one dies of an image, which is damaged undisturbed.
 
     Then this node is lost with its two workers while its batches are fetched, and a new one comes. In a process of its own,
     because it has another Ray.
     """
-    program = [sys.executable, "-m", "tests.ray.cluster_faults", str(output)]
+    program = [sys.executable, "-m", "tests.ray.cluster_faults", str(output), ship]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((output / "results.json").read_text())
+    result = json.loads((output / f"{ship}.json").read_text())
     assert "error" not in result, result
     summary, messages = result["summary"], "\n".join(result["messages"])
-    _check(output, "on-nodes", summary, undisturbed)
+    _check(output, f"on-nodes-{ship}", summary, undisturbed)
     assert summary["num_quarantined_images"] == 1
     assert f"images [{POISONED_ID}] crash the decoder and are quarantined" in messages
     assert (

@@ -38,7 +38,11 @@ def state(process: psutil.Process) -> State:
         title = "".join(process.cmdline())
     except psutil.Error:
         return "gone"
-    states: dict[str, State] = {"ray::ViewWorker.__init__": "starting", "ray::ViewWorker.render": "rendering"}
+    states: dict[str, State] = {
+        "ray::ViewWorker.__init__": "starting",
+        "ray::ViewWorker.render": "rendering",
+        "ray::ViewWorker.decode": "rendering",  # its half of it
+    }
     return states.get(title, "idle" if title == "ray::ViewWorker" else "gone")
 
 
