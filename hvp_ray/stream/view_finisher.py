@@ -53,7 +53,9 @@ class ViewFinisher:
         return batch
 
 
-_ViewFinisherActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(ViewFinisher)
+_ViewFinisherActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, enable_task_events=False)(
+    ViewFinisher
+)
 
 
 def start_finishers(config: RunConfig, *, rank: int) -> list[ActorHandle[Any]]:
