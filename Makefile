@@ -47,6 +47,7 @@ bench: setup
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.jsonl
 	$(BIN)/python benchmarks/render.py $(if $(DATA),--data $(DATA),--images 16 --repeats 3) --json benchmarks/results/render.jsonl
 	$(BIN)/python benchmarks/stream.py $(if $(DATA),--data $(DATA),--images-per-step 48) --json benchmarks/results/stream.jsonl
+	$(BIN)/python benchmarks/sizing.py $(if $(DATA),--data $(DATA)) --images-per-step 48 --steps 10 --json benchmarks/results/sizing.jsonl
 	$(BIN)/python benchmarks/headroom.py $(if $(DATA),--data $(DATA)) --json benchmarks/results/headroom.jsonl
 	$(BIN)/python benchmarks/data.py --images 100000 --mib 300 --json benchmarks/results/data.jsonl
 

@@ -657,6 +657,8 @@ class ClusterConfig:
             _require(getattr(self, name) >= 0.0, f"cluster.{name}", getattr(self, name), "0 or more")
         finishers = self.finishers_per_trainer
         _require(finishers >= 1, "cluster.finishers_per_trainer", finishers, "1 or more")
+        allowed = "views are shipped, and nothing is left to finish; set cluster.ship=pixels"
+        _require(self.ship == "pixels" or finishers == 1, "cluster.finishers_per_trainer", finishers, allowed)
         if self.ship == "pixels" and self.renderer not in ("auto", "cpu"):
             raise ConfigError(
                 f"cluster.ship=pixels with cluster.renderer={self.renderer!r} is not allowed: DALI decodes and renders in "

@@ -37,7 +37,7 @@ def describe_settings(config: RunConfig) -> str:
 
 def describe_views(config: RunConfig) -> str:
     """Return what is rendered for a step."""
-    from hvp_ray.stream.capacity import batch_bytes, look_ahead_bytes
+    from hvp_ray.stream.capacity import batch_bytes
     from hvp_ray.training.choosing import candidates_of
 
     candidates = candidates_of(config, 0)
@@ -56,8 +56,7 @@ def describe_views(config: RunConfig) -> str:
         + (f" and {chosen_locals} local views" if chosen_locals else "")
         + f", chosen among {candidates.count:,} candidates"
         + (f", of which {config.selection.limit} are compared" if config.selection.limit else ""),
-        f"  bytes          {per_image / 1024:.0f} KiB an image, {batch_bytes(config) / _MIB:.1f} MiB a batch of one trainer, "
-        f"{look_ahead_bytes(config) / _MIB:.0f} MiB of look-ahead in the object store",
+        f"  bytes          {per_image / 1024:.0f} KiB an image, {batch_bytes(config) / _MIB:.1f} MiB a batch of one trainer",
     ]
     return "\n".join(lines)
 
@@ -75,7 +74,9 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
     images, what = _sample(config)
     times = measure_service_times(config, images)
     trainers, per_trainer = config.cluster.num_trainers, demand / config.cluster.num_trainers
-    needs = [size_pool(config, times, images_per_second=demand, ship=ship) for ship in ("views", "pixels")]
+    needs = [size_pool(config, times, images_per_second=demand, ship="views")]
+    if config.cluster.renderer in ("auto", "cpu"):
+        needs.append(size_pool(config, times, images_per_second=demand, ship="pixels"))
     lines = [
         f"  measured on    {what}, {times.encoded_bytes / 1e3:.0f} kB encoded; renderer cpu, one thread of this machine",
         f"  demand         {demand:,.0f} images/s of {trainers} trainer(s); capacity 1.2 times that",
@@ -95,6 +96,12 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
             f"{need.store_bytes / _MIB:>9.0f}"
         )
     lines.append("")
+    if config.selection.every > 1:
+        lines.append(
+            f"  of hard steps  every {config.selection.every}th step is one; the others render and ship what they train on"
+        )
+    if config.cluster.renderer not in ("auto", "cpu"):
+        lines.append(f"  not measured   {config.cluster.renderer}: the figures are those of renderer cpu")
     if link is None:
         lines.append(
             "  tell the link into a trainer's node (--link GIGABYTES_PER_SECOND) to hear which of them fits it"

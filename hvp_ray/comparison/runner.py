@@ -4,6 +4,7 @@ Two ways. `inline`: each run is one Ray task that renders its views itself: the 
 runs. `workers`: each run has view workers and trainers of its own, as pretrain.py starts them. Both give the same bits.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +104,7 @@ def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: i
         StageError: some run failed; the others were done. Starting again does only what is missing.
     """
     missing = [run for run in runs if not is_done(run)]
-    work = _work_inline if mode == "inline" else _work_with_workers
+    work = _work_inline if mode == "inline" else partial(_work_with_workers, alone=parallel == 1)
     failures: dict[str, BaseException] = {}
     with ThreadPoolExecutor(max_workers=max(1, min(parallel, len(missing) or 1))) as pool:
         futures: dict[Future[None], PlannedRun] = {pool.submit(work, run): run for run in missing}
@@ -154,9 +156,13 @@ def _work_inline(run: PlannedRun) -> None:
     ray.get(_pretrain_task.options(num_cpus=threads, name=run.config.run.name).remote(config_to_dict(run.config)))
 
 
-def _work_with_workers(run: PlannedRun) -> None:
+def _work_with_workers(run: PlannedRun, *, alone: bool) -> None:
+    config = run.config
+    if not alone and config.cluster.batches_in_flight == "auto":
+        # Each run would size its look-ahead for the whole object store.
+        config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, batches_in_flight=4))
     quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
-    launch(run.config, quiet)
+    launch(config, quiet)
 
 
 def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:

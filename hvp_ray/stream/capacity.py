@@ -94,17 +94,17 @@ def store_for_look_ahead(
     """
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     stores = [resources.get("object_store_memory", 0.0) for resources in alive]
-    of_views = [s for s, node in zip(stores, alive, strict=True) if _room(node, view_worker) >= 1]
+    of_views = [s for s, node in zip(stores, alive, strict=True) if room_for(node, view_worker) >= 1]
     of_trainers = []
     for store, node in zip(stores, alive, strict=True):
-        count = min(_room(node, trainer), config.cluster.num_trainers)
+        count = min(room_for(node, trainer), config.cluster.num_trainers)
         if count >= 1:
             of_trainers.append(store / count * config.cluster.num_trainers)
     # Nodes that are still to come are not looked at; where there is none yet, what is there has to do.
     return min([*of_trainers, sum(of_views) if of_views else sum(stores)])
 
 
-def _room(node: Mapping[str, float], needed: Mapping[str, float]) -> int:
+def room_for(node: Mapping[str, float], needed: Mapping[str, float]) -> int:
     """Return how many processes of these needs a node can take."""
     return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0.0), default=1)
 

@@ -75,22 +75,26 @@ def _wait_for_one(workers: list[ActorHandle[Any]], resources: Mapping[str, float
     """Wait until a worker is up; return why others could not start, by index, as far as it is known by then."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     reasons: dict[int, str] = {}
+    dying: dict[int, str] = {}
     asked = {worker.process_id.remote(): index for index, worker in enumerate(workers)}
     while asked:
         ready, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
+        if not ready or (dying and time.monotonic() > deadline):
+            known = "; ".join(f"view worker {index}: {why}" for index, why in sorted((reasons | dying).items()))
             raise ConfigError(
-                f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; the cluster has "
-                f"{ray.available_resources()} free and each worker needs {dict(resources)}: see `ray status`, "
-                "or lower cluster.num_view_workers"
+                f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; "
+                + (f"what is known: {known}; " if known else "")
+                + f"the cluster has {ray.available_resources()} free and each worker needs {dict(resources)}: see "
+                "`ray status` and `ray logs`, or lower cluster.num_view_workers"
             )
         index = asked.pop(ready[0])
         try:
             ray.get(ready[0])
             return reasons
-        except ActorUnavailableError:  # its process died, and Ray starts another one
+        except ActorUnavailableError:  # Ray starts another process
+            dying[index] = "its process died while it started"
             time.sleep(_ASK_AGAIN_SECONDS)
             asked[workers[index].process_id.remote()] = index
         except RayError as error:
             reasons[index] = str(error).strip().splitlines()[-1]
-    raise ConfigError(f"a view worker could not start: {reasons[0]}")
+    raise ConfigError(f"a view worker could not start: {'; '.join(dict.fromkeys(reasons.values()))}")

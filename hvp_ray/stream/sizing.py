@@ -1,4 +1,4 @@
-"""How large a pool has to be: service times of this machine, measured, and what follows from them. Knows no Ray.
+"""How large a pool has to be: service times of this machine, measured, and what follows from them. Starts nothing.
 
 The formulas, with d images per second of all trainers together, T trainers, and c CPU seconds that an image costs at a view
 worker (docs/sizing.md says where they come from, and where they were checked):
@@ -9,6 +9,7 @@ worker (docs/sizing.md says where they come from, and where they were checked):
     batches in flight   workers / T + finishers + 2     each works on one batch at a time
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +20,14 @@ import cv2
 import numpy as np
 import torch
 
-from hvp_ray.config import RunConfig, ViewGroupConfig
+from hvp_ray.config import DataConfig, RunConfig, ViewGroupConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import ViewPlan
 from hvp_ray.stream.capacity import batch_bytes
+from hvp_ray.stream.render_batch import read_images
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -36,6 +38,7 @@ CAPACITY_FACTOR = 1.2
 USABLE_LINK_FRACTION = 0.8
 
 SAMPLE_IMAGES = 64
+_SAMPLE_RUNS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,22 +77,30 @@ class Need:
 
 
 def sample_images(dataset: Dataset, num_images: int = SAMPLE_IMAGES) -> list[bytes]:
-    """Return encoded images spread evenly over those that are trained on.
+    """Return encoded images spread over those that are trained on; of sources that read whole blocks, a few runs of them.
 
     Raises:
-        OSError: the storage failed.
+        DataError: the storage failed repeatedly.
     """
     ids = dataset.training_ids
-    rows = np.linspace(0, len(ids) - 1, min(num_images, len(ids))).astype(np.int64)
-    return dataset.source.read(ids[rows].tolist())
+    num_images = min(num_images, len(ids))
+    num_runs = min(_SAMPLE_RUNS, num_images) if dataset.source.reads_whole_blocks else num_images
+    length = num_images // num_runs
+    starts = np.linspace(0, len(ids) - length, num_runs).astype(np.int64)
+    rows = (starts[:, None] + np.arange(length)).ravel()
+    return read_images(dataset.source, ids[rows].tolist()).images
 
 
-def mean_decoded_bytes(dataset: Dataset) -> float:
-    """Return the mean bytes of decoded images, from the headers of a sample; images that cannot be read do not count."""
+def mean_decoded_bytes(dataset: Dataset, data: DataConfig) -> float:
+    """Return the mean bytes of decoded images, from the headers of a sample; images that cannot be read do not count.
+
+    Raises:
+        DataError: the storage failed repeatedly.
+    """
     sizes = []
     for image in sample_images(dataset):
         try:
-            height, width = read_size(image, max_pixels=2**40)
+            height, width = read_size(image, max_pixels=data.max_image_pixels)
         except UnreadableImageError:
             continue
         sizes.append(height * width * 3)
@@ -190,7 +201,10 @@ def size_pool(
         finishers = max(1, math.ceil(CAPACITY_FACTOR * images_per_second / trainers * times.finish_seconds - 1e-9))
         shipped = times.shipped_pixel_bytes
         stored += shipped
-    ahead = max(4, -(-workers // trainers) + finishers + 2)
+    cluster = dataclasses.replace(
+        config.cluster, ship=ship, renderer="cpu", finishers_per_trainer=max(1, finishers), batches_in_flight="auto"
+    )
+    ahead = cluster.num_batches_in_flight(workers)
     return Need(
         ship=ship,
         num_view_workers=workers,

@@ -53,9 +53,10 @@ class ViewFinisher:
         return batch
 
 
-_ViewFinisherActor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0, enable_task_events=False)(
-    ViewFinisher
-)
+_ViewFinisherActor: Any = ray.remote(
+    num_cpus=0, max_restarts=-1, max_task_retries=0, enable_task_events=False, allow_out_of_order_execution=True
+)(ViewFinisher)
+"""Out of order: a batch whose pixels are long in coming does not hold up those behind it."""
 
 
 def start_finishers(config: RunConfig, *, rank: int) -> list[ActorHandle[Any]]:

@@ -67,6 +67,8 @@ class _Decoded:
     """Reference of a BatchDraft."""
     images: Any
     """Reference of DecodedImages."""
+    worker: Member
+    """Who decoded it."""
     asked_at: float
 
 
@@ -168,8 +170,8 @@ class ViewStream:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(timeout=10.0)
-        self._calls.clear()
-        self._ready.clear()
+        for held in (self._calls, self._unfinished, self._arrived, self._ready):
+            held.clear()
 
     # Everything below holds the lock, except the waiting itself.
 
@@ -200,7 +202,7 @@ class ViewStream:
             self._calls[worker.handle.find_crashing_ids.remote(request)] = _Call(step, worker, now, "isolate")
         elif self._finishers.members:
             draft, images = worker.handle.decode.options(num_returns=2).remote(request)
-            self._calls[draft] = _Call(step, worker, now, "decode", _Decoded(draft, images, now))
+            self._calls[draft] = _Call(step, worker, now, "decode", _Decoded(draft, images, worker, now))
         else:
             self._calls[worker.handle.render.remote(request)] = _Call(step, worker, now, "render")
         self._changed.notify_all()  # the thread may wait for something to do
@@ -270,14 +272,21 @@ class ViewStream:
                 return  # a late twin of a batch that is here already
             if call.kind == "decode":
                 assert call.decoded is not None
-                self._unfinished[call.step] = call.decoded
-                self._assign()
+                if not self._is_being_finished(call.step):
+                    self._unfinished[call.step] = call.decoded
+                    self._assign()
                 return
             self._arrived[call.step] = answer
             asked_at = call.asked_at if call.decoded is None else call.decoded.asked_at
             self.stats.record_arrival(answer, time.perf_counter() - asked_at)
         del answer
         self._hand_over_in_order()
+
+    def _is_being_finished(self, step: int) -> bool:
+        """Tell whether a finisher works on a step and is not late with it."""
+        typical, now = self.stats.typical_seconds(), time.perf_counter()
+        since = [call.asked_at for call in self._calls.values() if call.step == step and call.kind == "finish"]
+        return bool(since) and (typical is None or now - max(since) <= self._late_limit(typical))
 
     def _hand_over_in_order(self) -> None:
         while self._next_to_hand_over in self._arrived:
@@ -286,6 +295,7 @@ class ViewStream:
             with self._changed:
                 del self._arrived[step]
                 self._requests.pop(step)
+                self._unfinished.pop(step, None)
                 self._ready[step] = device_batch
                 self._next_to_hand_over += 1
                 self._changed.notify_all()
@@ -349,8 +359,7 @@ class ViewStream:
         typical = self.stats.typical_seconds()
         if typical is None:
             return
-        limit = max(self._cluster.late_seconds, self._cluster.late_factor * typical)
-        now = time.perf_counter()
+        limit, now = self._late_limit(typical), time.perf_counter()
         calls_of_step: dict[int, list[_Call]] = {}
         for call in self._calls.values():
             if call.step >= self._next_to_hand_over and call.step not in self._arrived:
@@ -360,16 +369,24 @@ class ViewStream:
             seconds = now - newest.asked_at
             if seconds <= limit:
                 continue
-            team = self._finishers if newest.kind == "finish" else self._workers
-            other = team.least_busy(other_than=[call.worker for call in calls])
+            burdened = [call.worker for call in calls]
+            finisher = None
+            if newest.kind == "finish" and newest.decoded is not None:
+                burdened.append(newest.decoded.worker)
+                finisher = self._finishers.least_busy(other_than=burdened)
+            # Where all finishers wait for these pixels, the way to them is slow: another worker decodes them again.
+            other = finisher or self._workers.least_busy(other_than=burdened)
             if other is None:
                 continue
             logger.warning("step %d is late (%.1f s); asked again", step, seconds)
             self.stats.num_retries += 1
-            if newest.kind == "finish" and newest.decoded is not None:
-                self._finish(step, newest.decoded, other)
+            if finisher is not None and newest.decoded is not None:
+                self._finish(step, newest.decoded, finisher)
             else:
                 self._ask(step, other)
+
+    def _late_limit(self, typical_seconds: float) -> float:
+        return max(self._cluster.late_seconds, self._cluster.late_factor * typical_seconds)
 
     def _describe_stall(self) -> str:
         up = ", ".join(team.describe() for team in (self._workers, self._finishers) if team.members)

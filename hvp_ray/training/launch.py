@@ -4,6 +4,7 @@ The driver decides (renderer, device, number of workers), checks that everything
 and watches. Ray Train starts the trainers again after a failure; they go on from our newest checkpoint.
 """
 
+import dataclasses
 import logging
 import os
 import signal
@@ -44,7 +45,7 @@ from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.training.placement import MAX_AUTO_WORKERS, Placement, decide_placement, lacks_a_label
+from hvp_ray.training.placement import MAX_AUTO_WORKERS, Placement, check_places, decide_placement, lacks_a_label
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
@@ -98,20 +99,26 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     """
     config = with_absolute_paths(config)
     check_before_start(config)
-    decoded_bytes = mean_decoded_bytes(open_dataset(config.data)) if config.cluster.ship == "pixels" else 0.0
+    decoded_bytes = (
+        mean_decoded_bytes(open_dataset(config.data), config.data) if config.cluster.ship == "pixels" else 0.0
+    )
     is_ours = not ray.is_initialized()
     joined = _connect(config, decoded_bytes)
     try:
         placement = _place(config, may_wait=joined, say=watchers.show_message)
         needs = placement.trainer_resources, placement.view_worker_resources
         store_bytes = store_for_look_ahead(config, ray.nodes(), *needs)
+        wanted_ahead = dataclasses.replace(config.cluster, batches_in_flight="auto")
         config = decide_look_ahead(config, placement.num_view_workers, store_bytes, decoded_bytes)
-        idle = placement.num_view_workers - config.cluster.num_trainers * config.cluster.num_batches_in_flight()
-        if idle > 0:
+        ahead, wanted = (
+            config.cluster.num_batches_in_flight(),
+            wanted_ahead.num_batches_in_flight(placement.num_view_workers),
+        )
+        if ahead < wanted - 2:
             watchers.show_message(
-                f"{idle} of {placement.num_view_workers} view workers will idle: {config.cluster.num_trainers} trainer(s) "
-                f"ask for {config.cluster.batches_in_flight} batches ahead, one for each worker at a time; raise "
-                f"cluster.batches_in_flight (or, where it is auto, the object store: {store_bytes / 2**20:.0f} MiB)"
+                f"view workers will idle: each trainer asks for {ahead} batch(es) ahead, one for each worker at a time, and "
+                f"{wanted} would keep its share of the {placement.num_view_workers} view worker(s) busy; raise "
+                f"cluster.batches_in_flight, or where it is auto the object stores ({store_bytes / 2**20:.0f} MiB)"
             )
         job = prepare_run(config, renderer=placement.renderer, device=placement.device)
         watchers.announce(
@@ -145,8 +152,9 @@ def _connect(config: RunConfig, decoded_bytes: float) -> bool:
     of_trainers = cluster.num_trainers * cluster.cpus_with_finishers
     workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
     cpus = max(os.cpu_count() or 1, int(of_trainers + workers * cluster.cpus_per_view_worker + 0.999))
-    if cluster.num_view_workers == "auto" and cluster.cpus_per_view_worker > 0:
-        workers = max(1, min(MAX_AUTO_WORKERS, int((cpus - of_trainers) / cluster.cpus_per_view_worker)))
+    if cluster.num_view_workers == "auto":
+        share = cluster.cpus_per_view_worker
+        workers = max(1, min(MAX_AUTO_WORKERS, int((cpus - of_trainers) / share) if share else MAX_AUTO_WORKERS))
     ray.init(
         address="local",
         num_cpus=cpus,
@@ -166,6 +174,7 @@ def _place(config: RunConfig, *, may_wait: bool, say: Callable[[str], None]) -> 
         waited = time.monotonic() - started
         try:
             placement = decide_placement(config, total, ray.available_resources())
+            check_places(config, [node["Resources"] for node in ray.nodes() if node["Alive"]], placement)
             if not may_wait or waited > _OTHER_LABEL_SECONDS or not lacks_a_label(config, total):
                 return placement
             reason = "nodes of one label are there, and none of the other"

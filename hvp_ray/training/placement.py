@@ -5,11 +5,12 @@ A node says what it is for by a Ray resource: `view` (so many view workers may b
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvp_ray.config import RendererName, RunConfig
 from hvp_ray.errors import ConfigError
+from hvp_ray.stream.capacity import room_for
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 MAX_AUTO_WORKERS = 64
@@ -73,6 +74,33 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
         num_view_workers=num_view_workers,
         trainer_resources=trainer,
         view_worker_resources=worker,
+    )
+
+
+def check_places(config: RunConfig, nodes: Sequence[Mapping[str, float]], placement: Placement) -> None:
+    """Check that the trainers fit on single nodes, not only on all of them together: else Ray waits without a word.
+
+    Args:
+        config: the run.
+        nodes: Ray resource -> amount, of every node.
+        placement: what a trainer reserves.
+
+    Raises:
+        ConfigError: too few nodes are large enough.
+    """
+    cluster, needs = config.cluster, placement.trainer_resources
+    needed, places = cluster.min_trainers or cluster.num_trainers, sum(room_for(node, needs) for node in nodes)
+    if places >= needed or cluster.placement == "labels":  # labels: nodes may be added
+        return
+    beside = (
+        f" (with the {cluster.num_finishers} view finisher(s) of cluster.ship=pixels beside it: ship views, or start nodes "
+        f"of trainers with more CPUs)"
+        if cluster.num_finishers
+        else ""
+    )
+    raise ConfigError(
+        f"{needed} trainer(s) are needed, and the cluster's nodes have room for {places}: each must find "
+        f"{dict(needs)} on one node{beside}; lower cluster.cpus_per_trainer or cluster.num_trainers, or add larger nodes"
     )
 
 

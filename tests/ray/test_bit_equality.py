@@ -67,21 +67,24 @@ def test_shipped_pixels_with_workers_finishers_and_the_trainer_killed_equal_inli
     """cluster.ship=pixels: decoded by two view workers, rendered by two finishers beside the trainer."""
 
     def kill(step: int) -> None:
-        title = "ray::ViewWorker" if step == 3 else "ray::ViewFinisher"
-        killed = processes_titled(title)
-        assert killed
-        for process in killed[: 2 if step == 3 else 1]:
+        if step == 9:
+            os.kill(attempts(output / "pixels")[-1]["process_id"], signal.SIGKILL)
+            return
+        for process in processes_titled({3: "ray::ViewWorker", 6: "ray::ViewFinisher"}[step]):
             os.kill(process.pid, signal.SIGKILL)
-        os.kill(attempts(output / "pixels")[-1]["process_id"], signal.SIGKILL)
 
-    killer = AtStep(output / "pixels", [3, 9], kill)
-    killer.start()
+    killers = [AtStep(output / "pixels", [step], kill) for step in (3, 6, 9)]
+    for killer in killers:
+        killer.start()
     cluster = {"ship": "pixels", "num_view_workers": 2, "finishers_per_trainer": 2}
-    summary = launch_quietly(_config(output, "pixels", **cluster))
-    killer.end()
-    assert len(killer.fired) == 2
-    assert summary["num_resumes"] == 2
-    assert summary["num_worker_restarts"] >= 1
+    messages: list[str] = []
+    summary = launch_quietly(_config(output, "pixels", **cluster), messages)
+    for killer in killers:
+        killer.end()
+        assert killer.fired
+    assert summary["num_resumes"] == 1
+    assert summary["num_worker_restarts"] == 2
+    assert any("view finisher" in message and "is gone" in message for message in messages)
     assert _check(output, "pixels", summary) == straight
 
 

@@ -22,14 +22,14 @@ from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, 
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import render_batch
-from hvp_ray.stream.view_finisher import start_finishers
+from hvp_ray.stream.view_finisher import ViewFinisher, start_finishers
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewWorker, open_render_context
 from hvp_ray.training.rank import build_order
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import processes_titled
 from tests.ray.view_worker_processes import wait_until
-from tests.ray.workers import PoisonedWorker, SlowWorker
+from tests.ray.workers import PoisonedWorker, SlowFinisher, SlowWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
 
@@ -37,7 +37,7 @@ CONFIG = tiny_config("unused", run={"output": None})
 CPU = torch.device("cpu")
 
 
-def _start(actor_class: type[ViewWorker], count: int, *arguments: object) -> list[Any]:
+def _start(actor_class: type[ViewWorker | ViewFinisher], count: int, *arguments: object) -> list[Any]:
     remote = ray.remote(max_restarts=-1, max_task_retries=0)(actor_class)
     values = config_to_dict(CONFIG)
     return [remote.options(num_cpus=0.5).remote(values, f"worker-{i}", *arguments) for i in range(count)]
@@ -110,6 +110,19 @@ def test_finishers_may_die_and_what_they_had_in_hand_is_rendered_by_others() -> 
     assert set(stream.stats.views_per_second_by_worker()) == {"worker-0", "worker-1"}
     stream.close()
     _kill(workers + finishers)
+
+
+def test_late_finisher_is_overtaken_by_another() -> None:
+    workers = _start(SlowWorker, 2, 0.02)
+    fast, slow = _start(SlowFinisher, 1, 0.02)[0], _start(SlowFinisher, 1, 60.0)[0]
+    ray.get([actor.process_id.remote() for actor in (*workers, fast, slow)])
+    stream = _stream(workers, end_step=4, finishers=[fast, slow], late_seconds=0.5, late_factor=2.0)
+    started = time.perf_counter()
+    assert [stream.next_batch().batch.step for _ in range(4)] == [0, 1, 2, 3]
+    assert time.perf_counter() - started < 30.0
+    assert stream.stats.num_retries >= 1
+    stream.close()
+    _kill([*workers, fast, slow])
 
 
 def test_no_more_batches_are_asked_for_than_allowed() -> None:

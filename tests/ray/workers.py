@@ -5,7 +5,8 @@ import signal
 import time
 from typing import Any
 
-from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
+from hvp_ray.stream.view_finisher import ViewFinisher
 from hvp_ray.stream.view_worker import ViewWorker
 
 
@@ -21,6 +22,18 @@ class SlowWorker(ViewWorker):
         batch = super().render(request)
         time.sleep(max(0.0, self._seconds - (time.perf_counter() - started)))
         return batch
+
+
+class SlowFinisher(ViewFinisher):
+    """A view finisher that takes `seconds` for each batch."""
+
+    def __init__(self, values: dict[str, Any], name: str, seconds: float) -> None:
+        super().__init__(values, name)
+        self._seconds = seconds
+
+    def finish(self, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
+        time.sleep(self._seconds)
+        return super().finish(draft, decoded)
 
 
 class PoisonedWorker(ViewWorker):

@@ -71,4 +71,4 @@ def test_sample_is_spread_over_the_images_that_are_trained_on() -> None:
     dataset = open_dataset(tiny_config("x").data)
     ids = dataset.training_ids
     assert sample_images(dataset, 3) == dataset.source.read([int(ids[0]), int(ids[(len(ids) - 1) // 2]), int(ids[-1])])
-    assert mean_decoded_bytes(dataset) > 0.0
+    assert mean_decoded_bytes(dataset, tiny_config("x").data) > 0.0

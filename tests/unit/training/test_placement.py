@@ -8,7 +8,7 @@ import pytest
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.placement import Placement, decide_placement, lacks_a_label
+from hvp_ray.training.placement import Placement, check_places, decide_placement, lacks_a_label
 
 RECIPE = get_recipe("simsiam-digits")
 
@@ -143,3 +143,20 @@ def test_elastic_batches_must_be_divisible_for_every_number_of_trainers() -> Non
         _config(num_trainers=3, min_trainers=1)  # 32 images
     with pytest.raises(ConfigError, match=r"cluster\.min_trainers=3"):
         _config(num_trainers=2, min_trainers=3)
+
+
+def test_trainers_must_fit_on_single_nodes() -> None:
+    """Two nodes of one CPU each are two CPUs, and no place for a trainer with its view finisher."""
+    nodes = [{"CPU": 1.0, "trainer": 1.0}, {"CPU": 1.0, "view": 1.0}]
+    total = {"CPU": 2.0, "trainer": 1.0, "view": 1.0}
+    views = _config(num_view_workers=1)
+    check_places(views, nodes, decide_placement(views, total, total))
+    pixels = _config(num_view_workers=1, ship="pixels")
+    nodes.append({"CPU": 1.0, "view": 1.0})
+    total = {"CPU": 3.0, "trainer": 1.0, "view": 2.0}
+    placement = decide_placement(pixels, total, total)
+    assert placement.trainer_resources == {"CPU": 2.0, "trainer": 1.0}
+    with pytest.raises(ConfigError, match=r"room for 0.*cluster.ship=pixels.*more CPUs"):
+        check_places(pixels, nodes, placement)
+    check_places(pixels, [{"CPU": 2.0, "trainer": 1.0}], placement)
+    check_places(_config(ship="pixels", placement="labels"), nodes, placement)  # such a node may be added
