@@ -65,6 +65,7 @@ class KnnDuringTraining:
                 self._pending.append((step, ask(path.read_bytes())))
             else:
                 path.unlink()
+        self._has_final = num_steps in answered  # a run that was killed between this and its summary has written it
         asked = answered | {step for step, _ in self._pending}
         if first_step == 0 and 0 not in asked:  # a run that was killed before its first checkpoint has asked already
             self.after_step(0)
@@ -85,7 +86,7 @@ class KnnDuringTraining:
         """Wait for what is pending, and write it and the values of the final weights down."""
         while self._pending:
             self._write_first()
-        if final:
+        if final and not self._has_final:
             self._write(self._num_steps, final)
         self._journal.close()
 

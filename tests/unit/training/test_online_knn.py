@@ -119,6 +119,19 @@ def test_restart_before_the_first_checkpoint_has_the_first_point_once(tmp_path: 
     assert _steps(tmp_path) == [0, 8]
 
 
+def test_restart_after_the_last_step_has_the_final_point_once(tmp_path: Path) -> None:
+    """Killed when the final values were written and the summary was not: the next attempt has no step to do."""
+    asked: list[_Slow] = []
+    killed = _watch(tmp_path, asked, 0)
+    asked[0].come = True
+    killed.finish({"eval/knn_top1": 1.0})
+    again: list[_Slow] = []
+    watch = _watch(tmp_path, again, 8)
+    watch.finish({"eval/knn_top1": 1.0})
+    assert not again
+    assert _steps(tmp_path) == [0, 8]
+
+
 def test_snapshot_evaluates_like_the_encoder_itself(tmp_path: Path) -> None:
     config = tiny_config(str(tmp_path), run={"name": "one"}, training={"num_steps": 2})
     summary = pretrain_in_process(config)
