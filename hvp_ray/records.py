@@ -156,8 +156,8 @@ class DecodedImages:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BatchDraft:
-    """Everything of a `ViewBatch` but pixels: all that is decided before views are rendered."""
+class BatchFacts:
+    """What is known of one rank's batch of one step, whatever has been made of its images."""
 
     step: int
     epoch: int
@@ -167,38 +167,29 @@ class BatchDraft:
     """[B], px of the original images."""
     widths: NDArray[np.int32]
     """[B], px of the original images."""
-    global_plan: ViewPlan
-    local_plan: ViewPlan | None
-    replacements: tuple[Replacement, ...]
-    cpu_seconds: float
-    """CPU time that the batch has cost so far."""
-    seconds: float
-    """Wall time of the same."""
-    worker: str
-    """Name of the worker that made it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViewBatch:
-    """What the trainer takes for one rank of one step."""
-
-    step: int
-    epoch: int
-    sample_ids: NDArray[np.int64]
-    """[B], after replacement of unreadable images."""
-    heights: NDArray[np.int32]
-    """[B], px of the original images."""
-    widths: NDArray[np.int32]
-    """[B], px of the original images."""
-    global_views: Views
-    local_views: Views | None
     replacements: tuple[Replacement, ...]
     render_cpu_seconds: float
-    """CPU time of reading, decoding and rendering, in all processes that took part."""
+    """CPU time of reading, decoding and rendering so far, in all processes that took part."""
     render_seconds: float
     """Wall time of the same."""
     worker: str
     """Name of the view worker."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchDraft(BatchFacts):
+    """A batch before its views are rendered: all that is decided, and no pixels."""
+
+    global_plan: ViewPlan
+    local_plan: ViewPlan | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewBatch(BatchFacts):
+    """What the trainer takes for one rank of one step."""
+
+    global_views: Views
+    local_views: Views | None
     decoded_bytes: int = 0
     """Bytes of decoded pixels that were shipped in place of the views; 0: the views themselves were shipped."""
 

@@ -233,8 +233,8 @@ class RenderedNumbers:
         """Count a batch that was decoded here and is rendered elsewhere."""
         self._batches += 1
         self._unreadable_images += len(draft.replacements)
-        self._seconds += draft.seconds
-        self._cpu_seconds += draft.cpu_seconds
+        self._seconds += draft.render_seconds
+        self._cpu_seconds += draft.render_cpu_seconds
 
     def numbers(self) -> dict[str, float]:
         """Return what is published."""

@@ -23,6 +23,7 @@ from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.randomness import Purpose, draw_stream
 from hvp_ray.records import (
     BatchDraft,
+    BatchFacts,
     BatchRequest,
     DecodedImages,
     EncodedBatch,
@@ -124,7 +125,11 @@ def finish_batch(renderer: CpuRenderer, draft: BatchDraft, decoded: DecodedImage
     watch = _Watch()
     rendered = renderer.render_decoded(decoded, draft.global_plan, draft.local_plan)
     cpu_seconds, seconds = watch.read()
-    draft = dataclasses.replace(draft, cpu_seconds=draft.cpu_seconds + cpu_seconds, seconds=draft.seconds + seconds)
+    draft = dataclasses.replace(
+        draft,
+        render_cpu_seconds=draft.render_cpu_seconds + cpu_seconds,
+        render_seconds=draft.render_seconds + seconds,
+    )
     return _with_views(draft, rendered, decoded_bytes=decoded.pixels.nbytes)
 
 
@@ -132,18 +137,11 @@ def _with_views(draft: BatchDraft, rendered: RenderedBatch, *, decoded_bytes: in
     local_views = None
     if rendered.local_pixels is not None and draft.local_plan is not None:
         local_views = Views(pixels=rendered.local_pixels, plan=draft.local_plan)
+    facts: dict[str, Any] = {field.name: getattr(draft, field.name) for field in dataclasses.fields(BatchFacts)}
     return ViewBatch(
-        step=draft.step,
-        epoch=draft.epoch,
-        sample_ids=draft.sample_ids,
-        heights=draft.heights,
-        widths=draft.widths,
+        **facts,
         global_views=Views(pixels=rendered.global_pixels, plan=draft.global_plan),
         local_views=local_views,
-        replacements=draft.replacements,
-        render_cpu_seconds=draft.cpu_seconds,
-        render_seconds=draft.seconds,
-        worker=draft.worker,
         decoded_bytes=decoded_bytes,
     )
 
@@ -232,8 +230,8 @@ class _Assembly(Generic[_Made]):
             global_plan=self.global_plan,
             local_plan=self.local_plan,
             replacements=tuple(self.replacements),
-            cpu_seconds=cpu_seconds,
-            seconds=seconds,
+            render_cpu_seconds=cpu_seconds,
+            render_seconds=seconds,
             worker=worker,
         )
 

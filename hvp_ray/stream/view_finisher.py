@@ -46,8 +46,8 @@ class ViewFinisher:
         here = dataclasses.replace(
             batch,
             replacements=(),  # counted by the view worker
-            render_seconds=batch.render_seconds - draft.seconds,
-            render_cpu_seconds=batch.render_cpu_seconds - draft.cpu_seconds,
+            render_seconds=batch.render_seconds - draft.render_seconds,
+            render_cpu_seconds=batch.render_cpu_seconds - draft.render_cpu_seconds,
         )
         self._rendered.take(here)
         return batch

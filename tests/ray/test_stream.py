@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from hvp_ray.config import ClusterConfig, config_to_dict
+from hvp_ray.config import ClusterConfig, RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
 from hvp_ray.records import BatchRequest
@@ -61,6 +61,16 @@ def _stream(
         hand_over=DeviceHandOver(CPU),
         finishers=finishers,
     )
+
+
+def _config_of_folder(tmp_path: Path) -> RunConfig:
+    """A run on images in the folder `images`, which is written."""
+    generator = np.random.default_rng(0)
+    for index in range(40):
+        folder = tmp_path / "images" / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.png").write_bytes(encode(photograph_like(generator, 20, 20)))
+    return tiny_config(str(tmp_path), data={"source": str(tmp_path / "images"), "num_images": None})
 
 
 def _kill(workers: list[Any]) -> None:
@@ -219,12 +229,7 @@ def test_stall_is_an_error_with_the_numbers() -> None:
 
 
 def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    for index in range(40):
-        folder = tmp_path / "images" / f"class{index % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{index}.png").write_bytes(encode(photograph_like(generator, 20, 20)))
-    config = tiny_config(str(tmp_path), data={"source": str(tmp_path / "images"), "num_images": None})
+    config = _config_of_folder(tmp_path)
     pool = start_pool(config, "cpu", 1, {"CPU": 1.0})
     requests = _requests(config)
     for path in (tmp_path / "images").rglob("*.png"):
@@ -244,12 +249,7 @@ def test_workers_that_cannot_open_the_data_say_so() -> None:
 
 def test_worker_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) -> None:
     """The storage is away while Ray starts a worker again."""
-    generator = np.random.default_rng(0)
-    for index in range(40):
-        folder = tmp_path / "images" / f"class{index % 2}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{index}.png").write_bytes(encode(photograph_like(generator, 20, 20)))
-    config = tiny_config(str(tmp_path), data={"source": str(tmp_path / "images"), "num_images": None})
+    config = _config_of_folder(tmp_path)
     pool = start_pool(config, "cpu", 1, {"CPU": 1.0})
     stream = _stream(pool.workers, end_step=8, request_of=_requests(config))
     assert stream.next_batch().batch.step == 0
