@@ -74,7 +74,7 @@ def draw(path: Path, samples: list[Sample], kinds: list[str], *, from_step: int,
             axis.plot(
                 x, centre + bound_mb * middle / 1000, color="#999999", linestyle=":", label=f"bound: {bound_mb:g}"
             )
-            axis.legend(loc="lower right", fontsize=8, frameon=False)
+            axis.legend(loc="lower right", fontsize=8, framealpha=0.9, edgecolor="none")
             low, high = centre - 8 * bound_mb, centre + 8 * bound_mb
             axis.set_ylim(min(low, memory[late].min()), max(high, memory.max()))
         axis.set_title(kind, fontsize=10, loc="left")
