@@ -135,14 +135,14 @@ def test_close_does_not_wait_for_numbers_that_hang() -> None:
     release = threading.Event()
 
     def read() -> dict[str, float]:
-        release.wait(timeout=30.0)
+        release.wait(timeout=300.0)
         return {}
 
     publisher = _publisher(_Recorded(), interval_seconds=0.01)
     publisher.watch(read)
     started = time.monotonic()
     publisher.close()
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 60.0
     release.set()
 
 
