@@ -37,7 +37,7 @@ class Browser:
         ]
         self._process = subprocess.Popen([CHROMIUM, *options, "about:blank"], stderr=subprocess.DEVNULL)
         port_file = Path(self._profile.name) / "DevToolsActivePort"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not port_file.exists() or not port_file.read_text().strip():
             assert time.monotonic() < deadline, "Chromium did not start"
             await asyncio.sleep(0.2)
@@ -72,7 +72,7 @@ class Browser:
         """Return what a person reads on the page."""
         return str(await self.evaluate("document.body.innerText"))
 
-    async def wait_until(self, script: str, *, seconds: float = 60.0) -> None:
+    async def wait_until(self, script: str, *, seconds: float = 300.0) -> None:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + seconds
         while not await self.evaluate(f"Boolean({script})"):

@@ -58,7 +58,7 @@ class Server:
             self._process = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=log, start_new_session=True, cwd=self._folder
             )
-        wait_until(self._is_healthy, 90.0, "the MLflow server")
+        wait_until(self._is_healthy, 600.0, "the MLflow server")
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None
@@ -132,14 +132,16 @@ def test_server_dies_comes_back_and_hangs_and_mlflow_ends_with_every_step(server
     trainer = Trainer(tmp_path)
     trainer.start()
     feed = MlflowFeed(run, tmp_path)
-    wait_until(lambda: feed.run_id is not None, 60.0, "the run in MLflow")
+    wait_until(lambda: feed.run_id is not None, 300.0, "the run in MLflow")
     server.signal(signal.SIGKILL)
     steps_at_death = trainer.steps
-    wait_until(lambda: feed.is_away, 60.0, "the feed to see that the server is gone")
+    wait_until(lambda: feed.is_away, 300.0, "the feed to see that the server is gone")
     time.sleep(3.0)
     assert trainer.steps > steps_at_death + 50  # training goes on
     server.start()
-    wait_until(lambda: not feed.is_away and feed.numbers()["hvp_ray_mlflow_backlog_records"] < 200, 60.0, "the backlog")
+    wait_until(
+        lambda: not feed.is_away and feed.numbers()["hvp_ray_mlflow_backlog_records"] < 200, 300.0, "the backlog"
+    )
     server.signal(signal.SIGSTOP)
     time.sleep(2.0)
     trainer.end()

@@ -77,7 +77,7 @@ def server(store: str) -> Iterator[str]:
         command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL, start_new_session=True
     )
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while True:
         try:
             urllib.request.urlopen(f"{address}/health", timeout=2).close()

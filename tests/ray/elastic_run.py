@@ -65,7 +65,7 @@ def main(output: Path) -> None:
     thread.start()
 
     def wait_until(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 900
         while not condition():
             if not thread.is_alive() or time.monotonic() > deadline:
                 raise RuntimeError(f"waited for {what}: {result or recorded_steps(run_dir)[-1:]}, {attempts(run_dir)}")

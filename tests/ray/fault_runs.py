@@ -30,7 +30,7 @@ def fault_config(output: Path, name: str, images: Path, **cluster: object) -> Ru
         data={"source": str(images), "num_images": None, "test_fraction": 0.0, "max_unreadable_fraction": 0.1},
         views={"global_views": large, "evaluation_resize_px": 16},
         training={"num_steps": NUM_STEPS, "images_per_step": IMAGES_PER_STEP},
-        cluster={"stall_seconds": 90.0} | cluster,
+        cluster={"stall_seconds": 600.0} | cluster,
     )
 
 

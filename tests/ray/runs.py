@@ -40,6 +40,10 @@ def recorded_steps(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 def attempts(run_dir: Path) -> list[dict[str, Any]]:
     """Return when and where the run was started and resumed."""
     path = run_dir / "attempts.jsonl"
@@ -72,16 +76,17 @@ class AtStep(threading.Thread):
 
     def run(self) -> None:
         for step in self._steps:
-            num_attempts = len(attempts(self._run_dir))
+            size = -1
             while not self._ended.is_set():
+                time.sleep(0.002)
+                if size == (size := _bytes_of(self._run_dir / "metrics.jsonl")):
+                    continue  # reading it all the time would take a core from the run
                 steps = recorded_steps(self._run_dir)
                 started_again = not self.fired or len(attempts(self._run_dir)) > len(self.fired)
                 if started_again and steps and steps[-1] >= step:
                     self.fired.append(steps[-1])
                     self._action(step)
                     break
-                time.sleep(0.002)
-            del num_attempts
 
     def end(self) -> None:
         self._ended.set()

@@ -17,8 +17,13 @@ from tests.ray.runs import attempts, processes_titled, recorded_steps
 
 State = Literal["starting", "rendering", "idle", "gone"]
 
+PATIENCE_SECONDS = 600.0
+"""A run starts six processes that import PyTorch; a machine whose cores are lent to others takes minutes for that."""
 
-def wait_until(condition: Callable[[], bool], what: str, *, seconds: float = 90.0, pause: float = 0.02) -> None:
+
+def wait_until(
+    condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_SECONDS, pause: float = 0.02
+) -> None:
     """Wait for a condition; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -51,7 +56,7 @@ def in_state(*states: State, but: tuple[psutil.Process, ...] = ()) -> list[psuti
     return [p for p in processes_titled("ray::ViewWorker") if p not in but and state(p) in states]
 
 
-def catch(wanted: State, *, but: tuple[psutil.Process, ...] = (), seconds: float = 90.0) -> psutil.Process:
+def catch(wanted: State, *, but: tuple[psutil.Process, ...] = (), seconds: float = PATIENCE_SECONDS) -> psutil.Process:
     """Return a view worker at a moment when it is in a state; rendering a small batch takes milliseconds, so no pauses."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -52,7 +52,7 @@ def _publisher(recorded: _Recorded, interval_seconds: float) -> MetricsPublisher
 
 
 def _wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 120.0
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
