@@ -26,7 +26,7 @@ from ray.cluster_utils import Cluster
 
 from tests.ray.fault_runs import NUM_STEPS, fault_config
 from tests.ray.runs import launch_quietly
-from tests.ray.view_worker_processes import catch, state, trainer_stopped, wait_for_step, wait_until
+from tests.ray.view_worker_processes import state, stop, trainer_stopped, wait_for_step, wait_until
 
 HERE = Path(__file__).parent
 STORE_BYTES = 100 * 2**20
@@ -45,9 +45,10 @@ def _add_view_node(cluster: Cluster, python_path: str, *, num_workers: int) -> A
 
 def _lose_node_that_holds_batches(run_dir: Path, cluster: Cluster, node: Any) -> None:
     """Lose it while the trainer fetches what was finished there."""
-    worker = catch("rendering")
+    worker = stop("rendering")
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     with trainer_stopped(run_dir):
+        worker.resume()
         wait_until(lambda: state(worker) == "idle", "a finished batch")
         raylet.suspend()  # it keeps the batches and does not hand them out
     time.sleep(FETCH_SECONDS)

@@ -15,7 +15,7 @@ import ray
 from hvp_ray.training.local import pretrain_in_process
 from tests.ray.fault_runs import NUM_DAMAGED, NUM_STEPS, POISONED_ID, fault_config, write_images
 from tests.ray.runs import digest_from_checkpoint, launch_quietly, recorded_steps
-from tests.ray.view_worker_processes import catch, in_state, state, trainer_stopped, wait_for_step, wait_until
+from tests.ray.view_worker_processes import catch, in_state, state, stop, trainer_stopped, wait_for_step, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -70,8 +70,7 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
     def disturb() -> None:
         wait_for_step(run_dir, 2)
         others = _fill_store()
-        straggler = catch("rendering")
-        straggler.suspend()
+        straggler = stop("rendering")
         stopped_at = time.monotonic()
 
         def wait_for_successor() -> None:
@@ -83,12 +82,13 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
             catch("starting").kill()
             wait_for_successor()
         wait_for_step(run_dir, 8)
-        catch("rendering", but=(straggler,)).kill()
+        stop("rendering", but=(straggler,)).kill()
         with trainer_stopped(run_dir):
             wait_for_successor()
         wait_for_step(run_dir, 11)
-        victim = catch("rendering", but=(straggler,))
+        victim = stop("rendering", but=(straggler,))
         with trainer_stopped(run_dir):
+            victim.resume()
             wait_until(lambda: state(victim) == "idle", "a finished batch")
             victim.kill()
             wait_for_successor()

@@ -68,6 +68,17 @@ def catch(wanted: State, *, but: tuple[psutil.Process, ...] = (), seconds: float
     raise TimeoutError(f"waited {seconds:.0f} s for a view worker that is {wanted}")
 
 
+def stop(wanted: State, *, but: tuple[psutil.Process, ...] = ()) -> psutil.Process:
+    """Stop a view worker in the act, and return it: `catch` alone is too late on a machine that is slow itself."""
+    while True:
+        worker = catch(wanted, but=but)
+        worker.suspend()
+        wait_until(lambda worker=worker: worker.status() == psutil.STATUS_STOPPED, "a process that stops", pause=0.0)
+        if state(worker) == wanted:
+            return worker
+        worker.resume()
+
+
 @contextmanager
 def trainer_stopped(run_dir: Path) -> Iterator[None]:
     """Stop the first trainer in its tracks: it hears of nothing and takes nothing."""
