@@ -55,7 +55,6 @@ def straight(output: Path) -> str:
 
 
 def test_three_view_workers_equal_inline_rendering(output: Path, straight: str) -> None:
-    """(One worker: `test_trainer_killed_within_and_at_both_ends_of_an_epoch`.)"""
     three = launch_quietly(_config(output, "three", num_view_workers=3, batches_in_flight=6))
     assert _check(output, "three", three) == straight
     other_seed = pretrain_in_process(_config(output, "other-seed", seed=1))
@@ -64,26 +63,31 @@ def test_three_view_workers_equal_inline_rendering(output: Path, straight: str) 
 
 
 def test_shipped_pixels_with_workers_finishers_and_the_trainer_killed_equal_inline(output: Path, straight: str) -> None:
-    """cluster.ship=pixels: decoded by two view workers, rendered by two finishers beside the trainer."""
+    """cluster.ship=pixels: decoded by two view workers, rendered by two finishers beside the trainer.
 
-    def kill(step: int) -> None:
-        if step == 9:
-            os.kill(attempts(output / "pixels")[-1]["process_id"], signal.SIGKILL)
-            return
+    The trainer is killed in step 10 (the last of epoch 0) and in step 11 (the first); off a checkpoint: in the tests below.
+    """
+
+    def kill_views(step: int) -> None:
         for process in processes_titled({3: "ray::ViewWorker", 6: "ray::ViewFinisher"}[step]):
             os.kill(process.pid, signal.SIGKILL)
             killed.append(step)
 
+    def kill_trainer(step: int) -> None:
+        os.kill(attempts(output / "pixels")[-1]["process_id"], signal.SIGKILL)
+
     killed: list[int] = []
-    killers = [AtStep(output / "pixels", [step], kill) for step in (3, 6, 9)]
+    killers = [AtStep(output / "pixels", [step], kill_views) for step in (3, 6)]
+    killers.append(AtStep(output / "pixels", [9, 10], kill_trainer))
     for killer in killers:
         killer.start()
     cluster = {"ship": "pixels", "num_view_workers": 2, "finishers_per_trainer": 2}
     summary = launch_quietly(_config(output, "pixels", **cluster))
     for killer in killers:
         killer.end()
-        assert killer.fired
-    assert summary["num_resumes"] == 1
+    assert [len(killer.fired) for killer in killers] == [1, 1, 2]
+    assert [attempt["step"] for attempt in attempts(output / "pixels")] == [0, 8, 8]
+    assert summary["num_resumes"] == 2
     assert summary["num_worker_restarts"] == 2
     assert killed == [3, 3, 6, 6]
     assert _check(output, "pixels", summary) == straight
@@ -114,22 +118,6 @@ def test_ibot_with_view_workers_and_a_trainer_killed_equals_inline(output: Path)
     assert summary["num_resumes"] == 1
     assert summary["num_worker_restarts"] >= 1
     assert _check(output, "ibot-killed", summary) == inline["weights_digest"]
-
-
-def test_trainer_killed_within_and_at_both_ends_of_an_epoch(output: Path, straight: str) -> None:
-    """Killed in step 7 (mid-epoch, off a checkpoint), in step 10 (the last of epoch 0) and in step 11 (the first)."""
-
-    def kill(step: int) -> None:
-        os.kill(attempts(output / "trainer-killed")[-1]["process_id"], signal.SIGKILL)
-
-    killer = AtStep(output / "trainer-killed", [6, 9, 10], kill)
-    killer.start()
-    summary = launch_quietly(_config(output, "trainer-killed", max_trainer_failures=5))
-    killer.end()
-    assert len(killer.fired) == 3
-    assert [attempt["step"] for attempt in attempts(output / "trainer-killed")] == [0, 4, 8, 8]
-    assert summary["num_resumes"] == 3
-    assert _check(output, "trainer-killed", summary) == straight
 
 
 def _train_without_ray(rank: int, num_ranks: int, output: str) -> dict[str, Any] | None:
