@@ -1,8 +1,13 @@
-"""Start ranks as processes that meet on loopback, with gloo or nccl."""
+"""Ranks: processes that meet on loopback, with gloo or nccl.
 
+They are started once and used again, because each must import PyTorch first; each call has a process group of its own.
+"""
+
+import atexit
 import socket
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -10,38 +15,65 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+class _RankProcess:
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.connection, its_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(its_end,))
+        self._process.start()
+        its_end.close()  # or the end of the process would not be noticed here
+
+    def end(self) -> None:
+        self.connection.close()
+        self._process.join(timeout=60)
+
+
+_processes: list[_RankProcess] = []
+
+
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, backend: str = "gloo") -> list[Any]:
     """Call function(rank, num_ranks, *arguments) on every rank; return the results in the order of ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank_main, args=(rank, num_ranks, port, backend, function, arguments, queue))
-        for rank in range(num_ranks)
-    ]
-    for process in processes:
-        process.start()
-    results = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(timeout=60)
-    for rank, result in results.items():
-        if isinstance(result, str) and result.startswith("Traceback"):
-            raise AssertionError(f"rank {rank} failed:\n{result}")
-    return [results[rank] for rank in range(num_ranks)]
-
-
-def _rank_main(
-    rank: int, num_ranks: int, port: int, backend: str, function: Callable[..., Any], arguments: Any, queue: Any
-) -> None:
-    torch.set_num_threads(1)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+    while len(_processes) < num_ranks:
+        _processes.append(_RankProcess())
+    ranks = _processes[:num_ranks]
     try:
-        queue.put((rank, function(rank, num_ranks, *arguments)))
-    except BaseException:
-        queue.put((rank, traceback.format_exc()))
-    finally:
-        dist.destroy_process_group()
+        for rank, process in enumerate(ranks):
+            process.connection.send((rank, num_ranks, port, backend, function, arguments))
+        outcomes = [process.connection.recv() for process in ranks]
+    except EOFError as error:
+        _end_all()
+        raise AssertionError("a rank has died") from error
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            _end_all()  # whatever it has left behind
+            raise AssertionError(f"rank {rank} failed:\n{failure}")
+    return [result for result, _ in outcomes]
+
+
+@atexit.register
+def _end_all() -> None:
+    while _processes:
+        _processes.pop().end()
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, num_ranks, port, backend, function, arguments = connection.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks)
+        try:
+            outcome: tuple[Any, str | None] = (function(rank, num_ranks, *arguments), None)
+        except BaseException:
+            outcome = (None, traceback.format_exc())
+        finally:
+            dist.destroy_process_group()
+        connection.send(outcome)
