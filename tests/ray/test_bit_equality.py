@@ -93,6 +93,7 @@ def test_shipped_pixels_with_workers_finishers_and_the_trainer_killed_equal_inli
     assert _check(output, "pixels", summary) == straight
 
 
+@pytest.mark.cluster
 def test_ibot_with_view_workers_and_a_trainer_killed_equals_inline(output: Path) -> None:
     """The method with the most state (teacher, two centres, masks, local views); every second step is vanilla."""
 
