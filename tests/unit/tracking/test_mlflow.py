@@ -75,7 +75,7 @@ def test_absent_server_is_said_once_and_does_not_hold_the_run_up(
     feed = MlflowFeed(_run("http://127.0.0.1:9"), tmp_path)
     started = time.monotonic()
     assert not feed.finish(status="FINISHED", artifacts=[], values={}, timeout_seconds=2.0)
-    assert time.monotonic() - started < 20.0  # MLflow's own retries would go on for minutes
+    assert time.monotonic() - started < 6.0  # MLflow's own retries would take minutes
     assert "metrics.jsonl has it" in caplog.text
     assert lacks_records(tmp_path)
 
