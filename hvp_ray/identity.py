@@ -1,88 +1,262 @@
-"""Identity of a run: everything that may change a bit of its result, as one digest.
+"""Identity of a run: everything that may change a bit of its weights, and everything that its metrics depend on.
 
-A run is resumed only by a run of the same identity; otherwise the difference is shown. Not part of it: where and by
-how many workers views are rendered, how far ahead, what is recorded, and where results go.
+It holds what settings result in (which images are trained on, which renderer renders) rather than how they are written.
+`training/preparation.py` resumes a run only under its identity; `comparison/study.py` compares only runs of one identity
+apart from arm and seed. `effect_of` classifies every field of the config: a new field needs a line here.
 """
 
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
+from hvp_ray.errors import CheckpointError, first_line
 
-_WITHOUT_EFFECT = {
-    "run.name",
-    "run.output",
-    "run.resume",
-    "data.source",  # the fingerprint of its images stands for it
-    "data.test_source",
-    "data.max_unreadable_fraction",
-    "data.block_cache_mib",
-    "data.max_row_group_mib",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.initial_weights",  # their digest stands for it
-    "cluster.renderer",  # the resolved one stands for it
-    "cluster.device",
+
+class Effect(Enum):
+    """What a field of the config may change."""
+
+    WEIGHTS = auto()
+    """A bit of the weights: its value is part of the identity."""
+    METRICS = auto()
+    """The numbers that are reported of the same weights: its value is part of the evaluation's identity."""
+    RESULT = auto()
+    """Either, by what it results in: `Resolved` has that, and it is part of the identity instead of the value."""
+    NOTHING = auto()
+    """No number. The reason stands beside each."""
+
+
+_EFFECTS: dict[str, Effect] = {
+    "recipe": Effect.WEIGHTS,
+    "run.name": Effect.NOTHING,  # names a folder
+    "run.output": Effect.NOTHING,  # places a folder
+    "run.seed": Effect.WEIGHTS,
+    "run.resume": Effect.NOTHING,  # False refuses a folder that exists
+    "data.source": Effect.RESULT,
+    "data.num_images": Effect.RESULT,
+    "data.test_source": Effect.RESULT,
+    "data.test_fraction": Effect.RESULT,
+    "data.max_unreadable_fraction": Effect.NOTHING,  # ends a run; replacements do not depend on it
+    "data.max_image_pixels": Effect.WEIGHTS,
+    "data.max_image_mib": Effect.WEIGHTS,
+    "data.shuffle_window_images": Effect.RESULT,
+    "data.shuffle_window_mib": Effect.RESULT,
+    "data.block_cache_mib": Effect.NOTHING,  # a cache of what the files hold; windows follow from sizes, not from it
+    "data.max_row_group_mib": Effect.NOTHING,  # ends a run, or reads a row group in parts
+    "data.image_column": Effect.WEIGHTS,
+    "data.label_column": Effect.METRICS,  # that labels make a split possible shows in the training images
+    "views.global_views": Effect.WEIGHTS,
+    "views.local_views": Effect.WEIGHTS,
+    "views.masks": Effect.WEIGHTS,
+    "views.mean": Effect.WEIGHTS,
+    "views.std": Effect.WEIGHTS,
+    "views.evaluation_resize_px": Effect.METRICS,
+    "selection": Effect.WEIGHTS,
+    "method": Effect.WEIGHTS,
+    "optimizer": Effect.WEIGHTS,
+    "training.epochs": Effect.WEIGHTS,
+    "training.num_steps": Effect.WEIGHTS,
+    "training.images_per_step": Effect.WEIGHTS,
+    "training.accumulation_steps": Effect.WEIGHTS,
+    "training.checkpoint_every_steps": Effect.NOTHING,  # a resume continues with the same bits
+    "training.keep_checkpoints": Effect.NOTHING,  # the newest one is always kept
+    "training.torch_threads": Effect.WEIGHTS,
+    "training.precision": Effect.WEIGHTS,
+    "training.compile": Effect.WEIGHTS,
+    "training.initial_weights": Effect.RESULT,
+    "cluster.num_trainers": Effect.RESULT,
+    "cluster.min_trainers": Effect.RESULT,
+    "cluster.resize_check_seconds": Effect.NOTHING,  # of elastic runs, whose identity is "elastic"
+    "cluster.placement": Effect.NOTHING,  # nodes, not numbers
+    "cluster.num_view_workers": Effect.NOTHING,  # views are a function of the plan, on any worker
+    "cluster.renderer": Effect.RESULT,
+    "cluster.device": Effect.RESULT,
+    "cluster.batches_in_flight": Effect.NOTHING,  # batches are used in step order
+    "cluster.cpus_per_trainer": Effect.NOTHING,  # a reservation; torch_threads sets the threads
+    "cluster.cpus_per_view_worker": Effect.NOTHING,  # a reservation
+    "cluster.ship": Effect.NOTHING,  # views are rendered to the same bits on either side
+    "cluster.finishers_per_trainer": Effect.NOTHING,  # see num_view_workers
+    "cluster.gpus_for_knn": Effect.RESULT,
+    "cluster.gpus_per_trainer": Effect.NOTHING,  # a reservation and a limit of memory
+    "cluster.gpus_per_dali_worker": Effect.NOTHING,  # a reservation
+    "cluster.object_store_mib": Effect.NOTHING,  # room for batches in flight
+    "cluster.late_factor": Effect.NOTHING,  # a late batch is rendered again, to the same bits
+    "cluster.late_seconds": Effect.NOTHING,  # see late_factor
+    "cluster.stall_seconds": Effect.NOTHING,  # ends a run
+    "cluster.max_trainer_failures": Effect.NOTHING,  # ends a run
+    "tracking.uri": Effect.NOTHING,  # a copy of the journal
+    "tracking.experiment": Effect.NOTHING,  # names a copy of the journal
+    "tracking.log_every_steps": Effect.METRICS,  # means over the run are means over the recorded steps
+    "tracking.knn_neighbours": Effect.METRICS,
+    "tracking.knn_images": Effect.METRICS,
+    "tracking.knn_every_epochs": Effect.NOTHING,  # more or fewer points of one curve; each has its step
+    "tracking.selection_images_per_epoch": Effect.METRICS,  # the analysis pools the logged images of an epoch
+    "tracking.comparison": Effect.NOTHING,  # a tag
+    "tracking.arm": Effect.NOTHING,  # a tag
+    "tracking.num_figure_images": Effect.NOTHING,  # a picture, drawn after the last number
 }
-_CLUSTER_WITH_EFFECT = {"cluster.num_trainers"}
-_PIXEL_LIBRARIES = ("numpy", "pillow", "simplejpeg", "opencv-python-headless", "timm")
+
+VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "timm", "nvidia-dali-cuda130")
+"""Parts of the identity that are versions of libraries."""
 
 
-def identity_parts(
-    config: RunConfig, *, renderer: RendererName, device: str, data_fingerprint: str, torch_version: str
-) -> dict[str, Any]:
-    """Return the flat values that identify a run.
+def effect_of(name: str) -> Effect:
+    """Return what a field may change.
 
     Args:
-        config: the run.
-        renderer: the renderer used.
-        device: cpu or cuda.
-        data_fingerprint: digest of the source.
-        torch_version: version with build, for instance 2.13.0+cu130.
+        name: dotted, as `flatten` names it. A section without fields of its own in the table stands for all its fields.
+
+    Raises:
+        LookupError: the field is not classified.
     """
-    parts: dict[str, Any] = {}
-    for name, value in flatten(config_to_dict(config)).items():
-        section = name.split(".")[0]
-        excluded = section == "tracking" or (section == "cluster" and name not in _CLUSTER_WITH_EFFECT)
-        if name not in _WITHOUT_EFFECT and not excluded:
-            parts[name] = list(value) if isinstance(value, tuple) else value
-    if config.cluster.min_trainers is not None:
-        parts["cluster.num_trainers"] = "elastic"  # whatever the numbers are, and were
-    parts["renderer"] = renderer
-    parts["device"] = device
-    parts["data fingerprint"] = data_fingerprint
-    parts["initial weights"] = _file_digest(config.training.initial_weights)
-    parts["torch"] = torch_version
-    libraries = [*_PIXEL_LIBRARIES, *(["nvidia-dali-cuda130"] if renderer != "cpu" else [])]
-    for library in libraries:
-        parts[library] = _version(library)
-    return parts
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        if (effect := _EFFECTS.get(".".join(parts[:length]))) is not None:
+            return effect
+    raise LookupError(f"the config field {name} has no effect in hvp_ray/identity.py; add a line for it")
 
 
-def identity_digest(parts: dict[str, Any]) -> str:
-    """Return the digest of `identity_parts`."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """What the settings of a run result in; made by `training.preparation.resolve`, once for all runs of a comparison."""
+
+    renderer: RendererName
+    device: str
+    """cpu or cuda; what trainers run on."""
+    training_data: dict[str, str]
+    """Name -> digest: `Dataset.training_parts`."""
+    test_data: dict[str, str]
+    """Name -> digest: `Dataset.test_parts`."""
+    initial_weights: str | None
+    """See `file_digest`."""
+    torch_version: str
+    """With build, for instance 2.13.0+cu130."""
 
 
-def describe_difference(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return one line for each value that differs: name: before -> now."""
-    names = sorted({*before, *now})
-    return [f"{n}: {before.get(n)!r} -> {now.get(n)!r}" for n in names if before.get(n) != now.get(n)]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """What must be equal for two runs to be one run; plain values by name."""
+
+    weights: dict[str, Any]
+    """What may change a bit of the weights."""
+    evaluation: dict[str, Any]
+    """What the metrics of the same weights depend on besides."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of `weights`: equal for runs whose weights must be equal."""
+        return hashlib.sha256(json.dumps(self.weights, sort_keys=True).encode()).hexdigest()
 
 
-def _version(distribution: str) -> str:
+def identity_of(config: RunConfig, resolved: Resolved) -> Identity:
+    """Return the identity of a run."""
+    values = flat_values(config)
+    elastic = config.cluster.min_trainers is not None  # whatever the numbers are, and were
+    weights = {name: value for name, value in values.items() if effect_of(name) is Effect.WEIGHTS} | {
+        "cluster.num_trainers": "elastic" if elastic else config.cluster.num_trainers,
+        "renderer": resolved.renderer,
+        "device": resolved.device,
+        **resolved.training_data,
+        "initial weights": resolved.initial_weights,
+        "torch": resolved.torch_version,
+    }
+    libraries = [name for name in VERSIONS if name != "torch" and (resolved.renderer != "cpu" or "dali" not in name)]
+    evaluation = {name: value for name, value in values.items() if effect_of(name) is Effect.METRICS} | {
+        **resolved.test_data,
+        "k-NN during training on": "cuda" if config.cluster.gpus_for_knn > 0.0 else "cpu",
+    }
+    return Identity(weights=weights | {name: _version(name) for name in libraries}, evaluation=evaluation)
+
+
+def run_record(config: RunConfig, identity: Identity) -> dict[str, Any]:
+    """Return what a run's config.json says of its identity; `recorded_difference` reads it."""
+    return {
+        "config": config_to_dict(config),
+        "run_identity": identity.digest,
+        "identity": identity.weights,
+        "evaluation": identity.evaluation,
+    }
+
+
+def recorded_difference(
+    content: bytes | str, config: RunConfig, identity: Identity, *, path: str, ignored: Collection[str] = ()
+) -> list[str]:
+    """Return how a recorded run differs from the run of this identity; empty: they are one run.
+
+    Args:
+        content: of a config.json.
+        config: of the run that `identity` is of.
+        identity: compared with the recorded one.
+        path: of config.json, for messages.
+        ignored: names of parts that need not be equal.
+
+    Raises:
+        CheckpointError: config.json is damaged, or was written by a version that recorded less.
+    """
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        record = json.loads(content)
+        before = {**record["identity"], **record["evaluation"]}
+        values = flatten(record["config"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged, or of an earlier version of hvp_ray, which recorded less than is needed to compare runs "
+            f"({type(error).__name__}: {first_line(error)}); continue the run with that version, or choose another name "
+            f"(--run.name; --comparison of compare.py)"
+        ) from error
+    now = {**identity.weights, **identity.evaluation}
+    before, now = ({n: v for n, v in parts.items() if n not in ignored} for parts in (before, now))
+    return describe_difference(before, now, values, flat_values(config))
 
 
-def _file_digest(location: str | None) -> str | None:
+def describe_difference(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    values_before: Mapping[str, Any],
+    values_now: Mapping[str, Any],
+) -> list[str]:
+    """Return one line for each part that differs, name: before -> now, and then the settings that other data result from.
+
+    Args:
+        before: parts of an identity.
+        now: parts of another one.
+        values_before: the flat config that `before` is of.
+        values_now: the flat config that `now` is of.
+    """
+
+    def lines(names: Collection[str], old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+        return [f"{n}: {old.get(n)!r} -> {new.get(n)!r}" for n in sorted(names) if old.get(n) != new.get(n)]
+
+    difference = lines({*before, *now}, before, now)
+    if any(line.startswith(("training ", "test ")) for line in difference):  # parts of `Dataset`, not fields
+        sources = [name for name in values_now if name.startswith("data.") and effect_of(name) is Effect.RESULT]
+        difference += lines(sources, values_before, values_now)
+    return difference
+
+
+def file_digest(location: str | None) -> str | None:
+    """Return the digest of initial weights: a run's folder or a file. None: there are none."""
     if location is None:
         return None
     path = Path(location).expanduser()
     path = path / "backbone.safetensors" if path.is_dir() else path
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+
+
+def flat_values(config: RunConfig) -> dict[str, Any]:
+    """Return the fields of a config by dotted name, as JSON has them: lists for tuples."""
+    values = flatten(config_to_dict(config))
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@cache
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

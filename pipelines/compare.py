@@ -4,10 +4,11 @@ python pipelines/compare.py [RECIPE] [--arms NAME ...] [--seeds N ...] [--sectio
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
@@ -163,7 +164,13 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.step_cost import StepCost
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
-    from hvp_ray.training.preparation import check_before_start, output_folder, with_absolute_paths
+    from hvp_ray.training.preparation import (
+        check_before_start,
+        choose_renderer,
+        output_folder,
+        resolve,
+        with_absolute_paths,
+    )
     from hvp_ray.training.rank import build_order
 
     base = with_absolute_paths(base)
@@ -173,6 +180,12 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     dataset = open_dataset(base.data)
     check_labels(base, dataset)
     device = connect(base)
+    mode = choose_mode(base, device) if options.views == "auto" else options.views
+    if mode == "inline" and base.cluster.device == "auto":
+        device = "cpu"
+    # Decided once for all runs: one that chose for itself might choose another device than its neighbours.
+    decided: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
+    base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=decided))
 
     def measure(arms: list[str]) -> dict[str, StepCost]:
         say(f"measuring what a step of {', '.join(arms)} costs ...")
@@ -180,6 +193,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
 
     study = open_study(
         base,
+        resolve(base, dataset, renderer=choose_renderer(base), device=device),
         name=options.comparison,
         arm_names=options.arms,
         seeds=options.seeds,
@@ -187,7 +201,6 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         steps_per_epoch=build_order(base, dataset).steps_per_epoch,
         measure=measure,
     )
-    mode = choose_mode(base, device) if options.views == "auto" else options.views
     parallel = options.parallel or num_parallel(base, mode, device)
     say(describe_plan(study, mode, parallel))
     if options.plan_only:

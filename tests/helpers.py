@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.identity import Resolved
 from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.training.preparation import choose_renderer, resolve
 
 NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
 
@@ -46,6 +49,12 @@ def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[st
         small[section] = small.get(section, {}) | values
     changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in small.items()}
     return dataclasses.replace(config, **changed)
+
+
+def resolved_of(config: RunConfig) -> Resolved:
+    """What a run's settings result in, in this process."""
+    device = "cuda" if config.cluster.device == "cuda" else "cpu"
+    return resolve(config, open_dataset(config.data), renderer=choose_renderer(config), device=device)
 
 
 def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np.float64]) -> list[tuple[int, int]]:

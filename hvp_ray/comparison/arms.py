@@ -13,6 +13,7 @@ from typing import Any
 
 from hvp_ray.config import RunConfig, SelectionConfig
 from hvp_ray.errors import ConfigError
+from hvp_ray.identity import Identity, Resolved, identity_of
 
 VANILLA = "vanilla"
 VANILLA_LONG = "vanilla-long"
@@ -133,13 +134,20 @@ class PlannedRun:
     seed: int
     config: RunConfig
     """With its name; the same name again resumes it."""
+    identity: Identity
     num_steps: int
+
+    @property
+    def name(self) -> str:
+        """Of the run's folder."""
+        return str(self.config.run.name)
 
 
 def plan_runs(
     base: RunConfig,
     arms: Sequence[Arm],
     seeds: Sequence[int],
+    resolved: Resolved,
     *,
     comparison: str,
     steps_per_epoch: int,
@@ -151,7 +159,9 @@ def plan_runs(
         base: recipe and overrides.
         arms: at least one.
         seeds: of the runs.
-        comparison: name; a run is named `<comparison>-<arm>-s<seed>`.
+        resolved: what the settings of `base` result in.
+        comparison: name; a run is named `<comparison>-<arm>-s<seed>`, and one of `vanilla-long` has its number of steps in
+            its name: an arm that is added later may change the compute that is to be equal, and so this number.
         steps_per_epoch: of the data.
         compute_ratio: cost of a run with hard views in runs of the same length with random views: `vanilla-long` trains
             for so many times the steps.
@@ -163,16 +173,17 @@ def plan_runs(
         for arm in arms:
             steps = round(num_steps * compute_ratio) if arm.name == VANILLA_LONG else num_steps
             config = arm.configure(base)
-            training = config.training
+            training, label = config.training, arm.name
             if arm.name == VANILLA_LONG:
-                training = dataclasses.replace(training, num_steps=steps)
+                training, label = dataclasses.replace(training, num_steps=steps), f"{arm.name}-{steps}steps"
             config = dataclasses.replace(
                 config,
                 training=training,
-                run=dataclasses.replace(config.run, name=f"{comparison}-{arm.name}-s{seed}", seed=seed, resume=True),
+                run=dataclasses.replace(config.run, name=f"{comparison}-{label}-s{seed}", seed=seed, resume=True),
                 tracking=dataclasses.replace(
-                    config.tracking, comparison=comparison, arm=arm.name, knn_every_epochs=knn_every
+                    config.tracking, comparison=comparison, arm=label, knn_every_epochs=knn_every
                 ),
             )
-            runs.append(PlannedRun(arm=arm, seed=seed, config=config, num_steps=steps))
+            identity = identity_of(config, resolved)
+            runs.append(PlannedRun(arm=arm, seed=seed, config=config, identity=identity, num_steps=steps))
     return runs

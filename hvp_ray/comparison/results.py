@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from hvp_ray.comparison.arms import HARDEST, VANILLA, VANILLA_LONG, PlannedRun
+from hvp_ray.comparison.arms import HARDEST, VANILLA, VANILLA_LONG, PlannedRun, hard_arm_of
 from hvp_ray.comparison.study import Study
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
 from hvp_ray.tracking.journal import read_journal
+from hvp_ray.training.preparation import is_finished
 
 METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",
@@ -101,12 +102,12 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
     """Read a finished run.
 
     Raises:
-        DataError: it has not ended.
+        DataError: it has not finished, or is another run than the planned one.
+        CheckpointError: its config.json is damaged, or of a version that recorded less.
     """
-    folder = study.folder.parent / str(run.config.run.name)
-    path = folder / "summary.json"
-    if not path.exists():
-        raise DataError(f"the run {folder} has not ended; start the comparison again")
+    folder = study.folder.parent / run.name
+    if not is_finished(run.config, run.identity):
+        raise DataError(f"{folder} does not hold the finished run of this comparison; start the comparison again")
     priced = VANILLA if run.arm.name == VANILLA_LONG else run.arm.name
     ratio = study.ratio_of(priced)
     points = {}
@@ -115,7 +116,8 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
         values = {name.removeprefix("eval/"): value for name, value in record["metrics"].items()}
         points[record["step"]] = CurvePoint(step=record["step"], epoch=epoch, compute=epoch * ratio, values=values)
     curve = tuple(points[step] for step in sorted(points))
-    return RunResult(arm=run.arm.name, seed=run.seed, folder=folder, summary=json.loads(path.read_text()), curve=curve)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return RunResult(arm=run.arm.name, seed=run.seed, folder=folder, summary=summary, curve=curve)
 
 
 def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) -> MetricResult:
@@ -142,9 +144,7 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
         if arm.name not in (VANILLA, VANILLA_LONG)
     ]
     if VANILLA_LONG in by_name:
-        hard = (
-            HARDEST if HARDEST in by_name else next(a.name for a in study.arms if a.name.startswith(("every", "hard")))
-        )
+        hard = hard_arm_of(study.arms).name
         question = f"{hard} against random views, equal compute"
         differences.insert(1, _difference(by_name[hard], by_name[VANILLA_LONG], question))
     references = {
@@ -192,7 +192,8 @@ def describe_result(study: Study, result: MetricResult) -> str:
         if (arm, reference) == (HARDEST, VANILLA):
             parts.append(f"at equal epochs hard views gave {describe_difference(difference)}, {_judged(difference)}")
         elif reference == VANILLA_LONG:
-            parts.append(f"at equal compute {describe_difference(difference)}, {_judged(difference)}")
+            who = "" if arm == HARDEST else f"{arm} gave "
+            parts.append(f"at equal compute {who}{describe_difference(difference)}, {_judged(difference)}")
     if not parts:
         return f"{result.title}: see the table ({seeds})."
     subject = study.base.recipe

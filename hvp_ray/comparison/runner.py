@@ -26,7 +26,7 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
 from hvp_ray.training.launch import Watchers, launch
 from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.preparation import finished_summary
+from hvp_ray.training.preparation import is_finished
 
 Mode = Literal["inline", "workers"]
 
@@ -126,8 +126,8 @@ def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: i
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Tell whether a run has ended."""
-    return finished_summary(run.config) is not None
+    """Tell whether a run has finished: the planned one, not any run of its name."""
+    return is_finished(run.config, run.identity)
 
 
 def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: str) -> dict[str, StepCost]:

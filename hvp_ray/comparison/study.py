@@ -12,18 +12,17 @@ from typing import Any, Literal
 
 from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, PlannedRun, get_arm, hard_arm_of, plan_runs
 from hvp_ray.comparison.step_cost import StepCost
-from hvp_ray.config import RunConfig, config_to_dict, flatten
+from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.source import UNLABELLED
 from hvp_ray.errors import ConfigError
-from hvp_ray.identity import describe_difference
+from hvp_ray.identity import Resolved, describe_difference, flat_values, identity_of
 from hvp_ray.randomness import check_seed
-from hvp_ray.training.preparation import output_folder
+from hvp_ray.training.preparation import difference_from_record, output_folder
 
 Accounting = Literal["measured", "counted"]
 
 _FILE = "comparison.json"
-_NOT_COMPARED = ("run.", "cluster.", "tracking.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +32,8 @@ class Study:
     name: str
     folder: Path
     base: RunConfig
+    resolved: Resolved
+    """What the settings of `base`, and so of every run, result in."""
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     accounting: Accounting
@@ -61,6 +62,7 @@ class Study:
             self.base,
             self.arms,
             self.seeds,
+            self.resolved,
             comparison=self.name,
             steps_per_epoch=self.steps_per_epoch,
             compute_ratio=self.compute_ratio,
@@ -69,6 +71,7 @@ class Study:
 
 def open_study(
     base: RunConfig,
+    resolved: Resolved,
     *,
     name: str | None,
     arm_names: Sequence[str],
@@ -77,48 +80,50 @@ def open_study(
     steps_per_epoch: int,
     measure: Callable[[list[str]], dict[str, StepCost]],
 ) -> Study:
-    """Make the folder of a new comparison, or go on with an existing one: arms and seeds may be added, nothing else.
+    """Make the folder of a new comparison, or continue an existing one: arms and seeds may be added, nothing else.
 
     Args:
         base: recipe and overrides, with absolute paths.
+        resolved: what its settings result in.
         name: None: `compare-<recipe>`.
         arm_names: see `arms.get_arm`.
         seeds: of the runs.
         accounting: what equal compute means.
         steps_per_epoch: of the data.
-        measure: arm names -> costs; asked for arms whose costs are not known yet.
+        measure: arm names -> costs; called with arms whose costs are not known yet.
 
     Raises:
-        ConfigError: unknown or repeated arms or seeds, or the comparison exists with other settings.
+        ConfigError: unknown or repeated arms or seeds, or the comparison, or one of its runs, exists with other settings.
+        CheckpointError: config.json of one of its runs is damaged, or of a version that recorded less.
     """
     arms = check_arms_and_seeds(arm_names, seeds)
     name = name or f"compare-{base.recipe.replace(':', '-')}"
     folder = output_folder(base) / name
     path = folder / _FILE
-    settings = _settings(base, accounting)
+    settings = settings_of(base, resolved, accounting)
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if known:
-        difference = describe_difference(known["settings"], json.loads(json.dumps(settings)))
-        if difference:
-            lines = "\n  ".join(difference)
-            raise ConfigError(
-                f"the comparison {folder} was started with other settings (its value -> yours):\n  {lines}\n"
-                f"Take its settings, or another --comparison NAME"
-            )
+        _check_settings(folder, known, settings, flat_values(base))
     costs = {arm: StepCost(**cost) for arm, cost in known.get("costs", {}).items()}
     needed = [name for name in dict.fromkeys([VANILLA, *(arm.name for arm in arms)]) if name != VANILLA_LONG]
     new = [arm for arm in needed if arm not in costs]
     if new:
+        # Before time is spent on costs. How long `vanilla-long` is follows from them, so its runs are checked after that.
+        known_arms = [arm for arm in arms if arm.name != VANILLA_LONG]
+        plan = plan_runs(
+            base, known_arms, seeds, resolved, comparison=name, steps_per_epoch=steps_per_epoch, compute_ratio=1.0
+        )
+        _check_runs(folder.parent, plan)
         # Costs are ratios of one measurement: what is known is kept, and what is new is brought to its scale.
         measured = measure(list(dict.fromkeys([VANILLA, *new])))
         scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
         for arm in new:
             costs[arm] = measured[arm].scaled(scale)
-        _write(path, {"settings": settings, "costs": {arm: cost.to_dict() for arm, cost in costs.items()}})
-    return Study(
+    study = Study(
         name=name,
         folder=folder,
         base=base,
+        resolved=resolved,
         arms=tuple(arms),
         seeds=tuple(seeds),
         accounting=accounting,
@@ -126,6 +131,46 @@ def open_study(
         num_steps=base.training.num_steps or base.training.epochs * steps_per_epoch,
         steps_per_epoch=steps_per_epoch,
     )
+    _check_runs(folder.parent, study.runs())
+    if new:
+        content = {"settings": settings, "config": flat_values(base)}
+        _write(path, content | {"costs": {arm: cost.to_dict() for arm, cost in costs.items()}})
+    return study
+
+
+def settings_of(base: RunConfig, resolved: Resolved, accounting: Accounting) -> dict[str, Any]:
+    """Return what all runs of a comparison have in common, by name: all that their numbers depend on but arm and seed."""
+    identity = identity_of(base, resolved)
+    shared = {name: value for name, value in identity.weights.items() if name != "run.seed"}
+    return shared | identity.evaluation | {"accounting": accounting}
+
+
+def _check_settings(folder: Path, known: dict[str, Any], settings: dict[str, Any], values: dict[str, Any]) -> None:
+    if "config" not in known:
+        raise ConfigError(
+            f"the comparison {folder} was started by an earlier version of hvp_ray, which did not record all that its "
+            f"numbers depend on; continue it with that version, or choose another --comparison NAME"
+        )
+    difference = describe_difference(known["settings"], settings, known["config"], values)
+    if difference:
+        lines = "\n  ".join(difference)
+        raise ConfigError(
+            f"the comparison {folder} was started with other settings (its value -> yours):\n  {lines}\n"
+            f"Take its settings and versions, or another --comparison NAME"
+        )
+
+
+def _check_runs(output: Path, runs: Sequence[PlannedRun]) -> None:
+    """Check that folders with the names of planned runs hold these runs: none is taken by its name alone."""
+    for run in runs:
+        folder = output / run.name
+        difference = difference_from_record(str(folder), run.config, run.identity)
+        if difference:
+            lines = "\n  ".join(difference)
+            raise ConfigError(
+                f"{folder} holds another run than this comparison plans (its value -> planned):\n  {lines}\n"
+                f"Take its settings and versions, choose another --comparison NAME, or move the folder away"
+            )
 
 
 def check_labels(base: RunConfig, dataset: Dataset) -> None:
@@ -168,14 +213,6 @@ def check_arms_and_seeds(arm_names: Sequence[str], seeds: Sequence[int]) -> list
     if VANILLA_LONG in arm_names:
         hard_arm_of(arms)
     return arms
-
-
-def _settings(base: RunConfig, accounting: Accounting) -> dict[str, Any]:
-    flat = flatten(config_to_dict(base))
-    kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
-    kept["cluster.num_trainers"] = base.cluster.num_trainers
-    kept["accounting"] = accounting
-    return kept
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Which samples of which source are trained on, and which are evaluated: `DataConfig` resolved."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,29 @@ class Dataset:
         """Digest of the images that are trained on."""
         return self.source.fingerprint()
 
+    def training_parts(self, config: DataConfig) -> dict[str, str]:
+        """Return what training depends on, by name: images, which of them are trained on, and what orders are made of.
+
+        Seed and images per step, on which an order depends too, are settings. No epoch is built for it.
+        """
+        block_starts, order = self.source.block_starts, "one permutation"
+        if block_starts is not None:
+            window = min(self.shuffle_window_images(config), len(self.training_ids))
+            order = f"{len(block_starts)} blocks {_digest(block_starts)}, windows of {window} images"
+        return {
+            "training data": self.fingerprint(),
+            "training images": f"{len(self.training_ids)} images {_digest(self.training_ids)}",
+            "training order": order,
+        }
+
+    def test_parts(self) -> dict[str, str]:
+        """Return what an evaluation depends on, by name: the images of the test set, and which of them."""
+        is_split = self.test_source is self.source
+        return {
+            "test data": "held out of the training data" if is_split else self.test_source.fingerprint(),
+            "test images": f"{len(self.test_ids)} images {_digest(self.test_ids)}",
+        }
+
 
 def open_dataset(config: DataConfig) -> Dataset:
     """Open the sources and split off what is held out.
@@ -47,3 +71,7 @@ def open_dataset(config: DataConfig) -> Dataset:
         return Dataset(source=source, training_ids=ids, test_source=test_source, test_ids=test_ids)
     training_ids, test_ids = split_for_test(ids, config.test_fraction if source.has_labels else 0.0)
     return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
+
+
+def _digest(ids: NDArray[np.int64]) -> str:
+    return hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()[:16]

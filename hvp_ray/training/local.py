@@ -16,7 +16,7 @@ from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.online_knn import AnswerAtHand
-from hvp_ray.training.preparation import draw_run_name, prepare_run
+from hvp_ray.training.preparation import choose_renderer, draw_run_name, prepare_run
 from hvp_ray.training.rank import train_rank
 
 
@@ -46,7 +46,7 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
     if config.run.name is None and world.num_ranks > 1:
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-    renderer = "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
+    renderer = choose_renderer(config)
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = open_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)

@@ -6,16 +6,17 @@ import os
 import secrets
 import subprocess
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hvp_ray.config import RendererName, RunConfig, config_to_dict
+from hvp_ray.config import RendererName, RunConfig
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
-from hvp_ray.identity import describe_difference, identity_digest, identity_parts
+from hvp_ray.identity import VERSIONS, Identity, Resolved, file_digest, identity_of, recorded_difference, run_record
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.training.rank import RunJob, build_order
@@ -136,18 +137,93 @@ def _open_checked(config: RunConfig) -> Dataset:
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any] | None:
-    """Return the summary of the run of this name where it has ended; None: it has not, or the name is new.
+    """Return the summary of the run of this name if it has finished; None: it has not, or the name is new.
+
+    Versions of libraries need not be those of the run, nor does what `auto` chooses here: nothing is computed again.
+
+    Raises:
+        ConfigError: the output folder or bucket cannot be read.
+        CheckpointError: the run of this name was trained with other settings or on other data.
+        DataError: the data, which has to be the run's, cannot be opened.
+    """
+    if config.run.name is None or not config.run.resume:
+        return None
+    run = place_in(output_location(config), config.run.name)
+    content = _read(place_in(run, "summary.json"))
+    if content is None:
+        return None
+    config = with_absolute_paths(config)
+    resolved = resolve(
+        config, open_dataset(config.data), renderer=choose_renderer(config), device=config.cluster.device
+    )
+    chosen = [name for name in ("renderer", "device") if getattr(config.cluster, name) == "auto"]
+    difference = difference_from_record(run, config, identity_of(config, resolved), ignored=(*VERSIONS, *chosen))
+    if difference:
+        raise CheckpointError(
+            f"the run {run} has finished with other settings. What differs (its value -> yours):\n  "
+            f"{_lines(difference)}\nTake its settings to see its result, or another --run.name to train with yours"
+        )
+    summary: dict[str, Any] = json.loads(content)
+    return summary
+
+
+def is_finished(config: RunConfig, identity: Identity) -> bool:
+    """Tell whether the run of this name has finished, with this identity.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
     """
-    if config.run.name is None:
-        return None
-    content = _read(place_in(output_location(config), config.run.name, "summary.json"))
-    if content is None:
-        return None
-    summary: dict[str, Any] = json.loads(content)
-    return summary
+    assert config.run.name is not None
+    run = place_in(output_location(config), config.run.name)
+    return _read(place_in(run, "summary.json")) is not None and not difference_from_record(run, config, identity)
+
+
+def difference_from_record(
+    run: str, config: RunConfig, identity: Identity, *, ignored: Collection[str] = ()
+) -> list[str] | None:
+    """Return how the run in a folder differs from this one; empty: it is this one; None: there is no run.
+
+    Args:
+        run: the folder, path or URI.
+        config: of the run that `identity` is of.
+        identity: compared with that in config.json.
+        ignored: names of parts that need not be equal.
+
+    Raises:
+        ConfigError: config.json cannot be read.
+        CheckpointError: config.json is damaged, or of a version that recorded less.
+    """
+    path = place_in(run, "config.json")
+    content = _read(path)
+    return None if content is None else recorded_difference(content, config, identity, path=path, ignored=ignored)
+
+
+def choose_renderer(config: RunConfig) -> RendererName:
+    """Return the renderer of a run."""
+    return "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
+
+
+def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, device: str) -> Resolved:
+    """Return what the settings of a run result in.
+
+    Args:
+        config: the run.
+        dataset: its opened data.
+        renderer: the renderer used.
+        device: cpu or cuda; what trainers run on.
+
+    Raises:
+        CheckpointError: the initial weights are not there.
+    """
+    weights = config.training.initial_weights
+    return Resolved(
+        renderer=renderer,
+        device=device,
+        training_data=dataset.training_parts(config.data),
+        test_data=dataset.test_parts(),
+        initial_weights=None if weights is None else file_digest(local_weights(weights)),
+        torch_version=torch.__version__,
+    )
 
 
 def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_writer: bool = True) -> RunJob:
@@ -162,28 +238,23 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     Raises:
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
         DataError: the data cannot be used.
-        CheckpointError: the run of this name has another identity; the message has the difference.
+        CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
+            must not be made; the message has the difference.
     """
     dataset = _open_checked(config)
     if is_writer and len(dataset.test_ids) and config.tracking.knn_images:
         # Read when the run ends: what is wrong with them is said now.
         dataset.source.load_labels()
         dataset.test_source.load_labels()
-    fingerprint = dataset.fingerprint()
-    parts = identity_parts(
-        _with_local_weights(config),
-        renderer=renderer,
-        device=device,
-        data_fingerprint=fingerprint,
-        torch_version=torch.__version__,
-    )
-    identity = identity_digest(parts)
+    resolved = resolve(config, dataset, renderer=renderer, device=device)
+    fingerprint = resolved.training_data["training data"]
+    identity = identity_of(config, resolved)
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
     commit = _git_commit()
     if is_writer:
-        _write_or_check(location, config, identity, parts, commit)
+        _write_or_check(location, config, identity, commit)
     uri, artifact_root = mlflow_location(config, local_output(config))
     tags = {
         "recipe": config.recipe,
@@ -193,7 +264,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         "renderer": renderer,
         "device": device,
         "data_fingerprint": fingerprint,
-        "run_identity": identity,
+        "run_identity": identity.digest,
         "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
     }
     if commit is not None:
@@ -205,7 +276,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         run_name=name,
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
-        run_identity=identity,
+        run_identity=identity.digest,
         renderer=renderer,
         mlflow_uri=uri,
         mlflow_artifact_root=artifact_root,
@@ -227,14 +298,6 @@ def local_output(config: RunConfig) -> Path:
     return output_folder(config)
 
 
-def _with_local_weights(config: RunConfig) -> RunConfig:
-    """Return the config with initial weights behind a URI replaced by their copy here; what counts is their digest."""
-    if config.training.initial_weights is None:
-        return config
-    weights = local_weights(config.training.initial_weights)
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=weights))
-
-
 def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | None]:
     """Return (tracking URI, artifact folder of a new experiment); (None, None): MLflow is off."""
     match config.tracking.uri:
@@ -249,32 +312,28 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
             return uri, None
 
 
-def _write_or_check(run: str, config: RunConfig, identity: str, parts: dict[str, Any], commit: str | None) -> None:
+def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
     """Check what config.json in the run's folder (path or URI) says, and write it."""
     path = place_in(run, "config.json")
-    found = _read(path)
-    if found is not None:
-        if not config.run.resume:
-            raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
-        before = json.loads(found)
-        if before["run_identity"] != identity:
-            difference = "\n  ".join(describe_difference(before["identity"], json.loads(json.dumps(parts))))
-            raise CheckpointError(
-                f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
-                f"What differs (its value -> yours):\n  {difference}\nTake its settings, or another --run.name"
-            )
-    content = {
-        "config": config_to_dict(config),
-        "run_identity": identity,
-        "identity": parts,
-        "git_commit": commit,
-    }
+    if _read(path) is not None and not config.run.resume:
+        raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
+    difference = difference_from_record(run, config, identity)
+    if difference:
+        raise CheckpointError(
+            f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
+            f"What differs (its value -> yours):\n  {_lines(difference)}\nTake its settings, or another --run.name"
+        )
+    content = run_record(config, identity) | {"git_commit": commit}
     try:
         write_file(path, (json.dumps(content, indent=1) + "\n").encode(), pauses=_PAUSES_SECONDS)
     except OSError as error:
         raise ConfigError(
             f"the run's folder {run} cannot be written: {error.strerror or error}; give another --run.output"
         ) from error
+
+
+def _lines(difference: Sequence[str]) -> str:
+    return "\n  ".join(difference)
 
 
 def _read(location: str) -> bytes | None:

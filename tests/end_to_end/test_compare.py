@@ -16,6 +16,7 @@ from hvp_ray.comparison.study import open_study
 from hvp_ray.training.local import pretrain_in_process
 from pipelines.command_line import parse_run
 from pipelines.compare import main
+from tests.helpers import resolved_of
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -63,8 +64,10 @@ def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
     """Do the same runs one after the other in this process, and write the report."""
     from hvp_ray.comparison.step_cost import StepCost
 
+    base = parse_run([*_options(output), "--cluster.device", "cpu"], program="compare.py", description="")
     study = open_study(
-        parse_run(_options(output), program="compare.py", description=""),
+        base,
+        resolved_of(base),
         name="c",
         arm_names=["vanilla", "hardest", "vanilla-long"],
         seeds=[0],
@@ -81,9 +84,8 @@ def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
 
 def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one(tmp_path: Path) -> None:
     first = _start(tmp_path / "killed")
-    last_run = tmp_path / "killed" / "c-vanilla-long-s0" / "metrics.jsonl"
     deadline = time.monotonic() + 1200
-    while not last_run.exists() or last_run.stat().st_size < 2000:
+    while not any(path.stat().st_size >= 2000 for path in (tmp_path / "killed").glob("c-vanilla-long-*/metrics.jsonl")):
         assert first.poll() is None, first.stdout.read() if first.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -103,7 +105,13 @@ def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one
     for report in (killed, straight):
         report["settings"].pop("run.output")
     assert killed == straight
-    assert [run["name"] for run in killed["runs"]] == ["c-vanilla-s0", "c-hardest-s0", "c-vanilla-long-s0"]
+    num_steps = [run["num_steps"] for run in killed["runs"]]
+    assert [run["name"] for run in killed["runs"]] == [
+        "c-vanilla-s0",
+        "c-hardest-s0",
+        f"c-vanilla-long-{num_steps[2]}steps-s0",
+    ]
+    assert num_steps[:2] == [60, 60] and num_steps[2] == round(60 * killed["compute_ratio"])
 
     assert killed["result"] in printed
     assert "all of it takes about" in printed and "make ui" not in printed and "viewStateShareKey=c" in printed
@@ -125,7 +133,7 @@ def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
     )
     assert {run.info.run_name for run in runs} == {run["name"] for run in report["runs"]}
     assert {(run.data.tags["arm"], run.data.tags["trained_views"]) for run in runs} == {
-        (run["arm"], run["arm"]) for run in report["runs"]
+        (arm, arm) for arm in (run["name"].removeprefix("c-").removesuffix("-s0") for run in report["runs"])
     }
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert all("mlflow.parentRunId" not in run.data.tags for run in runs)

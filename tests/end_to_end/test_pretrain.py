@@ -102,7 +102,11 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
         assert text in printed
     assert (tmp_path / "mlflow.db").exists()
 
-    assert main(["--run.name", "killed", "--run.output", str(tmp_path)]) == 0
+    command = ["--run.name", "killed", "--run.output", str(tmp_path)]
+    assert main(command) == 1
+    assert "has finished with other settings" in (refusal := capfd.readouterr().err)
+    assert "training.epochs: 2 -> 45" in refusal and "data.num_images: 200 -> None" in refusal
+    assert main([*command, *(word for key, value in SETTINGS.items() for word in (f"--{key}", value))]) == 0
     assert "has ended already" in capfd.readouterr().out
 
 

@@ -55,7 +55,20 @@ def straight(output: Path) -> str:
 
 
 def test_three_view_workers_equal_inline_rendering(output: Path, straight: str) -> None:
-    three = launch_quietly(_config(output, "three", num_view_workers=3, batches_in_flight=6))
+    """So do all settings of Ray's processes that are not part of the identity (tests/unit/test_identity.py)."""
+    settings = {
+        "num_view_workers": 3,
+        "batches_in_flight": 6,
+        "placement": "anywhere",
+        "resize_check_seconds": 1.0,
+        "cpus_per_trainer": 0.5,
+        "cpus_per_view_worker": 0.5,
+        "late_factor": 2.0,
+        "late_seconds": 5.0,
+        "stall_seconds": 500.0,
+        "max_trainer_failures": 1,
+    }
+    three = launch_quietly(_config(output, "three", **settings))
     assert _check(output, "three", three) == straight
     other_seed = pretrain_in_process(_config(output, "other-seed", seed=1))
     assert other_seed is not None

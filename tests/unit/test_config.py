@@ -1,4 +1,4 @@
-"""Config: strict, frozen, and back from JSON; identity: what may change a bit."""
+"""Config: strict, frozen, and back from JSON."""
 
 import dataclasses
 import json
@@ -9,7 +9,6 @@ import pytest
 
 from hvp_ray.config import (
     DataConfig,
-    RunConfig,
     RunSettings,
     SelectionConfig,
     TransformConfig,
@@ -19,7 +18,6 @@ from hvp_ray.config import (
     flatten,
 )
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.training.preparation import mlflow_location
 from pipelines.evaluate import read_config
@@ -76,51 +74,6 @@ def test_hard_steps_and_views_follow_every_and_score_always() -> None:
     assert [every.num_views_at(step) for step in range(4)] == [4, 2, 2, 4]
     assert SelectionConfig(rule="first").num_views_at(0) == 2
     assert SelectionConfig(rule="first", score_always=True).num_views_at(0) == 4
-
-
-def _digest(config: RunConfig, **resolved: str) -> str:
-    values = {"renderer": "cpu", "device": "cpu", "data_fingerprint": "f", "torch_version": "2.13.0"} | resolved
-    return identity_digest(identity_parts(config, **values))
-
-
-WITHOUT_EFFECT: list[dict[str, dict[str, Any]]] = [
-    {"run": {"name": "x", "output": "elsewhere", "resume": False}},
-    {"data": {"source": "moved", "block_cache_mib": 7, "max_row_group_mib": 7, "test_source": "t"}},
-    {"training": {"checkpoint_every_steps": 9, "keep_checkpoints": 5}},
-    {"cluster": {"num_view_workers": 7, "batches_in_flight": 9, "late_factor": 3.0}},
-    {"tracking": {"uri": "http://127.0.0.1:1", "log_every_steps": 3}},
-]
-WITH_EFFECT: list[dict[str, dict[str, Any]]] = [
-    {"run": {"seed": 1}},
-    {"data": {"num_images": 100}},
-    {"data": {"max_image_mib": 1}},
-    {"data": {"max_image_pixels": 10_000}},
-    {"selection": {"rule": "first"}},
-    {"optimizer": {"weight_decay": 0.1}},
-    {"training": {"torch_threads": 2}},
-    {"training": {"epochs": 3}},
-    {"cluster": {"num_trainers": 2}},
-]
-
-
-@pytest.mark.parametrize("sections", WITHOUT_EFFECT)
-def test_what_cannot_change_a_bit_does_not_change_the_identity(sections: dict[str, dict[str, Any]]) -> None:
-    assert _digest(tiny_config("o", **sections)) == _digest(tiny_config("o"))
-
-
-@pytest.mark.parametrize("sections", WITH_EFFECT)
-def test_what_may_change_a_bit_changes_the_identity(sections: dict[str, dict[str, Any]]) -> None:
-    assert _digest(tiny_config("o", **sections)) != _digest(tiny_config("o"))
-
-
-def test_renderer_device_data_and_torch_are_part_of_the_identity() -> None:
-    base = _digest(tiny_config("o"))
-    for change in ({"renderer": "dali-cpu"}, {"device": "cuda"}, {"data_fingerprint": "g"}, {"torch_version": "2.14"}):
-        assert _digest(tiny_config("o"), **change) != base
-
-
-def test_difference_names_both_values() -> None:
-    assert describe_difference({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: 2 -> 3", "c: None -> 4"]
 
 
 def test_configs_are_frozen_and_flatten_to_dotted_names() -> None:

@@ -8,7 +8,7 @@ from hvp_ray.comparison.arms import ARMS, get_arm, hard_arm_of, plan_runs
 from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import RECIPES, get_recipe
-from tests.helpers import tiny_config
+from tests.helpers import resolved_of, tiny_config
 
 
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "dino-imagenet-vits16-100ep", "ibot-digits"])
@@ -45,12 +45,13 @@ def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:
         base,
         [get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")],
         [3, 5],
+        resolved_of(base),
         comparison="c",
         steps_per_epoch=10,
         compute_ratio=1.54,
     )
     assert [run.config.run.name for run in runs] == [
-        f"c-{arm}-s{seed}" for seed in (3, 5) for arm in ("vanilla", "hardest", "vanilla-long")
+        f"c-{arm}-s{seed}" for seed in (3, 5) for arm in ("vanilla", "hardest", "vanilla-long-31steps")
     ]
     assert [run.num_steps for run in runs[:3]] == [20, 20, 31]
     assert runs[2].config.training.num_steps == 31

@@ -2,20 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hvp_ray.comparison.arms import get_arm
-from hvp_ray.comparison.results import Difference, describe_difference, describe_result, summarize_metric
+from hvp_ray.comparison.results import Difference, describe_difference, describe_result, read_run, summarize_metric
 from hvp_ray.comparison.results import RunResult as Result
+from hvp_ray.comparison.runner import is_done
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.comparison.study import Study, open_study
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
-from hvp_ray.errors import ConfigError
-from tests.helpers import tiny_config
+from hvp_ray.errors import ConfigError, DataError
+from hvp_ray.training.local import pretrain_in_process
+from tests.helpers import resolved_of, tiny_config
 
 import torch  # isort: skip
 
@@ -47,6 +50,7 @@ class _Stopwatch:
 def _open(base: RunConfig, machine: _Stopwatch, *arms: str, seeds: tuple[int, ...] = (0, 1), **options: Any) -> Study:
     return open_study(
         base,
+        resolved_of(base),
         name="study",
         arm_names=arms or ("vanilla", "hardest", "vanilla-long"),
         seeds=seeds,
@@ -79,8 +83,67 @@ def test_other_settings_under_the_same_name_are_refused_with_the_difference(tmp_
     _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
     with pytest.raises(ConfigError, match=r"training.epochs: 2 -> 3"):
         _open(tiny_config(str(tmp_path), training={"epochs": 3}), _Stopwatch(1.0))
-    quieter = tiny_config(str(tmp_path), tracking={"log_every_steps": 7}, cluster={"num_view_workers": 2})
-    _open(quieter, _Stopwatch(1.0))
+    elsewhere = tiny_config(str(tmp_path), data={"block_cache_mib": 7}, cluster={"num_view_workers": 2})
+    _open(elsewhere, _Stopwatch(1.0))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("tracking", {"knn_neighbours": 1, "knn_images": 30}, r"(?s)knn_images: 40 -> 30.*knn_neighbours: 20 -> 1"),
+        ("data", {"test_fraction": 0.3}, r"(?s)training images: .*data.test_fraction: 0.2 -> 0.3"),
+        ("cluster", {"device": "cuda"}, r"device: 'cpu' -> 'cuda'"),
+        ("views", {"evaluation_resize_px": 40}, r"views.evaluation_resize_px: 8 -> 40"),
+    ],
+)
+def test_two_protocols_do_not_stand_in_one_comparison(
+    tmp_path: Path, section: str, values: dict[str, object], message: str
+) -> None:
+    _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
+    with pytest.raises(ConfigError, match=message):
+        _open(tiny_config(str(tmp_path), **{section: values}), _Stopwatch(1.0), seeds=(0, 1, 2))
+
+
+def test_comparison_of_an_earlier_version_is_refused_in_words(tmp_path: Path) -> None:
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
+    path = study.folder / "comparison.json"
+    path.write_text(json.dumps({"settings": {"training.epochs": 2}, "costs": json.loads(path.read_text())["costs"]}))
+    with pytest.raises(ConfigError, match="earlier version of hvp_ray.*--comparison NAME"):
+        _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
+
+
+def test_an_arm_that_changes_equal_compute_plans_another_long_run(tmp_path: Path) -> None:
+    """With `every-2` the long run has 1.25 times the steps; `hardest`, added later, makes it 1.5 times."""
+    base = tiny_config(str(tmp_path), training={"num_steps": 2})
+    before = _open(base, _Stopwatch(1.0), "vanilla", "every-2", "vanilla-long", seeds=(0,))
+    for run in before.runs():
+        pretrain_in_process(run.config)
+    assert all(is_done(run) for run in before.runs())
+    after = _open(base, _Stopwatch(1.0), "vanilla", "every-2", "hardest", "vanilla-long", seeds=(0,))
+    assert before.compute_ratio == 1.25 and after.compute_ratio == 1.5
+    assert {run.arm.name: run.num_steps for run in after.runs()}["vanilla-long"] == 3
+    assert {run.arm.name for run in after.runs() if is_done(run)} == {"vanilla", "every-2"}
+
+
+def test_a_run_is_not_taken_by_its_name(tmp_path: Path) -> None:
+    base = tiny_config(str(tmp_path), training={"num_steps": 2})
+    study = _open(base, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
+    vanilla, hardest = study.runs()
+    pretrain_in_process(vanilla.config)
+    assert is_done(vanilla) and not is_done(hardest)
+    assert read_run(study, vanilla).summary["num_steps"] == 2
+    other = tiny_config(str(tmp_path), training={"num_steps": 2}, optimizer={"learning_rate_per_256": 0.01})
+    with pytest.raises(ConfigError, match=r"comparison .* other settings.*\n.*learning_rate_per_256: .* -> 0.01"):
+        _open(other, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
+    shutil.rmtree(study.folder)
+    with pytest.raises(ConfigError, match=r"study-vanilla-s0 holds another run.*\n.*learning_rate_per_256: .* -> 0.01"):
+        _open(other, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
+    assert not study.folder.exists(), "a refused comparison leaves nothing that the next one meets"
+    planned = dataclasses.replace(study, base=other).runs()[0]
+    assert not is_done(planned)
+    with pytest.raises(DataError, match="does not hold the finished run"):
+        read_run(dataclasses.replace(study, base=other), planned)
+    _open(base, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +216,13 @@ def test_nothing_is_claimed_where_chance_explains_it(tmp_path: Path) -> None:
     one = dataclasses.replace(difference, test=None)
     assert one.verdict == "not known" and "no interval" in describe_difference(one)
     assert json.loads((study.folder / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
+
+
+def test_the_sentence_names_the_arm_that_equal_compute_is_of(tmp_path: Path) -> None:
+    arms = ("vanilla", "every-2", "vanilla-long")
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), *arms, seeds=(0,))
+    metric = summarize_metric(study, [_result(study, arm, 0, 0.5) for arm in arms], "knn_top1")
+    assert "at equal compute every-2 gave +0.0 points" in describe_result(study, metric)
 
 
 def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
