@@ -23,16 +23,17 @@ def load_evaluation_pixels(
     Unreadable images are left out.
     """
     size_px = views.global_views.size_px
-    crops, kept = [], []
+    # Filled in place, because a list of crops would be a second copy.
+    crops = np.empty((len(sample_ids), size_px, size_px, 3), np.uint8)
+    kept: list[int] = []
     for sample_id in sample_ids.tolist():
         try:
             pixels = decode_rgb(source.read([sample_id])[0], max_pixels=max_image_pixels)
         except UnreadableImageError:
             continue
-        crops.append(_centre_crop(pixels, views.evaluation_resize_px, size_px))
+        crops[len(kept)] = _centre_crop(pixels, views.evaluation_resize_px, size_px)
         kept.append(sample_id)
-    stacked = np.stack(crops) if crops else np.zeros((0, size_px, size_px, 3), np.uint8)
-    return stacked, np.array(kept, dtype=np.int64)
+    return crops[: len(kept)], np.array(kept, dtype=np.int64)
 
 
 def _centre_crop(pixels: NDArray[np.uint8], resize_px: int, size_px: int) -> NDArray[np.uint8]:
@@ -43,7 +44,7 @@ def _centre_crop(pixels: NDArray[np.uint8], resize_px: int, size_px: int) -> NDA
     resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
     top, left = (size[0] - size_px) // 2, (size[1] - size_px) // 2
     crop = resized[:, top : top + size_px, left : left + size_px].permute(1, 2, 0)
-    return np.ascontiguousarray(crop.numpy())
+    return crop.numpy()
 
 
 def check_last_blocks(backbone: nn.Module, last_blocks: int) -> None:
