@@ -139,10 +139,11 @@ def _prepare(
 
 def _seconds_of_step(trainee: Any, batch: DeviceBatch, config: RunConfig, device: torch.device) -> float:
     if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin.record(stream)
         train_step(trainee, batch, config)
-        end.record()
+        end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
