@@ -453,7 +453,7 @@ class OptimizerConfig:
     """Optimizer and schedules; every schedule is a function of the step."""
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    """sgd and adamw: torch's; lars: timm's."""
+    """sgd and adamw: torch's; lars: timm's, in one of two forms (`lars_norm`)."""
 
     learning_rate_per_256: float
     """Base learning rate for 256 images per step; the rate used is this x images_per_step / 256."""
@@ -471,7 +471,11 @@ class OptimizerConfig:
     """No weight decay, and no LARS adaptation, on biases and other one-dimensional parameters."""
 
     lars_trust_coefficient: float = 0.001
-    """lars: the rate of a tensor is scaled by this x its norm / the norm of its gradient."""
+    """lars: the rate of a tensor is scaled by this x its norm / the norm of its gradient (`lars_norm`)."""
+
+    lars_norm: Literal["decayed-gradient", "separate"] = "decayed-gradient"
+    """lars: the divisor, with w the tensor, g its gradient and d the weight decay. decayed-gradient: |g + d w| (the HVP
+    authors, MoCo v3). separate: |g| + d |w| (solo-learn, timm, apex)."""
 
     lars_clip: bool = False
     """lars: a tensor's scaled rate is at most the learning rate (LARC)."""

@@ -66,6 +66,7 @@ def simclr_cifar10() -> RunConfig:
             learning_rate_per_256=0.4,
             weight_decay=1e-4,
             lars_trust_coefficient=0.02,
+            lars_norm="separate",
             lars_clip=True,
             decay_exempts_vectors=True,
             schedule="cosine-per-step",

@@ -54,6 +54,10 @@ TABLE: dict[str, dict[str, Any]] = {
     },
     "simclr-imagenet-r50-100ep": {
         "optimizer.name": "lars",
+        "optimizer.lars_norm": "decayed-gradient",
+        "optimizer.lars_trust_coefficient": 0.001,
+        "optimizer.lars_clip": False,
+        "optimizer.momentum": 0.9,
         "optimizer.learning_rate_per_256": 0.3,
         "optimizer.weight_decay": 1e-4,
         "optimizer.decay_exempts_vectors": True,
