@@ -53,6 +53,7 @@ def simsiam_cifar10_small() -> RunConfig:
             backbone=BackboneConfig(name="resnet10", stem="cifar", channels=(16, 32, 64, 128)),
             projector_layers=2,
             projector_dim=512,
+            projector_hidden_dim=512,
             predictor_hidden_dim=128,
         ),
         optimizer=OptimizerConfig(learning_rate_per_256=0.06, weight_decay=5e-4),
