@@ -274,6 +274,9 @@ class ViewsConfig:
     evaluation_resize_px: int
     """Evaluation resizes the shorter side to this, then cuts the centre of `global_views.size_px` (ImageNet: 256)."""
 
+    evaluation_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How evaluation resizes. The HVP authors: bilinear for SimSiam, bicubic for SimCLR, DINO and iBOT."""
+
     def __post_init__(self) -> None:
         fits = self.evaluation_resize_px >= self.global_views.size_px
         _require(fits, "views.evaluation_resize_px", self.evaluation_resize_px, "global_views.size_px or more")
@@ -396,6 +399,9 @@ class BackboneConfig:
 
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """ResNets. cifar: 3x3 convolution of stride 1 and no max-pooling, for images of 16 to 64 px."""
+
+    zero_init_residual: bool = True
+    """ResNets: the last BatchNorm of each residual branch starts at 0 (SimSiam, SimCLR). False: at 1 (DINO)."""
 
     channels: tuple[int, ...] | None = None
     """ResNets: widths of the stages, for small experiments. None: those of the named model."""

@@ -4,6 +4,8 @@ All arms' steps are run by turns in one process, on real batches. On a CPU the c
 least disturbed turn counts (neighbours on a shared core only ever make a step slower); on a GPU it is the device's own,
 and the median counts. Rendering is measured beside
 it, and is not part of the compute: in production it is done by other machines.
+
+One trainer runs, without torch.compile, whatever the runs use: see docs/reference_differences.md.
 """
 
 import dataclasses

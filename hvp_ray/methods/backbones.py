@@ -44,15 +44,21 @@ def build_backbone(config: BackboneConfig, *, drop_path: float | None = None) ->
     if config.stem == "cifar" and config.pretrained:
         raise ConfigError("method.backbone.pretrained=True is not allowed with stem=cifar: timm has no such weights")
     kwargs = backbone_arguments(config)
+    if not config.zero_init_residual:
+        kwargs["zero_init_last"] = False
     drop_path = config.drop_path if drop_path is None else drop_path
     if drop_path:
         kwargs["drop_path_rate"] = drop_path
     try:
-        return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **kwargs)
+        backbone: nn.Module = timm.create_model(name, pretrained=config.pretrained, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         options = {option: getattr(config, option) for option in ("channels", *_TRANSFORMER_OPTIONS)}
+        options["zero_init_residual"] = None if config.zero_init_residual else False
         given = ", ".join(f"method.backbone.{option}={value}" for option, value in options.items() if value is not None)
         raise ConfigError(f"{given or 'the options'} does not fit {config.name}: {error}") from error
+    if isinstance(backbone, VisionTransformer) and backbone.has_class_token and not config.pretrained:
+        nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # as DINO and iBOT; timm starts with 1e-6
+    return backbone
 
 
 _TRANSFORMER_OPTIONS = {

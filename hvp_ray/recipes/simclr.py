@@ -96,7 +96,8 @@ def simclr_imagenet_r50_100ep() -> RunConfig:
         views=data_sets.imagenet_views(
             ViewGroupConfig(
                 size_px=224, even=dataclasses.replace(_STRONG_COLOR, crop_scale=(0.08, 1.0), blur_kernel_px=23)
-            )
+            ),
+            evaluation_interpolation="bicubic",
         ),
         method=SimCLRConfig(backbone=BackboneConfig(name="resnet50")),
         optimizer=OptimizerConfig(

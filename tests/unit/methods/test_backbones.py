@@ -142,3 +142,23 @@ def test_exported_file_may_name_nothing_but_the_network_of_its_tensors(
     with pytest.raises(CheckpointError):
         load_exported_backbone(tmp_path / "x")
     assert time.process_time() - start < 5.0
+
+
+def test_class_token_starts_as_dinos() -> None:
+    """facebookresearch/dino, vision_transformer.py: truncated normal of 0.02; timm starts with 1e-6."""
+    backbone = build_backbone(BackboneConfig(name="vit_small_patch16_224"))
+    assert float(backbone.cls_token.detach().std()) == pytest.approx(0.02, rel=0.15)
+    assert float(backbone.cls_token.detach().abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_residual_branches_start_at_zero_only_if_asked(stem: str) -> None:
+    for zero in (True, False):
+        backbone = build_backbone(BackboneConfig(name="resnet50", stem=stem, zero_init_residual=zero))
+        last_norms = [block.bn3.weight for stage in (backbone.layer1, backbone.layer4) for block in stage]
+        assert all(bool((weight == (0.0 if zero else 1.0)).all()) for weight in last_norms)
+
+
+def test_residual_option_is_refused_for_a_network_without_it() -> None:
+    with pytest.raises(ConfigError, match="method.backbone.zero_init_residual=False"):
+        build_backbone(BackboneConfig(name="vit_tiny_patch16_224", zero_init_residual=False))
