@@ -274,6 +274,9 @@ class ViewsConfig:
     evaluation_resize_px: int
     """Evaluation resizes the shorter side to this, then cuts the centre of `global_views.size_px` (ImageNet: 256)."""
 
+    evaluation_interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How evaluation resizes. The HVP authors: bilinear for SimSiam, bicubic for SimCLR, DINO and iBOT."""
+
     def __post_init__(self) -> None:
         fits = self.evaluation_resize_px >= self.global_views.size_px
         _require(fits, "views.evaluation_resize_px", self.evaluation_resize_px, "global_views.size_px or more")
@@ -397,6 +400,9 @@ class BackboneConfig:
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """ResNets. cifar: 3x3 convolution of stride 1 and no max-pooling, for images of 16 to 64 px."""
 
+    zero_init_residual: bool = True
+    """ResNets: the last BatchNorm of each residual branch starts at 0 (SimSiam, SimCLR). False: at 1 (DINO)."""
+
     channels: tuple[int, ...] | None = None
     """ResNets: widths of the stages, for small experiments. None: those of the named model."""
 
@@ -453,7 +459,7 @@ class OptimizerConfig:
     """Optimizer and schedules; every schedule is a function of the step."""
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
-    """sgd and adamw: torch's; lars: timm's."""
+    """sgd and adamw: torch's; lars: timm's, in one of two forms (`lars_norm`)."""
 
     learning_rate_per_256: float
     """Base learning rate for 256 images per step; the rate used is this x images_per_step / 256."""
@@ -471,7 +477,11 @@ class OptimizerConfig:
     """No weight decay, and no LARS adaptation, on biases and other one-dimensional parameters."""
 
     lars_trust_coefficient: float = 0.001
-    """lars: the rate of a tensor is scaled by this x its norm / the norm of its gradient."""
+    """lars: the rate of a tensor is scaled by this x its norm / the norm of its gradient (`lars_norm`)."""
+
+    lars_norm: Literal["decayed-gradient", "separate"] = "decayed-gradient"
+    """lars: the divisor, with w the tensor, g its gradient and d the weight decay. decayed-gradient: |g + d w| (the HVP
+    authors, MoCo v3). separate: |g| + d |w| (solo-learn, timm, apex)."""
 
     lars_clip: bool = False
     """lars: a tensor's scaled rate is at most the learning rate (LARC)."""

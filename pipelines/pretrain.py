@@ -94,11 +94,12 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             f"overlap  of the chosen pair's crops {summary['chosen_iou_mean']:.3f}, "
             f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over the run)"
         )
-    if summary.get("knn_top1") is not None:
+    if any(summary.get(f"knn_top1{suffix}") is not None for suffix in ("", "_untrained", "_pixels")):
         lines += ["", "k-NN accuracy           all labels   5 labels per class"]
         for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
-            top1, few = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
-            lines.append(f"  {title:<20}    {top1:.4f}       {few:.4f}")
+            values = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
+            top1, few = ("not known" if value is None else f"{value:.4f}" for value in values)
+            lines.append(f"  {title:<20}    {top1:<10}   {few}")
     warnings = summary.get("num_collapse_warnings")
     if warnings is not None:
         lines += ["", f"collapse {'none was seen' if not warnings else f'warned of {warnings} time(s), see above'}"]
@@ -107,6 +108,8 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             "",
             f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see unreadable-rank-*.jsonl",
         ]
+    problems = summary.get("problems", [])
+    lines += [*([""] if problems else []), *(f"problem  {problem}" for problem in problems)]
     lines += [
         "",
         f"summary  {place_in(location, 'summary.json')}",

@@ -4,6 +4,8 @@ All arms' steps are run by turns in one process, on real batches. On a CPU the c
 least disturbed turn counts (neighbours on a shared core only ever make a step slower); on a GPU it is the device's own,
 and the median counts. Rendering is measured beside
 it, and is not part of the compute: in production it is done by other machines.
+
+One trainer runs, without torch.compile, whatever the runs use: see docs/reference_differences.md.
 """
 
 import dataclasses
@@ -139,10 +141,11 @@ def _prepare(
 
 def _seconds_of_step(trainee: Any, batch: DeviceBatch, config: RunConfig, device: torch.device) -> float:
     if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        begin.record(stream)
         train_step(trainee, batch, config)
-        end.record()
+        end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 IMAGES_PER_TASK = 512
 """Images of a chunk; the pixels of a chunk of 224 px take 77 MB."""
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 
 Part = Literal["training", "test"]
 
@@ -130,6 +130,7 @@ def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, de
         "max_image_mib": request.data.max_image_mib,
         "size_px": views.global_views.size_px,
         "resize_px": views.evaluation_resize_px,
+        "interpolation": views.evaluation_interpolation,
         "mean": views.mean,
         "std": views.std,
         "last_blocks": request.last_blocks,

@@ -23,27 +23,31 @@ def load_evaluation_pixels(
     Unreadable images are left out.
     """
     size_px = views.global_views.size_px
-    crops, kept = [], []
+    # Filled in place, because a list of crops would be a second copy.
+    crops = np.empty((len(sample_ids), size_px, size_px, 3), np.uint8)
+    kept: list[int] = []
     for sample_id in sample_ids.tolist():
         try:
             pixels = decode_rgb(source.read([sample_id])[0], max_pixels=max_image_pixels)
         except UnreadableImageError:
             continue
-        crops.append(_centre_crop(pixels, views.evaluation_resize_px, size_px))
+        crops[len(kept)] = _centre_crop(pixels, views)
         kept.append(sample_id)
-    stacked = np.stack(crops) if crops else np.zeros((0, size_px, size_px, 3), np.uint8)
-    return stacked, np.array(kept, dtype=np.int64)
+    return crops[: len(kept)], np.array(kept, dtype=np.int64)
 
 
-def _centre_crop(pixels: NDArray[np.uint8], resize_px: int, size_px: int) -> NDArray[np.uint8]:
+def _centre_crop(pixels: NDArray[np.uint8], views: ViewsConfig) -> NDArray[np.uint8]:
+    """Do what torchvision's Resize and CenterCrop do: the longer side is truncated, the margin rounded half to even."""
+    resize_px, size_px = views.evaluation_resize_px, views.global_views.size_px
     height, width = pixels.shape[:2]
-    scale = resize_px / min(height, width)
-    size = (max(resize_px, round(height * scale)), max(resize_px, round(width * scale)))
+    shorter = min(height, width)
+    size = (int(resize_px * height / shorter), int(resize_px * width / shorter))
     tensor = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
-    top, left = (size[0] - size_px) // 2, (size[1] - size_px) // 2
+    mode = views.evaluation_interpolation
+    resized = F.interpolate(tensor, size=size, mode=mode, align_corners=False, antialias=True)[0]
+    top, left = round((size[0] - size_px) / 2), round((size[1] - size_px) / 2)
     crop = resized[:, top : top + size_px, left : left + size_px].permute(1, 2, 0)
-    return np.ascontiguousarray(crop.numpy())
+    return crop.numpy()
 
 
 def check_last_blocks(backbone: nn.Module, last_blocks: int) -> None:

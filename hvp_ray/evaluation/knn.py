@@ -13,6 +13,8 @@ from torch import Tensor
 from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
 
 TEMPERATURE = 0.07
+_SIMILARITIES_AT_ONCE = 2**26
+"""256 MiB in float32: 1,024 queries against a bank of up to 65,536 images."""
 FEW_SHOT_DRAWS = 20
 """Fixed draws of labelled images over which few-label results are averaged."""
 
@@ -29,11 +31,25 @@ def knn_correct(
 
     `neighbours` is cut to the size of the bank.
     """
+    return _correct_of_unit_length(
+        F.normalize(bank, dim=1), bank_labels, F.normalize(queries, dim=1), query_labels, neighbours=neighbours
+    )
+
+
+def _correct_of_unit_length(
+    bank: Float[Tensor, "bank dim"],
+    bank_labels: Int64[Tensor, " bank"],
+    queries: Float[Tensor, "queries dim"],
+    query_labels: Int64[Tensor, " queries"],
+    *,
+    neighbours: int,
+) -> Bool[Tensor, " queries"]:
+    """Do what `knn_correct` does, for features that are normalised already."""
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     neighbours = min(neighbours, len(bank))
+    rows = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))
     parts = []
-    for chunk, labels in zip(queries.split(1024), query_labels.split(1024), strict=True):
+    for chunk, labels in zip(queries.split(rows), query_labels.split(rows), strict=True):
         similarities, indices = (chunk @ bank.T).topk(neighbours, dim=1)
         votes = torch.zeros(len(chunk), num_classes, device=chunk.device, dtype=chunk.dtype)
         votes.scatter_add_(1, bank_labels[indices], (similarities / TEMPERATURE).exp())
@@ -67,10 +83,12 @@ def few_shot_knn_accuracy(
     All drawn images vote (`neighbours` = shots): with so few labels a larger k would let other classes outvote.
     Classes with fewer than `shots` images give what they have.
     """
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     accuracies = []
     for draw in range(FEW_SHOT_DRAWS):
         rows = torch.from_numpy(draw_shots(bank_labels.cpu().numpy(), shots, draw)).to(bank.device)
-        accuracies.append(knn_accuracy(bank[rows], bank_labels[rows], queries, query_labels, neighbours=shots))
+        correct = _correct_of_unit_length(bank[rows], bank_labels[rows], queries, query_labels, neighbours=shots)
+        accuracies.append(int(correct.sum()) / len(queries))
     return float(np.mean(accuracies))
 
 

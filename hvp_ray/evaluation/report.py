@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from hvp_ray.evaluation.knn import few_shot_knn_accuracy, knn_accuracy
 from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
 
 SHOTS = 5
+PIXEL_BASELINE_PX = 32
+"""Raw pixels of larger images are compared at this size: a pixel is no feature that 224 px would help, and 20,000 images
+of 224 px would take 12 GB as floats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,10 +75,24 @@ def evaluate_encoder(
 
 
 def evaluate_pixels(knn_data: KnnData, config: RunConfig) -> dict[str, float]:
-    """Return the same of raw pixels: what a feature must beat."""
-    bank = torch.from_numpy(knn_data.bank).flatten(1).float()
-    queries = torch.from_numpy(knn_data.queries).flatten(1).float()
-    return _both(bank, queries, knn_data, config)
+    """Return these metrics for raw pixels, at most `PIXEL_BASELINE_PX` wide: what a feature must beat."""
+    return _both(_small_pixels(knn_data.bank), _small_pixels(knn_data.queries), knn_data, config)
+
+
+def _small_pixels(images: NDArray[np.uint8]) -> Float[Tensor, "images values"]:
+    """Return the values of each image as one row; images above `PIXEL_BASELINE_PX` are scaled down."""
+    size_px = min(images.shape[1], PIXEL_BASELINE_PX)
+    rows = torch.empty(len(images), size_px * size_px * 3)
+    for start in range(0, len(images), _IMAGES_AT_ONCE):
+        chunk = torch.from_numpy(images[start : start + _IMAGES_AT_ONCE])
+        if size_px < images.shape[1]:
+            first = chunk.permute(0, 3, 1, 2)
+            chunk = F.interpolate(first, size=size_px, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+        rows[start : start + len(chunk)] = chunk.flatten(1)
+    return rows
+
+
+_IMAGES_AT_ONCE = 256
 
 
 def _both(

@@ -1,8 +1,9 @@
 """Encoders from timm: ResNets, with the CIFAR stem where images are small, and Vision Transformers.
 
 `build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
-which takes views of any size that its patches divide: its position embeddings are interpolated). The CIFAR variants are
-registered with timm by name (`hvp_ray_resnet18_cifar`, ...), so `timm.create_model(name)` loads an exported backbone.
+which takes views of any size that its patches divide: its position embeddings are interpolated). Importing this module
+registers the CIFAR variants with timm by name (`hvp_ray_resnet18_cifar`, ...), so that `timm.create_model(name)` builds
+them. docs/operations.md shows how other programs load an exported encoder, also without this package.
 """
 
 import json
@@ -44,15 +45,21 @@ def build_backbone(config: BackboneConfig, *, drop_path: float | None = None) ->
     if config.stem == "cifar" and config.pretrained:
         raise ConfigError("method.backbone.pretrained=True is not allowed with stem=cifar: timm has no such weights")
     kwargs = backbone_arguments(config)
+    if not config.zero_init_residual:
+        kwargs["zero_init_last"] = False
     drop_path = config.drop_path if drop_path is None else drop_path
     if drop_path:
         kwargs["drop_path_rate"] = drop_path
     try:
-        return timm.create_model(name, pretrained=config.pretrained, num_classes=0, **kwargs)
+        backbone: nn.Module = timm.create_model(name, pretrained=config.pretrained, num_classes=0, **kwargs)
     except (TypeError, AssertionError) as error:
         options = {option: getattr(config, option) for option in ("channels", *_TRANSFORMER_OPTIONS)}
+        options["zero_init_residual"] = None if config.zero_init_residual else False
         given = ", ".join(f"method.backbone.{option}={value}" for option, value in options.items() if value is not None)
         raise ConfigError(f"{given or 'the options'} does not fit {config.name}: {error}") from error
+    if isinstance(backbone, VisionTransformer) and backbone.has_class_token and not config.pretrained:
+        nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # as DINO and iBOT; timm starts with 1e-6
+    return backbone
 
 
 _TRANSFORMER_OPTIONS = {
@@ -122,9 +129,14 @@ def feature_dim(backbone: nn.Module) -> int:
 
 
 def export_backbone(backbone: nn.Module, config: BackboneConfig, path: Path) -> None:
-    """Write weights and how to rebuild the network as safetensors; loads into timm by name."""
+    """Write weights and how to rebuild the network as safetensors.
+
+    The metadata are timm's name and arguments, and for a CIFAR stem the module that makes timm know the name.
+    """
     name = config.name if config.stem == "imagenet" else _CIFAR_NAME.format(name=config.name)
     metadata = {"timm_name": name, "timm_arguments": json.dumps(backbone_arguments(config))}
+    if config.stem == "cifar":
+        metadata["timm_import"] = __name__
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
     temporary = path.with_name(path.name + ".part")
     save_file(state, temporary, metadata=metadata)

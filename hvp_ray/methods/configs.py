@@ -33,13 +33,18 @@ class SimSiamConfig(MethodConfig):
     """3 for ImageNet, 2 for CIFAR nets (SimSiam, appendix D)."""
 
     projector_dim: int = 2048
-    """Width and output dimension of the projector."""
+    """Output dimension of the projector."""
+
+    projector_hidden_dim: int | None = None
+    """Width of the projector's hidden layers. None: that of the encoder's features, as in the authors' code."""
 
     predictor_hidden_dim: int = 512
     """Bottleneck of the predictor."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "projector_dim", "predictor_hidden_dim")
+        if self.projector_hidden_dim is not None:
+            _require_positive(self, "projector_hidden_dim")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,16 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def simsiam_projector(in_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
-    """MLP of `num_layers` layers of width `out_dim`; BatchNorm after each, the last without affine parameters.
+def simsiam_projector(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int) -> nn.Sequential:
+    """MLP of `num_layers` layers; BatchNorm after each, the last without affine parameters.
 
-    Source: SimSiam, section 2 (baseline settings) and appendix D (two layers for CIFAR).
+    Source: SimSiam, section 2 (baseline settings) and appendix D (two layers for CIFAR); the hidden layers of
+    facebookresearch/simsiam, builder.py, are as wide as its input.
     """
     layers: list[nn.Module] = []
     width = in_dim
     for _ in range(num_layers - 1):
-        layers += [nn.Linear(width, out_dim, bias=False), nn.BatchNorm1d(out_dim), nn.ReLU(inplace=True)]
-        width = out_dim
+        layers += [nn.Linear(width, hidden_dim, bias=False), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+        width = hidden_dim
     layers += [nn.Linear(width, out_dim, bias=False), nn.BatchNorm1d(out_dim, affine=False)]
     return nn.Sequential(*layers)
 

@@ -23,7 +23,8 @@ class SimSiam(Method):
         super().__init__()
         self.backbone = build_backbone(config.backbone)
         dim = feature_dim(self.backbone)
-        self.projector = simsiam_projector(dim, config.projector_dim, config.projector_layers)
+        hidden_dim = config.projector_hidden_dim or dim
+        self.projector = simsiam_projector(dim, hidden_dim, config.projector_dim, config.projector_layers)
         self.predictor = simsiam_predictor(config.projector_dim, config.predictor_hidden_dim)
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:

@@ -1,6 +1,7 @@
 """What recipes of different methods share: the data sets, and how their views look. No recipe stands here."""
 
 import dataclasses
+from typing import Literal
 
 from hvp_ray.config import (
     DataConfig,
@@ -64,10 +65,20 @@ def cifar10_views(
 
 
 def imagenet_views(
-    global_views: ViewGroupConfig, local_views: ViewGroupConfig | None = None, masks: MaskConfig | None = None
+    global_views: ViewGroupConfig,
+    local_views: ViewGroupConfig | None = None,
+    masks: MaskConfig | None = None,
+    *,
+    evaluation_interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> ViewsConfig:
     """Return views of ImageNet at 224 px; evaluation resizes to 256."""
-    return ViewsConfig(global_views=global_views, local_views=local_views, masks=masks, evaluation_resize_px=256)
+    return ViewsConfig(
+        global_views=global_views,
+        local_views=local_views,
+        masks=masks,
+        evaluation_resize_px=256,
+        evaluation_interpolation=evaluation_interpolation,
+    )
 
 
 def dino_multi_crop(

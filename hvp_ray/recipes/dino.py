@@ -114,7 +114,7 @@ def dino_imagenet_vits16_100ep() -> RunConfig:
     return RunConfig(
         recipe="dino-imagenet-vits16-100ep",
         data=data_sets.IMAGENET,
-        views=data_sets.imagenet_views(global_views, local_views),
+        views=data_sets.imagenet_views(global_views, local_views, evaluation_interpolation="bicubic"),
         selection=SelectionConfig(
             num_views=None, num_global_views=4, num_local_views=16, num_chosen_local_views=8, limit=128
         ),
@@ -143,7 +143,7 @@ def dino_imagenet_vits16_800ep() -> RunConfig:
     return RunConfig(
         recipe="dino-imagenet-vits16-800ep",
         data=data_sets.IMAGENET,
-        views=data_sets.imagenet_views(global_views, local_views),
+        views=data_sets.imagenet_views(global_views, local_views, evaluation_interpolation="bicubic"),
         selection=SelectionConfig(
             num_views=None, num_global_views=4, num_local_views=16, num_chosen_local_views=10, limit=64
         ),
@@ -166,8 +166,9 @@ def dino_imagenet_r50_100ep() -> RunConfig:
         --data.test_source imagenet/val --cluster.num_trainers 8
 
     Inferred: the HVP authors published no config of it; these are the settings of DINO's README for ResNet-50 (SGD, 0.03,
-    weight decay 1e-4, crops 0.14-1 and 0.05-0.14) with the view counts of the ViT-S/16 recipe. Expected: no number with
-    hard views at 100 epochs was found. Not yet run by this project.
+    weight decay 1e-4, crops 0.14-1 and 0.05-0.14) with the view counts of the ViT-S/16 recipe. Residual branches start at
+    1, as in torchvision's network, which DINO trains. Expected: no number with hard views at 100 epochs was found. Not yet
+    run by this project.
     """
     global_views, local_views = data_sets.dino_multi_crop(
         global_px=224, global_scale=(0.14, 1.0), local_px=96, local_scale=(0.05, 0.14)
@@ -175,11 +176,11 @@ def dino_imagenet_r50_100ep() -> RunConfig:
     return RunConfig(
         recipe="dino-imagenet-r50-100ep",
         data=data_sets.IMAGENET,
-        views=data_sets.imagenet_views(global_views, local_views),
+        views=data_sets.imagenet_views(global_views, local_views, evaluation_interpolation="bicubic"),
         selection=SelectionConfig(
             num_views=None, num_global_views=4, num_local_views=16, num_chosen_local_views=8, limit=128
         ),
-        method=DinoConfig(backbone=BackboneConfig(name="resnet50")),
+        method=DinoConfig(backbone=BackboneConfig(name="resnet50", zero_init_residual=False)),
         optimizer=dataclasses.replace(
             VIT_OPTIMIZER, name="sgd", learning_rate_per_256=0.03, weight_decay=1e-4, final_weight_decay=None
         ),

@@ -91,7 +91,9 @@ def ibot_imagenet_vits16_100ep() -> RunConfig:
     return RunConfig(
         recipe="ibot-imagenet-vits16-100ep",
         data=data_sets.IMAGENET,
-        views=data_sets.imagenet_views(global_views, local_views, MaskConfig(patch_px=16)),
+        views=data_sets.imagenet_views(
+            global_views, local_views, MaskConfig(patch_px=16), evaluation_interpolation="bicubic"
+        ),
         selection=_SELECTION,
         method=IBotConfig(backbone=BackboneConfig(name="vit_small_patch16_224", drop_path=0.1)),
         optimizer=_OPTIMIZER,

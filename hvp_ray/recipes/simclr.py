@@ -66,6 +66,7 @@ def simclr_cifar10() -> RunConfig:
             learning_rate_per_256=0.4,
             weight_decay=1e-4,
             lars_trust_coefficient=0.02,
+            lars_norm="separate",
             lars_clip=True,
             decay_exempts_vectors=True,
             schedule="cosine-per-step",
@@ -95,7 +96,8 @@ def simclr_imagenet_r50_100ep() -> RunConfig:
         views=data_sets.imagenet_views(
             ViewGroupConfig(
                 size_px=224, even=dataclasses.replace(_STRONG_COLOR, crop_scale=(0.08, 1.0), blur_kernel_px=23)
-            )
+            ),
+            evaluation_interpolation="bicubic",
         ),
         method=SimCLRConfig(backbone=BackboneConfig(name="resnet50")),
         optimizer=OptimizerConfig(

@@ -1,5 +1,7 @@
 """Recipes of SimSiam with hard views. Sources of the settings: HVP's published configs and the SimSiam paper."""
 
+import dataclasses
+
 from hvp_ray.config import (
     BackboneConfig,
     OptimizerConfig,
@@ -53,6 +55,7 @@ def simsiam_cifar10_small() -> RunConfig:
             backbone=BackboneConfig(name="resnet10", stem="cifar", channels=(16, 32, 64, 128)),
             projector_layers=2,
             projector_dim=512,
+            projector_hidden_dim=512,
             predictor_hidden_dim=128,
         ),
         optimizer=OptimizerConfig(learning_rate_per_256=0.06, weight_decay=5e-4),
@@ -74,7 +77,9 @@ def simsiam_cifar10() -> RunConfig:
     return RunConfig(
         recipe="simsiam-cifar10",
         data=data_sets.CIFAR10,
-        views=data_sets.cifar10_views(ViewGroupConfig(size_px=32, even=_cifar_transform())),
+        views=dataclasses.replace(
+            data_sets.cifar10_views(ViewGroupConfig(size_px=32, even=_cifar_transform())), evaluation_resize_px=36
+        ),
         method=SimSiamConfig(backbone=BackboneConfig(name="resnet18", stem="cifar"), projector_layers=2),
         optimizer=OptimizerConfig(learning_rate_per_256=0.06, weight_decay=5e-4),
         training=TrainingConfig(

@@ -29,7 +29,7 @@ class DeviceBatch:
     def wait(self) -> None:
         """Make the current stream of the device wait for the copy; the host does not wait."""
         if self.copied is not None:
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(self.global_pixels.device)
             stream.wait_event(self.copied)
             for pixels in (self.global_pixels, self.local_pixels):
                 if pixels is not None:
@@ -54,7 +54,8 @@ class DeviceHandOver:
         if self._stream is None:
             pixels, copied = host, None
         else:
-            pixels, copied = self._copy(host)
+            with torch.cuda.device(self._device):  # of the calling thread; it decides where memory is pinned
+                pixels, copied = self._copy(host)
         return DeviceBatch(
             batch=batch, global_pixels=pixels[0], local_pixels=pixels[1] if len(pixels) > 1 else None, copied=copied
         )

@@ -451,9 +451,8 @@ class _RayAnswer:
     def values(self) -> dict[str, float]:
         try:
             values: dict[str, float] = ray.get(self._reference)
-        except Exception as error:  # noqa: BLE001 (a curve with a gap is better than a lost run)
-            logger.warning("a k-NN during training failed: %s", str(error).splitlines()[-1])
-            return {}
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error  # the evaluation's own error, without Ray's traceback of the actor
         return values
 
 

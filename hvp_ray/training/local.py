@@ -29,6 +29,10 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
         ConfigError: the number of processes is another one, or the run cannot be prepared.
     """
     device_type = "cuda" if config.cluster.device == "cuda" else "cpu"
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # else every process of torchrun also holds a context on the first GPU
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     world = current_world()
@@ -38,11 +42,6 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
             f"without Ray start them with torchrun --nproc-per-node {config.cluster.num_trainers}"
         )
     torch.set_num_threads(config.training.torch_threads)
-    device = (
-        torch.device(device_type, int(os.environ.get("LOCAL_RANK", 0)))
-        if device_type == "cuda"
-        else torch.device("cpu")
-    )
     if config.run.name is None and world.num_ranks > 1:
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))

@@ -88,9 +88,7 @@ def run_loop(
         now = time.perf_counter()
         step_seconds.append(now - last_at)
         last_at = now
-        # On a GPU this look waits for the step, so it is taken only where values are read anyway.
-        looks = trainee.device.type == "cpu" or steps_done % config.tracking.log_every_steps == 0
-        stopped_early = looks and steps_done < num_steps and float(metrics.stop_requested) > 0.0
+        stopped_early = metrics.stop_requested and steps_done < num_steps
         due = steps_done % config.training.checkpoint_every_steps == 0
         if due or stopped_early or steps_done == num_steps:
             observer.save_checkpoint(steps_done)

@@ -1,8 +1,10 @@
 """The k-NN during training, off the critical path: rank 0 hands over a snapshot and goes on; answers come later.
 
-A snapshot lies in `<run>/knn_pending/` until its answer stands in `evaluations.jsonl`, so that a restart loses none.
+A snapshot lies in `<run>/knn_pending/` until its answer stands in `evaluations.jsonl`, so that a restart loses none. An
+evaluation that fails leaves a gap in the curve and one sentence in the summary; training goes on.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +13,11 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from hvp_ray.config import RunConfig
+from hvp_ray.errors import first_line
 from hvp_ray.evaluation.online import snapshot_encoder
 from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
+
+logger = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations.jsonl"
 
@@ -26,7 +31,7 @@ class KnnAnswer(Protocol):
         ...
 
     def values(self) -> dict[str, float]:
-        """Return the accuracies; waits for them. Empty: there is nothing to evaluate on, or it failed."""
+        """Wait for the accuracies and return them; nothing to evaluate on gives none. Raises what the evaluation raised."""
         ...
 
 
@@ -43,6 +48,7 @@ class KnnDuringTraining:
         config: RunConfig,
         encoder: nn.Module,
         ask: AskKnn,
+        problems: list[str],
         *,
         steps_per_epoch: int,
         num_steps: int,
@@ -51,6 +57,7 @@ class KnnDuringTraining:
         self._folder = run_dir / "knn_pending"
         self._encoder = encoder
         self._ask = ask
+        self._problems = problems
         self._interval = config.tracking.knn_every_epochs * steps_per_epoch
         if not config.tracking.knn_images:
             self._interval = 0
@@ -62,7 +69,7 @@ class KnnDuringTraining:
         for path in sorted(self._folder.glob("step-" + "[0-9]" * 8)):
             step = int(path.name.removeprefix("step-"))
             if step <= first_step and step not in answered:
-                self._pending.append((step, ask(path.read_bytes())))
+                self._ask_for(step, path.read_bytes)
             else:
                 path.unlink()
         self._has_final = num_steps in answered  # a run that was killed between this and its summary has written it
@@ -73,12 +80,7 @@ class KnnDuringTraining:
     def after_step(self, steps_done: int) -> None:
         """Ask where it is due; write down what has come. The final weights are evaluated at the end of the run anyway."""
         if self._interval and steps_done % self._interval == 0 and steps_done < self._num_steps:
-            snapshot = snapshot_encoder(self._encoder)
-            self._folder.mkdir(exist_ok=True)
-            path = self._path(steps_done)
-            path.with_name(f"part-{path.name}").write_bytes(snapshot)
-            path.with_name(f"part-{path.name}").replace(path)
-            self._pending.append((steps_done, self._ask(snapshot)))
+            self._ask_for(steps_done, lambda: self._write_snapshot(steps_done))
         while self._pending and self._pending[0][1].is_ready():
             self._write_first()
 
@@ -90,11 +92,35 @@ class KnnDuringTraining:
             self._write(self._num_steps, final)
         self._journal.close()
 
+    def _ask_for(self, step: int, snapshot: Callable[[], bytes]) -> None:
+        try:
+            self._pending.append((step, self._ask(snapshot())))
+        except Exception as error:  # noqa: BLE001 (a curve with a gap is better than a lost run)
+            self._note_gap(step, error)
+
+    def _write_snapshot(self, step: int) -> bytes:
+        snapshot = snapshot_encoder(self._encoder)
+        self._folder.mkdir(exist_ok=True)
+        path = self._path(step)
+        path.with_name(f"part-{path.name}").write_bytes(snapshot)
+        path.with_name(f"part-{path.name}").replace(path)
+        return snapshot
+
     def _write_first(self) -> None:
         step, answer = self._pending.pop(0)
-        values = answer.values()
+        try:
+            values = answer.values()
+        except Exception as error:  # noqa: BLE001 (a curve with a gap is better than a lost run)
+            self._note_gap(step, error)
+            return
         if values:
             self._write(step, values)
+        self._path(step).unlink(missing_ok=True)
+
+    def _note_gap(self, step: int, error: Exception) -> None:
+        problem = f"the k-NN during training after step {step} failed: {type(error).__name__}: {first_line(error)}"
+        logger.warning("%s; training goes on", problem)
+        self._problems.append(problem)
         self._path(step).unlink(missing_ok=True)
 
     def _write(self, step: int, values: dict[str, float]) -> None:

@@ -42,7 +42,8 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
         case "lars":
             for group in described:
                 group["always_adapt"] = group[_DECAYS]  # what is exempt from decay is exempt from adaptation
-            lars: torch.optim.Optimizer = Lars(
+            form = Lars if config.lars_norm == "separate" else _LarsOfDecayedGradient
+            lars: torch.optim.Optimizer = form(
                 described,
                 lr=rate,
                 momentum=config.momentum,
@@ -52,6 +53,28 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
             return lars
         case "adamw":
             return torch.optim.AdamW(described, lr=rate)
+
+
+class _LarsOfDecayedGradient(Lars):
+    """LARS that divides by |g + d w|: the decay is added to the gradient before timm's LARS, without decay, sees it.
+
+    Source: automl/hvp, branch simclr, optimizers/lars.py; the same as MoCo v3's. Differs: timm adds 1e-8 to the norm.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update; the gradients are changed, so there can be no closure that makes them."""
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if decay and trained:
+                torch._foreach_add_([parameter.grad for parameter in trained], trained, alpha=decay)
+            group["weight_decay"] = 0.0
+        try:
+            super().step(closure)
+        finally:
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:

@@ -32,15 +32,16 @@ from hvp_ray.stream.isolation import CRASHES_DECODER
 from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
-from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, MlflowRun, final_values
+from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, MlflowRun, final_artifacts, final_values
 from hvp_ray.tracking.selection_log import SelectionLogWriter
+from hvp_ray.training.after_training import TRAINED, AfterTraining
 from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.training.loop import LoopResult, run_loop
 from hvp_ray.training.online_knn import AskKnn, KnnDuringTraining
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.recorder import RunRecorder
 from hvp_ray.training.run_figures import draw_figures
-from hvp_ray.training.run_storage import RunStorage
+from hvp_ray.training.run_storage import BACKBONE, RunStorage
 from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import Trainee
 
@@ -151,6 +152,7 @@ def _train_rank(
     )
     stream = open_stream(request_of, first_step, num_steps)
     journal = feed = selection_log = knn = None
+    problems: list[str] = []
     if world.rank == 0:
         steps_per_epoch = order.steps_per_epoch
         selection_log = SelectionLogWriter(
@@ -161,6 +163,7 @@ def _train_rank(
             config,
             trainee.method.encoder,
             ask_knn,
+            problems,
             steps_per_epoch=steps_per_epoch,
             num_steps=num_steps,
             first_step=first_step,
@@ -220,10 +223,19 @@ def _train_rank(
     summary |= {
         "num_unreadable_images": len(unreadable_ids),
         "num_quarantined_images": sum(reason == CRASHES_DECODER for reason in unreadable_ids.values()),
-        **cluster_facts(),
+        "num_collapse_warnings": recorder.collapse.num_warnings,
     }
-    summary["num_collapse_warnings"] = recorder.collapse.num_warnings
-    summary = _report(job, dataset, trainee, feed, knn, summary)
+    export_backbone(trainee.method.encoder, config.method.backbone, job.run_dir / BACKBONE)
+    storage.push()
+    after = AfterTraining(
+        job.run_dir,
+        summary,
+        problems,
+        may_continue=not result.step_seconds,
+        keep=lambda: storage.push_file(TRAINED),
+    )
+    after.summary["num_resumes"] = summary["num_resumes"]
+    summary = _report(job, dataset, trainee, feed, knn, after, cluster_facts)
     storage.push(is_final=True)
     return summary
 
@@ -391,44 +403,60 @@ def _report(
     trainee: Trainee,
     feed: MlflowFeed | None,
     knn: KnnDuringTraining,
-    summary: dict[str, Any],
+    after: AfterTraining,
+    cluster_facts: Callable[[], dict[str, float]],
 ) -> dict[str, Any]:
-    """Evaluate, draw, export, and end the MLflow run; the weights are safe in a checkpoint by now."""
+    """Evaluate, draw, and end the MLflow run; the weights are in a checkpoint, and the encoder is exported."""
     config = job.config
-    backbone = trainee.method.encoder
-    backbone_path = job.run_dir / "backbone.safetensors"
-    export_backbone(backbone, config.method.backbone, backbone_path)
-    summary |= _knn_results(config, dataset, backbone, trainee.device)
+    summary = after.summary | dict.fromkeys(("spilled_bytes", "num_worker_restarts"))
+    summary |= after.attempt("the cluster's metrics", cluster_facts) or {}
+    summary |= _knn_results(config, dataset, trainee, after)
     names = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
     knn.finish({name: value for name, value in names.items() if value is not None})
-    figures = draw_figures(config, dataset, trainee, job.run_dir) if config.tracking.num_figure_images else []
+    if config.tracking.num_figure_images:
+        after.attempt("figures", lambda: draw_figures(config, dataset, trainee, job.run_dir))
+    summary["problems"] = after.problems
     summary["mlflow_run_id"] = None
     if feed is not None:
-        artifacts = [*figures, backbone_path, job.run_dir / "config.json"]
-        feed.finish(status="FINISHED", artifacts=artifacts, values=final_values(summary))
+        feed.finish(status="FINISHED", artifacts=final_artifacts(job.run_dir), values=final_values(summary))
         summary["mlflow_run_id"] = feed.run_id
         summary["mlflow_experiment_id"] = feed.experiment_id
     path = job.run_dir / "summary.json"
     temporary = path.with_name("summary.json.part")
     temporary.write_text(json.dumps(summary, indent=1) + "\n")
     temporary.replace(path)
+    after.finish()
     return summary
 
 
 def _knn_results(
-    config: RunConfig, dataset: Dataset, backbone: torch.nn.Module, device: torch.device
+    config: RunConfig, dataset: Dataset, trainee: Trainee, after: AfterTraining
 ) -> dict[str, float | None]:
-    knn_data = load_knn_data(config, dataset) if config.tracking.knn_images else None
-    names = [f"{kind}{suffix}" for kind in ("knn_top1", "knn5shot_top1") for suffix in ("", "_untrained", "_pixels")]
+    """Evaluate the trained encoder, the untrained one and raw pixels; None: there are no labels, or it failed."""
+    device, backbone = trainee.device, trainee.method.encoder
+    suffixes = ("", "_untrained", "_pixels")
+    results: dict[str, float | None] = dict.fromkeys(
+        f"{kind}{suffix}" for kind in ("knn_top1", "knn5shot_top1") for suffix in suffixes
+    )
+    if not config.tracking.knn_images:
+        return results
+    problems_before = len(after.problems)
+    knn_data = after.attempt("reading the images of the k-NN", lambda: load_knn_data(config, dataset))
     if knn_data is None:
-        logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
-        return dict.fromkeys(names)
-    untrained = build_untrained_method(config).encoder
-    results = {
-        "": evaluate_encoder(backbone, knn_data, config, device),
-        "_untrained": evaluate_encoder(untrained.to(device), knn_data, config, device),
-        "_pixels": evaluate_pixels(knn_data, config),
+        if len(after.problems) == problems_before:
+            logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
+        return results
+
+    def untrained() -> dict[str, float]:
+        encoder = build_untrained_method(config).encoder.to(device)
+        return evaluate_encoder(encoder, knn_data, config, device)
+
+    found = {
+        "": after.attempt("k-NN of the trained encoder", lambda: evaluate_encoder(backbone, knn_data, config, device)),
+        "_untrained": after.attempt("k-NN of the untrained encoder", untrained),
+        "_pixels": after.attempt("k-NN of raw pixels", lambda: evaluate_pixels(knn_data, config)),
     }
-    top1 = {f"knn_top1{suffix}": result["top1"] for suffix, result in results.items()}
-    few: dict[str, float | None] = {f"knn5shot_top1{suffix}": result["5shot"] for suffix, result in results.items()}
-    return few | top1
+    for suffix, result in found.items():
+        if result is not None:
+            results |= {f"knn_top1{suffix}": result["top1"], f"knn5shot_top1{suffix}": result["5shot"]}
+    return results

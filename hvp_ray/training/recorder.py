@@ -84,18 +84,20 @@ class RunRecorder:
         if self._knn is not None:
             self._knn.after_step(steps_done)
         is_last = steps_done == self._num_steps
-        if steps_done % self._config.tracking.log_every_steps and steps_done != 1 and not is_last:
-            return
-        values = self._measure(batch, metrics, steps_done)
-        values["train/learning_rate"] = learning_rate
-        values["train/epoch"] = steps_done / self._steps_per_epoch
-        self._journal.write({"step": steps_done, "time": time.time(), "metrics": values})
-        self._last_values = values
-        self.collapse.see(steps_done, values)
+        if steps_done % self._config.tracking.log_every_steps == 0 or steps_done == 1 or is_last:
+            values = self._measure(batch, metrics, steps_done)
+            values["train/learning_rate"] = learning_rate
+            values["train/epoch"] = steps_done / self._steps_per_epoch
+            self._journal.write({"step": steps_done, "time": time.time(), "metrics": values})
+            self._last_values = values
+            self.collapse.see(steps_done, values)
+        # Between records too: the answer says whether to stop. The loss shown is the last recorded one, which costs a GPU
+        # no synchronisation.
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now
-            self._stop_requested = self._report_progress(self._progress(steps_done, values["train/loss"]))
+            loss = self._last_values["train/loss"] if self._last_values else float(metrics.loss)
+            self._stop_requested = self._report_progress(self._progress(steps_done, loss))
 
     def save_checkpoint(self, steps_done: int) -> None:
         """Write a checkpoint, on rank 0, behind everything that it presupposes, on all ranks."""

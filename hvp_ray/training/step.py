@@ -27,7 +27,7 @@ from hvp_ray.training.stages import Stage, name_for_profiler
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """What a step measured; everything stays on the device until it is reported."""
+    """What a step measured; tensors stay on the device until they are reported."""
 
     loss: Float[Tensor, ""]
     """Mean over all ranks."""
@@ -40,8 +40,8 @@ class StepMetrics:
     embeddings: Float[Tensor, "batch dim"]
     measurements: dict[str, Float[Tensor, ""]]
     """What the method measured on this rank."""
-    stop_requested: Float[Tensor, ""]
-    """Above 0: some rank was asked to stop."""
+    stop_requested: bool
+    """Some rank was asked to stop; every rank has the same value."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +75,8 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
         batch.wait()
     chosen = choose_step_views(trainee, batch, config)
     trained = forward_backward(trainee, chosen.pixels, config, batch.batch.step, stop_requested=stop_requested)
-    if not trained.finite.read():
+    is_finite, stops = trained.flags.read()
+    if not is_finite:
         raise TrainingError(
             f"the loss of step {batch.batch.step} is {trained.loss.item()} on at least one rank; the weights were not "
             f"changed. Go back to an earlier checkpoint with a lower optimizer.learning_rate_per_256, or set "
@@ -90,7 +91,7 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
         scores=chosen.scores,
         embeddings=torch.cat([result.embeddings for result in trained.results]),
         measurements=_mean_of_parts([result.measurements for result in trained.results]),
-        stop_requested=trained.stop_requested,
+        stop_requested=stops,
     )
 
 
@@ -191,8 +192,8 @@ class TrainedViews:
 
     results: list[MethodLoss]
     loss: Float[Tensor, ""]
-    stop_requested: Float[Tensor, ""]
-    finite: "_AsyncFlag"
+    flags: "_AsyncFlags"
+    """Whether the loss is finite, and whether some rank was asked to stop."""
 
 
 def forward_backward(
@@ -219,12 +220,12 @@ def forward_backward(
                 loss = torch.stack([result.loss.detach().float() for result in results]).mean()
                 with trainee.stage("collectives"):
                     reduced = trainee.mean_over_ranks(torch.stack([loss, stop]))
-                finite = _AsyncFlag(torch.isfinite(reduced[0]))
+                flags = _AsyncFlags(torch.stack([torch.isfinite(reduced[0]), reduced[1] > 0.0]))
             with trainee.stage("backward"):
                 (results[-1].loss / len(parts)).backward()
     with trainee.stage("collectives"):
         trainee.reduce_gradients()
-    return TrainedViews(results=results, loss=reduced[0], stop_requested=reduced[1], finite=finite)
+    return TrainedViews(results=results, loss=reduced[0], flags=flags)
 
 
 def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -> Tensor | None:
@@ -280,20 +281,21 @@ def _seed_torch(config: RunConfig, purpose: Purpose, step: int, rank: int, part:
     torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=purpose, step=step, rank=rank, part=part))
 
 
-class _AsyncFlag:
-    """A boolean of the device, copied to the host while the device goes on working."""
+class _AsyncFlags:
+    """Booleans of the device, copied to the host while the device goes on working."""
 
-    def __init__(self, flag: Tensor) -> None:
-        self._flag = flag
+    def __init__(self, flags: Tensor) -> None:
+        self._flags = flags
         self._copied: torch.cuda.Event | None = None
-        if flag.device.type == "cuda":
-            host = torch.empty((), dtype=torch.bool, pin_memory=True)
-            self._flag = host.copy_(flag, non_blocking=True)
+        if flags.device.type == "cuda":
+            host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._flags = host.copy_(flags, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(flags.device))
 
-    def read(self) -> bool:
-        """Wait for the copy only, not for the backward pass queued behind it."""
+    def read(self) -> list[bool]:
+        """Wait for the copy only, not for the backward pass queued after it."""
         if self._copied is not None:
             self._copied.synchronize()
-        return bool(self._flag)
+        flags: list[bool] = self._flags.tolist()
+        return flags

@@ -92,13 +92,15 @@ class DaliRenderer:
         *,
         name: RendererName,
         max_image_pixels: int,
-        device_id: int = 0,
+        device_id: int | None = None,
         execution: DaliExecution | None = None,
     ) -> None:
         self.name: RendererName = name
         self._views = views
         self._max_image_pixels = max_image_pixels
         self._on_gpu = name == "dali-gpu"
+        if self._on_gpu and device_id is None:
+            device_id = torch.cuda.current_device()  # a trainer that renders for itself may have another than the first
         self._execution = execution or (ON_A_GPU if self._on_gpu else ON_A_CPU)
         self._lanes = [
             _Lane(self._execution, device_id if self._on_gpu else None) for _ in range(self._execution.num_lanes)
@@ -289,12 +291,14 @@ class _HostPixels:
     def __init__(self, shape: tuple[int, ...], *, pinned: bool) -> None:
         self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         self._pinned = pinned
+        self._device: torch.device | None = None
         self._under_way: list[Any] = []
 
     def take(self, view_indices: list[int], images: slice, rendered: Any) -> None:
         """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; from a GPU without waiting."""
         num_views, num_images, *view_shape = self._pixels.shape
         tensor = from_dlpack(rendered.as_tensor())
+        self._device = tensor.device
         views = tensor.view(len(view_indices), -1, *view_shape)
         self._under_way.append(rendered)  # DALI gives its memory to others once nobody holds it
         if len(view_indices) == num_views and views.shape[1] == num_images:
@@ -306,7 +310,7 @@ class _HostPixels:
     def wait(self) -> NDArray[np.uint8]:
         """Return [V, B, S, S, 3] when all copies have ended."""
         if self._pinned:
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(self._device).synchronize()
         self._under_way.clear()
         pixels: NDArray[np.uint8] = self._pixels.numpy()
         return pixels

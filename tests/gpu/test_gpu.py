@@ -14,6 +14,7 @@ from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
 from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.training import recorder
 from hvp_ray.training.imaginary import made_up_batch
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.memory import estimate_memory
@@ -23,6 +24,7 @@ from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, photograph_like, tiny_config, views_config
+from tests.unit.training.test_devices import steps_until_the_stop_of_the_third_report
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,6 +152,21 @@ def test_views_are_scaled_as_on_a_cpu(generator: np.random.Generator, size_px: i
     on_gpu = downscale_views(pixels.cuda(), size_px)
     assert on_gpu.dtype == torch.uint8
     assert (on_gpu.cpu().int() - downscale_views(pixels, size_px).int()).abs().max() <= 1
+
+
+def test_stop_is_noticed_between_two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "_PROGRESS_SECONDS", 0.0)
+    assert steps_until_the_stop_of_the_third_report(tmp_path, torch.device("cuda", 0))[-1] == 4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_everything_of_a_step_is_on_the_gpu_of_its_rank(tmp_path: Path) -> None:
+    """The current device of this thread stays the first one; the step runs on the second."""
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    before = torch.cuda.memory_allocated(first)
+    assert steps_until_the_stop_of_the_third_report(tmp_path, second)
+    assert torch.cuda.memory_allocated(first) == before
+    assert torch.cuda.max_memory_allocated(second) > 0
 
 
 @pytest.mark.parametrize("recipe", ["dino-digits", "ibot-digits"])

@@ -111,5 +111,23 @@ def test_only_pipelines_print() -> None:
         assert not [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"], path
 
 
+_OF_THE_CURRENT_DEVICE = {"current_stream", "synchronize", "Stream", "max_memory_allocated", "record"}
+"""Calls that mean the thread's current device (or its stream) if they have no argument."""
+
+
+def test_streams_and_events_name_their_device() -> None:
+    """The current device of a thread is number 0 until it is set, whatever the rank, so nothing may depend on it."""
+    wrong = []
+    for path in _modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or node.args or node.keywords or not isinstance(node.func, ast.Attribute):
+                continue
+            owner = ast.unparse(node.func.value)
+            is_event = node.func.attr == "record" and owner != "self"
+            if node.func.attr in _OF_THE_CURRENT_DEVICE and (owner == "torch.cuda" or is_event):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}")
+    assert not wrong
+
+
 def test_no_unnamed_rooms() -> None:
     assert not [path for path in PACKAGE.rglob("*") if path.stem in ("utils", "common", "misc", "helpers")]

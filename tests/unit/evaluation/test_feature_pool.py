@@ -94,6 +94,7 @@ def test_key_depends_on_all_that_features_depend_on_and_on_nothing_else(request_
     request, replace = request_of_digits, dataclasses.replace
     other_views = [
         replace(request.views, evaluation_resize_px=9),
+        replace(request.views, evaluation_interpolation="bicubic"),
         replace(request.views, mean=(0.1, 0.2, 0.3)),
         replace(request.views, std=(0.1, 0.2, 0.3)),
         views_config(12),

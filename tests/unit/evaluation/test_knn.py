@@ -1,6 +1,8 @@
 """k-NN against a loop, and the features' preprocessing against torchvision."""
 
 import math
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hvp_ray.data.decode import decode_rgb
 from hvp_ray.data.source import open_source
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.evaluation.knn import few_shot_knn_accuracy, knn_accuracy
+from tests.helpers import encode, photograph_like
 
 
 def _slow_knn(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, k: int) -> float:
@@ -51,15 +54,26 @@ def test_few_shots_are_fixed_draws_of_as_many_images_per_class(generator: np.ran
     assert chance == few_shot_knn_accuracy(noise, labels, queries, truth, shots=5)
 
 
-def test_evaluation_pixels_are_resize_and_centre_crop_of_torchvision() -> None:
-    views = ViewsConfig(global_views=ViewGroupConfig(size_px=16), evaluation_resize_px=20)
-    source = open_source("digits", DataConfig(source="digits"))
-    pixels, kept = load_evaluation_pixels(source, np.array([3, 8]), views, max_image_pixels=10**6)
-    assert kept.tolist() == [3, 8]
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_evaluation_pixels_are_resize_and_centre_crop_of_torchvision(
+    generator: np.random.Generator, tmp_path: Path, interpolation: Literal["bilinear", "bicubic"]
+) -> None:
+    """Sizes whose longer side ends in a fraction of a pixel, and crops whose margin is odd."""
+    sizes = [(50, 50), (41, 50), (50, 43), (47, 90), (31, 33), (100, 37), (64, 48), (75, 100), (20, 20), (21, 29)]
+    (tmp_path / "class").mkdir()
+    for number, (height, width) in enumerate(sizes):
+        image = encode(photograph_like(generator, height, width))
+        (tmp_path / "class" / f"{number:02d}.png").write_bytes(image)
+    group = ViewGroupConfig(size_px=17)
+    views = ViewsConfig(global_views=group, evaluation_resize_px=20, evaluation_interpolation=interpolation)
+    source = open_source(str(tmp_path), DataConfig(source=str(tmp_path)))
+    pixels, kept = load_evaluation_pixels(source, np.arange(len(sizes)), views, max_image_pixels=10**6)
+    assert kept.tolist() == list(range(len(sizes)))
     for row, sample_id in enumerate(kept.tolist()):
         image = torch.from_numpy(decode_rgb(source.read([sample_id])[0], max_pixels=10**6)).permute(2, 0, 1)
-        expected = F.center_crop(F.resize(image, [20], antialias=True), [16])
-        assert np.array_equal(pixels[row], expected.permute(1, 2, 0).numpy())
+        mode = F.InterpolationMode(interpolation)
+        expected = F.center_crop(F.resize(image, [20], interpolation=mode, antialias=True), [17])
+        assert np.array_equal(pixels[row], expected.permute(1, 2, 0).numpy()), sizes[row]
 
 
 def test_features_are_those_of_evaluation_mode_and_the_mode_comes_back() -> None:

@@ -1,12 +1,18 @@
 """Encoders: CIFAR stem, export, and reload into timm by name."""
 
 import dataclasses
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hvp_ray.config import BackboneConfig
@@ -142,3 +148,67 @@ def test_exported_file_may_name_nothing_but_the_network_of_its_tensors(
     with pytest.raises(CheckpointError):
         load_exported_backbone(tmp_path / "x")
     assert time.process_time() - start < 5.0
+
+
+def test_class_token_starts_as_dinos() -> None:
+    """facebookresearch/dino, vision_transformer.py: truncated normal of 0.02; timm starts with 1e-6."""
+    backbone = build_backbone(BackboneConfig(name="vit_small_patch16_224"))
+    assert float(backbone.cls_token.detach().std()) == pytest.approx(0.02, rel=0.15)
+    assert float(backbone.cls_token.detach().abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_residual_branches_start_at_zero_only_if_asked(stem: str) -> None:
+    for zero in (True, False):
+        backbone = build_backbone(BackboneConfig(name="resnet50", stem=stem, zero_init_residual=zero))
+        last_norms = [block.bn3.weight for stage in (backbone.layer1, backbone.layer4) for block in stage]
+        assert all(bool((weight == (0.0 if zero else 1.0)).all()) for weight in last_norms)
+
+
+def test_residual_option_is_refused_for_a_network_without_it() -> None:
+    with pytest.raises(ConfigError, match="method.backbone.zero_init_residual=False"):
+        build_backbone(BackboneConfig(name="vit_tiny_patch16_224", zero_init_residual=False))
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
+CIFAR_RESNET_10 = BackboneConfig(name="resnet10", stem="cifar", channels=(16, 32, 64, 128))
+
+
+def _programs_of_the_page() -> list[str]:
+    section = PAGE.read_text().split("## The encoder in other programs")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_page_loads_an_encoder_with_cifar_stem_by_name(tmp_path: Path) -> None:
+    """In a fresh process: timm knows these names only after an import."""
+    backbone = build_backbone(CIFAR_RESNET_10).eval()
+    export_backbone(backbone, CIFAR_RESNET_10, tmp_path / "backbone.safetensors")
+    by_name, _ = _programs_of_the_page()
+    torch.save(torch.randn(2, 3, 8, 8), tmp_path / "images.pt")
+    program = by_name + "import torch\ntorch.save(encoder.eval()(torch.load('images.pt')), 'features.pt')\n"
+    environment = os.environ | {"PYTHONPATH": str(PAGE.parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "features.pt"), backbone(torch.load(tmp_path / "images.pt")))
+    with safe_open(tmp_path / "backbone.safetensors", framework="pt") as file:
+        assert file.metadata()["timm_import"] == "hvp_ray.methods.backbones"
+    export_backbone(
+        build_backbone(BackboneConfig(name="resnet18")), BackboneConfig(name="resnet18"), tmp_path / "plain"
+    )
+    with safe_open(tmp_path / "plain", framework="pt") as file:
+        assert "timm_import" not in file.metadata()
+
+
+def test_page_loads_an_encoder_with_cifar_stem_without_hvp_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = build_backbone(CIFAR_RESNET_10).eval()
+    export_backbone(backbone, CIFAR_RESNET_10, tmp_path / "backbone.safetensors")
+    monkeypatch.chdir(tmp_path)
+    _, plain = _programs_of_the_page()
+    assert "hvp_ray" not in plain
+    names: dict[str, Any] = {}
+    exec(plain, names)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(names["encoder"].eval()(images), backbone(images))

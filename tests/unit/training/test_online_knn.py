@@ -14,7 +14,7 @@ from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.online import SnapshotKnn, snapshot_encoder
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.online_knn import KnnDuringTraining
+from hvp_ray.training.online_knn import AnswerAtHand, KnnDuringTraining
 from tests.helpers import ProgramInAPickle, tiny_config
 
 
@@ -61,7 +61,7 @@ def _watch(folder: Path, asked: list[_Slow], first_step: int) -> KnnDuringTraini
         assert snapshot == snapshot_encoder(encoder) or first_step
         return asked[-1]
 
-    return KnnDuringTraining(folder, config, encoder, ask, steps_per_epoch=2, num_steps=8, first_step=first_step)
+    return KnnDuringTraining(folder, config, encoder, ask, [], steps_per_epoch=2, num_steps=8, first_step=first_step)
 
 
 def _steps(folder: Path) -> list[int]:
@@ -81,6 +81,46 @@ def test_answers_are_not_waited_for_and_come_in_order(tmp_path: Path) -> None:
     asked[0].come = True
     watch.after_step(5)
     assert _steps(tmp_path) == [0, 2]
+
+
+class _Failing:
+    """An evaluation that ended with an error."""
+
+    def is_ready(self) -> bool:
+        return True
+
+    def values(self) -> dict[str, float]:
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_evaluation_that_fails_is_a_gap_in_the_curve_and_a_sentence(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), tracking={"knn_every_epochs": 1})
+    problems: list[str] = []
+    asked: list[bytes] = []
+
+    def ask(snapshot: bytes) -> Any:
+        asked.append(snapshot)
+        match len(asked):
+            case 1:
+                raise OSError("the test images are on a disk that is gone")
+            case 2:
+                return _Failing()
+            case _:
+                return AnswerAtHand({"eval/knn_top1": 0.5})
+
+    watch = KnnDuringTraining(
+        tmp_path, config, nn.Linear(1, 1), ask, problems, steps_per_epoch=2, num_steps=6, first_step=0
+    )
+    for step in range(1, 7):
+        watch.after_step(step)
+    watch.finish({"eval/knn_top1": 1.0})
+    assert len(asked) == 3
+    assert _steps(tmp_path) == [4, 6]
+    assert problems == [
+        "the k-NN during training after step 0 failed: OSError: the test images are on a disk that is gone",
+        "the k-NN during training after step 2 failed: RuntimeError: CUDA out of memory",
+    ]
+    assert not list((tmp_path / "knn_pending").iterdir())
 
 
 def test_restart_asks_again_for_what_had_no_answer(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""What follows the last step: evaluation, figures, metrics of the cluster. None of it can lose a trained run.
+
+`trained.json` in the run's folder marks a run whose last checkpoint and encoder are written. It holds what training
+measured, and which part was begun last. If the process dies in a part, the next attempt reads both: no step is trained
+again, and a part that ended the process repeatedly is left out. `summary.json` alone says that a run has finished.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hvp_ray.errors import first_line
+
+logger = logging.getLogger(__name__)
+
+TRAINED = "trained.json"
+_MAX_DEATHS = 2
+"""A part is tried again once, because the machine may have been taken away. A second death is the part's own."""
+
+Result = TypeVar("Result")
+
+
+class AfterTraining:
+    """Runs the parts that follow training; made by rank 0."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        summary: dict[str, Any],
+        problems: list[str],
+        *,
+        may_continue: bool,
+        keep: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Mark the run as trained.
+
+        Args:
+            run_dir: the run's folder.
+            summary: what this attempt measured.
+            problems: what failed so far, one sentence each. What fails later is appended, and what failed in an earlier
+                attempt is put in front.
+            may_continue: this attempt did no step, so the marker of an earlier attempt holds.
+            keep: called when the marker was written, to upload it.
+        """
+        self._path = run_dir / TRAINED
+        self._keep = keep
+        known: dict[str, Any] = {}
+        if may_continue and self._path.exists():
+            known = json.loads(self._path.read_text())
+        self.summary: dict[str, Any] = known.get("summary", summary)
+        """What training measured, in the attempt that did the last step."""
+        self.problems = problems
+        problems[:0] = known.get("problems", [])
+        self._begun: dict[str, int] = known.get("begun", {})
+        self._write()
+
+    def attempt(self, part: str, work: Callable[[], Result]) -> Result | None:
+        """Return what `work` returns, or None with a new problem if it failed or ended the process before.
+
+        KeyboardInterrupt and SystemExit pass.
+        """
+        deaths = self._begun.get(part, 0)
+        if deaths >= _MAX_DEATHS:
+            self._note(f"{part} was left out: the process died in it {deaths} times, perhaps for want of memory")
+            return None
+        self._begun[part] = deaths + 1
+        self._write()
+        try:
+            return work()
+        except Exception as error:  # whatever it is, the weights are safe
+            logger.debug("%s failed", part, exc_info=True)
+            self._note(f"{part} failed: {type(error).__name__}: {first_line(error)}")
+            return None
+        finally:
+            del self._begun[part]  # the process is alive; the next part writes this down
+
+    def finish(self) -> None:
+        """Delete the marker; `summary.json` takes its place."""
+        self._path.unlink(missing_ok=True)
+
+    def _note(self, problem: str) -> None:
+        logger.warning("%s; the run goes on without it", problem)
+        self.problems.append(problem)
+
+    def _write(self) -> None:
+        temporary = self._path.with_name(f"{self._path.name}.part")
+        content = {"summary": self.summary, "problems": self.problems, "begun": self._begun}
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(self._path)
+        self._keep()
