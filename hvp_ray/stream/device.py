@@ -54,8 +54,7 @@ class DeviceHandOver:
         if self._stream is None:
             pixels, copied = host, None
         else:
-            with torch.cuda.device(self._device):  # of the calling thread; it decides where memory is pinned
-                pixels, copied = self._copy(host)
+            pixels, copied = self._copy(host)
         return DeviceBatch(
             batch=batch, global_pixels=pixels[0], local_pixels=pixels[1] if len(pixels) > 1 else None, copied=copied
         )

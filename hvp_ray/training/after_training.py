@@ -63,7 +63,7 @@ class AfterTraining:
         """
         deaths = self._begun.get(part, 0)
         if deaths >= _MAX_DEATHS:
-            self._note(f"{part} was left out: the process died in it {deaths} times, perhaps for want of memory")
+            self._note(f"{part} was left out: the process died in it {deaths} times, perhaps because memory ran out")
             return None
         self._begun[part] = deaths + 1
         self._write()
