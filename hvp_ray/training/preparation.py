@@ -82,7 +82,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_before_start(config: RunConfig) -> None:
-    """Find what is wrong with data, network and output folder before anything is started.
+    """Find what is wrong with images, network and output folder before anything is started.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -165,10 +165,6 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         CheckpointError: the run of this name has another identity; the message has the difference.
     """
     dataset = _open_checked(config)
-    if is_writer and len(dataset.test_ids) and config.tracking.knn_images:
-        # Read when the run ends: what is wrong with them is said now.
-        dataset.source.load_labels()
-        dataset.test_source.load_labels()
     fingerprint = dataset.fingerprint()
     parts = identity_parts(
         _with_local_weights(config),

@@ -421,7 +421,6 @@ def _knn_results(
     knn_data = load_knn_data(config, dataset) if config.tracking.knn_images else None
     names = [f"{kind}{suffix}" for kind in ("knn_top1", "knn5shot_top1") for suffix in ("", "_untrained", "_pixels")]
     if knn_data is None:
-        logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
         return dict.fromkeys(names)
     untrained = build_untrained_method(config).encoder
     results = {
