@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_ray.data.dataset import Dataset
+from hvp_ray.data.dataset import Dataset, have_same_images
 from hvp_ray.data.source import UNLABELLED, Source
-from hvp_ray.errors import DataError, LabelError
+from hvp_ray.errors import DataError, LabelError, first_line
 
 _SHOWN = 5
 _WHAT_TO_DO = (
@@ -46,12 +46,14 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
 
     Raises:
         LabelError: there is nothing to evaluate on; the message says why.
-        DataError: both sides have labels that cannot be matched, or the labels cannot be read.
+        DataError: both sides have labels that cannot be matched, training and test images are the same, or they cannot be
+            read.
     """
     source, test_source = dataset.source, dataset.test_source
     of_training = of_test = source.load_labels()
     remarks: tuple[str, ...] = ()
     if test_source is not source:
+        _check_other_images(source, test_source)
         of_test, remarks = _match(source, test_source)
     training_ids = dataset.training_ids[of_training[dataset.training_ids] != UNLABELLED]
     test_ids = dataset.test_ids[of_test[dataset.test_ids] != UNLABELLED]
@@ -65,6 +67,19 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
     return MatchedLabels(
         training_ids=training_ids, test_ids=test_ids, of_training=of_training, of_test=of_test, remarks=remarks
     )
+
+
+def _check_other_images(source: Source, test_source: Source) -> None:
+    try:
+        are_same = have_same_images(source, test_source)
+    except OSError as error:
+        raise DataError(f"training and test images cannot be compared: {first_line(error)}") from error
+    if are_same:
+        raise DataError(
+            "training and test images are the same images: the nearest neighbour of each would be itself. Name other test "
+            "images, or leave data.test_source out: then data.test_fraction of the images is held out. A run trains without "
+            "evaluation by --tracking.knn_images 0"
+        )
 
 
 def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,6 +127,19 @@ def test_what_cannot_be_matched_is_refused_with_both_sides_and_advice(tmp_path: 
         DataError, match=r"no class of the test images is one of the training images: .*'2', '3'" + advice
     ):
         match_labels(_open_both(names, others))
+
+
+def test_test_images_that_are_the_training_images_are_refused(tmp_path: Path) -> None:
+    training = _write(tmp_path / "training", "folder", ["ant", "bee", "cat"])
+    shutil.copytree(training, tmp_path / "copy")
+    for test in (training, tmp_path / "copy"):
+        with pytest.raises(
+            DataError, match="training and test images are the same images: .*leave data.test_source out"
+        ):
+            match_labels(_open_both(training, test))
+    # Alike in names and sizes only: other images.
+    (tmp_path / "copy" / "ant" / "0.png").write_bytes(bytes(len(_image(0))))
+    assert match_labels(_open_both(training, tmp_path / "copy")).test_ids.tolist() == [0, 1, 2]
 
 
 LABEL_COLUMNS: dict[str, tuple[pa.Array, list[int], tuple[str, ...]]] = {
