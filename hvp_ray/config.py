@@ -78,7 +78,8 @@ class DataConfig:
     """Use only this many images, a fixed pseudo-random subset that is the same for every seed. None: all."""
 
     test_source: str | None = None
-    """Labelled images for the final k-NN. None: `test_fraction` of the source is held out for it."""
+    """Labelled images for the final k-NN, whose classes are matched with those of the source by name. None: `test_fraction`
+    of the source is held out for it."""
 
     test_fraction: float = 0.2
     """Share of the source held out from pretraining for the final k-NN where `test_source` is not given. 0: no
@@ -114,7 +115,8 @@ class DataConfig:
     """Parquet column with `struct<bytes, path>` (or plain binary)."""
 
     label_column: str = "label"
-    """Parquet column with integer labels; used by evaluations only. May be missing."""
+    """Parquet column with labels, used by evaluations only: integers (with the names of a `ClassLabel`), strings,
+    categories, booleans, or floats without a fraction. May be missing: then there is no evaluation."""
 
     def __post_init__(self) -> None:
         _require(bool(self.source), "data.source", self.source, "a path, or `digits`")

@@ -13,6 +13,10 @@ class DataError(HvpRayError):
     """A data source, or an image in it, cannot be used."""
 
 
+class LabelError(DataError):
+    """There are no labels, or none that can be used; the images can be trained on all the same."""
+
+
 class UnreadableImageError(DataError):
     """The bytes of one image cannot be turned into pixels; the stream replaces such an image."""
 

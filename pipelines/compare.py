@@ -178,7 +178,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     for arm in check_arms_and_seeds(options.arms, options.seeds):
         check_before_start(arm.configure(base))
     dataset = open_dataset(base.data)
-    check_labels(base, dataset)
+    for remark in check_labels(base, dataset):
+        say(remark)
     device = connect(base)
     mode = choose_mode(base, device) if options.views == "auto" else options.views
     if mode == "inline" and base.cluster.device == "auto":

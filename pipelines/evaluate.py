@@ -1,6 +1,9 @@
 """Evaluate the encoder of a run: k-NN, linear and logistic probes, few labels, fine-tuning; on its data or on others.
 
 python pipelines/evaluate.py --checkpoint RUN [--protocol knn linear ...] [--data SOURCE [--test-data SOURCE]]
+
+Images that the run was trained on are known by their fingerprint. If --data holds the images of the run, the run's own split
+is used. Test images that the run was trained on are counted. Classes of training and test images are matched by name.
 """
 
 import argparse
@@ -19,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
-from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.dataset import Dataset, open_dataset, split_source
+from hvp_ray.data.labels import MatchedLabels, match_labels
 from hvp_ray.data.order import choose_subset
-from hvp_ray.data.source import UNLABELLED, Source
-from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError
+from hvp_ray.data.source import Source, open_source
+from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, LabelError
 from hvp_ray.training.ray_environment import prepare_ray_environment
 from pipelines.command_line import find_run, keep_results
 
@@ -62,10 +66,31 @@ class Images:
 
     source: Source
     sample_ids: NDArray[np.int64]
+    all_labels: NDArray[np.int64]
+    """Of all images of the source, in the numbering of the training source."""
 
     def labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of these ids."""
-        return self.source.load_labels()[sample_ids]
+        return self.all_labels[sample_ids]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedOn:
+    """The images that the run was trained on."""
+
+    data: DataConfig
+    fingerprint: str
+    """Of `data.source` when the run was prepared."""
+
+    def are(self, source: Source) -> bool:
+        """Tell whether a source holds the images of the run, whatever its name."""
+        return source.fingerprint() == self.fingerprint
+
+    def count(self, images: Images) -> int | None:
+        """Return how many of these images were trained on; None: they are of another source, so it is not known."""
+        if not self.are(images.source):
+            return None
+        return len(np.intersect1d(split_source(self.data, images.source)[0], images.sample_ids))
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -87,7 +112,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--checkpoint", required=True, metavar="RUN", help="folder or URI of a run, or its name under runs/")
     add("--protocol", nargs="+", default=["knn"], choices=[*PROTOCOLS, "all"], help="default: knn")
     add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
-    add("--test-data", metavar="SOURCE", help="test images; default: a fixed part of the data that is held out")
+    add("--test-data", metavar="SOURCE",
+        help="test images; default: those of the run where the data are its own, else a fixed part of the data")  # fmt: skip
     add("--num-images", type=count, metavar="N", help="at most N training images; default: all")
     add("--num-test-images", type=count, metavar="N", help="at most N test images; default: all")
     add("--neighbours", nargs="+", type=count, default=[10, 20, 100, 200], metavar="K", help="default: 10 20 100 200")
@@ -111,17 +137,42 @@ def read_config(run_dir: Path) -> RunConfig:
         CheckpointError: config.json is damaged.
         ConfigError: it is of another version.
     """
+    return config_from_dict(_read_entry(run_dir, "config"))
+
+
+def read_trained_on(run_dir: Path, config: RunConfig) -> TrainedOn:
+    """Return what a run was trained on.
+
+    Raises:
+        CheckpointError: config.json is damaged.
+    """
+    fingerprint = _read_entry(run_dir, "identity").get("data fingerprint")
+    if not isinstance(fingerprint, str):
+        raise CheckpointError(f"{run_dir / 'config.json'} has no fingerprint of the images of the run")
+    return TrainedOn(data=config.data, fingerprint=fingerprint)
+
+
+def _read_entry(run_dir: Path, name: str) -> dict[str, Any]:
     path = run_dir / "config.json"
     try:
-        values = json.loads(path.read_text())["config"]
+        values = json.loads(path.read_text())[name]
+        if not isinstance(values, dict):
+            raise TypeError(f"{name} is no object")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as the config of a run: {error!r}") from error
-    return config_from_dict(values)
+    return values
 
 
-def choose_data(config: DataConfig, options: argparse.Namespace) -> DataConfig:
-    """Return which data to evaluate on: the run's own, or what the options name."""
-    if options.data is not None:
+def choose_data(trained_on: TrainedOn, options: argparse.Namespace) -> DataConfig:
+    """Return which data to evaluate on: the run's own, with the run's own split, or what the options name.
+
+    Raises:
+        DataError: `--data` cannot be used.
+    """
+    config = trained_on.data
+    if options.data is not None and trained_on.are(open_source(options.data, config)):
+        config = dataclasses.replace(config, source=options.data)
+    elif options.data is not None:
         fraction = config.test_fraction or _DEFAULT_TEST_FRACTION
         config = dataclasses.replace(
             config, source=options.data, test_source=None, num_images=None, test_fraction=fraction
@@ -131,24 +182,31 @@ def choose_data(config: DataConfig, options: argparse.Namespace) -> DataConfig:
     return config
 
 
-def choose_images(dataset: Dataset, options: argparse.Namespace) -> tuple[Images, Images]:
-    """Return the labelled training and test images.
+def load_labels(dataset: Dataset) -> MatchedLabels:
+    """Return the labels of training and test images.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or they cannot be matched.
     """
-    both = (
-        ("training", dataset.source, dataset.training_ids, options.num_images, ""),
-        ("test", dataset.test_source, dataset.test_ids, options.num_test_images, "; give --test-data"),
+    try:
+        return match_labels(dataset)
+    except LabelError as error:
+        raise DataError(
+            f"evaluation needs labelled training and test images; give --data or --test-data: {error}"
+        ) from error
+
+
+def choose_images(dataset: Dataset, labels: MatchedLabels, options: argparse.Namespace) -> tuple[Images, Images]:
+    """Return the labelled training and test images, at most as many as the options say."""
+
+    def choose(source: Source, ids: NDArray[np.int64], limit: int | None, all_labels: NDArray[np.int64]) -> Images:
+        rows = choose_subset(len(ids), None if limit is None else min(limit, len(ids)))
+        return Images(source=source, sample_ids=ids[rows], all_labels=all_labels)
+
+    return (
+        choose(dataset.source, labels.training_ids, options.num_images, labels.of_training),
+        choose(dataset.test_source, labels.test_ids, options.num_test_images, labels.of_test),
     )
-    chosen = []
-    for name, source, sample_ids, limit, advice in both:
-        labelled = sample_ids[source.load_labels()[sample_ids] != UNLABELLED] if source.has_labels else sample_ids[:0]
-        if not len(labelled):
-            raise DataError(f"no labelled {name} images among {len(sample_ids)}: evaluation needs labels{advice}")
-        rows = choose_subset(len(labelled), None if limit is None else min(limit, len(labelled)))
-        chosen.append(Images(source=source, sample_ids=labelled[rows]))
-    return chosen[0], chosen[1]
 
 
 class Evaluation:
@@ -159,7 +217,8 @@ class Evaluation:
         from hvp_ray.methods.backbones import load_exported_backbone
         from hvp_ray.training.preparation import with_absolute_paths
 
-        data = choose_data(config.data, options)
+        trained_on = read_trained_on(run_dir, config)
+        data = choose_data(trained_on, options)
         self.data = with_absolute_paths(dataclasses.replace(config, data=data)).data
         self.views = config.views
         self.options = options
@@ -167,17 +226,38 @@ class Evaluation:
         self.cache_dir = run_dir / "features"
         self.backbone = load_exported_backbone(self.backbone_path)
         check_last_blocks(self.backbone, options.last_blocks)
-        self.training, self.test = choose_images(open_dataset(self.data), options)
+        dataset = open_dataset(self.data)
+        labels = load_labels(dataset)
+        self.training, self.test = choose_images(dataset, labels, options)
+        self.num_trained_on = trained_on.count(self.test)
+        self.remarks = [*labels.remarks, *self._describe_overlap(trained_on, is_own=trained_on.are(dataset.source))]
         self.num_classes = len(np.unique(self.training.labels(self.training.sample_ids)))
 
     def describe(self) -> str:
         """Return what is evaluated on what."""
         test_data = self.data.test_source or f"held-out part of {self.data.source}"
+        remarks = "".join(f"\nremark    {remark}" for remark in self.remarks)
         return (
             f"encoder   {self.backbone_path}\n"
             f"training  {len(self.training.sample_ids):,} images of {self.num_classes} classes, {self.data.source}\n"
-            f"test      {len(self.test.sample_ids):,} images, {test_data}"
+            f"test      {len(self.test.sample_ids):,} images, {test_data}{remarks}"
         )
+
+    def _describe_overlap(self, trained_on: TrainedOn, *, is_own: bool) -> list[str]:
+        """Return what is known of test images that the run was trained on, a sentence each."""
+        remarks = []
+        if is_own and self.options.data is not None and self.options.test_data is None:
+            remarks.append(f"{self.data.source} holds the images of the run: the run's own split is used")
+        if not is_own and self.data.source == trained_on.data.source:
+            remarks.append(
+                f"the images of {self.data.source} changed since the run: test images may have been trained on by it"
+            )
+        if self.num_trained_on:
+            remarks.append(
+                f"{self.num_trained_on:,} of {len(self.test.sample_ids):,} test images were trained on by this run (without "
+                f"labels)"
+            )
+        return remarks
 
     def run(self, protocols: list[str]) -> Iterator[Row]:
         """Yield the rows of these protocols, in their order."""
@@ -383,6 +463,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "data": config_to_dict(evaluation.data),
         "num_training_images": len(evaluation.training.sample_ids),
         "num_test_images": len(evaluation.test.sample_ids),
+        "num_test_images_trained_on": evaluation.num_trained_on,
         "num_classes": evaluation.num_classes,
         "last_blocks": options.last_blocks,
         "seed": options.seed,

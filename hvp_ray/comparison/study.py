@@ -14,8 +14,8 @@ from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, PlannedRun, get_
 from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
-from hvp_ray.data.source import UNLABELLED
-from hvp_ray.errors import ConfigError
+from hvp_ray.data.labels import match_labels
+from hvp_ray.errors import ConfigError, LabelError
 from hvp_ray.identity import Resolved, describe_difference, flat_values, identity_of
 from hvp_ray.randomness import check_seed
 from hvp_ray.training.preparation import difference_from_record, output_folder
@@ -173,25 +173,23 @@ def _check_runs(output: Path, runs: Sequence[PlannedRun]) -> None:
             )
 
 
-def check_labels(base: RunConfig, dataset: Dataset) -> None:
-    """Check, before hours are spent, that the arms can be judged.
+def check_labels(base: RunConfig, dataset: Dataset) -> tuple[str, ...]:
+    """Check, before hours are spent, that the arms can be judged; return what to know of the labels, a sentence each.
 
     Raises:
         ConfigError: there is no k-NN, because labels or test images are missing or it is switched off.
+        DataError: training and test images have labels that cannot be matched.
     """
-    labelled = [
-        source.has_labels and bool((source.load_labels()[ids] != UNLABELLED).any())
-        for source, ids in (
-            (dataset.source, dataset.training_ids),
-            (dataset.test_source, dataset.test_ids),
-        )
-    ]
-    if not all(labelled) or not base.tracking.knn_images:
+    needed = "the arms are judged by k-NN on labelled images"
+    if not base.tracking.knn_images:
+        raise ConfigError(f"{needed}, but tracking.knn_images=0; set it above 0")
+    try:
+        return match_labels(dataset).remarks
+    except LabelError as error:
         raise ConfigError(
-            "the arms are judged by k-NN on labelled images, which this data does not give: name labelled images by "
-            "data.test_source, or hold some out by data.test_fraction, with class folders or data.label_column; and leave "
-            "tracking.knn_images above 0"
-        )
+            f"{needed}, but {error}. Name labelled images by data.test_source, or hold some out by data.test_fraction, with "
+            f"class folders or data.label_column"
+        ) from error
 
 
 def check_arms_and_seeds(arm_names: Sequence[str], seeds: Sequence[int]) -> list[Arm]:

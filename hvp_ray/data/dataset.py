@@ -64,13 +64,39 @@ def open_dataset(config: DataConfig) -> Dataset:
         DataError: a source cannot be used, or has fewer images than asked for.
     """
     source = open_source(config.source, config)
+    training_ids, test_ids = split_source(config, source)
+    if config.test_source is None:
+        return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
+    test_source = open_source(config.test_source, config)
+    test_ids = np.arange(test_source.num_samples, dtype=np.int64)
+    return Dataset(source=source, training_ids=training_ids, test_source=test_source, test_ids=test_ids)
+
+
+def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the ids of `source` that are trained on and that are held out, both ascending; the rest is not used.
+
+    Raises:
+        DataError: the source has fewer images than asked for.
+    """
     ids = choose_subset(source.num_samples, config.num_images)
-    if config.test_source is not None:
-        test_source = open_source(config.test_source, config)
-        test_ids = np.arange(test_source.num_samples, dtype=np.int64)
-        return Dataset(source=source, training_ids=ids, test_source=test_source, test_ids=test_ids)
-    training_ids, test_ids = split_for_test(ids, config.test_fraction if source.has_labels else 0.0)
-    return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
+    holds_out = config.test_source is None and source.has_labels
+    return split_for_test(ids, config.test_fraction if holds_out else 0.0)
+
+
+def have_same_images(one: Source, other: Source) -> bool:
+    """Tell whether two sources hold the same images: by their fingerprints, and by the bytes of three images.
+
+    Files of one size, named by their numbers, have one fingerprint whatever they show.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    if one is other:
+        return True
+    if one.fingerprint() != other.fingerprint():
+        return False
+    sample = sorted({0, one.num_samples // 2, one.num_samples - 1})
+    return one.read(sample) == other.read(sample)
 
 
 def _digest(ids: NDArray[np.int64]) -> str:

@@ -45,6 +45,10 @@ class DigitsSource:
         """Return the digits."""
         return self._labels
 
+    def load_class_names(self) -> tuple[str, ...]:
+        """Return "0" to "9"."""
+        return tuple("0123456789")
+
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
         """None: in memory."""

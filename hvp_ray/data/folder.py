@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hvp_ray.data.source import UNLABELLED
-from hvp_ray.errors import DataError
+from hvp_ray.errors import DataError, LabelError
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,18 @@ class FolderSource:
         return bool(self.class_names)
 
     def load_labels(self) -> NDArray[np.int64]:
-        """Return the index of each image's class folder."""
+        """Return the index of each image's class folder.
+
+        Raises:
+            LabelError: there are no class folders.
+        """
+        if not self.class_names:
+            raise LabelError(f"{self._root} has no labels: all images lie in it directly, none in a class folder")
         return self._labels.astype(np.int64)
+
+    def load_class_names(self) -> tuple[str, ...]:
+        """Return the names of the class folders, sorted."""
+        return tuple(self.class_names)
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:

@@ -416,7 +416,7 @@ def verify_shards(location: str, show: Callable[[int, int], None]) -> Manifest:
             source.verify(shard)
             num_done += shard.bytes
             show(num_done, num_bytes)
-        source.load_labels()
+        source.verify_labels()
     except OSError as error:
         raise DataError(f"{location} cannot be read: {first_line(error)}") from error
     return manifest

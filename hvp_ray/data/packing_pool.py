@@ -1,6 +1,7 @@
 """Packing with many processes: who does which task, and what happens when one dies. What a task does is in `packing.py`."""
 
 import fcntl
+import logging
 import multiprocessing
 import os
 import signal
@@ -30,8 +31,10 @@ from hvp_ray.data.packing import (
 )
 from hvp_ray.data.shard_format import Manifest
 from hvp_ray.data.source import Source
-from hvp_ray.errors import ConfigError, DataError, first_line
+from hvp_ray.errors import ConfigError, DataError, LabelError, first_line
 from hvp_ray.remote_files import is_uri
+
+logger = logging.getLogger(__name__)
 
 Show = Callable[[int, int], None]
 """Called some times a second with the number of images done, and of all."""
@@ -73,14 +76,15 @@ def pack(
             if manifest is not None:
                 clean_up(target)
                 return _result(manifest, was_complete=True)
+            labels, class_names = _load_labels(source)
             done = target.finished_tasks()
             jobs = _Jobs(location, target_location, config, plan, root, is_strict=is_strict)
             # Processes open the source for themselves: what it holds is not carried to them.
-            _run_tasks(source, jobs, done, num_workers, config.max_unreadable_fraction, show)
+            _run_tasks(source, labels, jobs, done, num_workers, config.max_unreadable_fraction, show)
             manifest = commit(
                 plan,
                 target,
-                class_names=getattr(source, "class_names", ()),
+                class_names=class_names,
                 max_unreadable_fraction=config.max_unreadable_fraction,
             )
     except OSError as error:
@@ -88,6 +92,15 @@ def pack(
             f"packing stopped: {first_line(error)}; check source and target, then give the same command again to go on"
         ) from error
     return _result(manifest, was_complete=False)
+
+
+def _load_labels(source: Source) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Return the labels and the names of their classes; None: there are none, and a warning says why."""
+    try:
+        return source.load_labels(), source.load_class_names()
+    except LabelError as error:
+        logger.warning("images are packed without labels: %s", error)
+        return None, ()
 
 
 def _result(manifest: Manifest, *, was_complete: bool) -> PackResult:
@@ -135,6 +148,7 @@ class _Jobs:
 
 def _run_tasks(
     source: Source,
+    labels: NDArray[np.int64] | None,
     jobs: _Jobs,
     done: dict[int, tuple[int, int]],
     num_workers: int,
@@ -147,7 +161,6 @@ def _run_tasks(
     num_seen = num_left_out + sum(packed for packed, _ in done.values())
     if not missing:
         return
-    labels = source.load_labels() if source.has_labels else None
     context = multiprocessing.get_context("spawn")
     board = context.Array("q", 2 * num_workers, lock=False)
     turn = context.Value("i", 0)

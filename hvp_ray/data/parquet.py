@@ -1,4 +1,4 @@
-"""Parquet in the Hugging Face image layout: a column `image: struct<bytes, path>` and a column of integer labels.
+"""Parquet in the Hugging Face image layout: a column `image: struct<bytes, path>` and a column of labels.
 
 On this machine or behind a URI. An image costs the reading of its row group, so row groups are kept in a bounded cache that
 all processes of a node share (`block_cache.py`), and `data.order` visits samples so that neighbouring steps read few row
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
 from hvp_ray.data.files import FileSet, StorageError
+from hvp_ray.data.parquet_labels import describe_label_problem, listed_names, merge_names, read_labels
 from hvp_ray.data.parquet_limits import ParquetFile, open_parquet
 from hvp_ray.data.source import MAX_LABEL, UNLABELLED
-from hvp_ray.errors import DataError
+from hvp_ray.errors import DataError, LabelError
 from hvp_ray.remote_files import retried
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,6 @@ _ROWS_WITHOUT_QUESTION = 2**20
 _BYTES_PER_ROW = 16
 """Of more rows than `_ROWS_WITHOUT_QUESTION`, each must take so many bytes of the files; no image is smaller."""
 
-_LABELS_AT_ONCE = 65_536
 _BATCH_BYTES = 64 * 2**20
 _REQUESTS_AT_ONCE = 16
 _OPEN_FILES = 32
@@ -105,9 +105,9 @@ class ParquetSource:
         self._check_rows()
         self._num_image_bytes = sum(footer.image_bytes for footer in footers)
         self._fingerprint = _digest(footer.digest for footer in footers)
-        self.has_labels = all(footer.has_labels for footer in footers)
-        """See `Source`."""
+        self._label_problems = [footer.label_problem for footer in footers if footer.label_problem is not None]
         self._labels: NDArray[np.int64] | None = None
+        self._class_names: tuple[str, ...] = ()
         # Files of the same names and sizes need not have the same images: the place and the time are part of the key.
         key = f"{files.state} {self._fingerprint} {image_column} {max_image_bytes}"
         self._cache = BlockCache(key, max_bytes=cache_bytes)
@@ -128,11 +128,21 @@ class ParquetSource:
         """Bytes that the storage has handed out to this process: footers, and columns as they are in the files."""
         return self._files.num_bytes_read
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether all files have a column that can hold labels."""
+        return not self._label_problems
+
     def load_labels(self) -> NDArray[np.int64]:
-        """Return the label column."""
+        """Return the label column: numbers, or places in `load_class_names`."""
         if self._labels is None:
-            self._labels = self._read_labels() if self.has_labels else np.full(self.num_samples, UNLABELLED)
+            self._labels, self._class_names = self._read_labels()
         return self._labels
+
+    def load_class_names(self) -> tuple[str, ...]:
+        """Return the names of a `ClassLabel` in their order, or the texts of the label column, sorted."""
+        self.load_labels()
+        return self._class_names
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
@@ -193,19 +203,9 @@ class ParquetSource:
             groups=np.array(used, np.int32),
             group_rows=rows,
             image_bytes=sum(file.groups[index].chunks[leaf].decompressed_bytes for index in used),
-            has_labels=self._has_labels(file),
+            label_problem=describe_label_problem(file, self._label_column),
             digest="".join(lines).encode(),
         )
-
-    def _has_labels(self, file: ParquetFile) -> bool:
-        """Tell whether a file has the column of labels, and check that it can be one."""
-        if self._label_column not in file.arrow.schema_arrow.names:
-            return False
-        kind = file.arrow.schema_arrow.field(self._label_column).type
-        if not pa.types.is_integer(kind):
-            raise DataError(f"{file.path}: column {self._label_column!r} has type {kind}; expected integers")
-        file.check_column(file.find_leaf(self._label_column))
-        return True
 
     def _parquet_file(self, file_index: int) -> ParquetFile:
         """Return a file with its footer; of the last ones the footer is still there."""
@@ -271,17 +271,29 @@ class ParquetSource:
             num_bytes,
         )
 
-    def _read_labels(self) -> NDArray[np.int64]:
+    def _read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the labels of all files, and the names of the classes."""
+        if self._label_problems:
+            without, of_all = len(self._label_problems), len(self._names)
+            some = "" if of_all == 1 else f"{without if without < of_all else 'all'} of {of_all} files have no labels; "
+            raise LabelError(some + self._label_problems[0])
         labels = np.empty(self.num_samples, np.int64)
+        names: list[tuple[str, ...]] = [()] * len(self._names)
+        listed = [False] * len(self._names)
 
         def read(file_index: int) -> None:
             start = int(self._file_starts[file_index])
             file = open_parquet(self._files.open(self._names[file_index]))
-            for part in self._label_parts(file):
+            found: dict[str, int] = {}
+            for part in read_labels(file, self._label_column, found, max_bytes=self._max_row_group_bytes):
                 labels[start : start + len(part)] = part[: len(labels) - start]
                 start += len(part)
             if start != self._file_starts[file_index + 1]:
-                raise DataError(f"{file.path}: {start} labels do not fit to the images; the file is damaged")
+                raise LabelError(f"{file.path}: {start} labels do not fit to the images; the file is damaged")
+            own = labels[self._file_starts[file_index] : start]
+            list_of_names = () if found else listed_names(file, self._label_column)
+            names[file_index], listed[file_index] = tuple(found) or list_of_names, bool(list_of_names)
+            self._check_labels(file.path, own, list_of_names)
 
         pauses = None if self._files.is_remote else ()
         what = f"reading labels of {self._files.location}"
@@ -291,34 +303,16 @@ class ParquetSource:
                 list(pool.map(read_again, range(len(self._names))))
         except OSError as error:
             raise DataError(f"the labels of {self._files.location} cannot be read: {error}") from error
-        if labels.min() < UNLABELLED or labels.max() > MAX_LABEL:
-            raise DataError(
-                f"column {self._label_column!r} has values from {labels.min()} to {labels.max()}; expected classes from 0 to "
-                f"{MAX_LABEL}, or {UNLABELLED} for none. Name another column by --data.label_column, or one that is not there"
-            )
-        return labels
+        starts = self._file_starts.tolist()
+        return labels, merge_names(labels, starts, names, are_listed=all(listed))
 
-    def _label_parts(self, file: ParquetFile) -> Iterator[NDArray[np.int64]]:
-        leaf = file.find_leaf(self._label_column)
-        for group in range(len(file.groups)):
-            chunk = file.groups[group].chunks[leaf]
-            page_bytes = chunk.end - chunk.start
-            if page_bytes <= self._max_row_group_bytes:
-                file.fetch(group, leaf)
-                page_bytes = file.measure(group, leaf).page_bytes
-            if page_bytes > self._max_row_group_bytes:
-                raise DataError(f"{file.path}: the labels of row group {group} take {page_bytes / 2**20:.0f} MiB")
-            try:
-                for batch in file.arrow.iter_batches(
-                    batch_size=_LABELS_AT_ONCE, row_groups=[group], columns=[self._label_column]
-                ):
-                    whole = batch.column(0).cast(pa.int64()).fill_null(UNLABELLED)
-                    yield whole.to_numpy(zero_copy_only=False)
-            except StorageError:
-                raise
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file.path}: column {self._label_column!r} is damaged: {error}") from error
-        file.release()
+    def _check_labels(self, path: str, labels: NDArray[np.int64], names: tuple[str, ...]) -> None:
+        largest = len(names) - 1 if names else MAX_LABEL
+        if len(labels) and (labels.min() < UNLABELLED or labels.max() > largest):
+            raise LabelError(
+                f"{path}: column {self._label_column!r} has values from {labels.min()} to {labels.max()}; expected classes "
+                f"from 0 to {largest}, or {UNLABELLED} for none. Name another column by --data.label_column"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -329,7 +323,8 @@ class _Footer:
     """Row groups that have rows."""
     group_rows: NDArray[np.int64]
     image_bytes: int
-    has_labels: bool
+    label_problem: str | None
+    """Why the file has no labels; None: it has."""
     digest: bytes
 
     @property

@@ -28,7 +28,7 @@ from hvp_ray.data.shard_format import (
     manifest_from_json,
 )
 from hvp_ray.data.source import MAX_LABEL, UNLABELLED
-from hvp_ray.errors import DataError
+from hvp_ray.errors import DataError, LabelError
 
 _MAX_MANIFEST_BYTES = 2**28
 _HEADS_IN_MEMORY = 16_384
@@ -129,19 +129,34 @@ class ShardSource:
         return self._num_labelled > 0
 
     def load_labels(self) -> NDArray[np.int64]:
-        """Return the labels that the source had."""
+        """Return the labels that the source had.
+
+        Raises:
+            LabelError: it had none, or they are damaged.
+            DataError: they cannot be read.
+        """
+        if not self.has_labels:
+            raise LabelError(f"{self._files.location} has no labels: it was packed from images without usable labels")
         if self._labels is None:
             try:
-                content = self._read_small(LABELS, self._labels_sha256, self.num_samples * LABEL_DTYPE.itemsize)
+                content = self.verify_labels()
             except OSError as error:
                 raise DataError(f"the labels of {self._files.location} cannot be read: {error}") from error
+            except DataError as error:
+                raise LabelError(str(error)) from error
             labels = np.frombuffer(content, LABEL_DTYPE).astype(np.int64)
-            if labels.min() < UNLABELLED or labels.max() > MAX_LABEL:
-                raise DataError(
-                    f"{self._files.shown(LABELS)} has labels from {labels.min()} to {labels.max()}; pack again"
+            largest = len(self.class_names) - 1 if self.class_names else MAX_LABEL
+            if labels.min() < UNLABELLED or labels.max() > largest:
+                raise LabelError(
+                    f"{self._files.shown(LABELS)} has labels from {labels.min()} to {labels.max()}; expected {UNLABELLED} to "
+                    f"{largest}; pack again"
                 )
             self._labels = labels
         return self._labels
+
+    def load_class_names(self) -> tuple[str, ...]:
+        """Return the names that the source had, as the manifest keeps them."""
+        return tuple(self.class_names)
 
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
@@ -213,6 +228,15 @@ class ShardSource:
             raise DataError(
                 f"{file.shown} is damaged: its SHA-256 is not that of the manifest; copy it again, or pack again"
             )
+
+    def verify_labels(self) -> bytes:
+        """Read the labels, compare their digest, and return them as they are in the file.
+
+        Raises:
+            DataError: they are damaged.
+            StorageError: they cannot be read.
+        """
+        return self._read_small(LABELS, self._labels_sha256, self.num_samples * LABEL_DTYPE.itemsize)
 
     def _read_small(self, name: str, sha256: str, num_bytes: int) -> bytes:
         """Read a table whose size and digest are known."""

@@ -50,7 +50,16 @@ class Source(Protocol):
         """Return all labels, [N], `UNLABELLED` where an image has none; read when they are first asked for.
 
         Raises:
-            DataError: they cannot be read, or are none.
+            LabelError: there are no labels, or they cannot be used; the message says why.
+            DataError: the storage failed.
+        """
+        ...
+
+    def load_class_names(self) -> tuple[str, ...]:
+        """Return the name of the class of each label from 0 on; empty: the source has numbers only.
+
+        Raises:
+            LabelError, DataError: as `load_labels`.
         """
         ...
 

@@ -1,5 +1,6 @@
 """The k-NN at the end of a run: trained encoder against untrained encoder and raw pixels."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +12,13 @@ from torch import Tensor, nn
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
-from hvp_ray.data.source import UNLABELLED, Source
+from hvp_ray.data.labels import match_labels
+from hvp_ray.errors import LabelError
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.evaluation.knn import few_shot_knn_accuracy, knn_accuracy
 from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
+
+logger = logging.getLogger(__name__)
 
 SHOTS = 5
 PIXEL_BASELINE_PX = 32
@@ -35,34 +39,55 @@ class KnnData:
 
 
 def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
-    """Load bank and queries, at most `tracking.knn_images` each; None: no labels, or no test images."""
-    limit = config.tracking.knn_images
-    bank_ids = _labelled(dataset.source, dataset.training_ids, limit)
-    query_ids = _labelled(dataset.test_source, dataset.test_ids, limit)
-    if not len(bank_ids) or not len(query_ids):
+    """Load bank and queries, at most `tracking.knn_images` each; None: no usable labels, or no test images.
+
+    Why there are no labels is said before training, by `check_knn_labels`.
+
+    Raises:
+        DataError: see `match_labels`.
+    """
+    try:
+        labels = match_labels(dataset)
+    except LabelError:
         return None
+    bank_ids = _choose(labels.training_ids, config.tracking.knn_images)
+    query_ids = _choose(labels.test_ids, config.tracking.knn_images)
     max_pixels = config.data.max_image_pixels
     bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, max_image_pixels=max_pixels)
     queries, query_ids = load_evaluation_pixels(
         dataset.test_source, query_ids, config.views, max_image_pixels=max_pixels
     )
     if not len(bank_ids) or not len(query_ids):
+        logger.warning("no k-NN: of its %s images none is readable", "test" if len(bank_ids) else "training")
         return None
     return KnnData(
         bank=bank,
-        bank_labels=dataset.source.load_labels()[bank_ids],
+        bank_labels=labels.of_training[bank_ids],
         queries=queries,
-        query_labels=dataset.test_source.load_labels()[query_ids],
+        query_labels=labels.of_test[query_ids],
     )
 
 
-def _labelled(source: Source, sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Return at most `limit` labelled ids: a fixed pseudo-random choice."""
-    if not source.has_labels:
-        return sample_ids[:0]
-    labelled = sample_ids[source.load_labels()[sample_ids] != UNLABELLED]
-    words = draw_stream(seed=0, purpose=Purpose.SUBSET, index=1, epoch=0, num_words=len(labelled))
-    return np.sort(labelled[permutation_from_words(words)[:limit]])
+def check_knn_labels(config: RunConfig, dataset: Dataset) -> list[str]:
+    """Return what a person should know before training about the labels that the k-NN will use; a sentence each.
+
+    Raises:
+        DataError: training and test images have labels that cannot be matched.
+    """
+    if not config.tracking.knn_images:
+        return []
+    try:
+        return list(match_labels(dataset).remarks)
+    except LabelError as error:
+        held_out = len(dataset.test_ids) if dataset.test_source is dataset.source else 0
+        unused = f"; {held_out:,} images are held out in vain, unless data.test_fraction=0" if held_out else ""
+        return [f"no k-NN evaluation of this run: {error}. Training needs no labels and starts without them{unused}"]
+
+
+def _choose(sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Return at most `limit` ids: a fixed pseudo-random choice."""
+    words = draw_stream(seed=0, purpose=Purpose.SUBSET, index=1, epoch=0, num_words=len(sample_ids))
+    return np.sort(sample_ids[permutation_from_words(words)[:limit]])
 
 
 def evaluate_encoder(

@@ -29,6 +29,7 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
 from hvp_ray.evaluation.online import SnapshotKnn
+from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.logs import set_up_logging
 from hvp_ray.remote_files import delete_folder, place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf
@@ -99,6 +100,8 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     """
     config = with_absolute_paths(config)
     check_before_start(config)
+    for remark in check_knn_labels(config, open_dataset(config.data)):
+        watchers.show_message(remark)
     decoded_bytes = (
         mean_decoded_bytes(open_dataset(config.data), config.data) if config.cluster.ship == "pixels" else 0.0
     )

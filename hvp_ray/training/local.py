@@ -1,6 +1,7 @@
 """A run without Ray: in this process, or one of the processes that torchrun started. Views are rendered inline."""
 
 import dataclasses
+import logging
 import os
 from datetime import timedelta
 from typing import Any
@@ -9,15 +10,19 @@ import torch
 import torch.distributed as dist
 
 from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import current_world, share_from_rank_0
 from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation.online import SnapshotKnn
+from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.online_knn import AnswerAtHand
 from hvp_ray.training.preparation import choose_renderer, draw_run_name, prepare_run
 from hvp_ray.training.rank import train_rank
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
@@ -27,6 +32,7 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: the number of processes is another one, or the run cannot be prepared.
+        DataError: the data cannot be used, or the labels of training and test images cannot be matched.
     """
     device_type = "cuda" if config.cluster.device == "cuda" else "cpu"
     device = torch.device("cpu")
@@ -46,6 +52,9 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     renderer = choose_renderer(config)
+    if world.rank == 0:
+        for remark in check_knn_labels(config, open_dataset(config.data)):
+            logger.warning("%s", remark)
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = open_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)

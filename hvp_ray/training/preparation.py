@@ -83,7 +83,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_before_start(config: RunConfig) -> None:
-    """Find what is wrong with data, network and output folder before anything is started.
+    """Find what is wrong with images, network and output folder before anything is started.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -242,10 +242,6 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
             must not be made; the message has the difference.
     """
     dataset = _open_checked(config)
-    if is_writer and len(dataset.test_ids) and config.tracking.knn_images:
-        # Read when the run ends: what is wrong with them is said now.
-        dataset.source.load_labels()
-        dataset.test_source.load_labels()
     resolved = resolve(config, dataset, renderer=renderer, device=device)
     fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)

@@ -440,11 +440,8 @@ def _knn_results(
     )
     if not config.tracking.knn_images:
         return results
-    problems_before = len(after.problems)
     knn_data = after.attempt("reading the images of the k-NN", lambda: load_knn_data(config, dataset))
     if knn_data is None:
-        if len(after.problems) == problems_before:
-            logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
         return results
 
     def untrained() -> dict[str, float]:

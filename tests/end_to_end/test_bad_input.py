@@ -56,6 +56,8 @@ def sources(tmp_path: Path) -> Iterator[Path]:
         (["--data.source", "{}/broken.parquet"], "cannot be read as Parquet"),
         (["--data.source", "{}/column.parquet"], "has no column 'image'; it has ['picture']"),
         (["--data.source", "{}/few"], "the data has 4 images for training, fewer than one step needs"),
+        (["--data.test_source", "{}/few"], "no class of the test images is one of the training images"),
+        (["--data.test_source", "digits"], "training and test images are the same images"),
         (["--data.num_images", "5000"], "the source has only 1797 images"),
         (["--run.output", "foo://bucket/runs"], "is not a storage that can be used"),
         (["--run.output", "s3://me:secret@bucket/runs"], "run.output carries credentials"),

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hvp_ray.data.digits import DigitsSource
 from hvp_ray.training.local import pretrain_in_process
 from pipelines.evaluate import main
 from tests.helpers import encode, photograph_like, tiny_config
@@ -63,12 +65,97 @@ def test_transfer_to_a_folder_of_other_classes(run_dir: Path, tmp_path: Path) ->
     assert row["accuracy"] == 1.0
 
 
+def _evaluate(run_dir: Path, tmp_path: Path, *words: object) -> dict[str, Any]:
+    path = tmp_path / "numbers.json"
+    assert main(["--checkpoint", str(run_dir), *map(str, words), "--neighbours", "20", "--json", str(path)]) == 0
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def test_own_images_given_by_name_are_split_as_in_the_run(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run has 200 of the digits: split anew, most of the images held out of all digits had been trained on."""
+    result = _evaluate(run_dir, tmp_path, "--data", "digits")
+    assert (result["num_training_images"], result["num_test_images"]) == (160, 40)
+    assert result["num_test_images_trained_on"] == 0
+    assert result["results"][0]["accuracy"] == json.loads((run_dir / "summary.json").read_text())["knn_top1"]
+    assert "the run's own split is used" in capsys.readouterr().out
+
+
+def _write_digits(folder: Path, ids: range, *, without: int | None = None) -> Path:
+    source = DigitsSource()
+    for sample_id in ids:
+        label = int(source.load_labels()[sample_id])
+        if label != without:
+            path = folder / f"digit-{label}" / f"{sample_id:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(source.read([sample_id])[0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_on_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with 80 training images in `training` and 40 test images in `test`, beside them."""
+    here = tmp_path_factory.mktemp("folders")
+    data = {
+        "source": str(_write_digits(here / "training", range(80))),
+        "test_source": str(_write_digits(here / "test", range(80, 120))),
+        "num_images": None,
+    }
+    pretrain_in_process(tiny_config(str(here), run={"name": "one"}, data=data, training={"num_steps": 2}))
+    return here
+
+
+def test_moved_images_of_a_run_are_known_by_what_they_are(run_on_folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "moved").symlink_to(run_on_folders / "training")
+    result = _evaluate(run_on_folders / "one", tmp_path, "--data", tmp_path / "moved")
+    assert (result["num_training_images"], result["num_test_images"]) == (80, 40)
+    assert result["data"]["test_source"] == str(run_on_folders / "test")
+
+
+def test_test_images_that_were_trained_on_are_counted(
+    run_on_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--data", run_on_folders / "test", "--test-data", run_on_folders / "training")
+    result = _evaluate(run_on_folders / "one", tmp_path, *words)
+    assert (result["num_training_images"], result["num_test_images"]) == (40, 80)
+    assert result["num_test_images_trained_on"] == 80
+    assert "80 of 80 test images were trained on by this run" in capsys.readouterr().out
+    # Of images that the run did not have by this name nothing is known.
+    assert _evaluate(run_on_folders / "one", tmp_path, "--data", "digits")["num_test_images_trained_on"] is None
+
+
+def test_images_that_changed_since_the_run_are_said(
+    run_on_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    added = run_on_folders / "training" / "digit-0" / "added.png"
+    added.write_bytes(DigitsSource().read([0])[0])
+    try:
+        _evaluate(run_on_folders / "one", tmp_path)
+    finally:
+        added.unlink()
+    assert "changed since the run" in capsys.readouterr().out
+
+
+def test_test_images_are_judged_by_the_names_of_their_classes(
+    run_on_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = _write_digits(tmp_path / "training", range(80), without=0)
+    result = _evaluate(run_on_folders / "one", tmp_path, "--data", training)
+    whole = _evaluate(run_on_folders / "one", tmp_path, "--data", training, "--test-data", run_on_folders / "test")
+    num_zeros = int((DigitsSource().load_labels()[80:120] == 0).sum())
+    assert whole["num_test_images"] == 40 - num_zeros and result["num_test_images_trained_on"] is None
+    assert f"{num_zeros} of 40 labelled test images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--checkpoint", "{run}/nothing"], "expected the folder of a run"),
         (["--checkpoint", "{run}", "--last-blocks", "4"], "last_blocks"),
         (["--checkpoint", "{run}", "--data", "{run}/nothing"], "does not exist"),
+        (["--checkpoint", "{run}", "--data", "digits", "--test-data", "digits"], "are the same images"),
     ],
 )
 def test_wrong_arguments_are_said_in_a_line(

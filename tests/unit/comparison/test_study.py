@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hvp_ray.comparison.arms import get_arm
@@ -13,12 +14,12 @@ from hvp_ray.comparison.results import Difference, describe_difference, describe
 from hvp_ray.comparison.results import RunResult as Result
 from hvp_ray.comparison.runner import is_done
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
-from hvp_ray.comparison.study import Study, open_study
+from hvp_ray.comparison.study import Study, check_labels, open_study
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.training.local import pretrain_in_process
-from tests.helpers import resolved_of, tiny_config
+from tests.helpers import encode, resolved_of, tiny_config
 
 import torch  # isort: skip
 
@@ -229,3 +230,19 @@ def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
     with pytest.raises(ConfigError, match="there are: knn_top1"):
         summarize_metric(study, [_result(study, "vanilla", 0, 0.5)], "accuracy")
+
+
+def test_comparison_is_refused_before_it_starts_when_nothing_can_judge_its_arms(tmp_path: Path) -> None:
+    def check(**sections: dict[str, object]) -> tuple[str, ...]:
+        base = tiny_config(str(tmp_path), **sections)
+        return check_labels(base, open_dataset(base.data))
+
+    assert check() == ()
+    with pytest.raises(ConfigError, match="but tracking.knn_images=0"):
+        check(tracking={"knn_images": 0})
+    with pytest.raises(ConfigError, match="judged by k-NN on labelled images, but there are no test images"):
+        check(data={"test_fraction": 0.0})
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(encode(np.zeros((9, 9, 3), np.uint8)))
+    with pytest.raises(ConfigError, match="but .*/images has no labels"):
+        check(data={"test_source": str(tmp_path / "images")})

@@ -43,6 +43,9 @@ class ListSource:
     def load_labels(self) -> NDArray[np.int64]:
         return np.full(len(self.images), -1)
 
+    def load_class_names(self) -> tuple[str, ...]:
+        return ()
+
     @property
     def block_starts(self) -> NDArray[np.int64] | None:
         return None

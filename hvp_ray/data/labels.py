@@ -1,0 +1,152 @@
+"""Labels of training and test images in one numbering, matched by the names of the classes.
+
+Every source numbers its classes on its own: a folder by its sorted names, a `ClassLabel` by its list. So a label says
+something in its source only. Whoever evaluates takes labels from here.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.data.dataset import Dataset, have_same_images
+from hvp_ray.data.source import UNLABELLED, Source
+from hvp_ray.errors import DataError, LabelError, first_line
+
+_SHOWN = 5
+_WHAT_TO_DO = (
+    "give both sides names (class folders, a column of strings, a ClassLabel in Parquet), or both the same numbers; a run "
+    "trains without evaluation by --tracking.knn_images 0"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MatchedLabels:
+    """Labels of a data set, in the numbering of its training source."""
+
+    training_ids: NDArray[np.int64]
+    """[N], ascending: labelled images among `Dataset.training_ids`."""
+    test_ids: NDArray[np.int64]
+    """[M], ascending: labelled images among `Dataset.test_ids`, of classes that the training source has."""
+    of_training: NDArray[np.int64]
+    """Labels of all images of `Dataset.source`, `UNLABELLED` where an image has none."""
+    of_test: NDArray[np.int64]
+    """Labels of all images of `Dataset.test_source`; `UNLABELLED` also where the training source has no such class."""
+    remarks: tuple[str, ...]
+    """What a person should know of them, a sentence each."""
+
+
+def match_labels(dataset: Dataset) -> MatchedLabels:
+    """Match the classes of training and test images by name, or by number where neither side has names.
+
+    Test images of a class that the training source does not have are left out, and a remark says so: no classifier can
+    name their class, so they say nothing of the encoder.
+
+    Raises:
+        LabelError: there is nothing to evaluate on; the message says why.
+        DataError: both sides have labels that cannot be matched, training and test images are the same, or they cannot be
+            read.
+    """
+    source, test_source = dataset.source, dataset.test_source
+    of_training = of_test = source.load_labels()
+    remarks: tuple[str, ...] = ()
+    if test_source is not source:
+        _check_other_images(source, test_source)
+        of_test, remarks = _match(source, test_source)
+    training_ids = dataset.training_ids[of_training[dataset.training_ids] != UNLABELLED]
+    test_ids = dataset.test_ids[of_test[dataset.test_ids] != UNLABELLED]
+    if not len(dataset.test_ids):
+        raise LabelError(
+            "there are no test images; name some by data.test_source, or hold some out by data.test_fraction"
+        )
+    for what, labelled, ids in (("training", training_ids, dataset.training_ids), ("test", test_ids, dataset.test_ids)):
+        if not len(labelled):
+            raise LabelError(f"none of the {len(ids)} {what} images has a label")
+    return MatchedLabels(
+        training_ids=training_ids, test_ids=test_ids, of_training=of_training, of_test=of_test, remarks=remarks
+    )
+
+
+def _check_other_images(source: Source, test_source: Source) -> None:
+    try:
+        are_same = have_same_images(source, test_source)
+    except OSError as error:
+        raise DataError(f"training and test images cannot be compared: {first_line(error)}") from error
+    if are_same:
+        raise DataError(
+            "training and test images are the same images: the nearest neighbour of each would be itself. Name other test "
+            "images, or leave data.test_source out: then data.test_fraction of the images is held out. A run trains without "
+            "evaluation by --tracking.knn_images 0"
+        )
+
+
+def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return the labels of the test source in the numbering of the training source, and what was left out."""
+    training, test = source.load_labels(), test_source.load_labels()
+    names, test_names = source.load_class_names(), test_source.load_class_names()
+    labelled = test != UNLABELLED
+    if bool(names) != bool(test_names):
+        sides = [_describe(names, training), _describe(test_names, test)]
+        raise DataError(
+            f"the classes of training and test images cannot be matched: training has {sides[0]}, test has {sides[1]}; "
+            f"{_WHAT_TO_DO}"
+        )
+    if names == test_names:  # also where neither has names, and numbers mean what they mean on the other side
+        matched = np.where(np.isin(test, training), test, UNLABELLED) if not names else test
+    else:
+        index = _index(names, "training")
+        _index(test_names, "test")
+        places = [index.get(_normal(name), UNLABELLED) for name in test_names]
+        matched = np.array([*places, UNLABELLED], np.int64)[test]  # UNLABELLED points to the last one
+    left_out = labelled & (matched == UNLABELLED)
+    if labelled.any() and left_out.sum() == labelled.sum():
+        raise DataError(
+            f"no class of the test images is one of the training images: training has {_describe(names, training)}, test has "
+            f"{_describe(test_names, test)}; {_WHAT_TO_DO}"
+        )
+    if not left_out.any():
+        return matched, ()
+    classes = np.unique(test[left_out]).tolist()
+    remark = (
+        f"{left_out.sum():,} of {labelled.sum():,} labelled test images are of {len(classes)} class(es) that the training "
+        f"images do not have, and are left out of evaluations: {_list([_name(test_names, label) for label in classes])}"
+    )
+    return matched, (remark,)
+
+
+def _index(names: Sequence[str], side: str) -> dict[str, int]:
+    """Return name -> label.
+
+    Raises:
+        DataError: two classes have one name.
+    """
+    index = {_normal(name): label for label, name in enumerate(names)}
+    if len(index) < len(names):
+        twice = next(name for label, name in enumerate(names) if index[_normal(name)] != label)
+        raise DataError(
+            f"the classes of training and test images cannot be matched: two classes of the {side} images have the name "
+            f"{twice!r}; give each class a name of its own"
+        )
+    return index
+
+
+def _normal(name: str) -> str:
+    # macOS decomposes accents in the names of folders.
+    return unicodedata.normalize("NFC", name)
+
+
+def _name(names: Sequence[str], label: int) -> str:
+    return repr(names[label]) if names else str(label)
+
+
+def _describe(names: Sequence[str], labels: NDArray[np.int64]) -> str:
+    if names:
+        return f"the names {_list([repr(name) for name in names])}"
+    numbers = np.unique(labels[labels != UNLABELLED]).tolist()
+    return f"the numbers {_list([str(number) for number in numbers])} without names"
+
+
+def _list(entries: Sequence[str]) -> str:
+    return ", ".join(entries[:_SHOWN]) + (f" and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else "")
