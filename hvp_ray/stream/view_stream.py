@@ -7,7 +7,7 @@ What it promises:
   are pure addresses, so the repeated batch has the same bits.
 - A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
 - A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
-  own are quarantined for all steps to come, all others go on.
+  own are quarantined for all steps to come, all others go on. A worker whose machine cannot do this is passed over.
 - With view finishers (`cluster.ship=pixels`) a batch takes two calls: a worker decodes, then a finisher beside the trainer
   renders. Each is repeated on its own; decoded pixels that are lost are decoded again.
 - Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
@@ -102,6 +102,8 @@ class ViewStream:
         self._requests: dict[int, BatchRequest] = {}
         self._deaths: Counter[int] = Counter()
         self._quarantined_ids: tuple[int, ...] = ()
+        self._cannot_isolate: list[Member] = []
+        """Workers whose machine failed to look for crashing images."""
         self._unassigned: deque[int] = deque()
         self._unfinished: dict[int, _Decoded] = {}
         """step -> decoded images for which no finisher was up."""
@@ -190,7 +192,8 @@ class ViewStream:
                 break
             self._finish(step, self._unfinished.pop(step), finisher)
         while self._unassigned:
-            worker = self._workers.least_busy()
+            is_isolated = self._deaths[self._unassigned[0]] >= DEATHS_BEFORE_ISOLATION
+            worker = self._workers.least_busy(other_than=self._cannot_isolate if is_isolated else ())
             if worker is None:
                 return
             self._ask(self._unassigned.popleft(), worker)
@@ -254,6 +257,10 @@ class ViewStream:
             answer = ray.get(reference, timeout=self._cluster.late_seconds)
         except RayTaskError as error:
             cause = error.cause
+            if call.kind == "isolate" and isinstance(cause, StageError):
+                with self._changed:
+                    self._pass_over(call, cause)
+                return
             if not isinstance(cause, ObjectLostError):
                 raise (cause if isinstance(cause, HvpRayError) else error) from None
             with self._changed:
@@ -334,6 +341,18 @@ class ViewStream:
         for asked, request in self._requests.items():
             self._requests[asked] = replace(request, quarantined_ids=self._quarantined_ids)
         self._unassigned.appendleft(step)
+
+    def _pass_over(self, call: _Call, error: StageError) -> None:
+        """Look for crashing images at another worker: this one's machine is at fault.
+
+        Raises:
+            StageError: no worker can do it.
+        """
+        self._cannot_isolate.append(call.worker)
+        if all(worker in self._cannot_isolate for worker in self._workers.members):
+            raise error
+        logger.warning("%s cannot look for crashing images, another one does: %s", call.worker.name, error)
+        self._lose(call, error)
 
     def _probe_workers(self) -> None:
         """Ask dead workers whether they are back; Ray starts them again."""
