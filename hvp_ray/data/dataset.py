@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.order import choose_subset, split_for_test
 from hvp_ray.data.source import Source, open_source
+from hvp_ray.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,3 +48,23 @@ def open_dataset(config: DataConfig) -> Dataset:
         return Dataset(source=source, training_ids=ids, test_source=test_source, test_ids=test_ids)
     training_ids, test_ids = split_for_test(ids, config.test_fraction if source.has_labels else 0.0)
     return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
+
+
+def open_unchanged(config: DataConfig, fingerprint: str) -> Dataset:
+    """Open the data of a run that has begun, in a process that joins it later.
+
+    Args:
+        config: the run's.
+        fingerprint: `Dataset.fingerprint` when the run was prepared.
+
+    Raises:
+        DataError: as `open_dataset`; or the source has other images than then, so ids would name other images.
+    """
+    dataset = open_dataset(config)
+    if dataset.fingerprint() != fingerprint:
+        raise DataError(
+            f"data.source={config.source!r} has changed since the run was started: it has {dataset.source.num_samples} "
+            f"images now, with other names or sizes. Put back what is gone and remove what is new, then start the run again "
+            f"with its name"
+        )
+    return dataset

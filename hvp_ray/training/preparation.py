@@ -183,7 +183,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     location = place_in(output, name)
     commit = _git_commit()
     if is_writer:
-        _write_or_check(location, config, identity, parts, commit)
+        _write_or_check(location, config, identity, parts, commit, num_source_images=dataset.source.num_samples)
     uri, artifact_root = mlflow_location(config, local_output(config))
     tags = {
         "recipe": config.recipe,
@@ -249,7 +249,9 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
             return uri, None
 
 
-def _write_or_check(run: str, config: RunConfig, identity: str, parts: dict[str, Any], commit: str | None) -> None:
+def _write_or_check(
+    run: str, config: RunConfig, identity: str, parts: dict[str, Any], commit: str | None, *, num_source_images: int
+) -> None:
     """Check what config.json in the run's folder (path or URI) says, and write it."""
     path = place_in(run, "config.json")
     found = _read(path)
@@ -259,15 +261,22 @@ def _write_or_check(run: str, config: RunConfig, identity: str, parts: dict[str,
         before = json.loads(found)
         if before["run_identity"] != identity:
             difference = "\n  ".join(describe_difference(before["identity"], json.loads(json.dumps(parts))))
+            hint = ""
+            if before["identity"].get("data fingerprint") != parts["data fingerprint"]:
+                hint = (
+                    f"\ndata.source had {before.get('num_source_images', 'other')} images when the run began and has "
+                    f"{num_source_images} now. If it is the run's source, put back what is gone and remove what is new"
+                )
             raise CheckpointError(
                 f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
-                f"What differs (its value -> yours):\n  {difference}\nTake its settings, or another --run.name"
+                f"What differs (its value -> yours):\n  {difference}{hint}\nTake its settings, or another --run.name"
             )
     content = {
         "config": config_to_dict(config),
         "run_identity": identity,
         "identity": parts,
         "git_commit": commit,
+        "num_source_images": num_source_images,
     }
     try:
         write_file(path, (json.dumps(content, indent=1) + "\n").encode(), pauses=_PAUSES_SECONDS)

@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvp_ray.config import RunConfig
-from hvp_ray.errors import DataError
+from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.errors import CheckpointError, DataError
+from hvp_ray.records import BatchRequest
+from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.preparation import prepare_run
 from tests.helpers import encode, photograph_like, tiny_config
 
 
@@ -44,3 +47,20 @@ def test_run_without_a_readable_image_ends_with_a_file_and_a_reason(tmp_path: Pa
     config = _config(tmp_path, num_images=100, damaged=range(100))
     with pytest.raises(DataError, match=r"no readable image.*/images/class\d/\d+\.png: not an image"):
         pretrain_in_process(config)
+
+
+def test_image_that_goes_away_is_damaged_and_a_resume_says_how_many_there_were(tmp_path: Path) -> None:
+    """The file goes after the data was opened. Processes that open it later refuse it: ids would name other images."""
+    config = _config(tmp_path, num_images=50, damaged=range(0))
+    job = prepare_run(config, renderer="cpu", device="cpu")
+    context = open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
+    place = context.source.describe(int(context.training_ids[0]))
+    Path(place).unlink()
+    request = BatchRequest(step=0, epoch=0, first_position=0, sample_ids=context.training_ids[:8], num_views=2)
+    (replacement,) = render_batch(context, request).replacements
+    assert replacement.place == place
+    assert "gone" in replacement.reason
+    with pytest.raises(DataError, match="has changed since the run was started: it has 49 images now"):
+        open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
+    with pytest.raises(CheckpointError, match=r"had 50 images when the run began and has 49 now.*put back"):
+        prepare_run(config, renderer="cpu", device="cpu")
