@@ -34,7 +34,7 @@ _FAULTS_OF_ONE_FILE = (
     errno.EPERM,
     errno.ENXIO,  # it has become a socket
 )
-"""Opening a file fails so if it is gone or forbidden; the storage works."""
+"""Errors of opening one file that is gone or forbidden, although the storage works."""
 
 _PROBES = 32
 """Files that are opened to tell a missing file from missing storage."""

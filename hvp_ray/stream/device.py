@@ -67,9 +67,9 @@ class DeviceHandOver:
         )
 
     def release(self) -> None:
-        """Note that the trainer has dropped its last batch: the next copy waits for what the device still does with it.
+        """Note that the trainer has dropped its batch.
 
-        Without that, the copy would find the memory of this batch in use and take more.
+        The next copy waits until the device has finished with it, so the copy reuses its memory instead of taking more.
         """
         if self._stream is not None:
             released = torch.cuda.Event()

@@ -43,7 +43,7 @@ _STDERR_BYTES = 2_000
 
 
 class _MachineError(Exception):
-    """A child ended for a reason that is no image."""
+    """A child ended for another reason than an image."""
 
 
 def find_crashing_images(
@@ -63,7 +63,7 @@ def find_crashing_images(
         max_pixels: passed to the decoder.
         decoder: see `DECODER`.
         timeout_seconds: a child that decodes one image for longer than this hangs.
-        start_pauses: seconds before each new attempt if a child ends for a reason that is no image.
+        start_pauses: seconds before each new attempt if a child ends for another reason than an image.
 
     Raises:
         StageError: children could not start, or were ended from outside; nothing is known about the images.
@@ -99,7 +99,7 @@ def _decode_in_child(images: Sequence[bytes], max_pixels: int, decoder: str, tim
     """Decode images in a child process; return how many it got through.
 
     Raises:
-        _MachineError: it could not start, or ended for a reason that is no image.
+        _MachineError: it could not start, or ended for another reason than an image.
     """
     command = [sys.executable, "-m", "hvp_ray.stream.isolation"]
     try:
@@ -138,7 +138,8 @@ def _describe_end(returncode: int, stderr: IO[bytes]) -> str:
     size = stderr.seek(0, os.SEEK_END)
     stderr.seek(max(0, size - _STDERR_BYTES))
     last = stderr.read().decode(errors="replace").strip()
-    how = f"exit status {returncode}" if returncode >= 0 else signal.Signals(-returncode).name
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"exit status {returncode}" if returncode >= 0 else names.get(-returncode, f"signal {-returncode}")
     return f"{how}{': ' if last else ''}{last}"
 
 

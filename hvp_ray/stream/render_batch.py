@@ -404,7 +404,7 @@ class _Assembly(Generic[_Made]):
         )
         training_ids = self._context.training_ids
         candidates = training_ids[words % np.uint64(len(training_ids))].tolist()
-        # An image that is new to the batch, else one that was not drawn yet, else any: two of its copies have the same views.
+        # An image that is new to the batch; else one that was not drawn for it yet; else any, which repeats views too.
         unreadable = {*self._unreadable, *self._request.quarantined_ids}
         for excluded in (self._tried, self._drawn | unreadable, unreadable):
             for candidate in candidates:
