@@ -126,6 +126,8 @@ class Replacement:
     unreadable_id: int
     replacement_id: int
     reason: str
+    place: str = ""
+    """Where the unreadable image lies, as `Source.describe` says it; empty in journals of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -131,7 +131,7 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Write a file, as a whole or not at all."""
         self._retried(lambda: self._write(name, content), f"writing {join_uri(self.uri, name)}")
 
@@ -157,7 +157,7 @@ class RemoteFolder:
             content: bytes = stream.read()
             return content
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes | pa.Buffer) -> None:
         path = self._path(name)
         kind = self._filesystem.type_name
         if kind not in _BUCKETS:

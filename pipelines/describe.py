@@ -21,7 +21,7 @@ _NAMES = {
     "weights": "weights (a teacher's included)",
     "gradients": "gradients",
     "optimizer_state": "optimizer state",
-    "batch": "candidate views of a batch",
+    "batches": "candidate views of two batches",
     "scoring_peak": "scoring pass, peak",
     "training_peak": "forward, backward, update, peak",
     "peak": "PEAK",

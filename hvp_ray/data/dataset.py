@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.order import choose_subset, split_for_test
 from hvp_ray.data.source import Source, open_source
+from hvp_ray.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,7 +44,7 @@ class Dataset:
             window = min(self.shuffle_window_images(config), len(self.training_ids))
             order = f"{len(block_starts)} blocks {_digest(block_starts)}, windows of {window} images"
         return {
-            "training data": self.fingerprint(),
+            "training data": f"{self.source.num_samples} images {self.fingerprint()}",
             "training images": f"{len(self.training_ids)} images {_digest(self.training_ids)}",
             "training order": order,
         }
@@ -70,6 +71,26 @@ def open_dataset(config: DataConfig) -> Dataset:
     test_source = open_source(config.test_source, config)
     test_ids = np.arange(test_source.num_samples, dtype=np.int64)
     return Dataset(source=source, training_ids=training_ids, test_source=test_source, test_ids=test_ids)
+
+
+def open_unchanged(config: DataConfig, fingerprint: str) -> Dataset:
+    """Open the data of a run that has begun, in a process that joins it later.
+
+    Args:
+        config: the run's.
+        fingerprint: `Dataset.fingerprint` when the run was prepared.
+
+    Raises:
+        DataError: as `open_dataset`; or the source has other images than then, so ids would name other images.
+    """
+    dataset = open_dataset(config)
+    if dataset.fingerprint() != fingerprint:
+        raise DataError(
+            f"data.source={config.source!r} has changed since the run was started: it has {dataset.source.num_samples} "
+            f"images now, with other names or sizes. Put back what is gone and remove what is new, then start the run again "
+            f"with its name"
+        )
+    return dataset
 
 
 def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -137,7 +137,7 @@ def _quiet_pil() -> Iterator[None]:
 def _open(image: bytes, max_pixels: int) -> Image.Image:
     if not image:
         raise UnreadableImageError(
-            "there are no bytes: an empty file (0 bytes), a null, or more than data.max_image_mib"
+            "there are no bytes: a file that is empty (0 bytes), gone or forbidden, a null, or more than data.max_image_mib"
         )
     try:
         check_bytes(image, max_pixels=max_pixels)

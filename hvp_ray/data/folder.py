@@ -1,5 +1,6 @@
 """A folder of images: `folder/<class>/<anything>/image.jpg`, or images without classes directly in it."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from hvp_ray.data.files import StorageError
 from hvp_ray.data.source import UNLABELLED
 from hvp_ray.errors import DataError, LabelError
 
@@ -23,6 +25,19 @@ IMAGE_SUFFIXES = (
 )  # fmt: skip
 
 _PATHS_AT_ONCE = 16_384
+
+_FAULTS_OF_ONE_FILE = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENXIO,  # it has become a socket
+)
+"""Errors of opening one file that is gone or forbidden, although the storage works."""
+
+_PROBES = 32
+"""Files that are opened to tell a missing file from missing storage."""
 
 
 class FolderSource:
@@ -125,7 +140,12 @@ class FolderSource:
         return digest.hexdigest()
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the files' bytes; larger than allowed, or no file any more: no bytes, which counts as unreadable."""
+        """Return the files' bytes; none for a file that is too large, gone or forbidden, which counts as unreadable.
+
+        Raises:
+            OSError: reading failed.
+            StorageError: none of the files can be opened, so the storage is gone and not a file.
+        """
         return [self._read_file(os.path.join(self._root, self._path(sample_id))) for sample_id in sample_ids]
 
     def describe(self, sample_id: int) -> str:
@@ -136,13 +156,38 @@ class FolderSource:
         return os.fsdecode(self._paths[sample_id].as_py())
 
     def _read_file(self, path: str) -> bytes:
-        # Without waiting: what was a file when it was found may have become a pipe.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            descriptor = _open_without_waiting(path)
+        except OSError as error:
+            if error.errno not in _FAULTS_OF_ONE_FILE:
+                raise
+            if not self._has_open_files():
+                raise StorageError(
+                    f"none of the files below {self._root} can be opened, for instance: {error}"
+                ) from error
+            logger.warning("%s cannot be opened (%s) and counts as unreadable", path, error.strerror)
+            return b""
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > self._max_image_bytes:
                 return b""
             return file.read(status.st_size + 1)  # some files of the kernel's say 0 bytes and have no end
+
+    def _has_open_files(self) -> bool:
+        """Tell whether any of some files, spread over all, can be opened."""
+        spread = np.unique(np.linspace(0, self.num_samples - 1, _PROBES).astype(np.int64))
+        for sample_id in spread.tolist():
+            try:
+                os.close(_open_without_waiting(os.path.join(self._root, self._path(sample_id))))
+            except OSError:
+                continue
+            return True
+        return False
+
+
+def _open_without_waiting(path: str) -> int:
+    """Open for reading; what was a file when it was found may have become a pipe."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _collect(found: Iterator[tuple[str, int]]) -> tuple[pa.LargeBinaryArray, NDArray[np.int64]]:

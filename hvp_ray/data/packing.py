@@ -354,7 +354,8 @@ def commit(
     for shard in shards:
         if sizes.get(shard.name) != shard.bytes:
             raise DataError(f"{target.location}/{shard.name} is not as it was written; give the same command again")
-    check_unreadable(len(left_out), plan.num_samples, max_unreadable_fraction, is_final=True)
+    first = f"{left_out[0]['path']}: {left_out[0]['reason']}" if left_out else None
+    check_unreadable(len(left_out), plan.num_samples, max_unreadable_fraction, is_final=True, first=first)
     all_labels, all_blocks = np.concatenate(labels), np.concatenate(blocks)
     manifest = Manifest(
         num_images=len(all_labels),
@@ -384,8 +385,17 @@ def clean_up(target: Target) -> None:
             target.folder.delete(name)
 
 
-def check_unreadable(num_unreadable: int, num_seen: int, max_fraction: float, *, is_final: bool = False) -> None:
-    """Stop where so many images are unreadable that something else is wrong; judged after 1,000 images, and at the end.
+def check_unreadable(
+    num_unreadable: int, num_seen: int, max_fraction: float, *, is_final: bool = False, first: str | None = None
+) -> None:
+    """Stop if so many images are unreadable that something else is wrong; judged after 1,000 images, and at the end.
+
+    Args:
+        num_unreadable: images left out.
+        num_seen: images packed or left out.
+        max_fraction: share of unreadable images that is allowed.
+        is_final: whether these are all images.
+        first: place and reason of the first unreadable image, if it is known.
 
     Raises:
         DataError: there are more than `max_fraction`, or all are.
@@ -394,8 +404,9 @@ def check_unreadable(num_unreadable: int, num_seen: int, max_fraction: float, *,
         return
     if num_unreadable > max_fraction * num_seen or num_unreadable == num_seen:
         raise DataError(
-            f"{num_unreadable} of {num_seen} images are unreadable, more than --max-unreadable-fraction {max_fraction}; look "
-            f"at the source, or raise the limit"
+            f"{num_unreadable} of {num_seen} images are unreadable, more than --max-unreadable-fraction {max_fraction}"
+            + (f" (the first, {first})" if first else "")
+            + "; look at the source, or raise the limit"
         )
 
 

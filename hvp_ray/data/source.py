@@ -78,7 +78,7 @@ class Source(Protocol):
         ...
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the encoded images of these ids; no bytes where there is none, or one of more than data.max_image_mib.
+        """Return the encoded images of these ids; no bytes for one that is missing or has more than data.max_image_mib.
 
         Raises:
             OSError: the storage failed; the caller retries.

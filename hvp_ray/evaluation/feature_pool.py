@@ -259,12 +259,7 @@ def _extract_chunk(
     source = _source(_open_data(request.data), request.part)
     backbone = _build_backbone(_Weights(weights), device)
     max_pixels = request.data.max_image_pixels
-    try:
-        pixels, kept = load_evaluation_pixels(source, sample_ids, request.views, max_image_pixels=max_pixels)
-    except OSError as error:
-        raise DataError(
-            f"reading {len(sample_ids)} images, the first {source.describe(int(sample_ids[0]))}: {error}"
-        ) from error
+    pixels, kept = load_evaluation_pixels(source, sample_ids, request.views, max_image_pixels=max_pixels)
     features = extract_features(
         backbone, pixels, request.views, device=torch.device(device), last_blocks=request.last_blocks
     )

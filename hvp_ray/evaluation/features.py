@@ -12,6 +12,7 @@ from hvp_ray.config import ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, UnreadableImageError
+from hvp_ray.stream.render_batch import read_images
 from hvp_ray.views.normalise import normalise_views
 
 
@@ -21,6 +22,9 @@ def load_evaluation_pixels(
     """Return ([N, S, S, 3], readable ids): shorter side resized to `evaluation_resize_px`, centre cut out.
 
     Unreadable images are left out.
+
+    Raises:
+        DataError: the storage failed repeatedly.
     """
     size_px = views.global_views.size_px
     # Filled in place, because a list of crops would be a second copy.
@@ -28,7 +32,7 @@ def load_evaluation_pixels(
     kept: list[int] = []
     for sample_id in sample_ids.tolist():
         try:
-            pixels = decode_rgb(source.read([sample_id])[0], max_pixels=max_image_pixels)
+            pixels = decode_rgb(read_images(source, [sample_id]).images[0], max_pixels=max_image_pixels)
         except UnreadableImageError:
             continue
         crops[len(kept)] = _centre_crop(pixels, views)

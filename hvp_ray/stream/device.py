@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hvp_ray.records import ViewBatch
 
+BATCHES_ON_DEVICE = 2
+"""Batches of a trainer that lie on its device at most: the one in use, and the next."""
+
 _RING_BATCHES = 3
 """Pinned staging buffers: one being filled, one being copied, one waiting."""
 
@@ -37,11 +40,15 @@ class DeviceBatch:
 
 
 class DeviceHandOver:
-    """Copies batches to a GPU through a ring of pinned buffers on a stream of its own; on a CPU it only wraps them."""
+    """Copies batches to a GPU through a ring of pinned buffers on a stream of its own; on a CPU it only wraps them.
+
+    One thread at a time may call it; another one, the trainer's, may call `release`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._released: torch.cuda.Event | None = None
         self._ring: list[_PinnedSlot] = []
         self._turn = 0
 
@@ -59,18 +66,31 @@ class DeviceHandOver:
             batch=batch, global_pixels=pixels[0], local_pixels=pixels[1] if len(pixels) > 1 else None, copied=copied
         )
 
+    def release(self) -> None:
+        """Note that the trainer has dropped its batch.
+
+        The next copy waits until the device has finished with it, so the copy reuses its memory instead of taking more.
+        """
+        if self._stream is not None:
+            released = torch.cuda.Event()
+            released.record(torch.cuda.current_stream(self._device))
+            self._released = released
+
     def _copy(self, host: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
         assert self._stream is not None
-        if len(self._ring) < _RING_BATCHES:
-            self._ring.append(_PinnedSlot())
-        slot = self._ring[self._turn % _RING_BATCHES]
-        self._turn += 1
-        staged = slot.stage(host)
-        with torch.cuda.stream(self._stream):
-            pixels = [tensor.to(self._device, non_blocking=True) for tensor in staged]
-            slot.copied.record(self._stream)
-            copied = torch.cuda.Event()
-            copied.record(self._stream)
+        with torch.cuda.device(self._device):  # of this thread
+            if len(self._ring) < _RING_BATCHES:
+                self._ring.append(_PinnedSlot())
+            slot = self._ring[self._turn % _RING_BATCHES]
+            self._turn += 1
+            staged = slot.stage(host)
+            if self._released is not None:
+                self._released.synchronize()
+            with torch.cuda.stream(self._stream):
+                pixels = [tensor.to(self._device, non_blocking=True) for tensor in staged]
+                slot.copied.record(self._stream)
+                copied = torch.cuda.Event()
+                copied.record(self._stream)
         return pixels, copied
 
 

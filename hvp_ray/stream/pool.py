@@ -40,7 +40,12 @@ class ViewWorkerPool:
 
 
 def start_pool(
-    config: RunConfig, renderer: RendererName, num_workers: int, resources: Mapping[str, float]
+    config: RunConfig,
+    renderer: RendererName,
+    num_workers: int,
+    resources: Mapping[str, float],
+    *,
+    data_fingerprint: str | None = None,
 ) -> ViewWorkerPool:
     """Start the workers and wait until one of them is up; the others may follow.
 
@@ -52,6 +57,7 @@ def start_pool(
         renderer: what they render with.
         num_workers: how many.
         resources: Ray resource -> amount that one worker reserves.
+        data_fingerprint: that the data must have wherever, and whenever, a worker opens it; None: any.
 
     Raises:
         ConfigError: no worker could open the data or make its renderer; or none came up in time.
@@ -63,7 +69,7 @@ def start_pool(
     actor = ViewWorkerActor.options(
         num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
     )
-    workers = [actor.remote(values, renderer, f"view-worker-{index}") for index in range(num_workers)]
+    workers = [actor.remote(values, renderer, f"view-worker-{index}", data_fingerprint) for index in range(num_workers)]
     reasons = _wait_for_one(workers, resources)
     for index, reason in reasons.items():
         logger.warning("view worker %d could not start and is left out: %s", index, reason)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig, RendererName, RunConfig, ViewsConfig, config_from_dict
-from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.dataset import Dataset, open_dataset, open_unchanged
 from hvp_ray.data.decode import read_size
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
@@ -45,6 +45,9 @@ READ_ATTEMPTS = 4
 """An I/O error is retried this often, with pauses of 0.1, 0.4 and 1.6 s, and then stops the run."""
 
 _REPLACEMENT_ATTEMPTS = 1000
+
+_NOT_BY_CHANCE = 1e-9
+"""Data is given up if no image was readable so far and damage within the limit is less likely than this to explain it."""
 
 _Made = TypeVar("_Made", RenderedBatch, DecodedImages)
 """What is made of the images of a batch: their views, or the pixels to render them from."""
@@ -79,25 +82,35 @@ def build_render_context(config: RunConfig, dataset: Dataset, renderer: Renderer
     )
 
 
-def open_render_context(config_values: dict[str, Any], renderer: RendererName) -> RenderContext:
+def open_render_context(
+    config_values: dict[str, Any], renderer: RendererName, data_fingerprint: str | None = None
+) -> RenderContext:
     """Open the data and make the renderer of a run, in the process that renders.
 
+    Args:
+        config_values: of the run.
+        renderer: the resolved one.
+        data_fingerprint: that the data must have; None: any.
+
     Raises:
-        DataError: the source cannot be opened from here.
+        DataError: the source cannot be opened from here, or is not the run's any more.
         ConfigError: the renderer cannot be had here.
     """
     config = config_from_dict(config_values)
-    return build_render_context(config, open_dataset(config.data), renderer)
+    if data_fingerprint is None:
+        return build_render_context(config, open_dataset(config.data), renderer)
+    return build_render_context(config, open_unchanged(config.data, data_fingerprint), renderer)
 
 
 def render_batch(context: RenderContext, request: BatchRequest, *, worker: str = "inline") -> ViewBatch:
     """Return the batch that `request` addresses; the same bits for the same request, on any worker.
 
-    An image that cannot be decoded is replaced by another one, drawn from (seed, epoch, position, attempt), which is
-    not yet in the batch and gets a view stream of its own.
+    An image that cannot be decoded is replaced by another one, drawn from (seed, epoch, position, attempt), which gets a
+    view stream of its own. It is not in the batch yet, unless all other readable images are: then the batch has an image
+    twice, with other views.
 
     Raises:
-        DataError: the storage failed repeatedly, or no replacement could be found.
+        DataError: the storage failed repeatedly, or no image is readable.
     """
     watch = _Watch()
     assembly = _Assembly(context, request, context.renderer.render)
@@ -216,7 +229,11 @@ class _Assembly(Generic[_Made]):
         self.sample_ids = request.sample_ids.copy()
         self.replacements: list[Replacement] = []
         self._tried: set[int] = {*self.sample_ids.tolist(), *request.quarantined_ids}
-        self._attempts = dict.fromkeys(range(len(self.sample_ids)), 0)
+        """Images of the batch, and all that were drawn for it."""
+        self._drawn: set[int] = set()
+        """Images that were drawn for it, readable or not."""
+        self._unreadable: dict[int, str] = {}
+        """Images that failed -> why."""
 
     def draft(self, watch: _Watch, worker: str) -> BatchDraft:
         """Return everything but pixels, once it is filled."""
@@ -241,6 +258,8 @@ class _Assembly(Generic[_Made]):
         known = {r.index: r for r in request.known_replacements}
         for replacement in request.known_replacements:
             self._tried.add(replacement.replacement_id)
+            self._drawn.add(replacement.replacement_id)
+            self._unreadable[replacement.unreadable_id] = replacement.reason
         images = read_images(self._context.source, self.sample_ids.tolist()).images
         failures: dict[int, str] = {}
         self.heights = np.ones(len(images), np.int32)
@@ -259,10 +278,25 @@ class _Assembly(Generic[_Made]):
         self.global_plan, self.local_plan = self._draw_plans(self.sample_ids, self.heights, self.widths, _FIRST_CHOICE)
         made = self._make(readable, self.global_plan, self.local_plan)
         failures = made.failures | failures
+        is_any_readable = False
         while failures:
+            for index, reason in sorted(failures.items()):
+                self._unreadable.setdefault(int(self.sample_ids[index]), reason)
+            is_any_readable = is_any_readable or len(failures) < len(images)
+            # Replacements are drawn independently: n of them fail with a probability of max_unreadable_fraction ** n.
+            chance = self._context.data.max_unreadable_fraction ** len(self._drawn)
+            if not is_any_readable and chance < _NOT_BY_CHANCE:
+                raise self._nothing_readable()
             made, failures = self._replace(made, failures, known)
             known = {}
         return made
+
+    def _nothing_readable(self) -> DataError:
+        first, reason = next(iter(self._unreadable.items()))
+        return DataError(
+            f"no readable image was found, {len(self._unreadable)} were tried; the first, "
+            f"{self._context.source.describe(first)}: {reason}. Check data.source, then start the run again"
+        )
 
     def _measure(self, index: int, image: bytes) -> str | None:
         try:
@@ -322,15 +356,18 @@ class _Assembly(Generic[_Made]):
                 new_id = known[index].replacement_id
                 unreadable_id = known[index].unreadable_id
             else:
-                new_id = self._draw_replacement(index)
-            reason = failures[index]
+                drawn = self._draw_replacement(index)
+                if drawn is None:
+                    raise self._nothing_readable()
+                new_id = drawn
+            reason, place = failures[index], self._context.source.describe(unreadable_id)
             self.replacements.append(
-                Replacement(index=index, unreadable_id=unreadable_id, replacement_id=new_id, reason=reason)
+                Replacement(index=index, unreadable_id=unreadable_id, replacement_id=new_id, reason=reason, place=place)
             )
             logger.warning(
                 "step %d: %s is unreadable (%s); %s takes its place",
                 self._request.step,
-                self._context.source.describe(unreadable_id),
+                place,
                 reason,
                 self._context.source.describe(new_id),
             )
@@ -356,25 +393,23 @@ class _Assembly(Generic[_Made]):
             self.local_plan = self.local_plan.with_images(rows, local_plan)
         return made, made.failures | failed_again
 
-    def _draw_replacement(self, index: int) -> int:
-        training_ids = self._context.training_ids
-        position = self._request.first_position + index
-        while self._attempts[index] < _REPLACEMENT_ATTEMPTS:
-            # One stream for each position; attempt a takes word a.
-            attempt = self._attempts[index]
-            self._attempts[index] += 1
-            words = draw_stream(
-                seed=self._context.seed,
-                purpose=Purpose.REPLACEMENT,
-                index=position,
-                epoch=self._request.epoch,
-                num_words=attempt + 1,
-            )
-            candidate = int(training_ids[int(words[attempt]) % len(training_ids)])
-            if candidate not in self._tried:
-                self._tried.add(candidate)
-                return candidate
-        raise DataError(
-            f"step {self._request.step}: no readable image was found for position {position} in "
-            f"{_REPLACEMENT_ATTEMPTS} attempts; too much of the data is damaged, or it has hardly more images than a step"
+    def _draw_replacement(self, index: int) -> int | None:
+        """Draw an image for an index of the batch; None: no image is readable."""
+        words = draw_stream(
+            seed=self._context.seed,
+            purpose=Purpose.REPLACEMENT,
+            index=self._request.first_position + index,
+            epoch=self._request.epoch,
+            num_words=_REPLACEMENT_ATTEMPTS,
         )
+        training_ids = self._context.training_ids
+        candidates = training_ids[words % np.uint64(len(training_ids))].tolist()
+        # An image that is new to the batch; else one that was not drawn for it yet; else any, which repeats views too.
+        unreadable = {*self._unreadable, *self._request.quarantined_ids}
+        for excluded in (self._tried, self._drawn | unreadable, unreadable):
+            for candidate in candidates:
+                if candidate not in excluded:
+                    self._tried.add(candidate)
+                    self._drawn.add(candidate)
+                    return candidate
+        return None

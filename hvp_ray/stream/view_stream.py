@@ -2,12 +2,13 @@
 
 What it promises:
 - Success: batches come in the order of the steps, each exactly once; at most `batches_in_flight` are asked for and
-  not yet taken.
+  not yet taken. Of those that have arrived one is copied to the device ahead of its step; the others wait in the object
+  store. So the device holds two: this one, and the one in use, which the trainer drops before it takes the next.
 - A worker dies, cannot be reached, loses an object, or is late: the same request goes to another worker. Requests
   are pure addresses, so the repeated batch has the same bits.
 - A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
 - A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
-  own are quarantined for all steps to come, all others go on.
+  own are quarantined for all steps to come, all others go on. A worker whose machine cannot do this is passed over.
 - With view finishers (`cluster.ship=pixels`) a batch takes two calls: a worker decodes, then a finisher beside the trainer
   renders. Each is repeated on its own; decoded pixels that are lost are decoded again.
 - Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
@@ -18,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from hvp_ray.config import ClusterConfig
 from hvp_ray.errors import HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import RequestOf
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceBatch, DeviceHandOver
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.stream.team import Member, Team
 
@@ -73,7 +74,7 @@ class _Decoded:
 
 
 class ViewStream:
-    """See the module. One thread watches the calls; `next_batch` belongs to the trainer's thread."""
+    """See the module. One thread watches calls, one copies to the device; `next_batch` belongs to the trainer's thread."""
 
     def __init__(
         self,
@@ -102,6 +103,8 @@ class ViewStream:
         self._requests: dict[int, BatchRequest] = {}
         self._deaths: Counter[int] = Counter()
         self._quarantined_ids: tuple[int, ...] = ()
+        self._cannot_isolate: list[Member] = []
+        """Workers whose machine failed to look for crashing images."""
         self._unassigned: deque[int] = deque()
         self._unfinished: dict[int, _Decoded] = {}
         """step -> decoded images for which no finisher was up."""
@@ -115,11 +118,15 @@ class ViewStream:
         self._started_at = time.perf_counter()
         with self._lock:
             self._ask_ahead()
-        self._thread = threading.Thread(target=self._watch, name="view-stream", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, args=(work,), name=f"view-stream-{name}", daemon=True)
+            for name, work in (("watch", self._watch), ("copy", self._copy_ahead))
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def next_batch(self) -> DeviceBatch:
-        """Return the next step's batch, on its way to the device.
+        """Return the next step's batch, on its way to the device. The caller has dropped the one before.
 
         Raises:
             StageError: no batch came for `stall_seconds`.
@@ -130,6 +137,7 @@ class ViewStream:
             raise StopIteration
         start = time.perf_counter()
         deadline = start + self._cluster.stall_seconds
+        self._hand_over.release()
         with self._changed:
             while self._next_to_take not in self._ready:
                 if self._error is not None:
@@ -139,6 +147,7 @@ class ViewStream:
                 self._changed.wait(timeout=0.5)
             batch = self._ready.pop(self._next_to_take)
             self._next_to_take += 1
+            self._changed.notify_all()  # the next one may be copied
             self._ask_ahead()
         now = time.perf_counter()
         self.stats.record_wait(now - start, since_start=now - self._started_at)
@@ -148,7 +157,7 @@ class ViewStream:
         """Return what `stream.metrics` publishes of this stream; any thread may ask."""
         stats = self.stats
         with self._lock:
-            ready, asked = len(self._ready), self._next_to_ask - self._next_to_take
+            ready, asked = len(self._ready) + len(self._arrived), self._next_to_ask - self._next_to_take
             up = self._workers.num_up()
         return {
             "hvp_ray_ready_batches": float(ready),
@@ -169,7 +178,8 @@ class ViewStream:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout=10.0)
+        for thread in self._threads:
+            thread.join(timeout=10.0)
         for held in (self._calls, self._unfinished, self._arrived, self._ready):
             held.clear()
 
@@ -190,7 +200,8 @@ class ViewStream:
                 break
             self._finish(step, self._unfinished.pop(step), finisher)
         while self._unassigned:
-            worker = self._workers.least_busy()
+            is_isolated = self._deaths[self._unassigned[0]] >= DEATHS_BEFORE_ISOLATION
+            worker = self._workers.least_busy(other_than=self._cannot_isolate if is_isolated else ())
             if worker is None:
                 return
             self._ask(self._unassigned.popleft(), worker)
@@ -212,38 +223,65 @@ class ViewStream:
         finisher.num_calls += 1
         self._calls[reference] = _Call(step, finisher, time.perf_counter(), "finish", decoded)
 
-    def _watch(self) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
+        """Do the work of a thread; what it raises is raised by `next_batch`."""
         try:
-            while not self._closed:
-                with self._lock:
-                    references = list(self._calls)
-                    probes = {
-                        w.probe: w for w in self._workers.members + self._finishers.members if w.probe is not None
-                    }
-                if references or probes:
-                    done, _ = ray.wait([*references, *probes], num_returns=1, timeout=_POLL_SECONDS, fetch_local=True)
-                else:
-                    done = []
-                    with self._changed:
-                        if not self._calls and not self._closed:
-                            self._changed.wait(timeout=_POLL_SECONDS)
-                for reference in done:
-                    if reference in probes:
-                        self._hear_probe(probes[reference], reference)
-                    else:
-                        self._hear(reference)
-                # The batches' memory in the store must not hang on local names while this thread waits.
-                del references, done
-                with self._changed:
-                    self._probe_workers()
-                    self._repeat_late()
-                    self._assign()
+            work()
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
             if not isinstance(error, Exception):
                 raise
+
+    def _watch(self) -> None:
+        while not self._closed:
+            with self._lock:
+                references = list(self._calls)
+                probes = {w.probe: w for w in self._workers.members + self._finishers.members if w.probe is not None}
+            if references or probes:
+                done, _ = ray.wait([*references, *probes], num_returns=1, timeout=_POLL_SECONDS, fetch_local=True)
+            else:
+                done = []
+                with self._changed:
+                    if not self._calls and not self._closed:
+                        self._changed.wait(timeout=_POLL_SECONDS)
+            for reference in done:
+                if reference in probes:
+                    self._hear_probe(probes[reference], reference)
+                else:
+                    self._hear(reference)
+            # The batches' memory in the store must not hang on local names while this thread waits.
+            del references, done
+            with self._changed:
+                self._probe_workers()
+                self._repeat_late()
+                self._assign()
+
+    def _copy_ahead(self) -> None:
+        """Keep one batch on the device, or on its way to it, beside the one that the trainer uses."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._may_copy())
+                if self._closed:
+                    return
+            self._copy_next()
+
+    def _may_copy(self) -> bool:
+        return len(self._ready) < BATCHES_ON_DEVICE - 1 and self._next_to_hand_over in self._arrived
+
+    def _copy_next(self) -> None:
+        step = self._next_to_hand_over
+        device_batch = self._hand_over(self._arrived[step])
+        with self._changed:
+            if self._closed:
+                return
+            del self._arrived[step]
+            self._requests.pop(step)
+            self._unfinished.pop(step, None)
+            self._ready[step] = device_batch
+            self._next_to_hand_over += 1
+            self._changed.notify_all()
 
     def _hear(self, reference: Any) -> None:
         """Take the answer of a call that has ended."""
@@ -254,6 +292,10 @@ class ViewStream:
             answer = ray.get(reference, timeout=self._cluster.late_seconds)
         except RayTaskError as error:
             cause = error.cause
+            if call.kind == "isolate" and isinstance(cause, StageError):
+                with self._changed:
+                    self._pass_over(call, cause)
+                return
             if not isinstance(cause, ObjectLostError):
                 raise (cause if isinstance(cause, HvpRayError) else error) from None
             with self._changed:
@@ -279,26 +321,13 @@ class ViewStream:
             self._arrived[call.step] = answer
             asked_at = call.asked_at if call.decoded is None else call.decoded.asked_at
             self.stats.record_arrival(answer, time.perf_counter() - asked_at)
-        del answer
-        self._hand_over_in_order()
+            self._changed.notify_all()
 
     def _is_being_finished(self, step: int) -> bool:
         """Tell whether a finisher works on a step and is not late with it."""
         typical, now = self.stats.typical_seconds(), time.perf_counter()
         since = [call.asked_at for call in self._calls.values() if call.step == step and call.kind == "finish"]
         return bool(since) and (typical is None or now - max(since) <= self._late_limit(typical))
-
-    def _hand_over_in_order(self) -> None:
-        while self._next_to_hand_over in self._arrived:
-            step = self._next_to_hand_over
-            device_batch = self._hand_over(self._arrived[step])
-            with self._changed:
-                del self._arrived[step]
-                self._requests.pop(step)
-                self._unfinished.pop(step, None)
-                self._ready[step] = device_batch
-                self._next_to_hand_over += 1
-                self._changed.notify_all()
 
     def _lose(self, call: _Call, error: BaseException) -> None:
         """Put a step back that a worker could not answer."""
@@ -334,6 +363,18 @@ class ViewStream:
         for asked, request in self._requests.items():
             self._requests[asked] = replace(request, quarantined_ids=self._quarantined_ids)
         self._unassigned.appendleft(step)
+
+    def _pass_over(self, call: _Call, error: StageError) -> None:
+        """Look for crashing images at another worker: this one's machine is at fault.
+
+        Raises:
+            StageError: no worker can do it.
+        """
+        self._cannot_isolate.append(call.worker)
+        if all(worker in self._cannot_isolate for worker in self._workers.members):
+            raise error
+        logger.warning("%s cannot look for crashing images, another one does: %s", call.worker.name, error)
+        self._lose(call, error)
 
     def _probe_workers(self) -> None:
         """Ask dead workers whether they are back; Ray starts them again."""

@@ -28,7 +28,9 @@ _START_AGAIN_SECONDS = 2.0
 class ViewWorker:
     """See the module. Made by `pool.ViewWorkerPool`."""
 
-    def __init__(self, config_values: dict[str, Any], renderer: RendererName, name: str) -> None:
+    def __init__(
+        self, config_values: dict[str, Any], renderer: RendererName, name: str, data_fingerprint: str | None = None
+    ) -> None:
         torch.set_num_threads(1)
         cv2.setNumThreads(1)
         self._name = name
@@ -37,7 +39,7 @@ class ViewWorker:
         self._rendered = RenderedNumbers()
         MetricsPublisher(WORKER_METRICS, {"run": run, "worker": name}).watch(self._rendered.numbers)
         try:
-            self._context = open_render_context(config_values, renderer)
+            self._context = open_render_context(config_values, renderer, data_fingerprint)
         except Exception as error:
             if not ray.get_runtime_context().was_current_actor_reconstructed:
                 raise  # the pool hears why

@@ -7,7 +7,7 @@ an unreadable image, so that a resumed run makes the same ones.
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,23 +138,15 @@ class UnreadableLog:
         self.num_unreadable += len(batch.replacements)
         known = {replacement.index for replacement in self.known.pop(batch.step, ())}
         if any(replacement.index not in known for replacement in batch.replacements):
-            decisions = [
-                {
-                    "index": r.index,
-                    "unreadable_id": r.unreadable_id,
-                    "replacement_id": r.replacement_id,
-                    "reason": r.reason,
-                }
-                for r in batch.replacements
-            ]
+            decisions = [asdict(replacement) for replacement in batch.replacements]
             self._journal.write({"step": batch.step, "first_index": self._first_index, "replacements": decisions})
         fraction = self.num_unreadable / self.num_images
         if self.num_images >= _JUDGED_AFTER_IMAGES and fraction > self._max_fraction:
             last = batch.replacements[-1]
             raise DataError(
                 f"{self.num_unreadable} of {self.num_images} images are unreadable ({fraction:.1%}), more than "
-                f"data.max_unreadable_fraction={self._max_fraction}; the last one: {last.reason}. Repair the data "
-                f"({self._journal.path} lists them), or raise the limit"
+                f"data.max_unreadable_fraction={self._max_fraction}; the last one, {last.place}: {last.reason}. Repair "
+                f"the data ({self._journal.path} lists them), or raise the limit"
             )
 
     def close(self) -> None:

@@ -199,7 +199,13 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any
     if job.config.tracking.knn_every_epochs:
         options = {"num_gpus": job.config.cluster.gpus_for_knn}
         knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
-    pool = start_pool(job.config, placement.renderer, placement.num_view_workers, placement.view_worker_resources)
+    pool = start_pool(
+        job.config,
+        placement.renderer,
+        placement.num_view_workers,
+        placement.view_worker_resources,
+        data_fingerprint=job.data_fingerprint,
+    )
     num_trainers, least = job.config.cluster.num_trainers, job.config.cluster.min_trainers
     # A fixed number of trainers waits for a lost node; an elastic one asks once for all, then takes what there is.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if least is None else "60")

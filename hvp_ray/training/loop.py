@@ -85,6 +85,7 @@ def run_loop(
         metrics = train_step(trainee, batch, config, stop_requested=observer.stop_requested())
         steps_done = step + 1
         observer.after_step(steps_done, batch, metrics, rate)
+        del batch  # the stream copies another one to the device, which holds `BATCHES_ON_DEVICE`
         now = time.perf_counter()
         step_seconds.append(now - last_at)
         last_at = now

@@ -5,11 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvp_ray.config import RunConfig
+from hvp_ray.stream.device import BATCHES_ON_DEVICE
 from hvp_ray.training.imaginary import imagine_step
 from hvp_ray.training.step import choose_step_views, forward_backward, update_weights
 
@@ -22,8 +24,8 @@ class MemoryEstimate:
     """Parameters and buffers, a teacher's included."""
     gradients: int
     optimizer_state: int
-    batch: int
-    """Candidate views of one batch, as bytes."""
+    batches: int
+    """Candidate views of the hard step in use and of the next, `BATCHES_ON_DEVICE` in all, as bytes."""
     scoring_peak: int
     """Most that is alive at a moment of the scoring pass, with all of the above but gradients."""
     training_peak: int
@@ -38,7 +40,8 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         trainee, method = imagined.trainee, imagined.trainee.method
         batch = [t for t in (imagined.batch.global_pixels, imagined.batch.local_pixels) if t is not None]
         weights = [*method.parameters(), *method.buffers()]
-        live.add([*weights, *batch])
+        waiting = [torch.empty_like(pixels) for pixels in batch for _ in range(BATCHES_ON_DEVICE - 1)]
+        live.add([*weights, *batch, *waiting])
         for _ in range(2):  # the optimizer makes its state in the first step
             live.start_peak()
             chosen = choose_step_views(trainee, imagined.batch, imagined.config)
@@ -54,7 +57,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
             weights=_bytes_of(weights),
             gradients=gradients,
             optimizer_state=_bytes_of(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)),
-            batch=_bytes_of(batch),
+            batches=_bytes_of([*batch, *waiting]),
             scoring_peak=scoring_peak,
             training_peak=training_peak,
             peak=max(scoring_peak, training_peak),

@@ -243,7 +243,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     """
     dataset = _open_checked(config)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
-    fingerprint = resolved.training_data["training data"]
+    fingerprint = dataset.fingerprint()
     identity = identity_of(config, resolved)
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
@@ -315,9 +315,12 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
         raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
     difference = difference_from_record(run, config, identity)
     if difference:
+        advice = "Take its settings, or another --run.name"
+        if any(line.startswith("training data:") for line in difference):
+            advice += ". If data.source names the same place, put back what is gone and remove what is new"
         raise CheckpointError(
             f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
-            f"What differs (its value -> yours):\n  {_lines(difference)}\nTake its settings, or another --run.name"
+            f"What differs (its value -> yours):\n  {_lines(difference)}\n{advice}"
         )
     content = run_record(config, identity) | {"git_commit": commit}
     try:

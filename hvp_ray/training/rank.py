@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
-from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.dataset import Dataset, open_unchanged
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
@@ -124,7 +124,7 @@ def _train_rank(
     watch_numbers: WatchNumbers,
 ) -> dict[str, Any] | None:
     config = job.config
-    dataset = open_dataset(config.data)
+    dataset = open_unchanged(config.data, job.data_fingerprint)
     order = build_order(config, dataset)
     num_steps = config.training.num_steps or config.training.epochs * order.steps_per_epoch
     store = CheckpointStore(

@@ -13,7 +13,7 @@ from hvp_ray.data.decode import decode_rgb
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.selection import Candidates, CandidateScores, choose_views, score_views
 from hvp_ray.stream.device import DeviceHandOver
-from hvp_ray.stream.render_batch import build_render_context, render_batch
+from hvp_ray.stream.render_batch import build_render_context, read_images, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.choosing import candidates_of
@@ -85,4 +85,4 @@ def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidat
 
 
 def _decode(config: RunConfig, dataset: Dataset, sample_id: np.int64) -> NDArray[np.uint8]:
-    return decode_rgb(dataset.source.read([int(sample_id)])[0], max_pixels=config.data.max_image_pixels)
+    return decode_rgb(read_images(dataset.source, [int(sample_id)]).images[0], max_pixels=config.data.max_image_pixels)

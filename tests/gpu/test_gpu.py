@@ -13,7 +13,7 @@ from hvp_ray.distributed.world import World
 from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceHandOver
 from hvp_ray.training import recorder
 from hvp_ray.training.imaginary import made_up_batch
 from hvp_ray.training.local import pretrain_in_process
@@ -115,6 +115,36 @@ def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Pa
         assert np.array_equal(moved.global_pixels.cpu().numpy(), batch.global_views.pixels)
 
 
+def test_copies_that_run_ahead_of_slow_steps_take_the_memory_of_two_batches() -> None:
+    """Not only by what is referenced: the memory of a batch is free when the device, too, is done with it."""
+    device = torch.device("cuda", 0)
+    config = get_recipe("simsiam-imagenet-r50-100ep")
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, images_per_step=64))
+    batch = made_up_batch(config, lambda shape, dtype: torch.zeros(shape, dtype=dtype)).batch
+    batch = dataclasses.replace(
+        batch, global_views=dataclasses.replace(batch.global_views, pixels=batch.global_views.pixels.copy())
+    )
+    weights = torch.randn(8192, 8192, device=device)
+    weights @ weights  # takes its workspace
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["active_bytes.all.current"] + weights.nbytes  # and one product
+    hand_over = DeviceHandOver(device)
+    ahead = hand_over(batch)
+    for _ in range(6):
+        in_use = ahead
+        hand_over.release()
+        ahead = hand_over(batch)
+        in_use.wait()
+        for _ in range(10):
+            weights @ weights
+        in_use.global_pixels.sum()
+        del in_use
+    peak = torch.cuda.memory_stats()["active_bytes.all.peak"]
+    assert peak - before < (BATCHES_ON_DEVICE + 0.5) * batch.num_bytes
+
+
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
 @pytest.mark.parametrize("options", [{}, {"precision": "bfloat16"}, {"compile": True}, {"accumulation_steps": 2}])
 def test_training_on_the_gpu_runs_and_learns(tmp_path: Path, recipe: str, options: dict[str, object]) -> None:
@@ -137,11 +167,14 @@ def test_memory_is_the_estimated_one_within_15_percent(recipe: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     trainee = build_trainee(config, World(), device, None)
     trainee.method.train()
-    batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype, device=device))
+    batch, waiting = (
+        made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype, device=device))
+        for _ in range(BATCHES_ON_DEVICE)
+    )
     for _ in range(2):
         train_step(trainee, batch, config)
     measured = torch.cuda.max_memory_allocated()
-    del trainee, batch
+    del trainee, batch, waiting
     assert abs(estimate_memory(config).peak / measured - 1.0) < 0.15
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 from hvp_ray.config import ClusterConfig, RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
-from hvp_ray.records import BatchRequest
+from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import render_batch
 from hvp_ray.stream.view_finisher import ViewFinisher, start_finishers
@@ -49,7 +50,13 @@ def _requests(config: Any = CONFIG) -> Any:
 
 
 def _stream(
-    workers: list[Any], *, end_step: int, request_of: Any = None, finishers: Sequence[Any] = (), **cluster: Any
+    workers: list[Any],
+    *,
+    end_step: int,
+    request_of: Any = None,
+    finishers: Sequence[Any] = (),
+    hand_over: DeviceHandOver | None = None,
+    **cluster: Any,
 ) -> ViewStream:
     settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
     return ViewStream(
@@ -58,7 +65,7 @@ def _stream(
         first_step=0,
         end_step=end_step,
         cluster=settings,
-        hand_over=DeviceHandOver(CPU),
+        hand_over=hand_over or DeviceHandOver(CPU),
         finishers=finishers,
     )
 
@@ -135,7 +142,22 @@ def test_late_finisher_is_overtaken_by_another() -> None:
     _kill([*workers, fast, slow])
 
 
-def test_no_more_batches_are_asked_for_than_allowed() -> None:
+class _CountingHandOver(DeviceHandOver):
+    """Counts the batches that lie on the device."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self._pixels: list[weakref.ref[torch.Tensor]] = []
+        self.most_alive = 0
+
+    def __call__(self, batch: ViewBatch) -> DeviceBatch:
+        moved = super().__call__(batch)
+        self._pixels.append(weakref.ref(moved.global_pixels))
+        self.most_alive = max(self.most_alive, sum(pixels() is not None for pixels in self._pixels))
+        return moved
+
+
+def test_no_more_batches_are_asked_for_than_allowed_and_two_of_them_are_on_the_device() -> None:
     workers = _start(SlowWorker, 1, 0.0)
     asked: list[int] = []
     requests = _requests()
@@ -144,10 +166,15 @@ def test_no_more_batches_are_asked_for_than_allowed() -> None:
         asked.append(step)
         return requests(step)
 
-    stream = _stream(workers, end_step=20, request_of=request_of, batches_in_flight=3)
-    stream.next_batch()
-    time.sleep(1.0)  # plenty of time to ask for more
-    assert asked == [0, 1, 2, 3]
+    hand_over = _CountingHandOver()
+    stream = _stream(workers, end_step=20, request_of=request_of, batches_in_flight=5, hand_over=hand_over)
+    for step in range(10):
+        batch = stream.next_batch()
+        wait_until(lambda: stream.numbers()["hvp_ray_ready_batches"] == 5.0, "all batches that were asked for")
+        assert batch.batch.step == step
+        assert asked == list(range(step + 6))
+        del batch
+    assert hand_over.most_alive == 2
     stream.close()
     _kill(workers)
 

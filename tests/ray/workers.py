@@ -5,6 +5,7 @@ import signal
 import time
 from typing import Any
 
+from hvp_ray.errors import StageError
 from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
 from hvp_ray.stream.view_finisher import ViewFinisher
 from hvp_ray.stream.view_worker import ViewWorker
@@ -37,11 +38,15 @@ class SlowFinisher(ViewFinisher):
 
 
 class PoisonedWorker(ViewWorker):
-    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images."""
+    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images.
+
+    The first one's machine cannot start the process that looks.
+    """
 
     def __init__(self, values: dict[str, Any], name: str, poison_id: int) -> None:
         super().__init__(values, "cpu", name)
         self._poison_id = poison_id
+        self._cannot_look = name == "worker-0"
 
     def render(self, request: BatchRequest) -> ViewBatch:
         if self._poison_id in request.sample_ids.tolist() and self._poison_id not in request.quarantined_ids:
@@ -49,4 +54,6 @@ class PoisonedWorker(ViewWorker):
         return super().render(request)
 
     def find_crashing_ids(self, request: BatchRequest) -> list[int]:
+        if self._cannot_look:
+            raise StageError("no memory for another process")
         return [i for i in request.sample_ids.tolist() if i == self._poison_id]

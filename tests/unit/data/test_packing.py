@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvp_ray.data.packing import verify_shards
+from hvp_ray.config import DataConfig
+from hvp_ray.data.packing import Target, commit, open_for_packing, pack_task, plan_packing, verify_shards
 from hvp_ray.errors import ConfigError, DataError
 from tests.unit.data.made import content_of, draw_images, open_any, pack_here, write_folder, write_parquet
 
@@ -149,8 +150,23 @@ def test_source_that_is_mostly_unreadable_stops(folder: Path, tmp_path: Path) ->
 
 def test_nothing_readable_is_an_error_for_few_images_too(tmp_path: Path) -> None:
     write_folder(tmp_path / "folder", [b"x"] * 3)
-    with pytest.raises(DataError, match="3 of 3 images are unreadable"):
+    with pytest.raises(DataError, match="3 of 3 images are unreadable.*class-0/00000.png: not an image"):
         pack_here(tmp_path / "folder", tmp_path / "shards")
+
+
+def test_file_that_goes_away_while_it_is_packed_is_left_out(images: list[bytes], tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", images[:9])
+    source, root = open_for_packing(str(folder), DataConfig(source=str(folder)))
+    plan = plan_packing(source, DataConfig(source=str(folder)), shard_mib=1)
+    target = Target(str(tmp_path / "shards"))
+    target.begin(plan)
+    Path(source.describe(4)).unlink()
+    assert pack_task(source, plan, target, 0, labels=None, root=root, is_strict=False) == (8, 1)
+    commit(plan, target, class_names=(), max_unreadable_fraction=0.01)
+    assert open_any(tmp_path / "shards").read(range(8)) == [*images[:4], *images[5:9]]
+    left_out = json.loads((tmp_path / "shards" / "unreadable.jsonl").read_text())
+    assert (left_out["source_id"], left_out["path"]) == (4, "class-1/00004.png")
+    assert "gone or forbidden" in left_out["reason"]
 
 
 def test_target_of_something_else_is_refused(folder: Path, images: list[bytes], tmp_path: Path) -> None:

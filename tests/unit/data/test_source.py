@@ -1,5 +1,9 @@
 """Sources: folders, Parquet, digits; and what is said when they cannot be used."""
 
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +52,67 @@ def test_folder_fingerprint_changes_with_names_and_sizes(tmp_path: Path) -> None
     assert before == _open(tmp_path).fingerprint()
     (tmp_path / "cat/1.png").write_bytes(IMAGE + b"x")
     assert _open(tmp_path).fingerprint() != before
+
+
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that every user may enter, unlike pytest's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _as_nobody() -> Iterator[None]:
+    """Root may read everything; nobody may not."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+def test_file_that_is_gone_or_forbidden_is_no_bytes_while_others_can_be_opened(
+    public_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(5):
+        (public_folder / f"{index}.png").write_bytes(b"%d" % index)
+    source = _open(public_folder)
+    (public_folder / "1.png").unlink()
+    (public_folder / "2.png").chmod(0)
+    with _as_nobody():
+        assert source.read([0, 1, 2, 3]) == [b"0", b"", b"", b"3"]
+        assert source.read([1]) == [b""]
+    assert "1.png cannot be opened (No such file or directory)" in caplog.text
+    assert "2.png cannot be opened (Permission denied)" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["empty", "gone", "forbidden"])
+def test_storage_that_is_gone_is_an_error(public_folder: Path, change: str) -> None:
+    """As an unmounted disk is: an empty folder, or none."""
+    folder = public_folder / "class"
+    folder.mkdir()
+    for index in range(40):
+        (folder / f"{index}.png").write_bytes(b"image")
+    source = _open(public_folder)
+    if change == "forbidden":
+        folder.chmod(0)
+    else:
+        folder.rename(public_folder / "elsewhere")
+    if change == "empty":
+        folder.mkdir()
+    with _as_nobody(), pytest.raises(OSError, match=r"none of the files below .* can be opened.*\d+\.png"):
+        source.read([3])
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reading fails, as Linux has one")
+def test_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"image")
+    (tmp_path / "2.png").symlink_to("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error"):
+        _open(tmp_path).read([0, 1])
 
 
 def _table(num_rows: int, column: str = "image") -> pa.Table:

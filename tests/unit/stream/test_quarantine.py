@@ -1,12 +1,8 @@
 """Images that kill a decoder are found in a batch, and among those that would replace damaged ones."""
 
-import os
-import signal
-
 import numpy as np
 
 from hvp_ray.config import DataConfig, TransformConfig
-from hvp_ray.data.decode import decode_rgb
 from hvp_ray.records import BatchRequest
 from hvp_ray.stream.quarantine import find_crashing_ids
 from hvp_ray.stream.render_batch import RenderContext, render_batch
@@ -14,15 +10,8 @@ from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, views_config
 from tests.unit.stream.test_render_batch import ListSource
 
-DECODER = "tests.unit.stream.test_quarantine:decode_or_die"
+DECODER = "tests.unit.stream.dying_decoder:decode_or_die"
 VIEWS = views_config(16, TransformConfig())
-
-
-def decode_or_die(image: bytes, *, max_pixels: int) -> None:
-    """A decoder with a bug: what ends in this word kills the process."""
-    if image.endswith(b"crash"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    decode_rgb(image, max_pixels=max_pixels)
 
 
 def _context(*, damaged: tuple[int, ...] = (), crashing: tuple[int, ...] = ()) -> RenderContext:

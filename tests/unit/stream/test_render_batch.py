@@ -27,6 +27,7 @@ class ListSource:
 
     images: list[bytes]
     failures_left: int = 0
+    num_read: int = 0
 
     @property
     def num_samples(self) -> int:
@@ -61,6 +62,7 @@ class ListSource:
         if self.failures_left:
             self.failures_left -= 1
             raise OSError("the disk is gone")
+        self.num_read += len(sample_ids)
         return [self.images[sample_id] for sample_id in sample_ids]
 
     def describe(self, sample_id: int) -> str:
@@ -195,9 +197,45 @@ def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
     assert len(decided[0].replacements) >= 1 + len(damaged) // 2
 
 
-def test_nothing_readable_left_is_an_error() -> None:
-    with pytest.raises(DataError, match="no readable image was found"):
-        _render(_images(count=10, damaged=(0, 1, 8, 9)), list(range(8)))
+def test_batch_that_has_all_readable_images_repeats_some_with_other_views() -> None:
+    """Ten images, of which four are damaged, and eight of them in the batch: two are new to it, and damaged as well."""
+    ids = list(range(8))
+    healthy, batch = _render(_images(10), ids), _render(_images(10, damaged=(0, 1, 8, 9)), ids)
+    repeated = batch.sample_ids[:2].tolist()
+    assert batch.sample_ids[2:].tolist() == ids[2:]
+    assert np.array_equal(batch.global_views.pixels[:, 2:], healthy.global_views.pixels[:, 2:])
+    assert len(set(repeated)) == 2
+    assert set(repeated) <= set(ids[2:])
+    plan = batch.global_views.plan
+    for index, sample_id in enumerate(repeated):
+        assert not np.array_equal(plan.brightness[:, index], plan.brightness[:, sample_id])
+    again = _render(_images(10, damaged=(0, 1, 8, 9)), ids, known_replacements=batch.replacements)
+    assert np.array_equal(again.global_views.pixels, batch.global_views.pixels)
+
+
+def test_batch_of_one_readable_image_is_filled_with_it() -> None:
+    batch = _render(_images(10, damaged=(0, 1, 2, *range(4, 10))), list(range(8)))
+    assert batch.sample_ids.tolist() == [3] * 8
+    assert {r.unreadable_id for r in batch.replacements} == {*range(10)} - {3}
+
+
+@pytest.mark.parametrize("num_images", [10, 4_000])
+def test_nothing_readable_is_an_error_with_the_first_image_and_its_reason(num_images: int) -> None:
+    """The end comes after one round of replacements, not after a look at every image."""
+    context = _context([b"no image"] * num_images)
+    with pytest.raises(DataError, match="no readable image was found.*the first, image 3: not an image.*data.source"):
+        render_batch(context, _request([3, 4, 5, 6]))
+    assert isinstance(context.source, ListSource)
+    assert context.source.num_read <= 10 + 4
+
+
+def test_single_image_batches_survive_damage_within_the_limit() -> None:
+    """The image and its first replacements are damaged: that happens once in a million batches of one at 1 %."""
+    damaged = _context(_images(40))
+    first = [r.replacement_id for r in render_batch(_context(_images(40, damaged=(5,))), _request([5])).replacements]
+    second = render_batch(_context(_images(40, damaged=(5, *first))), _request([5]))
+    assert len(second.replacements) == 2
+    assert int(second.sample_ids[0]) in damaged.training_ids
 
 
 def test_storage_errors_are_retried_and_then_stop_the_run() -> None:
@@ -213,9 +251,10 @@ def test_unreadable_log_replays_and_judges_after_a_thousand_images(tmp_path: Pat
     log.close()
     again = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=0.1)
     assert again.known == {1: batch.replacements}
+    assert [r.place for r in again.known[1]] == ["image 2"]
     for _ in range(124):
         again.take(batch)  # 1 of 8 unreadable: 12.5 %, but not yet 1,000 images
-    with pytest.raises(DataError, match=r"125 of 1000 images are unreadable \(12.5%\)"):
+    with pytest.raises(DataError, match=r"125 of 1000 images are unreadable \(12.5%\).*, image 2: there are no bytes"):
         again.take(batch)
 
 
