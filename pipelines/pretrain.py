@@ -123,9 +123,9 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             address = os.environ.get("HVP_MLFLOW_PAGE", tracking_uri)
             lines.append(f"curves   {address.rstrip('/')}{page}")
         else:
-            is_default = tracking_uri.endswith("/runs/mlflow.db")
-            ui = "make ui" if is_default else f"mlflow ui --backend-store-uri {tracking_uri}"
-            lines.append(f"curves   `{ui}`, then http://127.0.0.1:5000{page}")
+            from hvp_ray.tracking.mlflow_store import ui_command
+
+            lines.append(f"curves   `{ui_command(tracking_uri)}`, then http://127.0.0.1:5000{page}")
     return "\n".join(lines)
 
 

@@ -18,6 +18,7 @@ from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.training.rank import RunJob, build_order
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
@@ -244,7 +245,7 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
             refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
             return os.environ["MLFLOW_TRACKING_URI"], None
         case "auto":
-            return f"sqlite:///{output}/mlflow.db", (output / "mlflow-artifacts").as_uri()
+            return store_uri(output / "mlflow.db"), (output / "mlflow-artifacts").as_uri()
         case uri:
             return uri, None
 
