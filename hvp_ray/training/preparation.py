@@ -182,7 +182,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
-    commit = _git_commit()
+    commit = git_commit(Path(__file__))
     if is_writer:
         _write_or_check(location, config, identity, parts, commit)
     uri, artifact_root = mlflow_location(config, local_output(config))
@@ -287,11 +287,15 @@ def _read(location: str) -> bytes | None:
         ) from error
 
 
-def _git_commit() -> str | None:
-    """Return the commit of the code, with `-dirty` where it was changed; None outside a checkout."""
-    here = Path(__file__).parent
+def git_commit(file: Path) -> str | None:
+    """Return the commit of the repository that has this file, with `-dirty` if anything there was changed.
+
+    None: no repository has it. A package in a virtual environment lies in somebody's repository and does not belong to it.
+    """
+    git = ["git", "-C", str(file.parent)]
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
