@@ -34,6 +34,8 @@ class Display:
             work = f"decoding for {announcement.num_finishers} view finisher(s) beside the trainers"
         say(f"run      {announcement.run_name}")
         say(f"folder   {announcement.location}")
+        for line in announcement.inventory.lines():
+            say(line)
         say(
             f"on       {where}: {announcement.num_trainers} trainer(s) on {announcement.device}, "
             f"{announcement.num_view_workers} view worker(s) {work}, "

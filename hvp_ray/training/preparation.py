@@ -14,6 +14,8 @@ import torch
 from hvp_ray.config import RendererName, RunConfig, config_to_dict
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.inventory import take_inventory
+from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import describe_difference, identity_digest, identity_parts
 from hvp_ray.methods.method import Method
@@ -212,6 +214,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         mlflow_artifact_root=artifact_root,
         tags=tags,
         data_fingerprint=fingerprint,
+        inventory=take_inventory(dataset, config.data),
     )
 
 
@@ -245,7 +248,7 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
             refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
             return os.environ["MLFLOW_TRACKING_URI"], None
         case "auto":
-            return store_uri(output / "mlflow.db"), (output / "mlflow-artifacts").as_uri()
+            return store_uri(output / "mlflow.db"), (output / MLFLOW_ARTIFACTS).as_uri()
         case uri:
             return uri, None
 

@@ -27,6 +27,8 @@ class ListSource:
 
     images: list[bytes]
     failures_left: int = 0
+    kind = "a list"
+    left_out = ()
 
     @property
     def num_samples(self) -> int:
