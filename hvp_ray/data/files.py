@@ -210,8 +210,9 @@ class FileSet:
         if not root.is_dir():
             raise FileNotFoundError(f"no file or folder {root}")
         sizes: dict[str, int] = {}
-        for name, status in walk_files(str(root), self.leftovers, recursive=self._recursive):
+        for name, entry in walk_files(str(root), self.leftovers, recursive=self._recursive):
             if self._suffixes is None or name.lower().endswith(self._suffixes):
+                status = entry.stat()
                 sizes[name] = status.st_size
                 self._last_change = max(self._last_change, status.st_mtime_ns)
             else:

@@ -171,11 +171,16 @@ def _classes(paths: pa.LargeBinaryArray) -> tuple[NDArray[np.int32], list[str]]:
 
 def _find_images(root: str, leftovers: Leftovers) -> Iterator[tuple[str, int]]:
     """Yield (path relative to `root`, size in bytes) of every image file; count what is left out."""
-    for path, status in walk_files(root, leftovers):
-        if path.lower().endswith(IMAGE_SUFFIXES):
-            yield path, status.st_size
-        else:
+    for path, entry in walk_files(root, leftovers):
+        if not path.lower().endswith(IMAGE_SUFFIXES):
             leftovers.add_file(path)
+            continue
+        try:
+            num_bytes = entry.stat().st_size
+        except OSError:  # deleted in the meantime
+            leftovers.add(NO_FILE, path)
+            continue
+        yield path, num_bytes
 
 
 def _refuse_splits(root: Path, paths: pa.LargeBinaryArray, class_names: list[str]) -> None:

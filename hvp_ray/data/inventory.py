@@ -76,14 +76,20 @@ def take_inventory(dataset: Dataset, config: DataConfig) -> DataInventory:
         config: what it was opened by.
     """
     return DataInventory(
-        source=_take(dataset.source, config.source),
+        source=inventory_of(dataset.source, config.source),
         num_training_images=len(dataset.training_ids),
-        test_source=None if config.test_source is None else _take(dataset.test_source, config.test_source),
+        test_source=None if config.test_source is None else inventory_of(dataset.test_source, config.test_source),
         num_test_images=len(dataset.test_ids),
     )
 
 
-def _take(source: Source, location: str) -> SourceInventory:
+def inventory_of(source: Source, location: str) -> SourceInventory:
+    """Count what one source holds, and what is left out.
+
+    Args:
+        source: opened.
+        location: path or URI that it was opened by.
+    """
     return SourceInventory(
         location=location,
         kind=source.kind,

@@ -6,7 +6,6 @@ Every source lists through this file, so a fingerprint, an inventory and a secon
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from hvp_ray.errors import DataError
 
 NO_FILE = "broken links, loops, pipes or devices"
 HIDDEN = "hidden"
-OF_RUNS = "folders that hvp_ray wrote"
+OF_RUNS = "entries that hvp_ray wrote"
 MLFLOW_ARTIFACTS = "mlflow-artifacts"
 """Folder of the pictures and encoders that MLflow's default store has of runs."""
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}$")
+_MLFLOW_STORE = "mlflow.db"
 _MAX_SUFFIXES = 256
 _FILES = " files"
 _WITHOUT_SUFFIX = "files without a suffix"
@@ -101,11 +101,12 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield (path relative to `root`, status) of every file.
+def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield (path relative to `root`, entry) of every file.
 
-    Hidden files and folders are left out, and folders that hvp_ray wrote, unless `root` is one. Links are followed, also out
-    of the root, each folder once; a link to a folder that holds the root is not. Nothing is opened but the JSON of runs.
+    Hidden files and folders are left out, and what hvp_ray wrote, unless it is `root`. Links are followed, also out of the
+    root, each folder once; a link to a folder that holds the root is not. Nothing is opened but the JSON of runs, and nothing
+    is asked of the file system that a folder's entries do not tell, so the sizes of files are left to the caller.
 
     Args:
         root: a folder.
@@ -137,18 +138,20 @@ def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> It
         folders: list[str] = []
         for entry in entries:
             path = os.path.join(relative, entry.name)
+            if entry.name.removeprefix(".").startswith(_MLFLOW_STORE):
+                leftovers.add(OF_RUNS, path)
+                continue
             if entry.name.startswith("."):
                 leftovers.add(HIDDEN, path)
                 continue
             try:
-                status = entry.stat()
-            except OSError:  # a link to nothing, to itself, or to where we may not go
-                leftovers.add(NO_FILE, path)
-                continue
-            if stat.S_ISDIR(status.st_mode):
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or to where we may not go
+                is_folder = is_file = False
+            if is_folder:
                 folders.append(path)
-            elif stat.S_ISREG(status.st_mode):
-                yield path, status
+            elif is_file:
+                yield path, entry
             else:
                 leftovers.add(NO_FILE, path)
         # Sorted: of two links to one folder, the same one counts on every machine.

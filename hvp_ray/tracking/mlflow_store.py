@@ -51,7 +51,8 @@ def store_path(uri: str) -> Path | None:
 
 def ui_command(uri: str) -> str:
     """Return the shell command that opens MLflow's page on a store."""
-    if uri == store_uri(Path.cwd() / "runs" / "mlflow.db"):
+    checkout = Path(__file__).parents[2]
+    if Path.cwd() == checkout and uri == store_uri(checkout / "runs" / "mlflow.db"):
         return "make ui"
     return f"mlflow server --port 5000 --backend-store-uri {shlex.quote(uri)}"
 

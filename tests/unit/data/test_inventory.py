@@ -156,7 +156,7 @@ def _write_runs(output: Path) -> None:
         write_parquet(output / run / "selection" / "part-0.parquet", [IMAGE], row_group_size=1)
     (output / "compared").mkdir()
     (output / "compared" / "comparison.json").write_text('{"settings": {}, "costs": {}}')
-    _write(output, "compared/figures/arms.png", "mlflow-artifacts/0a/artifacts/figures/views.png")
+    _write(output, "compared/figures/arms.png", "mlflow-artifacts/0a/artifacts/figures/views.png", "mlflow.db")
 
 
 @pytest.mark.parametrize("output", ["runs", "."])
@@ -174,7 +174,7 @@ def test_folders_of_runs_are_never_data(tmp_path: Path, output: str, kind: str) 
     after = open_any(location)
     assert after.num_samples == before.num_samples
     assert after.fingerprint() == before.fingerprint()
-    assert _left_out(after)["folders that hvp_ray wrote"][0] >= 2
+    assert _left_out(after)["entries that hvp_ray wrote"][0] >= 2
 
 
 def test_of_two_links_to_a_folder_the_same_one_counts_whatever_the_order_of_the_disk(
