@@ -164,6 +164,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.step_cost import StepCost
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.data.inventory import take_inventory
     from hvp_ray.training.preparation import (
         check_before_start,
         choose_renderer,
@@ -178,8 +179,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     for arm in check_arms_and_seeds(options.arms, options.seeds):
         check_before_start(arm.configure(base))
     dataset = open_dataset(base.data)
-    for remark in check_labels(base, dataset):
-        say(remark)
+    for line in (*take_inventory(dataset, base.data).lines(), *check_labels(base, dataset)):
+        say(line)
     device = connect(base)
     mode = choose_mode(base, device) if options.views == "auto" else options.views
     if mode == "inline" and base.cluster.device == "auto":

@@ -35,6 +35,19 @@ def describe_settings(config: RunConfig) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in values.items())
 
 
+def describe_data(config: RunConfig) -> str:
+    """Return what the sources hold and what is left out of them."""
+    from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.data.inventory import take_inventory
+    from hvp_ray.errors import DataError
+
+    try:
+        inventory = take_inventory(open_dataset(config.data), config.data)
+    except (DataError, OSError) as error:
+        return f"  {error}"
+    return "\n".join(f"  {line}" for line in inventory.lines())
+
+
 def describe_views(config: RunConfig) -> str:
     """Return what is rendered for a step."""
     from hvp_ray.stream.capacity import batch_bytes
@@ -177,7 +190,9 @@ def main(arguments: list[str]) -> int:
         own, arguments = _parse_own(arguments)
         config = parse_run(arguments, program="describe.py", description=__doc__ or "")
         print(
-            f"settings of {config.recipe}\n{describe_settings(config)}\n\nviews\n{describe_views(config)}", flush=True
+            f"settings of {config.recipe}\n{describe_settings(config)}\n\ndata\n{describe_data(config)}\n\n"
+            f"views\n{describe_views(config)}",
+            flush=True,
         )
         link = None if own.link is None else own.link * 1e9
         print(f"\nview workers\n{describe_pool(config, own.demand, link)}", flush=True)

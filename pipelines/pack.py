@@ -104,6 +104,8 @@ def pack(options: argparse.Namespace) -> None:
     Raises:
         HvpRayError: with a sentence for the user.
     """
+    from hvp_ray.data.inventory import inventory_of
+    from hvp_ray.data.packing import open_for_packing
     from hvp_ray.data.packing_pool import pack as run_pack
 
     config = DataConfig(
@@ -114,6 +116,8 @@ def pack(options: argparse.Namespace) -> None:
         max_image_mib=options.max_image_mib,
         max_unreadable_fraction=options.max_unreadable_fraction,
     )
+    for line in inventory_of(open_for_packing(options.source, config)[0], options.source).lines("source"):
+        say(line)
     display = Display("images")
     started = time.monotonic()
     try:

@@ -34,6 +34,8 @@ class Display:
             work = f"decoding for {announcement.num_finishers} view finisher(s) beside the trainers"
         say(f"run      {announcement.run_name}")
         say(f"folder   {announcement.location}")
+        for line in announcement.inventory.lines():
+            say(line)
         say(
             f"on       {where}: {announcement.num_trainers} trainer(s) on {announcement.device}, "
             f"{announcement.num_view_workers} view worker(s) {work}, "
@@ -126,9 +128,9 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             address = os.environ.get("HVP_MLFLOW_PAGE", tracking_uri)
             lines.append(f"curves   {address.rstrip('/')}{page}")
         else:
-            is_default = tracking_uri.endswith("/runs/mlflow.db")
-            ui = "make ui" if is_default else f"mlflow ui --backend-store-uri {tracking_uri}"
-            lines.append(f"curves   `{ui}`, then http://127.0.0.1:5000{page}")
+            from hvp_ray.tracking.mlflow_store import ui_command
+
+            lines.append(f"curves   `{ui_command(tracking_uri)}`, then http://127.0.0.1:5000{page}")
     return "\n".join(lines)
 
 

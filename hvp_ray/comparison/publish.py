@@ -3,6 +3,7 @@
 from hvp_ray.comparison.report import Report
 from hvp_ray.comparison.study import Study
 from hvp_ray.tracking.mlflow import PublishedReport, publish
+from hvp_ray.tracking.mlflow_store import ui_command
 from hvp_ray.training.preparation import mlflow_location
 
 
@@ -38,10 +39,3 @@ def publish_report(study: Study, report: Report) -> str | None:
         f"curves   `{ui_command(uri)}`, then http://127.0.0.1:5000/#/experiments/{experiment_id}/runs"
         f"?viewStateShareKey={study.name}&compareRunsMode=CHART&workflowType=machine_learning"
     )
-
-
-def ui_command(tracking_uri: str) -> str:
-    """Return the command that opens MLflow's page on these runs."""
-    if tracking_uri.endswith("/runs/mlflow.db"):
-        return "make ui"
-    return f"mlflow server --port 5000 --backend-store-uri {tracking_uri}"

@@ -13,11 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from hvp_ray.data.listing import LeftOut
+
 DIGITS_SIZE_PX = 32
 
 
 class DigitsSource:
     """See the module; implements `Source`."""
+
+    kind = "scikit-learn's digits"
+    """See `Source`."""
+    left_out: tuple[LeftOut, ...] = ()
+    """See `Source`."""
 
     def __init__(self) -> None:
         digits = load_digits()

@@ -5,18 +5,20 @@ asked for, or a `StorageError`, which the caller of a source repeats; every byte
 """
 
 import fnmatch
-import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 
+from hvp_ray.data.listing import HIDDEN, OF_RUNS, LeftOut, Leftovers, is_hidden, is_mark, walk_files
 from hvp_ray.errors import DataError, HvpRayError, first_line
 from hvp_ray.remote_files import is_inside, is_uri, open_uri, retried
 
 _MAX_OPEN_FILES = 64
+_MAX_MARK_BYTES = 4 * 2**20
 
 
 class StorageError(OSError):
@@ -69,7 +71,8 @@ class OpenFile:
 class FileSet:
     """The files below a folder, or one file, or those that a pattern in the last part of the path matches.
 
-    Names are relative to the folder, with `/`, and in the same order wherever the files lie. Hidden ones are left out.
+    Names are relative to the folder, with `/`, and in the same order wherever the files lie. Hidden files and folders, and
+    folders of runs, are left out (see `listing.py`).
     """
 
     def __init__(
@@ -99,6 +102,8 @@ class FileSet:
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
         self._count = threading.Lock()
         self._last_change = 0
+        self.leftovers = Leftovers()
+        """What was not listed; of a pattern: nothing."""
         self.num_bytes_read = 0
         """Bytes that the storage has handed out."""
         path, mark, query = location.partition("?") if self.is_remote else (location, "", "")
@@ -121,6 +126,7 @@ class FileSet:
             raise DataError(f"{option}={location!r} cannot be listed: {first_line(error)}") from error
         self._shown_root = path if self.is_remote else str(Path(path).expanduser())
         if self._pattern is not None:
+            self.leftovers = Leftovers()
             found = {name: size for name, size in found.items() if fnmatch.fnmatchcase(_last(name), self._pattern)}
         self.sizes: dict[str, int] = dict(sorted(found.items(), key=lambda entry: entry[0].split("/")))
         """Name -> bytes, sorted by folder and name."""
@@ -133,6 +139,14 @@ class FileSet:
     def names(self, *suffixes: str) -> list[str]:
         """Return the names with one of these endings (in lower case)."""
         return [name for name in self.sizes if name.lower().endswith(suffixes)]
+
+    def left_out_beside(self, used: Sequence[str]) -> tuple[LeftOut, ...]:
+        """Return what was not listed, and the files that are not among `used`; of a pattern: nothing."""
+        leftovers = self.leftovers.copy()
+        if self._pattern is None:
+            for name in self.sizes.keys() - set(used):
+                leftovers.add_file(name)
+        return leftovers.entries()
 
     def num_bytes_of(self, name: str) -> int:
         """Return the size of a file as listed, bytes."""
@@ -196,15 +210,13 @@ class FileSet:
         if not root.is_dir():
             raise FileNotFoundError(f"no file or folder {root}")
         sizes: dict[str, int] = {}
-        for folder, folders, names in os.walk(root):
-            folders[:] = folders if self._recursive else []
-            for name in names:
-                wanted = self._suffixes is None or name.lower().endswith(self._suffixes)
-                path = Path(folder, name)
-                if wanted and not name.startswith(".") and path.is_file():
-                    status = path.stat()
-                    sizes[path.relative_to(root).as_posix()] = status.st_size
-                    self._last_change = max(self._last_change, status.st_mtime_ns)
+        for name, entry in walk_files(str(root), self.leftovers, recursive=self._recursive):
+            if self._suffixes is None or name.lower().endswith(self._suffixes):
+                status = entry.stat()
+                sizes[name] = status.st_size
+                self._last_change = max(self._last_change, status.st_mtime_ns)
+            else:
+                self.leftovers.add_file(name)
         return sizes
 
     def _list_remote(self) -> dict[str, int]:
@@ -216,10 +228,36 @@ class FileSet:
         found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=self._recursive))
         self._last_change = max((info.mtime_ns or 0 for info in found), default=0)
         start = len(self._root) + 1
-        sizes = {info.path[start:]: info.size for info in found if info.is_file}
-        return {
-            name: size for name, size in sizes.items() if name and is_inside(name) and not _last(name).startswith(".")
-        }
+        self.leftovers = Leftovers()  # an attempt may have failed half way
+        sizes: dict[str, int] = {}
+        hidden: set[str] = set()
+        for info in found:
+            name = info.path[start:]
+            if is_hidden(name):
+                hidden.add(_hidden_part(name))
+            elif info.is_file and name and is_inside(name):
+                sizes[name] = info.size
+        for name in hidden:
+            self.leftovers.add(HIDDEN, name)
+        return self._without_runs(sizes)
+
+    def _without_runs(self, sizes: dict[str, int]) -> dict[str, int]:
+        """Leave out folders of runs; a bucket has no comparisons."""
+        runs = []
+        for name, size in sizes.items():
+            if name.endswith("/config.json") and size <= _MAX_MARK_BYTES:
+                with self._filesystem.open_input_stream(f"{self._root}/{name}") as stream:
+                    if is_mark("config.json", stream.read()):
+                        runs.append(name.removesuffix("config.json"))
+        for run in runs:
+            self.leftovers.add(OF_RUNS, run.rstrip("/"))
+        return {name: size for name, size in sizes.items() if not name.startswith(tuple(runs))}
+
+
+def _hidden_part(name: str) -> str:
+    """Return the hidden file or folder itself."""
+    parts = name.split("/")
+    return "/".join(parts[: next(index for index, part in enumerate(parts, 1) if part.startswith("."))])
 
 
 def _last(name: str) -> str:

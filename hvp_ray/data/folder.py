@@ -15,16 +15,20 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hvp_ray.data.files import StorageError
+from hvp_ray.data.listing import NO_FILE, Leftovers, walk_files
 from hvp_ray.data.source import UNLABELLED
 from hvp_ray.errors import DataError, LabelError
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".tga",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k", ".tga",
 )  # fmt: skip
 
 _PATHS_AT_ONCE = 16_384
+_TRAINING_SPLITS = ("train", "training")
+_OTHER_SPLITS = ("val", "valid", "validation", "dev", "test", "testing", "eval")
 
 _FAULTS_OF_ONE_FILE = (
     errno.ENOENT,
@@ -43,10 +47,11 @@ _PROBES = 32
 class FolderSource:
     """Images in class folders; the class is the first folder below the root. Implements `Source`.
 
-    Ids follow the relative paths, sorted by their bytes, which are kept as one column. Hidden files and folders are left out.
-    Links to files and to folders are followed, also out of the root, each folder once; a link to a folder that holds the root
-    is not, nor is anything opened that is no file (pipes, devices, sockets).
+    Ids follow the relative paths, sorted by their bytes, which are kept as one column. `listing.py` says which files count.
     """
+
+    kind = "images in a folder"
+    """See `Source`."""
 
     def __init__(self, root: Path, *, max_image_bytes: int) -> None:
         """Find the images.
@@ -56,24 +61,27 @@ class FolderSource:
             max_image_bytes: larger files are returned as no bytes.
 
         Raises:
-            DataError: there are none, or a folder cannot be read.
+            DataError: there are none, there are several splits, or a folder cannot be read.
         """
         self._root = root
         self._max_image_bytes = max_image_bytes
-        left_out: list[str] = []
-        paths, sizes = _collect(_find_images(str(root), left_out))
-        if left_out:
+        leftovers = Leftovers()
+        paths, sizes = _collect(_find_images(str(root), leftovers))
+        self.left_out = leftovers.entries()
+        """See `Source`."""
+        if leftovers.count(NO_FILE):
             logger.warning(
                 "%d entries of %s are no files (broken links, loops, pipes, devices) and are left out, the first: %s",
-                len(left_out),
+                leftovers.count(NO_FILE),
                 root,
-                min(left_out),
+                next(entry.example for entry in self.left_out if entry.reason == NO_FILE),
             )
         if not len(paths):
-            files = sum(len(names) for _, _, names in os.walk(root))
+            found = ", ".join(f"{entry.count} {entry.reason}" for entry in self.left_out[:5])
             raise DataError(
-                f"no images in {root} ({files} files of other kinds); expected class folders with "
+                f"no images in {root} ({leftovers.num_files} files of other kinds); expected class folders with "
                 f"{', '.join(IMAGE_SUFFIXES[:5])}, ..., *.parquet files, or packed shards"
+                + (f". Left out: {found}" if found else "")
             )
         order = pc.sort_indices(paths)
         self._paths = paths.take(order)
@@ -88,6 +96,7 @@ class FolderSource:
                 self._path(int(large[0])),
             )
         self._labels, self.class_names = _classes(self._paths)
+        _refuse_splits(root, self._paths, self.class_names)
         del paths, sizes, order
         pa.default_memory_pool().release_unused()  # what sorting took
 
@@ -215,37 +224,52 @@ def _classes(paths: pa.LargeBinaryArray) -> tuple[NDArray[np.int32], list[str]]:
     return ranks[labels], [os.fsdecode(name) for name in names]
 
 
-def _find_images(root: str, left_out: list[str]) -> Iterator[tuple[str, int]]:
-    """Yield (path relative to `root`, size in bytes) of every image file; add what is no file to `left_out`."""
-    seen: set[str] = set()
-    real_root = os.path.realpath(root)
-    pending = [""]
-    while pending:
-        relative = pending.pop()
-        real = os.path.realpath(os.path.join(root, relative))
-        if real in seen:
-            continue
-        seen.add(real)
-        if relative and os.path.commonpath([real, real_root]) == real:
-            left_out.append(relative)
+def _find_images(root: str, leftovers: Leftovers) -> Iterator[tuple[str, int]]:
+    """Yield (path relative to `root`, size in bytes) of every image file; count what is left out."""
+    for path, entry in walk_files(root, leftovers):
+        if not path.lower().endswith(IMAGE_SUFFIXES):
+            leftovers.add_file(path)
             continue
         try:
-            entries = list(os.scandir(os.path.join(root, relative)))
-        except OSError as error:
-            raise DataError(f"{error.filename} cannot be read: {error.strerror}; give read permission") from error
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = os.path.join(relative, entry.name)
-            try:
-                status = entry.stat()
-            except OSError:  # a link to nothing, to itself, or to where we may not go
-                left_out.append(path)
-                continue
-            if stat.S_ISDIR(status.st_mode):
-                pending.append(path)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                if stat.S_ISREG(status.st_mode):
-                    yield path, status.st_size
-                else:
-                    left_out.append(path)
+            num_bytes = entry.stat().st_size
+        except OSError:  # deleted in the meantime
+            leftovers.add(NO_FILE, path)
+            continue
+        yield path, num_bytes
+
+
+def _refuse_splits(root: Path, paths: pa.LargeBinaryArray, class_names: list[str]) -> None:
+    """Check that the folders are classes: images of train/ and val/ are not trained on together.
+
+    Args:
+        root: of the source.
+        paths: relative, sorted.
+        class_names: the first folders.
+
+    Raises:
+        DataError: the first level that has several folders has a training split and another one.
+    """
+    first, last = (os.path.dirname(paths[index].as_py()) for index in (0, -1))
+    shared = os.path.commonpath([first, last]) if first and last else b""
+    folders = class_names if not shared else [os.fsdecode(name) for name in _folders_in(paths, shared)]
+    names = {name.lower(): name for name in folders}
+    training = next((names[split] for split in _TRAINING_SPLITS if split in names), None)
+    others = [names[split] for split in _OTHER_SPLITS if split in names]
+    if training is None or not others:
+        return
+    place = root / os.fsdecode(shared)
+    raise DataError(
+        f"{place} has the folders of several splits ({', '.join([training, *others])}), and images of all of them would be "
+        f"trained on. Give one for each purpose: --data.source {place / training} --data.test_source {place / others[0]}"
+    )
+
+
+def _folders_in(paths: pa.LargeBinaryArray, folder: bytes) -> set[bytes]:
+    """Return the names of the folders directly in a folder that holds all paths."""
+    names: set[bytes] = set()
+    for start in range(0, len(paths), _PATHS_AT_ONCE):
+        for path in paths[start : start + _PATHS_AT_ONCE].to_pylist():
+            name, slash, _ = path[len(folder) + 1 :].partition(b"/")
+            if slash:
+                names.add(name)
+    return names

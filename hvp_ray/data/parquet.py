@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
 from hvp_ray.data.files import FileSet, StorageError
+from hvp_ray.data.listing import LeftOut
 from hvp_ray.data.parquet_labels import describe_label_problem, listed_names, merge_names, read_labels
 from hvp_ray.data.parquet_limits import ParquetFile, open_parquet
 from hvp_ray.data.source import MAX_LABEL, UNLABELLED
@@ -54,8 +55,23 @@ def find_parquet_names(files: FileSet) -> list[str]:
     return names
 
 
+def may_hold_images(files: FileSet) -> bool:
+    """Tell whether a Parquet file of a set has a column of bytes; tables about images (paths, captions) have none."""
+    for name in files.names(*PARQUET_SUFFIXES):
+        try:
+            schema = open_parquet(files.open(name)).arrow.schema_arrow
+        except DataError:
+            return True  # opening the source says what is wrong with it
+        if any(_is_binary(field.type) or _has_bytes(field.type) for field in schema):
+            return True
+    return False
+
+
 class ParquetSource:
     """Images in Parquet files; ids count the rows of the sorted files. Implements `Source`."""
+
+    kind = "images in Parquet files"
+    """See `Source`."""
 
     def __init__(
         self,
@@ -117,6 +133,11 @@ class ParquetSource:
     def num_samples(self) -> int:
         """Rows of all files."""
         return int(self._starts[-1])
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """See `Source`."""
+        return self._files.left_out_beside(self._names)
 
     @property
     def num_bytes(self) -> int:
@@ -385,15 +406,21 @@ def _image_leaf(file: ParquetFile, image_column: str) -> int:
     if schema.names.count(image_column) > 1:
         raise DataError(f"{path} has {schema.names.count(image_column)} columns {image_column!r}; expected one")
     kind = schema.field(image_column).type
-    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-    leaf = image_column
-    if pa.types.is_struct(kind) and [field.name for field in kind].count("bytes") == 1:
-        inner = kind.field("bytes").type
-        binary = pa.types.is_binary(inner) or pa.types.is_large_binary(inner)
-        leaf = f"{image_column}.bytes"
-    if not binary:
+    leaf = f"{image_column}.bytes" if _has_bytes(kind) else image_column
+    if not _is_binary(kind) and not _has_bytes(kind):
         raise DataError(
             f"{path}: column {image_column!r} has type {str(kind)[:200]}; expected struct<bytes: binary, path: string> "
             f"or binary"
         )
     return file.find_leaf(leaf)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _has_bytes(kind: pa.DataType) -> bool:
+    """Tell whether a type is that of Hugging Face's images: a struct with one field `bytes`."""
+    if not pa.types.is_struct(kind) or [field.name for field in kind].count("bytes") != 1:
+        return False
+    return _is_binary(kind.field("bytes").type)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
 from hvp_ray.data.files import FileSet
+from hvp_ray.data.listing import LeftOut
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,
     BLOCKS,
@@ -63,6 +64,9 @@ class _Range:
 
 class ShardSource:
     """Images in packed shards; ids count them in the order of their source. Implements `Source`."""
+
+    kind = "packed shards"
+    """See `Source`."""
 
     def __init__(self, files: FileSet, *, cache_bytes: int, max_image_bytes: int) -> None:
         """Read manifest and table of blocks.
@@ -112,6 +116,13 @@ class ShardSource:
     def num_samples(self) -> int:
         """Images of all shards."""
         return int(self._starts[-1])
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What could not be decoded when the source was packed."""
+        if not self.num_unreadable:
+            return ()
+        return (LeftOut(reason="unreadable when packed", count=self.num_unreadable, example="unreadable.jsonl"),)
 
     @property
     def num_bytes(self) -> int:

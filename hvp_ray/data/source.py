@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
+from hvp_ray.data.listing import LeftOut
 from hvp_ray.errors import DataError, first_line
 from hvp_ray.remote_files import is_uri
 
@@ -30,6 +31,14 @@ ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z",
 @runtime_checkable
 class Source(Protocol):
     """Encoded images, addressed by sample id 0..N-1; ids are stable between processes and runs."""
+
+    kind: str
+    """What it is, for people."""
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What lies at the source and is not read."""
+        ...
 
     @property
     def num_samples(self) -> int:
@@ -114,8 +123,8 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
 
 def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
     from hvp_ray.data.files import FileSet
-    from hvp_ray.data.folder import FolderSource
-    from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, find_parquet_names
+    from hvp_ray.data.folder import IMAGE_SUFFIXES, FolderSource
+    from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, find_parquet_names, may_hold_images
     from hvp_ray.data.shard_format import MANIFEST
     from hvp_ray.data.shards import ShardSource
 
@@ -132,7 +141,8 @@ def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
         files = FileSet(source, suffixes=PARQUET_SUFFIXES)
     if MANIFEST in files.sizes:
         return ShardSource(files, cache_bytes=cache_bytes, max_image_bytes=max_image_bytes)
-    if find_parquet_names(files):
+    has_images = files.leftovers.has_suffix(IMAGE_SUFFIXES)
+    if find_parquet_names(files) and (not has_images or may_hold_images(files)):
         return ParquetSource(
             files,
             image_column=config.image_column,

@@ -1,8 +1,10 @@
 """MLflow, fed from the journal by one background thread: training never waits for it, and no step stands twice.
 
-The thread reads what is new in `metrics.jsonl`, sends it in batches, and goes on after an outage. What is not sent when
-the run ends (`finish` waits a while) is sent by `catch_up`, when the run is started again by its name. `mlflow.json` in
-the run's folder says what MLflow shall know of the run, the ids that it has there, and whether everything arrived.
+The thread reads what is new in `metrics.jsonl`, sends it in batches, and continues after an outage. After every failure it
+looks the run up again, because somebody may have deleted it in MLflow's page; then it makes a new one and sends everything.
+What is not sent when the run ends (`finish` waits a while) is sent by `catch_up`, when the run is started again by its name.
+`mlflow.json` in the run's folder says what MLflow shall know of the run, the ids that it has there, and whether everything
+arrived.
 """
 
 import json
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hvp_ray.tracking.journal import read_journal_from
+from hvp_ray.tracking.mlflow_store import StoreError, prepare_store
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,8 @@ _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAMS_PER_CALL = 100
 _MAX_PARAM_LENGTH = 6000
 _PAUSE_SECONDS = 2.0
+_BUSY_STATUS = (408, 429)
+"""HTTP: timeout, too many requests."""
 STATE_FILE = "mlflow.json"
 _GROUP_TAG = "trained_views"
 """Runs are grouped by this copy of the tag `arm`: MLflow's page derives a group's colour from key and value, and under `arm`
@@ -94,6 +99,8 @@ class MlflowFeed:
         self._wake = threading.Event()
         self._closing = False
         self._deadline = float("inf")
+        self._num_refusals = 0
+        self._failure = "no answer"
         self.is_away = False
         """Whether the last attempt to send failed."""
         self._artifacts: list[Path] = []
@@ -120,8 +127,9 @@ class MlflowFeed:
         done = not self._thread.is_alive() and self._final is None
         if not done:
             logger.warning(
-                "MLflow at %s did not take everything; %s has it, and starting the run again by its name sends it",
+                "MLflow at %s did not take everything (%s); %s has it, and starting the run again by its name sends it",
                 self._run.uri,
+                self._failure,
                 self._journals[0].path,
             )
         return done
@@ -145,11 +153,16 @@ class MlflowFeed:
                     self.is_away = False
                     return
                 self.is_away = False
+                self._num_refusals = 0
             except Exception as error:  # noqa: BLE001 (whatever the server or the network does, training goes on)
+                self._client = None  # what the server had before the failure may be gone
+                self._failure = _line(error)
+                self._num_refusals = self._num_refusals + 1 if _is_refusal(error) else 0
                 if not self.is_away:
-                    logger.warning("MLflow at %s: %s; kept in the journal, tried again", self._run.uri, _line(error))
+                    logger.warning("MLflow at %s: %s; kept in the journal, tried again", self._run.uri, self._failure)
                 self.is_away = True
-                if self._closing and time.monotonic() >= self._deadline:
+                is_final = time.monotonic() >= self._deadline or self._num_refusals > 1
+                if self._closing and is_final:
                     return
             self._wake.wait(timeout=_PAUSE_SECONDS)
             self._wake.clear()
@@ -157,15 +170,19 @@ class MlflowFeed:
     def _open(self) -> None:
         import mlflow
 
+        prepare_store(self._run.uri)
         # Never `set_tracking_uri`: it sets MLFLOW_TRACKING_URI, which later runs of this process would follow.
         client = mlflow.MlflowClient(tracking_uri=self._run.uri)
-        experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
-        run_id = self._state.get("run_id")
-        if run_id is None or not _knows(client, run_id):
+        run_id: str = self._state.get("run_id", "")
+        experiment_id = _experiment_of(client, run_id) if run_id else None
+        if experiment_id is None:
+            experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
             run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
             run_id = run.info.run_id
             # Kept at once: whatever fails from here on, there is no second run.
             self._note(run_id=run_id, experiment_id=experiment_id, described=False)
+            for journal in self._journals:
+                journal.offset, journal.sent_step = 0, -1
         else:
             for journal in self._journals:
                 history = client.get_metric_history(run_id, journal.key)
@@ -175,6 +192,9 @@ class MlflowFeed:
             self._keep_state()
             self._describe(client, run_id)
             self._note(described=True)
+        if self._monitor is not None and self.run_id != run_id:
+            self._monitor.finish()
+            self._monitor = None
         self.run_id, self.experiment_id = run_id, experiment_id
         self._client = client
 
@@ -296,17 +316,25 @@ def catch_up(run_dir: Path) -> dict[str, Any] | None:
     return summary
 
 
-def _knows(client: Any, run_id: str) -> bool:
-    """Tell whether the store has the run: a file that was deleted, or that of another machine, has not."""
+def _experiment_of(client: Any, run_id: str) -> str | None:
+    """Return the experiment of a run; None: the run was deleted, or the store is another one and does not have it."""
     from mlflow.exceptions import MlflowException
 
     try:
-        client.get_run(run_id)
+        run = client.get_run(run_id)
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return False
+            return None
         raise
-    return True
+    return str(run.info.experiment_id) if run.info.lifecycle_stage == "active" else None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether an error is an answer that waiting does not change."""
+    if isinstance(error, StoreError):
+        return True
+    status_of = getattr(error, "get_http_status_code", None)  # MLflow's errors have one; its import may be what failed
+    return status_of is not None and 400 <= status_of() < 500 and status_of() not in _BUSY_STATUS
 
 
 def _read_state(run_dir: Path) -> dict[str, Any]:
@@ -382,6 +410,7 @@ def publish(report: PublishedReport) -> str | None:
 def _publish(report: PublishedReport) -> str:
     import mlflow
 
+    prepare_store(report.uri)
     client = mlflow.MlflowClient(tracking_uri=report.uri)
     experiment_id = open_experiment(client, report.experiment, report.artifact_root)
     wanted = f"tags.comparison = '{report.comparison}' and tags.arm = 'report'"
@@ -416,9 +445,35 @@ def _shared_view(report: PublishedReport) -> dict[str, Any]:
 
 
 def open_experiment(client: Any, name: str, artifact_root: str | None) -> str:
-    """Return the id of an experiment, which is made where it is not there yet."""
+    """Return the id of an experiment, which is made if it does not exist.
+
+    MLflow keeps the name of a deleted experiment until it is removed for good. Records then go to `<name>-2`, and so on.
+    """
+    number, wanted = 1, name
     experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        return str(experiment.experiment_id)
+    while experiment is not None and experiment.lifecycle_stage != "active":
+        number += 1
+        wanted = f"{name}-{number}"
+        experiment = client.get_experiment_by_name(wanted)
+    if number > 1:
+        logger.warning(
+            "MLflow's experiment %r was deleted; records go to %r. To use %r again, restore it in MLflow or remove it with "
+            "`mlflow gc`",
+            name,
+            wanted,
+            name,
+        )
+    return _make_experiment(client, wanted, artifact_root) if experiment is None else str(experiment.experiment_id)
+
+
+def _make_experiment(client: Any, name: str, artifact_root: str | None) -> str:
+    from mlflow.exceptions import MlflowException
+
     kind = {"mlflow.experimentKind": "custom_model_development"}
-    return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
+    try:
+        return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
+    except MlflowException as error:
+        made = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
+        if made is None:
+            raise
+        return str(made.experiment_id)  # another run has just made it

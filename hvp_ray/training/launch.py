@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.data.inventory import DataInventory
 from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
 from hvp_ray.evaluation.online import SnapshotKnn
@@ -77,6 +78,7 @@ class Announcement:
     renderer: RendererName
     device: str
     look_ahead_bytes: int
+    inventory: DataInventory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +137,7 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
                 renderer=placement.renderer,
                 device=placement.device,
                 look_ahead_bytes=look_ahead_bytes(config, decoded_bytes),
+                inventory=job.inventory,
             )
         )
         return _run(job, placement, watchers), job

@@ -15,10 +15,13 @@ import torch
 from hvp_ray.config import RendererName, RunConfig
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.inventory import take_inventory
+from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.identity import VERSIONS, Identity, Resolved, file_digest, identity_of, recorded_difference, run_record
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.training.rank import RunJob, build_order
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
@@ -248,7 +251,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
-    commit = _git_commit()
+    commit = git_commit(Path(__file__))
     if is_writer:
         _write_or_check(location, config, identity, commit)
     uri, artifact_root = mlflow_location(config, local_output(config))
@@ -278,6 +281,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         mlflow_artifact_root=artifact_root,
         tags=tags,
         data_fingerprint=fingerprint,
+        inventory=take_inventory(dataset, config.data),
     )
 
 
@@ -303,7 +307,7 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
             refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
             return os.environ["MLFLOW_TRACKING_URI"], None
         case "auto":
-            return f"sqlite:///{output}/mlflow.db", (output / "mlflow-artifacts").as_uri()
+            return store_uri(output / "mlflow.db"), (output / MLFLOW_ARTIFACTS).as_uri()
         case uri:
             return uri, None
 
@@ -344,11 +348,15 @@ def _read(location: str) -> bytes | None:
         ) from error
 
 
-def _git_commit() -> str | None:
-    """Return the commit of the code, with `-dirty` where it was changed; None outside a checkout."""
-    here = Path(__file__).parent
+def git_commit(file: Path) -> str | None:
+    """Return the commit of the repository that has this file, with `-dirty` if anything there was changed.
+
+    None: no repository has it. A package in a virtual environment lies in somebody's repository and does not belong to it.
+    """
+    git = ["git", "-C", str(file.parent)]
     try:
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None

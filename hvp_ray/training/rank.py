@@ -21,6 +21,7 @@ import torch
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
 from hvp_ray.data.dataset import Dataset, open_unchanged
+from hvp_ray.data.inventory import DataInventory
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
@@ -67,6 +68,7 @@ class RunJob:
     mlflow_artifact_root: str | None
     tags: dict[str, str]
     data_fingerprint: str
+    inventory: DataInventory
 
     @property
     def location(self) -> str:
@@ -376,6 +378,7 @@ def _summarize(
         "num_epochs": result.num_steps_done / order.steps_per_epoch,
         "images_seen": result.num_steps_done * config.training.images_per_step,
         "num_training_images": len(dataset.training_ids),
+        "data": job.inventory.to_dict(),
         "train_seconds": result.train_seconds,
         "images_per_second": images_here / result.train_seconds if steps_here else 0.0,
         "first_batch_seconds": stats.first_batch_seconds,

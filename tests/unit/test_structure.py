@@ -20,7 +20,7 @@ MAY_IMPORT = {
         "comparison/runner.py",
     ),
     "nvidia": ("views/render_dali.py",),
-    "mlflow": ("tracking/mlflow.py",),
+    "mlflow": ("tracking/mlflow.py", "tracking/mlflow_store.py"),
     "torch.distributed": ("distributed/", "training/local.py"),
 }
 LEVELS = [

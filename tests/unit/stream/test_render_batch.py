@@ -28,6 +28,8 @@ class ListSource:
     images: list[bytes]
     failures_left: int = 0
     num_read: int = 0
+    kind = "a list"
+    left_out = ()
 
     @property
     def num_samples(self) -> int:

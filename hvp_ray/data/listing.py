@@ -1,0 +1,188 @@
+"""Which files lie below a folder of this machine, and what is left out and why.
+
+Every source lists through this file, so a fingerprint, an inventory and a second run see the same files.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvp_ray.errors import DataError
+
+NO_FILE = "broken links, loops, pipes or devices"
+HIDDEN = "hidden"
+OF_RUNS = "entries that hvp_ray wrote"
+MLFLOW_ARTIFACTS = "mlflow-artifacts"
+"""Folder of the pictures and encoders that MLflow's default store has of runs."""
+
+_SUFFIX = re.compile(r"\.[a-z0-9]{1,8}$")
+_MLFLOW_STORE = "mlflow.db"
+_MAX_SUFFIXES = 256
+_FILES = " files"
+_WITHOUT_SUFFIX = "files without a suffix"
+_MAX_JSON_BYTES = 4 * 2**20
+_MARKS = {"config.json": "run_identity", "comparison.json": "costs"}
+"""File -> a key in it: what the folder of a run has, and that of a comparison."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOut:
+    """Entries of a source that are not read, for one reason."""
+
+    reason: str
+    count: int
+    example: str
+    """The first of them, relative to the source."""
+    note: str = ""
+    """What is known of the first."""
+
+    @property
+    def is_by_name(self) -> bool:
+        """Whether they are files that were left out for their names alone."""
+        return self.reason == _WITHOUT_SUFFIX or self.reason.endswith(_FILES)
+
+
+class Leftovers:
+    """Counts what a listing leaves out; never holds more than a few names."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[int, str]] = {}
+        self._suffixes: set[str] = set()
+
+    def copy(self) -> "Leftovers":
+        """Return the same counts, to be counted on."""
+        other = Leftovers()
+        other._found, other._suffixes = dict(self._found), set(self._suffixes)
+        return other
+
+    def add(self, reason: str, path: str) -> None:
+        """Count an entry."""
+        count, example = self._found.get(reason, (0, path))
+        self._found[reason] = count + 1, min(example, path)
+
+    def add_file(self, path: str) -> None:
+        """Count a file of a kind that is not read here, by its suffix."""
+        suffix = suffix_of(path)
+        if suffix not in self._suffixes and len(self._suffixes) >= _MAX_SUFFIXES:
+            suffix = ""
+        self._suffixes.add(suffix)
+        self.add(f"{suffix}{_FILES}" if suffix else _WITHOUT_SUFFIX, path)
+
+    def has_suffix(self, suffixes: tuple[str, ...]) -> bool:
+        """Tell whether a file with one of these endings was left out."""
+        return not self._suffixes.isdisjoint(suffixes)
+
+    def count(self, reason: str) -> int:
+        """Return how many entries were left out for a reason."""
+        return self._found.get(reason, (0, ""))[0]
+
+    @property
+    def num_files(self) -> int:
+        """How many files of other kinds there are."""
+        return sum(entry.count for entry in self.entries() if entry.is_by_name)
+
+    def entries(self) -> tuple[LeftOut, ...]:
+        """Return what was left out, most of it first."""
+        ordered = sorted(self._found.items(), key=lambda found: (-found[1][0], found[0]))
+        return tuple(LeftOut(reason=reason, count=count, example=name) for reason, (count, name) in ordered)
+
+
+def suffix_of(path: str) -> str:
+    """Return the ending of a file's name in lower case, with its dot; empty: the name has none that tells a kind."""
+    found = _SUFFIX.search(path.rpartition("/")[2].lower())
+    return found[0] if found else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file, or a folder that it is in, is hidden; `name` is relative to the source."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yield (path relative to `root`, entry) of every file.
+
+    Hidden files and folders are left out, and what hvp_ray wrote, unless it is `root`. Links are followed, also out of the
+    root, each folder once; a link to a folder that holds the root is not. Nothing is opened but the JSON of runs, and nothing
+    is asked of the file system that a folder's entries do not tell, so the sizes of files are left to the caller.
+
+    Args:
+        root: a folder.
+        leftovers: counts what is left out here; the caller adds the files that it does not want.
+        recursive: also the files in folders of the folder.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    seen: set[str] = set()
+    real_root = os.path.realpath(root)
+    pending = [""]
+    while pending:
+        relative = pending.pop()
+        real = os.path.realpath(os.path.join(root, relative))
+        if real in seen:
+            continue
+        seen.add(real)
+        if relative and os.path.commonpath([real, real_root]) == real:
+            leftovers.add(NO_FILE, relative)
+            continue
+        try:
+            entries = list(os.scandir(os.path.join(root, relative)))
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}; give read permission") from error
+        if relative and is_written_by_runs(real, [entry.name for entry in entries]):
+            leftovers.add(OF_RUNS, relative)
+            continue
+        folders: list[str] = []
+        for entry in entries:
+            path = os.path.join(relative, entry.name)
+            if entry.name.removeprefix(".").startswith(_MLFLOW_STORE):
+                leftovers.add(OF_RUNS, path)
+                continue
+            if entry.name.startswith("."):
+                leftovers.add(HIDDEN, path)
+                continue
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself, or to where we may not go
+                is_folder = is_file = False
+            if is_folder:
+                folders.append(path)
+            elif is_file:
+                yield path, entry
+            else:
+                leftovers.add(NO_FILE, path)
+        # Sorted: of two links to one folder, the same one counts on every machine.
+        pending += sorted(folders, reverse=True) if recursive else []
+
+
+def is_written_by_runs(folder: str, names: list[str]) -> bool:
+    """Tell whether a folder is a run's, a comparison's, or that of MLflow's artifacts.
+
+    Args:
+        folder: its path.
+        names: what is in it.
+    """
+    if os.path.basename(folder) == MLFLOW_ARTIFACTS:
+        return True
+    return any(name in names and is_mark(name, _read(Path(folder, name))) for name in _MARKS)
+
+
+def is_mark(name: str, content: bytes) -> bool:
+    """Tell whether a file named `config.json` or `comparison.json` is one that hvp_ray wrote."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and _MARKS[name] in found
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES:
+            return path.read_bytes()
+    except OSError:
+        pass
+    return b""
