@@ -24,7 +24,7 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
-from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
+from hvp_ray.evaluation.report import KnnData, evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.remote_files import place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
@@ -410,11 +410,11 @@ def _report(
     config = job.config
     summary = after.summary | dict.fromkeys(("spilled_bytes", "num_worker_restarts"))
     summary |= after.attempt("the cluster's metrics", cluster_facts) or {}
-    summary |= _knn_results(config, dataset, trainee, after)
-    names = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
-    knn.finish({name: value for name, value in names.items() if value is not None})
     if config.tracking.num_figure_images:
         after.attempt("figures", lambda: draw_figures(config, dataset, trainee, job.run_dir))
+    summary |= _knn_results(config, dataset, trainee, after)  # last, because it takes the most memory
+    names = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
+    knn.finish({name: value for name, value in names.items() if value is not None})
     summary["problems"] = after.problems
     summary["mlflow_run_id"] = None
     if feed is not None:
@@ -429,6 +429,13 @@ def _report(
     return summary
 
 
+def _load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
+    data = load_knn_data(config, dataset)
+    if data is None:
+        logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
+    return data
+
+
 def _knn_results(
     config: RunConfig, dataset: Dataset, trainee: Trainee, after: AfterTraining
 ) -> dict[str, float | None]:
@@ -440,11 +447,8 @@ def _knn_results(
     )
     if not config.tracking.knn_images:
         return results
-    problems_before = len(after.problems)
-    knn_data = after.attempt("reading the images of the k-NN", lambda: load_knn_data(config, dataset))
+    knn_data = after.attempt("reading the images of the k-NN", lambda: _load_knn_data(config, dataset))
     if knn_data is None:
-        if len(after.problems) == problems_before:
-            logger.warning("no k-NN: the data has no labels or no test images (data.test_source, data.test_fraction)")
         return results
 
     def untrained() -> dict[str, float]:
