@@ -21,9 +21,9 @@ from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
 logger = logging.getLogger(__name__)
 
 SHOTS = 5
+_IMAGES_AT_ONCE = 256
 PIXEL_BASELINE_PX = 32
-"""Raw pixels of larger images are compared at this size: a pixel is no feature that 224 px would help, and 20,000 images
-of 224 px would take 12 GB as floats."""
+"""The baseline of raw pixels scales larger images down to this: as floats, 20,000 images of 224 px would take 12 GB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,13 +111,11 @@ def _small_pixels(images: NDArray[np.uint8]) -> Float[Tensor, "images values"]:
     for start in range(0, len(images), _IMAGES_AT_ONCE):
         chunk = torch.from_numpy(images[start : start + _IMAGES_AT_ONCE])
         if size_px < images.shape[1]:
-            first = chunk.permute(0, 3, 1, 2)
-            chunk = F.interpolate(first, size=size_px, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+            channels_first = chunk.permute(0, 3, 1, 2)
+            small = F.interpolate(channels_first, size=size_px, mode="bilinear", antialias=True)
+            chunk = small.permute(0, 2, 3, 1)
         rows[start : start + len(chunk)] = chunk.flatten(1)
     return rows
-
-
-_IMAGES_AT_ONCE = 256
 
 
 def _both(

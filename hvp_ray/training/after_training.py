@@ -1,8 +1,9 @@
 """What follows the last step: evaluation, figures, metrics of the cluster. None of it can lose a trained run.
 
 `trained.json` in the run's folder marks a run whose last checkpoint and encoder are written. It holds what training
-measured, and which part was begun last. If the process dies in a part, the next attempt reads both: no step is trained
-again, and a part that ended the process repeatedly is left out. `summary.json` alone says that a run has finished.
+measured, and which parts of the rest were begun and survived. If the process dies, the next attempt reads it: no step is
+trained again, and after repeated deaths only what was survived before is done. `summary.json` alone says that a run has
+finished.
 """
 
 import json
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 TRAINED = "trained.json"
 _MAX_DEATHS = 2
-"""A part is tried again once, because the machine may have been taken away. A second death is the part's own."""
+"""One death may be the machine's, which was taken away. Two are the fewest restarts that a launcher grants."""
 
 Result = TypeVar("Result")
 
@@ -53,20 +54,20 @@ class AfterTraining:
         """What training measured, in the attempt that did the last step."""
         self.problems = problems
         problems[:0] = known.get("problems", [])
-        self._begun: dict[str, int] = known.get("begun", {})
-        self._write()
+        self._survived: list[str] = known.get("survived", [])
+        self._deaths: int = known.get("deaths", 0) + (known.get("begun") is not None)
+        self._write(begun=None)
 
     def attempt(self, part: str, work: Callable[[], Result]) -> Result | None:
-        """Return what `work` returns, or None with a new problem if it failed or ended the process before.
+        """Return what `work` returns, or None with a new problem if it failed or was left out.
 
         KeyboardInterrupt and SystemExit pass.
         """
-        deaths = self._begun.get(part, 0)
-        if deaths >= _MAX_DEATHS:
-            self._note(f"{part} was left out: the process died in it {deaths} times, perhaps because memory ran out")
+        if self._deaths >= _MAX_DEATHS and part not in self._survived:
+            deaths = f"the process died {self._deaths} times after training, perhaps because memory ran out"
+            self._note(f"{part} was left out: {deaths}")
             return None
-        self._begun[part] = deaths + 1
-        self._write()
+        self._write(begun=part)
         try:
             return work()
         except Exception as error:  # whatever it is, the weights are safe
@@ -74,7 +75,8 @@ class AfterTraining:
             self._note(f"{part} failed: {type(error).__name__}: {first_line(error)}")
             return None
         finally:
-            del self._begun[part]  # the process is alive; the next part writes this down
+            self._survived.append(part)
+            self._write(begun=None)
 
     def finish(self) -> None:
         """Delete the marker; `summary.json` takes its place."""
@@ -82,11 +84,18 @@ class AfterTraining:
 
     def _note(self, problem: str) -> None:
         logger.warning("%s; the run goes on without it", problem)
-        self.problems.append(problem)
+        if problem not in self.problems:  # an earlier attempt may have met it
+            self.problems.append(problem)
 
-    def _write(self) -> None:
+    def _write(self, *, begun: str | None) -> None:
+        content = {
+            "summary": self.summary,
+            "problems": self.problems,
+            "survived": self._survived,
+            "begun": begun,
+            "deaths": self._deaths,
+        }
         temporary = self._path.with_name(f"{self._path.name}.part")
-        content = {"summary": self.summary, "problems": self.problems, "begun": self._begun}
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(self._path)
         self._keep()

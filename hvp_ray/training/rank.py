@@ -413,11 +413,11 @@ def _report(
     config = job.config
     summary = after.summary | dict.fromkeys(("spilled_bytes", "num_worker_restarts"))
     summary |= after.attempt("the cluster's metrics", cluster_facts) or {}
-    summary |= _knn_results(config, dataset, trainee, after)
-    names = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
-    knn.finish({name: value for name, value in names.items() if value is not None})
     if config.tracking.num_figure_images:
         after.attempt("figures", lambda: draw_figures(config, dataset, trainee, job.run_dir))
+    summary |= _knn_results(config, dataset, trainee, after)  # last, because it takes the most memory
+    names = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
+    knn.finish({name: value for name, value in names.items() if value is not None})
     summary["problems"] = after.problems
     summary["mlflow_run_id"] = None
     if feed is not None:
