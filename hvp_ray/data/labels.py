@@ -17,8 +17,8 @@ from hvp_ray.errors import DataError, LabelError, first_line
 
 _SHOWN = 5
 _WHAT_TO_DO = (
-    "give both sides names (class folders, a column of strings, a ClassLabel in Parquet), or both the same numbers; a run "
-    "trains without evaluation by --tracking.knn_images 0"
+    "Give both sides names (class folders, a column of strings, a ClassLabel in Parquet) or the same numbers. To train "
+    "without evaluation, set --tracking.knn_images 0"
 )
 
 
@@ -77,8 +77,8 @@ def _check_other_images(source: Source, test_source: Source) -> None:
     if are_same:
         raise DataError(
             "training and test images are the same images: the nearest neighbour of each would be itself. Name other test "
-            "images, or leave data.test_source out: then data.test_fraction of the images is held out. A run trains without "
-            "evaluation by --tracking.knn_images 0"
+            "images, or leave data.test_source out to hold out data.test_fraction of them. To train without evaluation, "
+            "set --tracking.knn_images 0"
         )
 
 
@@ -90,7 +90,7 @@ def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tupl
     if bool(names) != bool(test_names):
         sides = [_describe(names, training), _describe(test_names, test)]
         raise DataError(
-            f"the classes of training and test images cannot be matched: training has {sides[0]}, test has {sides[1]}; "
+            f"the classes of training and test images cannot be matched: training has {sides[0]}, test has {sides[1]}. "
             f"{_WHAT_TO_DO}"
         )
     if names == test_names:  # also where neither has names, and numbers mean what they mean on the other side
@@ -104,7 +104,7 @@ def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tupl
     if labelled.any() and left_out.sum() == labelled.sum():
         raise DataError(
             f"no class of the test images is one of the training images: training has {_describe(names, training)}, test has "
-            f"{_describe(test_names, test)}; {_WHAT_TO_DO}"
+            f"{_describe(test_names, test)}. {_WHAT_TO_DO}"
         )
     if not left_out.any():
         return matched, ()

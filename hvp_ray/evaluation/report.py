@@ -80,8 +80,8 @@ def check_knn_labels(config: RunConfig, dataset: Dataset) -> list[str]:
         return list(match_labels(dataset).remarks)
     except LabelError as error:
         held_out = len(dataset.test_ids) if dataset.test_source is dataset.source else 0
-        unused = f"; {held_out:,} images are held out in vain, unless data.test_fraction=0" if held_out else ""
-        return [f"no k-NN evaluation of this run: {error}. Training needs no labels and starts without them{unused}"]
+        advice = f". {held_out:,} images stay held out; to train on them, set data.test_fraction=0" if held_out else ""
+        return [f"no k-NN evaluation of this run: {error}. Training starts without labels{advice}"]
 
 
 def _choose(sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

@@ -114,7 +114,7 @@ def test_what_cannot_be_matched_is_refused_with_both_sides_and_advice(tmp_path: 
     names = _write(tmp_path / "names", "folder", ["0", "1"])
     numbers = _write_parquet(tmp_path / "numbers.parquet", [0, 1])
     others = _write(tmp_path / "others", "strings", ["2", "3"])
-    advice = r"; give both sides names \(.*--tracking.knn_images 0$"
+    advice = r". Give both sides names \(.*--tracking.knn_images 0$"
     with pytest.raises(
         DataError, match=r"training has the names '0', '1', test has the numbers 0, 1 without names" + advice
     ):

@@ -67,15 +67,17 @@ def _stop(message: str) -> None:
 _WATCHERS = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=_stop)
 
 
-def test_images_that_are_held_out_in_vain_are_said(tmp_path: Path) -> None:
+def test_images_that_stay_held_out_are_said(tmp_path: Path) -> None:
     config = _config(tmp_path, pa.array([0.5] * 80))
-    with pytest.raises(_StoppedError, match=r"holds fractions.*; 16 images are held out in vain"):
+    with pytest.raises(_StoppedError, match=r"holds fractions.* 16 images stay held out"):
         launch(config, _WATCHERS)
 
 
 def test_misspelt_column_is_said_before_anything_starts(tmp_path: Path) -> None:
     config = _config(tmp_path, pa.array([1] * 80), label_column="classes")
-    with pytest.raises(_StoppedError, match=r"has no column 'classes'; it has \['image', 'label'\].*starts without"):
+    with pytest.raises(
+        _StoppedError, match=r"has no column 'classes'; it has \['image', 'label'\].*Training starts without"
+    ):
         launch(config, _WATCHERS)
 
 
