@@ -4,6 +4,7 @@ python pipelines/compare.py [RECIPE] [--arms NAME ...] [--seeds N ...] [--sectio
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 
 from hvp_ray.errors import HvpRayError
 from hvp_ray.training.ray_environment import prepare_ray_environment
-from pipelines.command_line import DEFAULT_RECIPE, parse_run
+from pipelines.command_line import DEFAULT_RECIPE, leave, parse_run
 
 _LINE_SECONDS = 20.0
 
@@ -172,7 +173,12 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         check_before_start(arm.configure(base))
     dataset = open_dataset(base.data)
     check_labels(base, dataset)
-    device = connect(base)
+    device = connect(base, options.views)
+    mode = choose_mode(base, device) if options.views == "auto" else options.views
+    if mode == "inline" and base.cluster.device == "auto":
+        device = "cpu"
+    # Decided once for all runs: a run that shares the cluster cannot tell which device `auto` means.
+    base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
 
     def measure(arms: list[str]) -> dict[str, StepCost]:
         say(f"measuring what a step of {', '.join(arms)} costs ...")
@@ -187,8 +193,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         steps_per_epoch=build_order(base, dataset).steps_per_epoch,
         measure=measure,
     )
-    mode = choose_mode(base, device) if options.views == "auto" else options.views
-    parallel = options.parallel or num_parallel(base, mode, device)
+    parallel = num_parallel(study.runs(), mode, wanted=options.parallel)
     say(describe_plan(study, mode, parallel))
     if options.plan_only:
         return
@@ -219,4 +224,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
