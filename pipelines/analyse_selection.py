@@ -188,6 +188,9 @@ def main(arguments: list[str]) -> int:
     except (HvpRayError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
     print(f"numbers  {json_path}")
     for index, path in enumerate(figures):
         print(f"{'figures' if not index else '':<8} {path}")

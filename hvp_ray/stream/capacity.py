@@ -118,11 +118,17 @@ def plan_local_ray(config: RunConfig, machine: Machine, decoded_bytes: float = 0
             )
     of_trainers = cluster.num_trainers * cluster.cpus_with_finishers
     share = cluster.cpus_per_view_worker
-    workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
-    cpus = max(machine.num_cpus, math.ceil(of_trainers + workers * share))
+    of_trainers_and_finishers = cluster.num_trainers * (1 + cluster.num_finishers)
     if cluster.num_view_workers == "auto":
-        workers = max(1, min(MAX_AUTO_WORKERS, int((cpus - of_trainers) / share) if share else MAX_AUTO_WORKERS))
-    of_processes = PROCESS_BYTES * (cluster.num_trainers * (1 + cluster.num_finishers) + workers)
+        by_memory = num_processes_that_fit(machine) - of_trainers_and_finishers
+        by_cpus = int((machine.num_cpus - of_trainers) / share) if share else MAX_AUTO_WORKERS
+        workers = max(1, min(MAX_AUTO_WORKERS, by_cpus, by_memory))
+        is_short_of_memory = by_memory < min(MAX_AUTO_WORKERS, by_cpus)
+        least_cpus = 0 if is_short_of_memory else machine.num_cpus  # view workers take the CPUs that Ray has
+    else:
+        workers, least_cpus = cluster.num_view_workers, machine.num_cpus
+    cpus = max(least_cpus, math.ceil(of_trainers + workers * share))
+    of_processes = PROCESS_BYTES * (of_trainers_and_finishers + workers)
     # Ray refuses a large store on anything slower than /dev/shm.
     room = min(machine.free_bytes - of_processes, max(machine.shared_memory_bytes, REQUIRE_SHM_SIZE_THRESHOLD))
     least = _least_store(config, decoded_bytes)
@@ -135,6 +141,16 @@ def plan_local_ray(config: RunConfig, machine: Machine, decoded_bytes: float = 0
             f"/dev/shm; {_advice(config, room, decoded_bytes)}"
         )
     return LocalRay(num_cpus=cpus, object_store_bytes=min(_wanted_store(config, workers, machine, decoded_bytes), room))
+
+
+def num_processes_that_fit(machine: Machine) -> int:
+    """Return how many processes take half of the free memory; the other half is for what they work on."""
+    return machine.free_bytes // 2 // PROCESS_BYTES
+
+
+def num_auto_workers(machine: Machine) -> int:
+    """Return how many one-CPU tasks this machine can do at once, at most `MAX_AUTO_WORKERS`."""
+    return max(1, min(MAX_AUTO_WORKERS, machine.num_cpus, num_processes_that_fit(machine)))
 
 
 def plan_local_tasks(num_workers: int, machine: Machine) -> LocalRay:

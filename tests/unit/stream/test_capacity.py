@@ -7,12 +7,15 @@ import pytest
 
 from hvp_ray.errors import ConfigError
 from hvp_ray.stream.capacity import (
+    PROCESS_BYTES,
     Machine,
     batch_bytes,
     check_store,
     decide_look_ahead,
     look_ahead_bytes,
+    num_auto_workers,
     plan_local_ray,
+    plan_local_tasks,
     store_for_look_ahead,
     this_machine,
 )
@@ -123,6 +126,21 @@ def test_what_the_machine_cannot_give_is_refused_with_what_it_can(
         plan_local_ray(
             dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, **{name: value})), smaller
         )
+
+
+def test_view_workers_by_themselves_are_as_many_as_the_memory_holds() -> None:
+    config = tiny_config("x", cluster={"num_view_workers": "auto"})
+    many = dataclasses.replace(MACHINE, num_cpus=64)
+    assert plan_local_ray(config, many).num_cpus == 1 + 12 * 2**30 // 2 // PROCESS_BYTES - 1
+    assert plan_local_ray(config, MACHINE).num_cpus == 4
+    assert num_auto_workers(many) == 12 * 2**30 // 2 // PROCESS_BYTES
+    assert num_auto_workers(MACHINE) == 4
+
+
+def test_tasks_that_the_memory_does_not_hold_are_refused() -> None:
+    assert plan_local_tasks(8, MACHINE).num_cpus == 8
+    with pytest.raises(ConfigError, match=r"1000 worker\(s\) need .*ask for fewer"):
+        plan_local_tasks(1000, MACHINE)
 
 
 def test_this_machine_can_be_measured() -> None:
