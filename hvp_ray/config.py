@@ -635,7 +635,8 @@ class ClusterConfig:
     DALI has no limit of its own: its memory grows to what the largest batch needs and stays there."""
 
     object_store_mib: int | Literal["auto"] = "auto"
-    """Object store of a Ray that we start ourselves. auto: three times the look-ahead, at least 256 MiB."""
+    """Object store of a Ray that we start ourselves. auto: three times the prefetched batches, at least 256 MiB, and less if
+    this machine has less."""
 
     late_factor: float = 8.0
     """A batch that takes this many times the usual time (and more than `late_seconds`) is asked of another worker."""

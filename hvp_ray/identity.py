@@ -57,6 +57,7 @@ _EFFECTS: dict[str, Effect] = {
     "views.mean": Effect.WEIGHTS,
     "views.std": Effect.WEIGHTS,
     "views.evaluation_resize_px": Effect.METRICS,
+    "views.evaluation_interpolation": Effect.METRICS,
     "selection": Effect.WEIGHTS,
     "method": Effect.WEIGHTS,
     "optimizer": Effect.WEIGHTS,
@@ -119,7 +120,7 @@ def effect_of(name: str) -> Effect:
     for length in range(len(parts), 0, -1):
         if (effect := _EFFECTS.get(".".join(parts[:length]))) is not None:
             return effect
-    raise LookupError(f"the config field {name} has no effect in hvp_ray/identity.py; add a line for it")
+    raise LookupError(f"hvp_ray/identity.py does not classify the config field {name}; add a line for it")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

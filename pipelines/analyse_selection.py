@@ -25,6 +25,7 @@ from hvp_ray.tracking.selection_analysis import (
     analyse_selection,
     read_selection_log,
 )
+from hvp_ray.training.ray_environment import prepare_home
 
 _MEASURE_TITLES = {
     "iou": "IoU of the crops",
@@ -171,6 +172,7 @@ def main(arguments: list[str]) -> int:
     """Analyse; return the exit status."""
     options = parse_arguments(arguments)
     try:
+        prepare_home()
         run_dir = find_run(options.run, needs=(), folders=("selection",))
         analysis = analyse_selection(read_selection_log(run_dir))
         print(describe_analysis(analysis), end="", flush=True)
@@ -186,6 +188,9 @@ def main(arguments: list[str]) -> int:
     except (HvpRayError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
     print(f"numbers  {json_path}")
     for index, path in enumerate(figures):
         print(f"{'figures' if not index else '':<8} {path}")

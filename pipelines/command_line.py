@@ -1,6 +1,9 @@
 """What the programs of this folder share: RECIPE and overrides -> a run; the name of a run -> its folder."""
 
+import os
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
@@ -74,6 +77,18 @@ def find_run(
             f"{' nor '.join(map(str, places))}{known}"
         )
     return _checked(folder.absolute(), name, option, needs)
+
+
+def leave(status: int) -> NoReturn:
+    """End the program and the Ray that it started; if Ray's processes are gone, without the clean-up that waits for them."""
+    connect = sys.modules.get("hvp_ray.stream.connect")
+    if connect is not None:
+        connect.end_ray()
+        if connect.is_abandoned():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    sys.exit(status)
 
 
 def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:

@@ -8,13 +8,13 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
 from hvp_ray.errors import HvpRayError
 from hvp_ray.training.ray_environment import prepare_ray_environment
-from pipelines.command_line import DEFAULT_RECIPE, parse_run
+from pipelines.command_line import DEFAULT_RECIPE, leave, parse_run
 
 _LINE_SECONDS = 20.0
 
@@ -181,13 +181,12 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     dataset = open_dataset(base.data)
     for line in (*take_inventory(dataset, base.data).lines(), *check_labels(base, dataset)):
         say(line)
-    device = connect(base)
+    device = connect(base, options.views)
     mode = choose_mode(base, device) if options.views == "auto" else options.views
     if mode == "inline" and base.cluster.device == "auto":
         device = "cpu"
     # Decided once for all runs: one that chose for itself might choose another device than its neighbours.
-    decided: Literal["cpu", "cuda"] = "cuda" if device == "cuda" else "cpu"
-    base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=decided))
+    base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
 
     def measure(arms: list[str]) -> dict[str, StepCost]:
         say(f"measuring what a step of {', '.join(arms)} costs ...")
@@ -203,7 +202,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         steps_per_epoch=build_order(base, dataset).steps_per_epoch,
         measure=measure,
     )
-    parallel = options.parallel or num_parallel(base, mode, device)
+    parallel = num_parallel(study.runs(), mode, wanted=options.parallel)
     say(describe_plan(study, mode, parallel))
     if options.plan_only:
         return
@@ -234,4 +233,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -216,6 +216,9 @@ def main(arguments: list[str]) -> int:
     except HvpRayError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        return 130
     return 0
 
 

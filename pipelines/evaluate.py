@@ -28,7 +28,7 @@ from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source, open_source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, LabelError
 from hvp_ray.training.ray_environment import prepare_ray_environment
-from pipelines.command_line import find_run, keep_results
+from pipelines.command_line import find_run, keep_results, leave
 
 PROTOCOLS = ("knn", "linear", "logistic", "few-label", "finetune")
 SHOTS = (1, 5, 10)
@@ -479,8 +479,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     """Run; return the exit status."""
     options = parse_arguments(arguments)
-    prepare_ray_environment()
     try:
+        prepare_ray_environment()
         evaluate(options)
     except HvpRayError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -492,4 +492,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 
 from hvp_ray.errors import HvpRayError
 from hvp_ray.training.ray_environment import prepare_ray_environment
-from pipelines.command_line import parse_run
+from pipelines.command_line import leave, parse_run
 
 _LINE_SECONDS = 10.0
 
@@ -176,4 +176,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -24,13 +24,18 @@ from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
-from hvp_ray.training.launch import Watchers, launch
+from hvp_ray.stream.capacity import plan_local_ray, room_for, this_machine
+from hvp_ray.stream.connect import LocalRay, connect_ray
+from hvp_ray.training.launch import Watchers, decoded_bytes_of, launch, num_side_by_side
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.preparation import is_finished
+from hvp_ray.training.stop import RayProcesses, StopRequest, stop_on_signals
 
 Mode = Literal["inline", "workers"]
+Device = Literal["cpu", "cuda"]
 
 _POLL_SECONDS = 1.0
+_STOP_PATIENCE_SECONDS = 15.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,18 +53,25 @@ class ComparisonProgress:
 ShowProgress = Callable[[ComparisonProgress], None]
 
 
-def connect(base: RunConfig) -> str:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray; return what trainers run on: cpu or cuda.
+def connect(base: RunConfig, views: Mode | Literal["auto"]) -> Device:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray; return what trainers run on.
+
+    Args:
+        base: what all runs have in common.
+        views: who renders, if it is decided already.
 
     Raises:
-        ConfigError: GPUs are asked for that are not there.
+        ConfigError: no cluster answers, this machine is too small, or GPUs are asked for that are not there.
     """
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
-    if not ray.is_initialized():
-        if "RAY_ADDRESS" in os.environ:
-            ray.init(**quiet)
-        else:
-            ray.init(address="local", include_dashboard=False, object_store_memory=2**29, **quiet)
+
+    def size_of_local() -> LocalRay:
+        machine = this_machine()
+        size = plan_local_ray(base, machine, decoded_bytes_of(base))
+        renders_inline = views != "workers" and base.cluster.num_trainers == 1
+        cpus = machine.num_cpus if renders_inline else size.num_cpus
+        return dataclasses.replace(size, num_cpus=max(cpus, base.training.torch_threads))
+
+    connect_ray(size_of_local)
     gpus, wanted = ray.cluster_resources().get("GPU", 0.0), base.cluster.num_trainers
     if base.cluster.device == "cuda" and gpus < wanted:
         raise ConfigError(f"cluster.device=cuda needs {wanted} GPU(s), the cluster has {gpus:g}")
@@ -68,58 +80,86 @@ def connect(base: RunConfig) -> str:
     return "cuda" if gpus >= wanted else "cpu"
 
 
-def choose_mode(base: RunConfig, device: str) -> Mode:
+def choose_mode(base: RunConfig, device: Device) -> Mode:
     """Return `inline` for runs of one trainer on a CPU, else `workers`."""
     return "inline" if base.cluster.num_trainers == 1 and device == "cpu" else "workers"
 
 
-def num_parallel(base: RunConfig, mode: Mode, device: str) -> int:
-    """Return how many runs fit the cluster side by side.
+def num_parallel(runs: Sequence[PlannedRun], mode: Mode, *, wanted: int | None) -> int:
+    """Return how many runs are done side by side.
+
+    Args:
+        runs: of the comparison; those that are done are not counted.
+        mode: who renders.
+        wanted: None: as many as fit.
+
+    Raises:
+        ConfigError: not one run fits the cluster, or fewer than wanted.
+    """
+    missing = [run for run in runs if not is_done(run)]
+    fits = len(missing) if wanted is None else min(wanted, len(missing))
+    if not missing:
+        return 1
+    for config in {run.arm.name: run.config for run in missing}.values():
+        threads = config.training.torch_threads
+        fits = num_side_by_side(config, fits) if mode == "workers" else min(fits, _num_inline(threads))
+    if wanted is not None and fits < min(wanted, len(missing)):
+        raise ConfigError(
+            f"--parallel {wanted} is not allowed: {fits} run(s) of this comparison fit the cluster at once"
+        )
+    return fits
+
+
+def _num_inline(threads: int) -> int:
+    """Return how many tasks of this many CPUs the cluster's nodes can take at once.
 
     Raises:
         ConfigError: not one.
     """
-    cluster, resources = base.cluster, ray.cluster_resources()
-    if mode == "inline":
-        needs = {"CPU": float(base.training.torch_threads)}
-    else:
-        workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
-        needs = {"CPU": cluster.num_trainers * cluster.cpus_with_finishers + workers * cluster.cpus_per_view_worker}
-        if device == "cuda":
-            share = 1.0 if cluster.gpus_per_trainer == "auto" else cluster.gpus_per_trainer
-            needs["GPU"] = cluster.num_trainers * share
-            if cluster.renderer == "dali-gpu" and share < 1.0:
-                needs["GPU"] += workers * cluster.gpus_per_dali_worker
-    fits = min(int(resources.get(name, 0.0) / amount + 1e-6) for name, amount in needs.items() if amount > 0)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fits = sum(room_for(node, {"CPU": float(threads)}) for node in nodes)
     if fits < 1:
-        wanted = ", ".join(f"{amount:g} {name}" for name, amount in needs.items())
-        raise ConfigError(f"one run of this comparison needs {wanted}, the cluster has {_text(resources)}")
+        raise ConfigError(
+            f"training.torch_threads={threads} needs a node of as many CPUs, and the largest has "
+            f"{max(node.get('CPU', 0.0) for node in nodes):g}; lower it"
+        )
     return fits
 
 
 def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: int, show: ShowProgress) -> None:
     """Do what is not done yet, in order, `parallel` at once.
 
+    SIGTERM and the first Ctrl-C stop the runs under way after a checkpoint, a second Ctrl-C stops them at once.
+
     Raises:
         StageError: some run failed; the others were done. Starting again does only what is missing.
+        KeyboardInterrupt: the runs were stopped.
     """
     missing = [run for run in runs if not is_done(run)]
-    work = _work_inline if mode == "inline" else partial(_work_with_workers, alone=parallel == 1)
+    stop = StopRequest()
+    work = _work_inline if mode == "inline" else partial(_work_with_workers, num_sharing=parallel)
     failures: dict[str, BaseException] = {}
-    with ThreadPoolExecutor(max_workers=max(1, min(parallel, len(missing) or 1))) as pool:
-        futures: dict[Future[None], PlannedRun] = {pool.submit(work, run): run for run in missing}
+    with (
+        ThreadPoolExecutor(max_workers=max(1, min(parallel, len(missing) or 1))) as pool,
+        stop_on_signals(stop, patience_seconds=_STOP_PATIENCE_SECONDS),
+    ):
+        futures: dict[Future[None], PlannedRun] = {pool.submit(work, run, stop): run for run in missing}
         try:
             while futures:
                 for future in [future for future in futures if future.done()]:
-                    error = future.exception()
                     run = futures.pop(future)
-                    if error is not None:
+                    if not future.cancelled() and (error := future.exception()) is not None:
                         failures[str(run.config.run.name)] = error
                 show(_progress(runs, output))
+                if stop.is_asked:
+                    pool.shutdown(wait=False, cancel_futures=True)
                 time.sleep(_POLL_SECONDS)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            stop.ask(patience_seconds=0.0)  # the threads that are waited for return at once
             raise
+    if stop.is_asked:
+        raise KeyboardInterrupt
     if failures:
         text = "\n".join(f"  {name}: {_first_line(error)}" for name, error in failures.items())
         raise StageError(f"{len(failures)} run(s) failed; start the comparison again to go on:\n{text}")
@@ -130,8 +170,13 @@ def is_done(run: PlannedRun) -> bool:
     return is_finished(run.config, run.identity)
 
 
-def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: str) -> dict[str, StepCost]:
-    """Measure the cost of a step of every arm, where a trainer would run; see `step_cost.py`."""
+def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: Device) -> dict[str, StepCost]:
+    """Measure the cost of a step of every arm, where a trainer would run; see `step_cost.py`.
+
+    Raises:
+        ConfigError: no node has CPUs for the trainer's threads.
+    """
+    _num_inline(base.training.torch_threads)
     task = _measure_task.options(num_cpus=base.training.torch_threads, num_gpus=1 if device == "cuda" else 0)
     costs: dict[str, StepCost] = ray.get(task.remote(config_to_dict(base), list(arm_names), device))
     return costs
@@ -146,23 +191,31 @@ def _measure_task(config: dict[str, Any], arm_names: list[str], device: str) -> 
 
 @ray.remote(max_retries=2)
 def _pretrain_task(config: dict[str, Any]) -> None:
-    """Do one run in this process."""
+    """Do one run in this process; `ray.cancel`, which arrives as SIGINT, stops it after a checkpoint."""
     logging.getLogger("hvp_ray").setLevel(logging.ERROR)
-    pretrain_in_process(config_from_dict(config))
+    stop = StopRequest()
+    with stop_on_signals(stop):
+        pretrain_in_process(config_from_dict(config), report_progress=lambda _progress: stop.is_asked)
 
 
-def _work_inline(run: PlannedRun) -> None:
+def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
     threads = run.config.training.torch_threads
-    ray.get(_pretrain_task.options(num_cpus=threads, name=run.config.run.name).remote(config_to_dict(run.config)))
+    options = {"num_cpus": threads, "name": run.config.run.name}
+    task = _pretrain_task.options(**options).remote(config_to_dict(run.config))
+    was_cancelled, ray_processes = False, RayProcesses(stop)
+    while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
+        ray_processes.check()
+        if stop.is_asked and not was_cancelled:
+            ray.cancel(task)
+            was_cancelled = True
+        if stop.is_overdue:
+            ray.cancel(task, force=True)
+    ray.get(task)
 
 
-def _work_with_workers(run: PlannedRun, *, alone: bool) -> None:
-    config = run.config
-    if not alone and config.cluster.batches_in_flight == "auto":
-        # Each run would size its look-ahead for the whole object store.
-        config = dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, batches_in_flight=4))
+def _work_with_workers(run: PlannedRun, stop: StopRequest, *, num_sharing: int) -> None:
     quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
-    launch(config, quiet)
+    launch(run.config, quiet, num_sharing=num_sharing, stop=stop)
 
 
 def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:
@@ -193,7 +246,3 @@ def _last_step(journal: Path) -> int:
 def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _text(resources: dict[str, float]) -> str:
-    return ", ".join(f"{resources.get(name, 0.0):g} {name}" for name in ("CPU", "GPU"))

@@ -168,6 +168,8 @@ def _run_tasks(
     executor = ProcessPoolExecutor(
         min(num_workers, len(missing)), mp_context=context, initializer=_begin, initargs=(jobs, board, turn)
     )
+    # What `ProcessPoolExecutor.terminate_workers` of Python 3.14 ends: the caller may have other child processes.
+    processes = executor._processes
     under_way: set[Future[tuple[int, int]]] = set()
     try:
         pending = iter(missing)
@@ -192,8 +194,8 @@ def _run_tasks(
         ) from error
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            child.terminate()
+        for process in list(processes.values()):
+            process.terminate()
 
 
 _state: dict[str, Any] = {}

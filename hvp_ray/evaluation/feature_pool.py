@@ -33,6 +33,8 @@ from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError,
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import load_exported_backbone
 from hvp_ray.stored_archive import check_stored_archive
+from hvp_ray.stream.capacity import MAX_AUTO_WORKERS, num_auto_workers, plan_local_tasks, this_machine
+from hvp_ray.stream.connect import connect_ray, end_ray, joins_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -319,32 +321,23 @@ def start_workers(num_workers: int | Literal["auto"], device: Literal["auto", "c
         device: auto: cuda where Ray, or this process without Ray, has a GPU.
 
     Raises:
-        ConfigError: no cluster where RAY_ADDRESS points, or no GPU although `device` is cuda.
+        ConfigError: no cluster answers, this machine is too small, or no GPU although `device` is cuda.
     """
-    joins = "RAY_ADDRESS" in os.environ
-    wanted = num_workers if num_workers != "auto" else min(64, os.cpu_count() or 1)
-    if not joins and wanted == 1:
+    wanted = num_workers if num_workers != "auto" else num_auto_workers(this_machine())
+    if not joins_cluster() and wanted == 1:
         yield Workers(num_workers=1, device=_resolve(device, float(torch.cuda.device_count())), gpus_per_worker=0.0)
         return
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
-    try:
-        if joins:
-            ray.init(**quiet)
-        else:
-            num_cpus = max(os.cpu_count() or 1, wanted)
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, object_store_memory=2**29, **quiet)
-    except (ConnectionError, RayError) as error:
-        raise ConfigError(f"Ray cannot be reached (RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}): {error}") from error
+    connect_ray(lambda: plan_local_tasks(wanted, this_machine()))
     try:
         if num_workers == "auto":
-            wanted = max(1, min(64, int(ray.available_resources().get("CPU", 1.0))))
+            wanted = max(1, min(MAX_AUTO_WORKERS, int(ray.available_resources().get("CPU", 1.0))))
         gpus = float(ray.cluster_resources().get("GPU", 0.0))
         resolved = _resolve(device, gpus)
         # Rounded down, or the last worker would not fit.
         share = int(min(1.0, gpus / wanted) * 1000) / 1000 if resolved == "cuda" else 0.0
         yield Workers(num_workers=wanted, device=resolved, gpus_per_worker=share)
     finally:
-        ray.shutdown()
+        end_ray()
 
 
 def _resolve(device: Literal["auto", "cpu", "cuda"], num_gpus: float) -> Literal["cpu", "cuda"]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict
-from hvp_ray.errors import ConfigError
+from hvp_ray.errors import ConfigError, StageError
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 300.0
 _ASK_AGAIN_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ def start_pool(
     resources: Mapping[str, float],
     *,
     data_fingerprint: str | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> ViewWorkerPool:
     """Start the workers and wait until one of them is up; the others may follow.
 
@@ -58,9 +60,11 @@ def start_pool(
         num_workers: how many.
         resources: Ray resource -> amount that one worker reserves.
         data_fingerprint: that the data must have wherever, and whenever, a worker opens it; None: any.
+        must_stop: polled; True ends the waiting.
 
     Raises:
         ConfigError: no worker could open the data or make its renderer; or none came up in time.
+        StageError: `must_stop`.
     """
     from hvp_ray.stream.view_worker import ViewWorkerActor
 
@@ -70,21 +74,32 @@ def start_pool(
         num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
     )
     workers = [actor.remote(values, renderer, f"view-worker-{index}", data_fingerprint) for index in range(num_workers)]
-    reasons = _wait_for_one(workers, resources)
+    try:
+        reasons = _wait_for_one(workers, resources, must_stop)
+    except BaseException:
+        ViewWorkerPool(workers).close()
+        raise
     for index, reason in reasons.items():
         logger.warning("view worker %d could not start and is left out: %s", index, reason)
         ray.kill(workers[index])
     return ViewWorkerPool([worker for index, worker in enumerate(workers) if index not in reasons])
 
 
-def _wait_for_one(workers: list[ActorHandle[Any]], resources: Mapping[str, float]) -> dict[int, str]:
+def _wait_for_one(
+    workers: list[ActorHandle[Any]], resources: Mapping[str, float], must_stop: Callable[[], bool]
+) -> dict[int, str]:
     """Wait until a worker is up; return why others could not start, by index, as far as it is known by then."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     reasons: dict[int, str] = {}
     dying: dict[int, str] = {}
     asked = {worker.process_id.remote(): index for index, worker in enumerate(workers)}
     while asked:
-        ready, _ = ray.wait(list(asked), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        patience = deadline - time.monotonic()
+        ready, _ = ray.wait(list(asked), num_returns=1, timeout=min(_POLL_SECONDS, max(0.0, patience)))
+        if must_stop():
+            raise StageError("stopped before a view worker was up")
+        if not ready and patience > 0.0:
+            continue
         if not ready or (dying and time.monotonic() > deadline):
             known = "; ".join(f"view worker {index}: {why}" for index, why in sorted((reasons | dying).items()))
             raise ConfigError(

@@ -4,31 +4,32 @@ The driver decides (renderer, device, number of workers), checks that everything
 and watches. Ray Train starts the trainers again after a failure; they go on from our newest checkpoint.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
-import signal
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import cv2
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.data.inventory import DataInventory
 from hvp_ray.distributed.world import current_world
-from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError
+from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError, first_line
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.logs import set_up_logging
@@ -37,26 +38,30 @@ from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.capacity import (
     decide_look_ahead,
     look_ahead_bytes,
+    plan_local_ray,
     spilled_bytes,
     store_for_look_ahead,
-    store_to_start,
+    this_machine,
 )
+from hvp_ray.stream.connect import connect_ray, dead_processes, end_ray
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.training.placement import MAX_AUTO_WORKERS, Placement, check_places, decide_placement, lacks_a_label
+from hvp_ray.training.placement import Placement, lacks_a_label, place_in_part
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
 from hvp_ray.training.rank import RunJob, train_rank
 from hvp_ray.training.run_board import BoardContent, BoardLogHandler, RunBoardActor
+from hvp_ray.training.stop import RayProcesses, StoppedError, StopRequest, stop_on_signals
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
-_STOP_PATIENCE_SECONDS = 60.0
+_END_SECONDS = 2.0
+_KILL_SECONDS = 20.0
 _CLUSTER_NUMBERS_SECONDS = 10.0
 _JOIN_SECONDS = 60.0
 _OTHER_LABEL_SECONDS = 10.0
@@ -90,31 +95,32 @@ class Watchers:
     show_message: Callable[[str], None]
 
 
-class StoppedError(HvpRayError):
-    """The run was asked to stop, and stopped behind a checkpoint."""
-
-
-def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJob]:
+def launch(
+    config: RunConfig, watchers: Watchers, *, num_sharing: int = 1, stop: StopRequest | None = None
+) -> tuple[dict[str, Any], RunJob]:
     """Run to the end; return the summary and the job.
+
+    Args:
+        config: the run.
+        watchers: where the driver shows what happens.
+        num_sharing: how many runs share the cluster, this one included; it takes an equal part of everything.
+        stop: another thread may ask by it; SIGTERM and Ctrl-C do if this is the main thread.
 
     Raises:
         HvpRayError: with a sentence for the user; nothing that was committed is lost.
     """
+    stop = stop or StopRequest()
     config = with_absolute_paths(config)
     check_before_start(config)
     for remark in check_knn_labels(config, open_dataset(config.data)):
         watchers.show_message(remark)
-    decoded_bytes = (
-        mean_decoded_bytes(open_dataset(config.data), config.data) if config.cluster.ship == "pixels" else 0.0
-    )
+    decoded_bytes = decoded_bytes_of(config)
     is_ours = not ray.is_initialized()
-    joined = _connect(config, decoded_bytes)
+    joined = connect_ray(lambda: plan_local_ray(config, this_machine(), decoded_bytes))
     try:
-        placement = _place(config, may_wait=joined, say=watchers.show_message)
-        needs = placement.trainer_resources, placement.view_worker_resources
-        store_bytes = store_for_look_ahead(config, ray.nodes(), *needs)
+        placement = _place(config, num_sharing, may_wait=joined, stop=stop, say=watchers.show_message)
         wanted_ahead = dataclasses.replace(config.cluster, batches_in_flight="auto")
-        config = decide_look_ahead(config, placement.num_view_workers, store_bytes, decoded_bytes)
+        config, store_bytes = _prefetch(config, placement, decoded_bytes, num_sharing)
         ahead, wanted = (
             config.cluster.num_batches_in_flight(),
             wanted_ahead.num_batches_in_flight(placement.num_view_workers),
@@ -140,47 +146,77 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
                 inventory=job.inventory,
             )
         )
-        return _run(job, placement, watchers), job
+        return _run(job, placement, watchers, stop), job
+    except RayError as error:
+        raise StageError(
+            f"Ray failed during the run: {first_line(error)}; start the run again with its name to continue from the last "
+            f"checkpoint"
+        ) from error
     finally:
         if is_ours:
-            ray.shutdown()
+            end_ray(threads_have_ended=not any(isinstance(thread, _FitThread) for thread in threading.enumerate()))
 
 
-def _connect(config: RunConfig, decoded_bytes: float) -> bool:
-    """Use the Ray of this process, or join the cluster that RAY_ADDRESS names, or start a local one; tell if joined."""
-    if ray.is_initialized():
-        return True
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
-    if "RAY_ADDRESS" in os.environ:
-        ray.init(**quiet)
-        return True
-    cluster = config.cluster
-    of_trainers = cluster.num_trainers * cluster.cpus_with_finishers
-    workers = 1 if cluster.num_view_workers == "auto" else cluster.num_view_workers
-    cpus = max(os.cpu_count() or 1, int(of_trainers + workers * cluster.cpus_per_view_worker + 0.999))
-    if cluster.num_view_workers == "auto":
-        share = cluster.cpus_per_view_worker
-        workers = max(1, min(MAX_AUTO_WORKERS, int((cpus - of_trainers) / share) if share else MAX_AUTO_WORKERS))
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        object_store_memory=store_to_start(config, workers, decoded_bytes),
-        include_dashboard=False,
-        **quiet,
+def decoded_bytes_of(config: RunConfig) -> float:
+    """Return the mean bytes of a decoded image if decoded pixels are shipped, else 0."""
+    return mean_decoded_bytes(open_dataset(config.data), config.data) if config.cluster.ship == "pixels" else 0.0
+
+
+def num_side_by_side(config: RunConfig, limit: int) -> int:
+    """Return how many runs like this one, at most `limit`, fit the connected cluster, each in an equal part of it.
+
+    Raises:
+        ConfigError: not one does.
+    """
+    if config.cluster.placement == "labels":
+        return 1  # nodes may be missing: several runs could each get a part of what they need, and wait for ever
+    decoded_bytes = decoded_bytes_of(config)
+    for num_sharing in range(limit, 1, -1):
+        try:
+            _prefetch(config, _place_now(config, num_sharing), decoded_bytes, num_sharing)
+        except ConfigError:
+            continue
+        return num_sharing
+    _prefetch(config, _place_now(config, 1), decoded_bytes, 1)
+    return 1
+
+
+def _place_now(config: RunConfig, num_sharing: int) -> Placement:
+    """Fit the run to the connected cluster, or to its part of it if several runs share the cluster.
+
+    Raises:
+        ConfigError: the cluster, or the part, has too little.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return place_in_part(
+        config, ray.cluster_resources(), ray.available_resources(), nodes=nodes, num_sharing=num_sharing
     )
-    return False
 
 
-def _place(config: RunConfig, *, may_wait: bool, say: Callable[[str], None]) -> Placement:
+def _prefetch(
+    config: RunConfig, placement: Placement, decoded_bytes: float, num_sharing: int
+) -> tuple[RunConfig, float]:
+    """Return the config with `cluster.batches_in_flight` as a number, and the bytes of object store of this run.
+
+    Raises:
+        ConfigError: the batches do not fit the object store.
+    """
+    needs = placement.trainer_resources, placement.view_worker_resources
+    store_bytes = store_for_look_ahead(config, ray.nodes(), *needs) / num_sharing
+    return decide_look_ahead(config, placement.num_view_workers, store_bytes, decoded_bytes), store_bytes
+
+
+def _place(
+    config: RunConfig, num_sharing: int, *, may_wait: bool, stop: StopRequest, say: Callable[[str], None]
+) -> Placement:
     """Fit the run to the cluster; nodes of a cluster that was joined may be on their way, and are waited for a while."""
     started = time.monotonic()
     told = False
     while True:
-        total = ray.cluster_resources()
         waited = time.monotonic() - started
         try:
-            placement = decide_placement(config, total, ray.available_resources())
-            check_places(config, [node["Resources"] for node in ray.nodes() if node["Alive"]], placement)
+            placement = _place_now(config, num_sharing)
+            total = ray.cluster_resources()
             if not may_wait or waited > _OTHER_LABEL_SECONDS or not lacks_a_label(config, total):
                 return placement
             reason = "nodes of one label are there, and none of the other"
@@ -192,115 +228,180 @@ def _place(config: RunConfig, *, may_wait: bool, say: Callable[[str], None]) -> 
             say(f"waiting for nodes to join, {_JOIN_SECONDS:.0f} s at most: {reason}")
             told = True
         time.sleep(1.0)
+        if stop.is_asked:
+            raise StoppedError("stopped while waiting for nodes to join")
 
 
-def _run(job: RunJob, placement: Placement, watchers: Watchers) -> dict[str, Any]:
-    # On this node, which the run cannot outlive anyway.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = RunBoardActor.options(scheduling_strategy=here).remote()
-    knn = None
-    if job.config.tracking.knn_every_epochs:
-        options = {"num_gpus": job.config.cluster.gpus_for_knn}
-        knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
-    pool = start_pool(
-        job.config,
-        placement.renderer,
-        placement.num_view_workers,
-        placement.view_worker_resources,
-        data_fingerprint=job.data_fingerprint,
-    )
-    num_trainers, least = job.config.cluster.num_trainers, job.config.cluster.min_trainers
-    # A fixed number of trainers waits for a lost node; an elastic one asks once for all, then takes what there is.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if least is None else "60")
-    ray_train = place_in(job.location, "ray_train")
-    trainer = TorchTrainer(
-        _trainer_main,
-        train_loop_config={
-            "job": job,
-            "pool": pool,
-            "board": board,
-            "knn": knn,
-            "device": placement.device,
-            "gpu_share": placement.trainer_resources.get("GPU", 1.0),
-            "spilled_before": spilled_bytes(),
-        },
-        torch_config=TorchConfig(timeout_s=1800),
-        scaling_config=ScalingConfig(
-            num_workers=num_trainers if least is None else (least, num_trainers),
-            elastic_resize_monitor_interval_s=job.config.cluster.resize_check_seconds,
-            use_gpu=placement.device == "cuda",
-            resources_per_worker=placement.trainer_resources,
-        ),
-        run_config=ray.train.RunConfig(
-            # A name of its own for every attempt: resuming is our business, not that of Ray Train's state.
-            name=f"{job.run_name}-{uuid.uuid4().hex[:8]}",
-            storage_path=ray_train,
-            failure_config=FailureConfig(max_failures=job.config.cluster.max_trainer_failures),
-        ),
-    )
-    outcome: dict[str, Exception] = {}
-
-    def fit() -> None:
+def _run(job: RunJob, placement: Placement, watchers: Watchers, stop: StopRequest) -> dict[str, Any]:
+    with contextlib.ExitStack() as ends:
+        # On this node, which the run cannot outlive anyway.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = RunBoardActor.options(scheduling_strategy=here).remote()
+        knn = None
+        if job.config.tracking.knn_every_epochs:
+            options = {"num_gpus": job.config.cluster.gpus_for_knn}
+            knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
+            ends.callback(_unless_lost, ray.kill, knn)
+        pool = start_pool(
+            job.config,
+            placement.renderer,
+            placement.num_view_workers,
+            placement.view_worker_resources,
+            data_fingerprint=job.data_fingerprint,
+            must_stop=lambda: stop.is_asked,
+        )
+        ends.callback(_unless_lost, pool.close)
+        num_trainers, least = job.config.cluster.num_trainers, job.config.cluster.min_trainers
+        # A fixed number of trainers waits for a lost node; an elastic one asks once for all, then takes what there is.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if least is None else "60")
+        ray_train = place_in(job.location, "ray_train")
+        trainer = TorchTrainer(
+            _trainer_main,
+            train_loop_config={
+                "job": job,
+                "pool": pool,
+                "board": board,
+                "knn": knn,
+                "device": placement.device,
+                "gpu_share": placement.trainer_resources.get("GPU", 1.0),
+                "spilled_before": spilled_bytes(),
+            },
+            torch_config=TorchConfig(timeout_s=1800),
+            scaling_config=ScalingConfig(
+                num_workers=num_trainers if least is None else (least, num_trainers),
+                elastic_resize_monitor_interval_s=job.config.cluster.resize_check_seconds,
+                use_gpu=placement.device == "cuda",
+                resources_per_worker=placement.trainer_resources,
+            ),
+            run_config=ray.train.RunConfig(
+                # A name of its own for every attempt: resuming is our business, not that of Ray Train's state.
+                name=f"{job.run_name}-{uuid.uuid4().hex[:8]}",
+                storage_path=ray_train,
+                failure_config=FailureConfig(max_failures=job.config.cluster.max_trainer_failures),
+                callbacks=[_ControllerOnBoard(board)],
+            ),
+        )
+        fit = _FitThread(trainer)
+        fit.start()
         try:
-            trainer.fit()
-        except Exception as error:  # noqa: BLE001 (raised again in the main thread)
-            outcome["error"] = error
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    try:
-        return _watch(board, thread, outcome, watchers, placement)
-    finally:
-        pool.close()
-        if knn is not None:
-            ray.kill(knn)
-        if not thread.is_alive():
-            delete_folder(ray_train)
+            return _watch(board, fit, watchers, placement, stop)
+        finally:
+            fit.end(board)
+            if not fit.is_alive():
+                delete_folder(ray_train)
 
 
-def _watch(
-    board: Any,
-    thread: threading.Thread,
-    outcome: dict[str, Exception],
-    watchers: Watchers,
-    placement: Placement,
-) -> dict[str, Any]:
+def _unless_lost(action: Callable[..., None], *arguments: object) -> None:
+    """Call Ray to clean up, unless it would wait for processes that are gone."""
+    if not dead_processes():
+        action(*arguments)
+
+
+class _ControllerOnBoard(ControllerCallback):
+    """Runs in Ray Train's controller, and posts its handle, so that the driver can end it."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        self._board.post_controller.remote(ray.get_runtime_context().current_actor)
+
+
+class _FitThread(threading.Thread):
+    """Runs Ray Train, whose `fit` has no timeout and cannot be interrupted."""
+
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._trainer = trainer
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Train; keep the error for the driver's thread."""
+        try:
+            self._trainer.fit()
+        except Exception as error:  # noqa: BLE001 (raised again in the driver's thread)
+            self.error = error
+
+    def end(self, board: Any) -> None:
+        """Wait until `fit` has returned; make it return if the trainers do not end by themselves.
+
+        While a thread calls Ray, `ray.shutdown()` can crash the process.
+        """
+        self.join(timeout=_END_SECONDS)
+        if not self.is_alive() or dead_processes():
+            return
+        try:
+            controller = ray.get(board.read_controller.remote(), timeout=_END_SECONDS)
+            if controller is not None:
+                ray.kill(controller)  # its trainers end with it
+        except RayError as error:
+            logger.warning("Ray Train's controller could not be ended: %s", first_line(error))
+        self.join(timeout=_KILL_SECONDS)
+
+
+class _BoardReader:
+    """Reads the board; a Ray that does not answer blocks nobody."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+
+    def read(self, timeout_seconds: float) -> BoardContent | None:
+        """Return what is on the board; None: no answer yet."""
+        self._answer = self._answer or self._board.read.remote()
+        ready, _ = ray.wait([self._answer], timeout=timeout_seconds)
+        if not ready:
+            return None
+        answer, self._answer = self._answer, None
+        content: BoardContent = ray.get(answer)
+        return content
+
+
+def _watch(board: Any, fit: _FitThread, watchers: Watchers, placement: Placement, stop: StopRequest) -> dict[str, Any]:
     """Show what the board says until the trainers have ended."""
-    stop = _StopSignal()
     silence = _Silence(placement)
+    reader, ray_processes = _BoardReader(board), RayProcesses(stop)
     shown: Progress | None = None
-    with stop:
+    content: BoardContent | None = None
+    stop_was_sent = False
+    with stop_on_signals(stop):
         while True:
-            ended = not thread.is_alive()
-            content: BoardContent = ray.get(board.read.remote())
-            for message in content.messages:
-                watchers.show_message(message)
-            if content.progress is not None and content.progress != shown:
-                shown = content.progress
-                watchers.show_progress(shown)
-                silence.end(is_last=shown.steps_done >= shown.num_steps)
-            silence.mention(watchers.show_message)
-            if content.fatal is not None:
-                raise TrainingError(content.fatal)
-            if stop.asked and not stop.passed_on:
+            ended = not fit.is_alive()
+            if stop.is_asked and not stop_was_sent:
                 watchers.show_message("asked to stop: the trainers write a checkpoint after the step at hand")
-                ray.get(board.request_stop.remote())
-                stop.passed_on = True
-            if stop.asked and time.monotonic() > stop.deadline:
+                board.request_stop.remote()
+                stop_was_sent = True
+            try:
+                content = reader.read(_POLL_SECONDS)
+            except RayError:  # the board lives on this node, and ends with Ray
+                fit.join(timeout=_END_SECONDS)
+                ray_processes.check(patience_seconds=0.0)
+                raise
+            if content is not None:
+                for message in content.messages:
+                    watchers.show_message(message)
+                if content.progress is not None and content.progress != shown:
+                    shown = content.progress
+                    watchers.show_progress(shown)
+                    silence.end(is_last=shown.steps_done >= shown.num_steps)
+                if content.fatal is not None:
+                    raise TrainingError(content.fatal)
+                if ended:
+                    break
+            ray_processes.check()
+            silence.mention(watchers.show_message)
+            if stop.is_overdue:
                 raise StoppedError("stopped before the trainers had written a checkpoint; the last periodic one stands")
-            if ended:
-                break
-            thread.join(timeout=_POLL_SECONDS)
+            fit.join(timeout=_POLL_SECONDS)
     if content.summary is not None:
         return content.summary
-    if stop.asked:
+    if stop.is_asked:
         raise StoppedError("stopped behind a checkpoint; start the run again with its name to go on")
-    error = outcome.get("error")
-    if error is not None:
+    if fit.error is not None:
         raise StageError(
             f"the trainers failed more than cluster.max_trainer_failures times; start the run again with its name to go on "
-            f"from the last checkpoint. The last failure:\n{error}"
-        ) from error
+            f"from the last checkpoint. The last failure:\n{fit.error}"
+        ) from fit.error
     raise StageError("the trainers ended without a summary; see Ray's logs")
 
 
@@ -330,32 +431,6 @@ class _Silence:
             f"no step was done for {seconds:.0f} s. If trainers wait for room (`ray status`): each needs "
             f"{self._placement.trainer_resources}, free are {free}"
         )
-
-
-class _StopSignal:
-    """SIGTERM (`ray job stop`, 3 s before it kills) and the first Ctrl-C ask the run to stop; a second one ends it."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.passed_on = False
-        self.deadline = float("inf")
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._hear)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self.deadline = time.monotonic() + _STOP_PATIENCE_SECONDS
 
 
 def _trainer_main(settings: dict[str, Any]) -> None:
@@ -406,11 +481,11 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             "hvp_ray_worker_restarts": float(facts["num_worker_restarts"]),
         }
 
-    if world.rank == 0:
-        publisher.watch(cluster_numbers, every_seconds=_CLUSTER_NUMBERS_SECONDS)
-    if ray.get(board.read_fatal.remote()) is not None:
-        return  # another rank met an error that starting again does not mend; the driver knows
     try:
+        if ray.get(board.read_fatal.remote()) is not None:
+            return  # another rank met an error that starting again does not mend; the driver knows
+        if world.rank == 0:
+            publisher.watch(cluster_numbers, every_seconds=_CLUSTER_NUMBERS_SECONDS)
         summary = train_rank(
             job,
             world,

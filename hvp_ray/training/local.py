@@ -20,15 +20,22 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.online_knn import AnswerAtHand
 from hvp_ray.training.preparation import choose_renderer, draw_run_name, prepare_run
+from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.rank import train_rank
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
-    """Train without Ray; return the summary on rank 0, None on the others.
+def pretrain_in_process(
+    config: RunConfig, *, report_progress: ReportProgress = lambda _progress: False
+) -> dict[str, Any] | None:
+    """Train without Ray; return the summary on rank 0, None on the others and of a run that was stopped.
 
     Under torchrun every process calls this; `cluster.num_trainers` must be the number of processes.
+
+    Args:
+        config: the run.
+        report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
 
     Raises:
         ConfigError: the number of processes is another one, or the run cannot be prepared.
@@ -68,7 +75,7 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
         world,
         device,
         open_stream=open_stream,
-        report_progress=lambda _progress: False,
+        report_progress=report_progress,
         ask_knn=lambda snapshot: AnswerAtHand(evaluator.evaluate(snapshot)),
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 from hvp_ray.config import RendererName, RunConfig
 from hvp_ray.errors import ConfigError
-from hvp_ray.stream.capacity import room_for
+from hvp_ray.stream.capacity import MAX_AUTO_WORKERS, room_for
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
-MAX_AUTO_WORKERS = 64
 AUTO_DALI_WORKERS_PER_GPU = 1
 """A second one beside a trainer gave no more images per second on an H100 (docs/experiments.md)."""
 
@@ -77,19 +76,51 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     )
 
 
-def check_places(config: RunConfig, nodes: Sequence[Mapping[str, float]], placement: Placement) -> None:
+def place_in_part(
+    config: RunConfig,
+    total: Mapping[str, float],
+    free: Mapping[str, float],
+    *,
+    nodes: Sequence[Mapping[str, float]],
+    num_sharing: int = 1,
+) -> Placement:
+    """Fit the run to the cluster, or to an equal part of it if several such runs share the cluster.
+
+    Args:
+        config: the run.
+        total: Ray resource -> amount of the whole cluster.
+        free: the same, of what nobody has reserved.
+        nodes: the same, of every node.
+        num_sharing: how many runs share the cluster, this one included.
+
+    Raises:
+        ConfigError: the cluster, or the part, has too little; the message has the numbers.
+    """
+    if num_sharing > 1:
+        # What the other runs have reserved by now says nothing about the part of this one.
+        total = free = {name: amount / num_sharing for name, amount in total.items()}
+    placement = decide_placement(config, total, free)
+    check_places(config, nodes, placement, num_sharing=num_sharing)
+    return placement
+
+
+def check_places(
+    config: RunConfig, nodes: Sequence[Mapping[str, float]], placement: Placement, *, num_sharing: int = 1
+) -> None:
     """Check that the trainers fit on single nodes, not only on all of them together: else Ray waits without a word.
 
     Args:
         config: the run.
         nodes: Ray resource -> amount, of every node.
         placement: what a trainer reserves.
+        num_sharing: how many runs like this one are to fit.
 
     Raises:
         ConfigError: too few nodes are large enough.
     """
     cluster, needs = config.cluster, placement.trainer_resources
-    needed, places = cluster.min_trainers or cluster.num_trainers, sum(room_for(node, needs) for node in nodes)
+    needed = (cluster.min_trainers or cluster.num_trainers) * num_sharing
+    places = sum(room_for(node, needs) for node in nodes)
     if places >= needed or cluster.placement == "labels":  # labels: nodes may be added
         return
     beside = (

@@ -1,18 +1,33 @@
-"""Environment of Ray, set before it is imported: authentication always explicit, telemetry off.
+"""Environment of Ray, set before it is imported: authentication always explicit, telemetry off, folders that work.
 
-Ray 2.60 has three different defaults for token authentication, depending on who starts what; here it is always said.
+Ray 2.60 has three different defaults for token authentication, depending on who starts what; here it is always said. A
+container may run under a user id that has no account and no home folder, and a scheduler may set a TMPDIR that is too long
+for Ray's sockets; libraries fail on both with tracebacks.
 """
 
 import os
+import pwd
 import secrets
+import stat
+import tempfile
 from pathlib import Path
 
+from hvp_ray.errors import ConfigError
+
 _TOKEN_PATH = Path("~/.ray/auth_token")
+_LONGEST_TEMPORARY_FOLDER = 41
+"""Characters; Ray appends up to 66 for a socket, and the system allows 107."""
 
 
 def prepare_ray_environment() -> None:
-    """Set what is not set yet; call before `import ray`."""
-    joins = "RAY_ADDRESS" in os.environ
+    """Set what is not set yet; call before `import ray`.
+
+    Raises:
+        ConfigError: there is no folder for Ray's files.
+    """
+    prepare_home()
+    _shorten_temporary_folder()
+    joins = bool(os.environ.get("RAY_ADDRESS"))
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token" if not joins or _has_token() else "disabled"
     if not joins and os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
@@ -22,6 +37,59 @@ def prepare_ray_environment() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def prepare_home() -> None:
+    """Name a user and a home folder if the user id has no account, or HOME cannot be read.
+
+    Raises:
+        ConfigError: see `_private_folder`.
+    """
+    user = os.getuid()
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        os.environ.setdefault("USER", f"uid-{user}")  # what `getpass` reads before it asks for the account
+    try:
+        home = Path.home()
+    except RuntimeError:  # neither HOME nor an account
+        home = Path("/")
+    if home == Path("/") or not os.access(home, os.R_OK | os.X_OK):
+        os.environ["HOME"] = str(_private_folder())
+
+
+def _private_folder() -> Path:
+    """Return a folder for what belongs into a home folder.
+
+    Raises:
+        ConfigError: another user has taken its name.
+    """
+    folder = Path(tempfile.gettempdir()) / f"hvp_ray-home-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise ConfigError(
+            f"there is no home folder that can be used, and {folder} belongs to another user; set HOME to a folder of yours"
+        )
+    return folder
+
+
+def _shorten_temporary_folder() -> None:
+    """Let Ray use /tmp if TMPDIR is too long for its sockets; everything else stays in TMPDIR.
+
+    Raises:
+        ConfigError: /tmp cannot be written.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "")
+    if len(os.fsencode(folder)) <= _LONGEST_TEMPORARY_FOLDER:
+        return
+    if name == "RAY_TMPDIR" or not os.access("/tmp", os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{name}={folder} is too long for Ray's sockets; set RAY_TMPDIR to a folder of at most "
+            f"{_LONGEST_TEMPORARY_FOLDER} characters"
+        )
+    os.environ["RAY_TMPDIR"] = "/tmp"
 
 
 def _has_token() -> bool:
@@ -34,7 +102,11 @@ def _has_token() -> bool:
 def _write_token() -> None:
     """Make a token that only this account can read; Ray itself would make one that everybody can read."""
     path = _TOKEN_PATH.expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # the home folder is read-only
+        path = _private_folder() / "auth_token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))

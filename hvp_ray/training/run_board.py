@@ -27,6 +27,7 @@ class RunBoard:
     def __init__(self) -> None:
         self._content = BoardContent()
         self._stop = False
+        self._controller: Any = None
 
     def post_progress(self, progress: Progress) -> bool:
         """Take progress from rank 0; return whether the run shall stop."""
@@ -48,6 +49,14 @@ class RunBoard:
     def request_stop(self) -> None:
         """Ask the trainers to stop at the next step."""
         self._stop = True
+
+    def post_controller(self, controller: Any) -> None:
+        """Take the handle of Ray Train's controller from the controller itself."""
+        self._controller = controller
+
+    def read_controller(self) -> Any:
+        """Return the handle of Ray Train's controller; None: it has not started."""
+        return self._controller
 
     def read_fatal(self) -> str | None:
         """Return the error that ended the run, if there is one."""

@@ -80,6 +80,7 @@ def sources(tmp_path: Path) -> Iterator[Path]:
         (["--recipe", "other"], "--recipe is set by the first argument"),
         (["--method.backbone.name", "resnet19"], "not known to timm"),
         (["--training.initial_weights", "{}/absent"], "there is no file"),
+        (["--cluster.batches_in_flight", "100000000"], "set cluster.batches_in_flight="),
     ],
 )
 def test_is_refused_with_a_sentence_before_anything_starts(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from hvp_ray.comparison.report import write_report
 from hvp_ray.comparison.study import open_study
@@ -17,6 +19,8 @@ from hvp_ray.training.local import pretrain_in_process
 from pipelines.command_line import parse_run
 from pipelines.compare import main
 from tests.helpers import resolved_of
+from tests.ray.runs import recorded_steps
+from tests.ray.view_worker_processes import wait_until
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -148,6 +152,37 @@ def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
     state = json.loads(experiment.tags["mlflow.sharedViewState.c"])
     assert state["groupBy"]["groupByKeys"] == [{"mode": "tag", "groupByData": "trained_views"}]
     assert report["result"] in experiment.tags["mlflow.note.content"]
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("views", ["inline", "workers"])
+def test_runs_side_by_side_are_all_placed_and_an_interrupt_stops_them_after_a_checkpoint(
+    tmp_path: Path, views: str
+) -> None:
+    """The session's Ray has 8 CPUs. Three of a view worker and one of a trainer fit twice, if each run takes its part."""
+    changed = {"training.epochs": "100000", "training.checkpoint_every_steps": "1000000", "tracking.uri": "none"}
+    changed |= {"tracking.knn_every_epochs": "100000", "cluster.cpus_per_view_worker": "3.0"}
+    words = [word for name, value in changed.items() for word in (f"--{name}", value)]
+    own = ["--comparison", "c", "--views", views, "--seeds", "0", "--arms", "vanilla", "hardest", "--parallel", "2"]
+    runs = [tmp_path / f"c-{arm}-s0" for arm in ("vanilla", "hardest")]
+    program = subprocess.Popen(
+        [sys.executable, "pipelines/compare.py", *_options(tmp_path), *words, *own],
+        cwd=ROOT,
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(lambda: all(map(recorded_steps, runs)) or program.poll() is not None, "steps of both runs")
+    program.send_signal(signal.SIGINT)
+    printed = program.communicate()[0]
+    assert program.returncode == 130, printed
+    assert "the same command goes on" in printed
+    assert "Traceback" not in printed
+    for run in runs:
+        assert not (run / "summary.json").exists()
+        (manifest,) = (run / "checkpoints").glob("step-*/manifest.json")
+        assert int(manifest.parent.name.removeprefix("step-")) == recorded_steps(run)[-1]
 
 
 @pytest.mark.parametrize(

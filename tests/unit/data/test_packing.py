@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -125,6 +126,18 @@ def _with_damage(folder: Path, to: Path, indices: list[int]) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(b"no image" if int(path.stem) in indices else path.read_bytes())
     return to
+
+
+def test_other_processes_of_the_caller_survive(images: list[bytes], tmp_path: Path) -> None:
+    small = write_folder(tmp_path / "folder", images[:20])
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    other.start()
+    pack_here(small, tmp_path / "shards", num_workers=1)
+    other.join(timeout=0.5)  # a signal that was sent has arrived by then
+    survived = other.is_alive()
+    other.kill()
+    other.join()
+    assert survived
 
 
 def test_unreadable_images_are_left_out_listed_and_counted(folder: Path, images: list[bytes], tmp_path: Path) -> None:

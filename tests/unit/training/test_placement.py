@@ -8,7 +8,7 @@ import pytest
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.placement import Placement, check_places, decide_placement, lacks_a_label
+from hvp_ray.training.placement import Placement, check_places, decide_placement, lacks_a_label, place_in_part
 
 RECIPE = get_recipe("simsiam-digits")
 
@@ -160,3 +160,27 @@ def test_trainers_must_fit_on_single_nodes() -> None:
         check_places(pixels, nodes, placement)
     check_places(pixels, [{"CPU": 2.0, "trainer": 1.0}], placement)
     check_places(_config(ship="pixels", placement="labels"), nodes, placement)  # such a node may be added
+
+
+def test_runs_that_share_a_cluster_fit_it_together() -> None:
+    """The free resources are those that the first of them sees, or the last one: each decides for its own part."""
+    total, nodes = {"CPU": 64.0, "GPU": 4.0}, [{"CPU": 64.0, "GPU": 4.0}]
+    config = _config(device="cuda", num_view_workers="auto")
+    for free in (total, {"CPU": 1.0}):
+        placement = place_in_part(config, total, free, nodes=nodes, num_sharing=4)
+        assert placement.num_view_workers == 15
+        assert placement.trainer_resources == {"CPU": 1.0, "GPU": 1.0}
+    with pytest.raises(ConfigError, match=r"needs 1 GPU\(s\)"):
+        place_in_part(config, total, total, nodes=nodes, num_sharing=5)
+    dali = _config(device="cuda", renderer="dali-gpu", num_view_workers="auto")
+    placement = place_in_part(dali, total, total, nodes=nodes, num_sharing=4)
+    of_run = placement.trainer_resources["GPU"] + placement.num_view_workers * placement.view_worker_resources["GPU"]
+    assert 4 * of_run <= 4.0 + 1e-6
+
+
+def test_trainers_of_all_runs_that_share_a_cluster_must_fit_on_single_nodes() -> None:
+    nodes = [{"CPU": 3.0}, {"CPU": 3.0}]
+    config = _config(num_view_workers=1, cpus_per_trainer=2.0)
+    place_in_part(config, {"CPU": 6.0}, {"CPU": 6.0}, nodes=nodes, num_sharing=2)
+    with pytest.raises(ConfigError, match=r"3 trainer\(s\) are needed, .* room for 2"):
+        place_in_part(config, {"CPU": 9.0}, {"CPU": 9.0}, nodes=nodes, num_sharing=3)

@@ -1,0 +1,151 @@
+"""Connect this process to Ray: join the cluster that RAY_ADDRESS names, or start a Ray on this machine.
+
+Every program that needs Ray comes through here, so that a missing cluster or a small machine is one sentence and no
+traceback of Ray's. Call `training.ray_environment.prepare_ray_environment` before this module is imported.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc  # type: ignore[import-untyped]
+import ray
+from ray._common.utils import get_default_ray_temp_dir
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayError
+
+from hvp_ray.errors import ConfigError, first_line
+
+_VITAL_PROCESSES = {"gcs_server", "raylet"}
+_HEAD_SECONDS = 30.0
+"""A head that is being started answers within this time; Ray itself would wait for a dead one for 15 minutes."""
+
+
+@dataclass(slots=True)
+class _Connection:
+    """What this process did about Ray."""
+
+    is_ours: bool = False
+    """Made here, so ended here."""
+    is_abandoned: bool = False
+
+
+_connection = _Connection()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalRay:
+    """Size of a Ray that is started on this machine."""
+
+    num_cpus: int
+    """CPUs that Ray hands out; may be more than the machine has."""
+    object_store_bytes: int
+
+
+def joins_cluster() -> bool:
+    """Return whether the environment names a cluster to join."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
+    """Use the Ray of this process, or join the cluster of RAY_ADDRESS, or start a local one.
+
+    Args:
+        size_of_local: called only if a local Ray is started; raises ConfigError if the machine is too small.
+
+    Returns:
+        Whether there was a cluster already.
+
+    Raises:
+        ConfigError: the cluster does not answer, or the local Ray does not start.
+    """
+    if ray.is_initialized():
+        return True
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    if joins_cluster():
+        address = os.environ["RAY_ADDRESS"]
+        try:
+            _wait_for_head(address)
+            ray.init(**quiet)
+        except (RayError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start its head, correct the "
+                f"address, or unset RAY_ADDRESS to start a Ray on this machine"
+            ) from error
+        _connection.is_ours = True
+        return True
+    local = size_of_local()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=local.num_cpus,
+            object_store_memory=local.object_store_bytes,
+            include_dashboard=False,
+            **quiet,
+        )
+    except (RayError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"Ray could not be started on this machine: {first_line(error)}; see its logs in "
+            f"{get_default_ray_temp_dir()}/session_latest/logs"
+        ) from error
+    _connection.is_ours = True
+    return False
+
+
+def dead_processes() -> list[str]:
+    """Return which processes of a Ray that was started here have ended: their names in Ray."""
+    node = ray._private.worker._global_node
+    return [] if not _connection.is_ours or node is None else [kind for kind, _ in node.dead_processes()]
+
+
+def is_ray_lost() -> bool:
+    """Return whether a Ray that was started here cannot work any more."""
+    return not _VITAL_PROCESSES.isdisjoint(dead_processes())
+
+
+def end_ray(*, threads_have_ended: bool = True) -> None:
+    """Disconnect, and end a Ray that was started here; a connection that another part of the program made stays.
+
+    `ray.shutdown()` waits for minutes for processes that are gone, and crashes this process if a thread still calls Ray. In
+    these cases the processes are killed, and the program has to end without clean-up, see `is_abandoned`.
+    """
+    if not _connection.is_ours:
+        return
+    is_safe = threads_have_ended and not dead_processes()
+    _connection.is_ours = False
+    if is_safe:
+        ray.shutdown()
+        return
+    _connection.is_abandoned = True
+    node = ray._private.worker._global_node
+    if node is not None:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
+def is_abandoned() -> bool:
+    """Return whether Ray could not be ended properly, so that its clean-up at exit has to be skipped (`os._exit`)."""
+    return _connection.is_abandoned
+
+
+def _wait_for_head(address: str) -> None:
+    """Wait until the head's GCS speaks gRPC; an open port alone may belong to a head that hangs.
+
+    Raises:
+        ConnectionError: nobody answers, or no cluster runs here.
+        ValueError: `address` is no address.
+    """
+    if address.startswith("ray://"):
+        return  # Ray's client has a timeout of its own
+    head = canonicalize_bootstrap_address(address)
+    if head is None:
+        raise ConnectionError("no cluster was started on this machine")
+    channel = init_grpc_channel(head, options=GLOBAL_GRPC_OPTIONS)
+    try:
+        grpc.channel_ready_future(channel).result(timeout=_HEAD_SECONDS)
+    except grpc.FutureTimeoutError as error:
+        raise ConnectionError(f"no answer from {head} within {_HEAD_SECONDS:.0f} s") from error
+    finally:
+        channel.close()
