@@ -146,7 +146,7 @@ def read_trained_on(run_dir: Path, config: RunConfig) -> TrainedOn:
     Raises:
         CheckpointError: config.json is damaged.
     """
-    fingerprint = _read_entry(run_dir, "identity").get("data fingerprint")
+    fingerprint = _read_entry(run_dir, "identity").get("training data")
     if not isinstance(fingerprint, str):
         raise CheckpointError(f"{run_dir / 'config.json'} has no fingerprint of the images of the run")
     return TrainedOn(data=config.data, fingerprint=fingerprint)

@@ -44,7 +44,8 @@ class Dataset:
             window = min(self.shuffle_window_images(config), len(self.training_ids))
             order = f"{len(block_starts)} blocks {_digest(block_starts)}, windows of {window} images"
         return {
-            "training data": f"{self.source.num_samples} images {self.fingerprint()}",
+            "training data": self.fingerprint(),
+            "training source": f"{self.source.num_samples} images",
             "training images": f"{len(self.training_ids)} images {_digest(self.training_ids)}",
             "training order": order,
         }

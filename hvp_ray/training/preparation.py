@@ -246,7 +246,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
     """
     dataset = _open_checked(config)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
-    fingerprint = dataset.fingerprint()
+    fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)
     output = output_location(config)
     name = config.run.name or draw_run_name(config)

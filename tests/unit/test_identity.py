@@ -47,6 +47,7 @@ CHANGES: dict[str, Any] = {
     "data.max_row_group_mib": 1,
     "data.label_column": "coarse_label",
     "views.evaluation_resize_px": 12,
+    "views.evaluation_interpolation": "bicubic",
     "training.checkpoint_every_steps": 3,
     "training.keep_checkpoints": 1,
     "training.initial_weights": "WEIGHTS",
@@ -181,7 +182,7 @@ def test_every_field_is_classified_and_all_that_is_not_compared_by_value_is_trie
     fields = _fields(get_recipe(recipe))
     by_value = {name for name in fields if effect_of(name) is Effect.WEIGHTS}
     assert set(fields) - by_value == set(CHANGES)
-    with pytest.raises(LookupError, match=r"cluster\.new_field has no effect in hvp_ray/identity\.py"):
+    with pytest.raises(LookupError, match=r"identity\.py does not classify the config field cluster\.new_field"):
         effect_of("cluster.new_field")
 
 
