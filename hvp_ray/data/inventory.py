@@ -64,8 +64,9 @@ class DataInventory:
         return [first + use, *rest, *test]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return dataclasses.asdict(self)
+        """Return plain values, as JSON has them: lists for tuples."""
+        plain = lambda fields: {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
+        return dataclasses.asdict(self, dict_factory=plain)
 
 
 def take_inventory(dataset: Dataset, config: DataConfig) -> DataInventory:
