@@ -182,7 +182,7 @@ def test_runs_side_by_side_are_all_placed_and_an_interrupt_stops_them_after_a_ch
     for run in runs:
         assert not (run / "summary.json").exists()
         (manifest,) = (run / "checkpoints").glob("step-*/manifest.json")
-        assert int(manifest.parent.name.removeprefix("step-")) == recorded_steps(run)[-1]
+        assert int(manifest.parent.name.removeprefix("step-")) >= recorded_steps(run)[-1]
 
 
 @pytest.mark.parametrize(
