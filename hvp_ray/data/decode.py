@@ -5,6 +5,7 @@ Orientation tags are applied; alpha is dropped; palettes, grey, CMYK and 16-bit 
 animation the first frame is taken. Anything that cannot be decoded raises `UnreadableImageError`.
 """
 
+import dataclasses
 import io
 import warnings
 from collections.abc import Iterator
@@ -14,21 +15,22 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from hvp_ray.data.image_limits import (
     JpegHeader,
     check_bytes,
-    check_exif,
     check_opened,
     check_scans,
     has_late_metadata,
+    has_too_many_entries,
     read_jpeg_header,
 )
 from hvp_ray.errors import UnreadableImageError, first_line
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_HEADER_SEARCH_BYTES = 65_536
+_EXIF = b"Exif\x00\x00"
+_MAX_EXIF_BYTES = 65_536
 _ROWS_PER_BLOCK_PIXELS = 2**20
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
 """Formats that PIL may open: plain images only, none that runs another program."""
@@ -39,6 +41,8 @@ class _Header:
     height: int
     width: int
     is_plain_jpeg: bool
+    image: bytes
+    """What to decode: the bytes, without an EXIF block that has too many entries."""
 
 
 def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -58,9 +62,9 @@ def decode_rgb(image: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
         UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
     """
     header = _read_header(image, max_pixels)
-    pixels = _decode_plain_jpeg(image) if header.is_plain_jpeg else None
+    pixels = _decode_plain_jpeg(header.image) if header.is_plain_jpeg else None
     if pixels is None:
-        pixels = _decode_with_pil(image, max_pixels)
+        pixels = _decode_with_pil(header.image, max_pixels)
     if pixels.shape != (header.height, header.width, 3):
         raise UnreadableImageError(
             f"the header says {header.width} x {header.height} px, decoding gives {pixels.shape}"
@@ -72,13 +76,16 @@ def is_plain_jpeg(image: bytes) -> bool:
     """Tell whether the image is an upright grey or colour JPEG, which every JPEG decoder treats alike."""
     try:
         jpeg = _read_jpeg_header(image)
-        return jpeg is not None and _jpeg_size(image, jpeg) is not None
     except UnreadableImageError:
         return False
+    return jpeg is not None and not _has_excessive_exif(image, jpeg) and _jpeg_size(image, jpeg) is not None
 
 
 def _read_header(image: bytes, max_pixels: int) -> _Header:
     jpeg = _read_jpeg_header(image)
+    if jpeg is not None and _has_excessive_exif(image, jpeg):
+        front = image[: jpeg.first_scan].replace(_EXIF, bytes(len(_EXIF)))
+        image, jpeg = front + image[jpeg.first_scan :], dataclasses.replace(jpeg, exif=None)
     size = None if jpeg is None else _jpeg_size(image, jpeg)
     height, width = size or _pil_size(image, max_pixels)
     if height < 1 or width < 1:
@@ -87,21 +94,20 @@ def _read_header(image: bytes, max_pixels: int) -> _Header:
         raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
     if jpeg is not None:
         check_scans(image, jpeg, num_pixels=height * width, max_pixels=max_pixels)
-    return _Header(height=height, width=width, is_plain_jpeg=size is not None)
+    return _Header(height=height, width=width, is_plain_jpeg=size is not None, image=image)
 
 
 def _read_jpeg_header(image: bytes) -> JpegHeader | None:
-    if not image.startswith(_JPEG_MAGIC):
-        return None
-    header = read_jpeg_header(image)
-    if header is not None and header.exif is not None:
-        check_exif(image[header.exif : header.exif + _HEADER_SEARCH_BYTES])
-    return header
+    return read_jpeg_header(image) if image.startswith(_JPEG_MAGIC) else None
+
+
+def _has_excessive_exif(image: bytes, header: JpegHeader) -> bool:
+    return header.exif is not None and has_too_many_entries(image[header.exif : header.exif + _MAX_EXIF_BYTES])
 
 
 def _jpeg_size(image: bytes, header: JpegHeader) -> tuple[int, int] | None:
     """Return (height, width) of a JPEG that simplejpeg may decode; None: PIL decides."""
-    if header.exif is not None and header.exif <= _HEADER_SEARCH_BYTES and _has_orientation(image):
+    if header.exif is not None and _has_orientation(image):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
@@ -134,7 +140,7 @@ def _quiet_pil() -> Iterator[None]:
         yield
 
 
-def _open(image: bytes, max_pixels: int) -> Image.Image:
+def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not image:
         raise UnreadableImageError(
             "there are no bytes: an empty file (0 bytes), a null, or more than data.max_image_mib"
@@ -165,20 +171,20 @@ def _pil_size(image: bytes, max_pixels: int) -> tuple[int, int]:
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _orientation(opened: Image.Image, image: bytes) -> int:
-    """Return the orientation tag; 1: upright, or no tag that can be read."""
+def _orientation(opened: ImageFile.ImageFile, image: bytes) -> int:
+    """Return the orientation tag that decoding does not apply by itself; 1: upright, or no tag that can be read."""
+    if isinstance(opened, TiffImagePlugin.TiffImageFile) and ExifTags.Base.Orientation in opened.tag_v2:
+        return 1  # the size is that of the upright image already
     try:
         if opened.format == "PNG" and has_late_metadata(image):
             opened.load()
         for name in ("exif", "Raw profile type exif"):
             block = opened.info.get(name)
-            if block:
-                check_exif(block if isinstance(block, bytes) else _from_hex(block))
+            if block and has_too_many_entries(block if isinstance(block, bytes) else _from_hex(block)):
+                del opened.info[name]
         # PIL's own `PngImageFile.getexif` would decode every PNG without EXIF.
         exif = Image.Image.getexif(opened) if opened.format == "PNG" else opened.getexif()
         orientation: int = exif.get(ExifTags.Base.Orientation, 1)
-    except UnreadableImageError:
-        raise
     except Exception:  # noqa: BLE001 (a damaged EXIF block does not make pixels unreadable)
         return 1
     return orientation
@@ -192,6 +198,8 @@ def _from_hex(profile: str) -> bytes:
 def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
     with _quiet_pil(), _open(image, max_pixels) as opened:
         try:
+            opened.load()
+            _orientation(opened, image)  # drops EXIF that would be slow to read
             ImageOps.exif_transpose(opened, in_place=True)
             return _to_rgb(opened)
         except UnreadableImageError:
