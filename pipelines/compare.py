@@ -163,6 +163,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.step_cost import StepCost
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.training.intensity_check import check_intensities
     from hvp_ray.training.preparation import check_before_start, output_folder, with_absolute_paths
     from hvp_ray.training.rank import build_order
 
@@ -172,6 +173,9 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         check_before_start(arm.configure(base))
     dataset = open_dataset(base.data)
     check_labels(base, dataset)
+    remark = check_intensities(base.data, dataset)
+    if remark is not None:
+        say(remark)
     device = connect(base)
 
     def measure(arms: list[str]) -> dict[str, StepCost]:

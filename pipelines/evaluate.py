@@ -88,6 +88,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--protocol", nargs="+", default=["knn"], choices=[*PROTOCOLS, "all"], help="default: knn")
     add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
     add("--test-data", metavar="SOURCE", help="test images; default: a fixed part of the data that is held out")
+    add("--intensity-range", nargs=2, type=float, metavar=("BLACK", "WHITE"),
+        help="of images with more than 8 bits a channel; default: the run's data.intensity_range")  # fmt: skip
     add("--num-images", type=count, metavar="N", help="at most N training images; default: all")
     add("--num-test-images", type=count, metavar="N", help="at most N test images; default: all")
     add("--neighbours", nargs="+", type=count, default=[10, 20, 100, 200], metavar="K", help="default: 10 20 100 200")
@@ -128,6 +130,8 @@ def choose_data(config: DataConfig, options: argparse.Namespace) -> DataConfig:
         )
     if options.test_data is not None:
         config = dataclasses.replace(config, test_source=options.test_data)
+    if options.intensity_range is not None:
+        config = dataclasses.replace(config, intensity_range=tuple(options.intensity_range))
     return config
 
 
@@ -157,6 +161,7 @@ class Evaluation:
     def __init__(self, run_dir: Path, config: RunConfig, options: argparse.Namespace) -> None:
         from hvp_ray.evaluation.features import check_last_blocks
         from hvp_ray.methods.backbones import load_exported_backbone
+        from hvp_ray.training.intensity_check import check_intensities
         from hvp_ray.training.preparation import with_absolute_paths
 
         data = choose_data(config.data, options)
@@ -167,7 +172,11 @@ class Evaluation:
         self.cache_dir = run_dir / "features"
         self.backbone = load_exported_backbone(self.backbone_path)
         check_last_blocks(self.backbone, options.last_blocks)
-        self.training, self.test = choose_images(open_dataset(self.data), options)
+        dataset = open_dataset(self.data)
+        remark = check_intensities(self.data, dataset, option="--intensity-range")
+        if remark is not None:
+            say(remark)
+        self.training, self.test = choose_images(dataset, options)
         self.num_classes = len(np.unique(self.training.labels(self.training.sample_ids)))
 
     def describe(self) -> str:
@@ -269,7 +278,11 @@ class Evaluation:
 
         try:
             pixels, readable = load_evaluation_pixels(
-                images.source, images.sample_ids, self.views, max_image_pixels=self.data.max_image_pixels
+                images.source,
+                images.sample_ids,
+                self.views,
+                max_image_pixels=self.data.max_image_pixels,
+                intensity_range=self.data.intensity_range,
             )
         except OSError as error:
             raise DataError(f"the {part} images cannot be read: {error}") from error

@@ -1,8 +1,9 @@
 """Encoded bytes -> upright RGB pixels, and the header before that.
 
 JPEG goes through libjpeg-turbo (simplejpeg), everything else, and every JPEG that it does not take, through PIL.
-Orientation tags are applied; alpha is dropped; palettes, grey, CMYK and 16-bit images become 8-bit RGB; of an
-animation the first frame is taken. Anything that cannot be decoded raises `UnreadableImageError`.
+Orientation tags are applied; alpha is dropped; palettes, grey and CMYK become 8-bit RGB; of an animation the first frame is
+taken. Images with more than 8 bits a channel are scaled by a range of intensities (`intensity.py`), and refused without
+one. Anything that cannot be decoded raises `UnreadableImageError`.
 """
 
 import dataclasses
@@ -24,8 +25,11 @@ from hvp_ray.data.image_limits import (
     check_scans,
     has_late_metadata,
     has_too_many_entries,
+    jpeg_frame,
     read_jpeg_header,
 )
+from hvp_ray.data.intensity import Intensities, IntensityRange, decode_intensities, kind_of_intensities
+from hvp_ray.data.unread_formats import describe_unread, unread_jpeg
 from hvp_ray.errors import UnreadableImageError, first_line
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
@@ -55,30 +59,75 @@ def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
     return header.height, header.width
 
 
-def decode_rgb(image: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange | None = None) -> NDArray[np.uint8]:
     """Decode to upright RGB, [H, W, 3] uint8, contiguous.
+
+    Args:
+        image: encoded.
+        max_pixels: images with more are refused.
+        intensity_range: black and white of images with more than 8 bits a channel (`data.intensity_range`). None: such
+            images are refused, after they were decoded.
 
     Raises:
         UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
     """
-    header = _read_header(image, max_pixels)
-    pixels = _decode_plain_jpeg(header.image) if header.is_plain_jpeg else None
-    if pixels is None:
-        pixels = _decode_with_pil(header.image, max_pixels)
-    if pixels.shape != (header.height, header.width, 3):
+    decoded = _decode(image, max_pixels)
+    if not isinstance(decoded, Intensities):
+        return decoded
+    if intensity_range is None:
         raise UnreadableImageError(
-            f"the header says {header.width} x {header.height} px, decoding gives {pixels.shape}"
+            f"it holds {decoded.kind}, and nothing says which values are black and white; set data.intensity_range"
         )
-    return pixels
+    return decoded.to_levels(intensity_range)
+
+
+def read_intensities(image: bytes, *, max_pixels: int) -> Intensities | None:
+    """Decode an image with more than 8 bits a channel, in its own units; None: it has 8 bits or fewer, by its header.
+
+    Raises:
+        UnreadableImageError: as `decode_rgb`.
+    """
+    if image.startswith(_JPEG_MAGIC):
+        return None
+    with _quiet_pil(), _open(image, max_pixels) as opened:
+        if kind_of_intensities(opened, image) is None:
+            return None
+    decoded = _decode(image, max_pixels)
+    return decoded if isinstance(decoded, Intensities) else None
+
+
+def check_decodes(image: bytes, *, max_pixels: int) -> None:
+    """Decode an image to see that it can be; which intensities are black and white does not matter.
+
+    Raises:
+        UnreadableImageError: as `decode_rgb`.
+    """
+    _decode(image, max_pixels)
+
+
+def _decode(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
+    header = _read_header(image, max_pixels)
+    decoded: NDArray[np.uint8] | Intensities | None = None
+    if header.is_plain_jpeg:
+        decoded = _decode_plain_jpeg(header.image)
+    if decoded is None:
+        decoded = _decode_with_pil(header.image, max_pixels)
+    shape = decoded.values.shape if isinstance(decoded, Intensities) else decoded.shape
+    if shape[:2] != (header.height, header.width):
+        raise UnreadableImageError(f"the header says {header.width} x {header.height} px, decoding gives {shape}")
+    return decoded
 
 
 def is_plain_jpeg(image: bytes) -> bool:
-    """Tell whether the image is an upright grey or colour JPEG, which every JPEG decoder treats alike."""
+    """Tell whether the image is an upright grey or colour JPEG of 8 bits, which every JPEG decoder treats alike."""
     try:
         jpeg = _read_jpeg_header(image)
     except UnreadableImageError:
         return False
-    return jpeg is not None and not _has_excessive_exif(image, jpeg) and _jpeg_size(image, jpeg) is not None
+    if jpeg is None or _has_excessive_exif(image, jpeg) or _jpeg_size(image, jpeg) is None:
+        return False
+    frame = jpeg_frame(image)
+    return frame is not None and frame[1] == 8
 
 
 def _read_header(image: bytes, max_pixels: int) -> _Header:
@@ -156,7 +205,7 @@ def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
         size = first_line(error).split(" exceeds")[0]
         raise UnreadableImageError(f"{size} is more than data.max_image_pixels={max_pixels}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError("not an image: the bytes have no known format") from error
+        raise UnreadableImageError(describe_unread(image)) from error
     except Exception as error:
         raise UnreadableImageError(f"not an image that can be decoded: {first_line(error)}") from error
     return opened
@@ -195,9 +244,12 @@ def _from_hex(profile: str) -> bytes:
     return bytes.fromhex("".join(profile.split("\n")[3:]))
 
 
-def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
     with _quiet_pil(), _open(image, max_pixels) as opened:
         try:
+            kind = kind_of_intensities(opened, image)
+            if kind is not None:
+                return decode_intensities(opened, image, kind, orientation=_orientation(opened, image))
             opened.load()
             _orientation(opened, image)  # drops EXIF that would be slow to read
             ImageOps.exif_transpose(opened, in_place=True)
@@ -205,7 +257,8 @@ def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
         except UnreadableImageError:
             raise
         except Exception as error:
-            raise UnreadableImageError(f"cannot be decoded: {first_line(error)}") from error
+            reason = unread_jpeg(image) or f"cannot be decoded: {first_line(error)}"
+            raise UnreadableImageError(reason) from error
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -221,10 +274,6 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _block_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):  # 16 bits of grey; PIL's own conversion would clip to 255
-        values = np.asarray(image).astype(np.int64)
-        grey = (np.clip(values, 0, 65_535) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -36,6 +36,7 @@ _MAX_JPEG2000_SEGMENTS = 10_000
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_JPEG_LS_FRAME = 0xF7
 _SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
 _WITHOUT_LENGTH = frozenset({0x01, _SOI, *range(0xD0, 0xD8)})
 _NEXT_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])")
@@ -125,6 +126,19 @@ def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels
         f"a JPEG of more than {limit} scans: at most {MAX_SCANS}, and {MAX_SCANNED_PIXELS_FACTOR} x data.max_image_pixels "
         f"in all scans together"
     )
+
+
+def jpeg_frame(image: bytes) -> tuple[int, int] | None:
+    """Return marker and bits a channel of a JPEG's frame; None: there is no complete one among its first segments."""
+    position = 2
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        found = _NEXT_SEGMENT.search(image, position)
+        if found is None or found.end() + 3 > len(image) or found[1][0] in (_SOS, _EOI):
+            return None
+        if found[1][0] in _FRAMES or found[1][0] == _JPEG_LS_FRAME:
+            return found[1][0], image[found.end() + 2]
+        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+    return None
 
 
 def has_too_many_entries(block: bytes) -> bool:

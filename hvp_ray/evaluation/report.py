@@ -1,6 +1,7 @@
 """The k-NN at the end of a run: trained encoder against untrained encoder and raw pixels."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,11 +38,14 @@ def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
     query_ids = _labelled(dataset.test_source, dataset.test_ids, limit)
     if not len(bank_ids) or not len(query_ids):
         return None
-    max_pixels = config.data.max_image_pixels
-    bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, max_image_pixels=max_pixels)
-    queries, query_ids = load_evaluation_pixels(
-        dataset.test_source, query_ids, config.views, max_image_pixels=max_pixels
+    load = partial(
+        load_evaluation_pixels,
+        views=config.views,
+        max_image_pixels=config.data.max_image_pixels,
+        intensity_range=config.data.intensity_range,
     )
+    bank, bank_ids = load(dataset.source, bank_ids)
+    queries, query_ids = load(dataset.test_source, query_ids)
     if not len(bank_ids) or not len(query_ids):
         return None
     return KnnData(

@@ -45,6 +45,7 @@ from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.placement import MAX_AUTO_WORKERS, Placement, check_places, decide_placement, lacks_a_label
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
@@ -99,9 +100,11 @@ def launch(config: RunConfig, watchers: Watchers) -> tuple[dict[str, Any], RunJo
     """
     config = with_absolute_paths(config)
     check_before_start(config)
-    decoded_bytes = (
-        mean_decoded_bytes(open_dataset(config.data), config.data) if config.cluster.ship == "pixels" else 0.0
-    )
+    dataset = open_dataset(config.data)
+    remark = check_intensities(config.data, dataset)
+    if remark is not None:
+        watchers.show_message(remark)
+    decoded_bytes = mean_decoded_bytes(dataset, config.data) if config.cluster.ship == "pixels" else 0.0
     is_ours = not ray.is_initialized()
     joined = _connect(config, decoded_bytes)
     try:

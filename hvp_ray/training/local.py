@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import current_world, share_from_rank_0
 from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
+from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.online_knn import AnswerAtHand
 from hvp_ray.training.preparation import draw_run_name, prepare_run
 from hvp_ray.training.rank import train_rank
@@ -46,6 +48,7 @@ def pretrain_in_process(config: RunConfig) -> dict[str, Any] | None:
     if config.run.name is None and world.num_ranks > 1:
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    check_intensities(config.data, open_dataset(config.data))
     renderer = "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = open_render_context(config_to_dict(config), renderer)

@@ -95,6 +95,7 @@ WITH_EFFECT: list[dict[str, dict[str, Any]]] = [
     {"data": {"num_images": 100}},
     {"data": {"max_image_mib": 1}},
     {"data": {"max_image_pixels": 10_000}},
+    {"data": {"intensity_range": (0.0, 4095.0)}},
     {"selection": {"rule": "first"}},
     {"optimizer": {"weight_decay": 0.1}},
     {"training": {"torch_threads": 2}},

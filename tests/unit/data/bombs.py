@@ -229,6 +229,14 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "PPM of 60,000 x 60,000 px": (lambda: b"P6 60000 60000 255\n" + bytes(100), "more than data.max_image_pixels"),
     "PPM with a long comment": (lambda: b"P6 #" + b"a" * 10**7 + b"\n2 2 255\n" + bytes(12), "header of more than"),
     "PPM of comments": (lambda: b"P3 10 10 255\n" + b"#a\n" * 3 * 10**6, "comments"),
+    "TIFF of 16 bits with a large tile": (
+        lambda: tiff(
+            {256: [16], 257: [16], 258: [16] * 3, 259: [8], 262: [2], 277: [3]}
+            | {322: [16_000], 323: [16_000], 324: [8], 325: [99]},
+            bytes(99),
+        ),
+        "tiles of 16000 x 16000",
+    ),
     "JPEG 2000 of single-pixel precincts": (lambda: jpeg2000(9_900, precinct=0), "precincts"),
     "JPEG 2000 of tiny code blocks": (lambda: jpeg2000(9_900, precinct=15, code_block=0), "code blocks"),
 }

@@ -34,12 +34,6 @@ def test_png_with_alpha_palette_and_grey_become_rgb(generator: np.random.Generat
     assert np.array_equal(_decode(buffer.getvalue()), np.array(palette.convert("RGB")))
 
 
-def test_sixteen_bits_keep_the_upper_eight() -> None:
-    values = (np.arange(600).reshape(20, 30) * 109).astype(np.uint16)
-    decoded = _decode(encode(values))
-    assert np.array_equal(decoded[..., 1], (values >> 8).astype(np.uint8))
-
-
 def test_cmyk_jpeg_is_rgb(generator: np.random.Generator) -> None:
     cmyk = Image.fromarray(photograph_like(generator, 30, 40)).convert("CMYK")
     buffer = io.BytesIO()
