@@ -66,7 +66,7 @@ def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange
         image: encoded.
         max_pixels: images with more are refused.
         intensity_range: black and white of images with more than 8 bits a channel (`data.intensity_range`). None: such
-            images are refused, after they were decoded.
+            images are decoded and then refused, so whoever looks for images that crash a decoder needs no range.
 
     Raises:
         UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
