@@ -35,6 +35,8 @@ from tests.helpers import NEUTRAL, encode, photograph_like
 ROOT = Path(__file__).resolve().parents[1]
 PAIRS = (("cpu", "torchvision"), ("dali-cpu", "torchvision"), ("cpu", "dali-cpu"))
 PANEL_PX, ZOOM = 56, 4
+_INTENSITY_RANGE = (0.0, 65_535.0)
+"""Of the odd image of 16 bits."""
 
 
 def odd_images() -> dict[str, bytes]:
@@ -101,7 +103,7 @@ def render(encoded: Photographs, decoded: list[Pixels], group: ViewGroupConfig, 
     views = ViewsConfig(global_views=group, evaluation_resize_px=group.size_px)
     by = {"torchvision": views_by_torchvision(decoded, plan, group)}
     for name in ("cpu", "dali-cpu"):
-        renderer = build_renderer(name, views, max_image_pixels=MAX_IMAGE_PIXELS)
+        renderer = build_renderer(name, views, max_image_pixels=MAX_IMAGE_PIXELS, intensity_range=_INTENSITY_RANGE)
         batch = renderer.render(encoded.images, plan)
         assert not batch.failures
         by[name] = batch.global_pixels
@@ -145,7 +147,8 @@ def main() -> int:
         images=photographs.images + list(odd.values()),
         sizes=np.concatenate([photographs.sizes, [size_of(image) for image in odd.values()]]).astype(np.int32),
     )
-    decoded = [decode_rgb(image, max_pixels=MAX_IMAGE_PIXELS) for image in encoded.images]
+    decode = functools.partial(decode_rgb, max_pixels=MAX_IMAGE_PIXELS, intensity_range=_INTENSITY_RANGE)
+    decoded = [decode(image) for image in encoded.images]
     of_photographs = list(range(options.images))
     of_odd = list(range(options.images, len(decoded)))
     on_photographs, on_odd, by_kind, pictures = {}, {}, {}, []

@@ -7,6 +7,7 @@ at run time is stored here. `identity.py` says which fields may change a bit of 
 
 import dataclasses
 import importlib
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -90,7 +91,13 @@ class DataConfig:
 
     max_image_pixels: int = 100_000_000
     """Images with more pixels than this count as unreadable; checked on the header, before decoding (image bombs). Decoding
-    takes about 7 bytes for each pixel for a moment."""
+    takes about 7 bytes for each pixel for a moment, and about 12 if the image has more than 8 bits a channel."""
+
+    intensity_range: tuple[float, float] | None = None
+    """Values that become black and white in images with more than 8 bits a channel, in the images' own units (`0 4095` for 12
+    bits, `-1024 3071` for computed tomography). Values between are scaled linearly, values outside are clipped, with the same
+    range for every image. Images of up to 8 bits do not use it. None: images with more bits are refused, and a run that finds
+    such images at its start stops and says which range they hold."""
 
     max_image_mib: int = 64
     """Encoded images of more MiB than this count as unreadable, and are not read."""
@@ -127,6 +134,10 @@ class DataConfig:
         _require(0.0 <= self.test_fraction < 1.0, "data.test_fraction", self.test_fraction, "0 or more, below 1")
         _require_probability("data.max_unreadable_fraction", self.max_unreadable_fraction)
         _require(self.max_image_pixels >= 1, "data.max_image_pixels", self.max_image_pixels, "1 or more")
+        if self.intensity_range is not None:
+            black, white = self.intensity_range
+            allowed = "two finite numbers, black below white"
+            _require(-math.inf < black < white < math.inf, "data.intensity_range", self.intensity_range, allowed)
         _require(self.shuffle_window_images >= 1, "data.shuffle_window_images", self.shuffle_window_images, ">= 1")
         for name in ("max_image_mib", "shuffle_window_mib", "block_cache_mib", "max_row_group_mib"):
             _require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "1 or more")

@@ -45,6 +45,7 @@ _EFFECTS: dict[str, Effect] = {
     "data.max_unreadable_fraction": Effect.NOTHING,  # ends a run; replacements do not depend on it
     "data.max_image_pixels": Effect.WEIGHTS,
     "data.max_image_mib": Effect.WEIGHTS,
+    "data.intensity_range": Effect.WEIGHTS,
     "data.shuffle_window_images": Effect.RESULT,
     "data.shuffle_window_mib": Effect.RESULT,
     "data.block_cache_mib": Effect.NOTHING,  # a cache of what the files hold; windows follow from sizes, not from it

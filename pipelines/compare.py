@@ -165,6 +165,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
+    from hvp_ray.training.intensity_check import check_intensities
     from hvp_ray.training.preparation import (
         check_before_start,
         choose_renderer,
@@ -181,6 +182,9 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     dataset = open_dataset(base.data)
     for line in (*take_inventory(dataset, base.data).lines(), *check_labels(base, dataset)):
         say(line)
+    remark = check_intensities(base.data, dataset)
+    if remark is not None:
+        say(remark)
     device = connect(base, options.views)
     mode = choose_mode(base, device) if options.views == "auto" else options.views
     if mode == "inline" and base.cluster.device == "auto":

@@ -84,7 +84,7 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
     """
     from hvp_ray.stream.sizing import USABLE_LINK_FRACTION, measure_service_times, recommend_ship, size_pool
 
-    images, what = _sample(config)
+    images, what, remark = _sample(config)
     times = measure_service_times(config, images)
     trainers, per_trainer = config.cluster.num_trainers, demand / config.cluster.num_trainers
     needs = [size_pool(config, times, images_per_second=demand, ship="views")]
@@ -92,6 +92,7 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
         needs.append(size_pool(config, times, images_per_second=demand, ship="pixels"))
     lines = [
         f"  measured on    {what}, {times.encoded_bytes / 1e3:.0f} kB encoded; renderer cpu, one thread of this machine",
+        *([] if remark is None else [f"  intensities    {remark}"]),
         f"  demand         {demand:,.0f} images/s of {trainers} trainer(s); capacity 1.2 times that",
         "",
         f"  {'cluster.ship':<14}{'kB shipped':>11}{'CPU ms at':>11}{'CPU ms beside':>15}{'view':>9}{'finishers':>11}"
@@ -137,18 +138,24 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
     return "\n".join(lines)
 
 
-def _sample(config: RunConfig) -> tuple[list[bytes], str]:
-    """Return images of the run's source and what they are; where it cannot be opened from here, made-up ones."""
+def _sample(config: RunConfig) -> tuple[list[bytes], str, str | None]:
+    """Return images of the run's source, what they are, and a remark; if it cannot be opened from here, made-up ones.
+
+    Raises:
+        ConfigError: the images have more than 8 bits a channel, and `data.intensity_range` is not set.
+    """
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.errors import DataError
     from hvp_ray.stream.sizing import sample_images
+    from hvp_ray.training.intensity_check import check_intensities
 
     try:
-        images = sample_images(open_dataset(config.data))
-        return images, f"{len(images)} images of {config.data.source}"
+        dataset = open_dataset(config.data)
+        remark, images = check_intensities(config.data, dataset), sample_images(dataset)
+        return images, f"{len(images)} images of {config.data.source}", remark
     except (DataError, OSError) as error:
         why = str(error).splitlines()[0]
-    return [_made_up_photograph()] * 8, f"a made-up photograph of 500 x 375 px ({why})"
+    return [_made_up_photograph()] * 8, f"a made-up photograph of 500 x 375 px ({why})", None
 
 
 def _made_up_photograph() -> bytes:

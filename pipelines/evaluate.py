@@ -114,6 +114,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
     add("--test-data", metavar="SOURCE",
         help="test images; default: those of the run where the data are its own, else a fixed part of the data")  # fmt: skip
+    add("--intensity-range", nargs=2, type=float, metavar=("BLACK", "WHITE"),
+        help="of images with more than 8 bits a channel; default: the run's data.intensity_range")  # fmt: skip
     add("--num-images", type=count, metavar="N", help="at most N training images; default: all")
     add("--num-test-images", type=count, metavar="N", help="at most N test images; default: all")
     add("--neighbours", nargs="+", type=count, default=[10, 20, 100, 200], metavar="K", help="default: 10 20 100 200")
@@ -179,6 +181,8 @@ def choose_data(trained_on: TrainedOn, options: argparse.Namespace) -> DataConfi
         )
     if options.test_data is not None:
         config = dataclasses.replace(config, test_source=options.test_data)
+    if options.intensity_range is not None:
+        config = dataclasses.replace(config, intensity_range=tuple(options.intensity_range))
     return config
 
 
@@ -215,6 +219,7 @@ class Evaluation:
     def __init__(self, run_dir: Path, config: RunConfig, options: argparse.Namespace) -> None:
         from hvp_ray.evaluation.features import check_last_blocks
         from hvp_ray.methods.backbones import load_exported_backbone
+        from hvp_ray.training.intensity_check import check_intensities
         from hvp_ray.training.preparation import with_absolute_paths
 
         trained_on = read_trained_on(run_dir, config)
@@ -227,6 +232,9 @@ class Evaluation:
         self.backbone = load_exported_backbone(self.backbone_path)
         check_last_blocks(self.backbone, options.last_blocks)
         dataset = open_dataset(self.data)
+        remark = check_intensities(self.data, dataset, option="--intensity-range")
+        if remark is not None:
+            say(remark)
         labels = load_labels(dataset)
         self.training, self.test = choose_images(dataset, labels, options)
         self.num_trained_on = trained_on.count(self.test)
@@ -349,7 +357,11 @@ class Evaluation:
 
         try:
             pixels, readable = load_evaluation_pixels(
-                images.source, images.sample_ids, self.views, max_image_pixels=self.data.max_image_pixels
+                images.source,
+                images.sample_ids,
+                self.views,
+                max_image_pixels=self.data.max_image_pixels,
+                intensity_range=self.data.intensity_range,
             )
         except OSError as error:
             raise DataError(f"the {part} images cannot be read: {error}") from error

@@ -1,10 +1,12 @@
 """Encoded bytes -> upright RGB pixels, and the header before that.
 
 JPEG goes through libjpeg-turbo (simplejpeg), everything else, and every JPEG that it does not take, through PIL.
-Orientation tags are applied; alpha is dropped; palettes, grey, CMYK and 16-bit images become 8-bit RGB; of an
-animation the first frame is taken. Anything that cannot be decoded raises `UnreadableImageError`.
+Orientation tags are applied; alpha is dropped; palettes, grey and CMYK become 8-bit RGB; of an animation the first frame is
+taken. Images with more than 8 bits a channel are scaled by a range of intensities (`intensity.py`), and refused without
+one. Anything that cannot be decoded raises `UnreadableImageError`.
 """
 
+import dataclasses
 import io
 import warnings
 from collections.abc import Iterator
@@ -14,21 +16,25 @@ from dataclasses import dataclass
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from hvp_ray.data.image_limits import (
     JpegHeader,
     check_bytes,
-    check_exif,
     check_opened,
     check_scans,
     has_late_metadata,
+    has_too_many_entries,
+    jpeg_frame,
     read_jpeg_header,
 )
+from hvp_ray.data.intensity import Intensities, IntensityRange, decode_intensities, kind_of_intensities
+from hvp_ray.data.unread_formats import describe_unread, unread_jpeg
 from hvp_ray.errors import UnreadableImageError, first_line
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
-_HEADER_SEARCH_BYTES = 65_536
+_EXIF = b"Exif\x00\x00"
+_MAX_EXIF_BYTES = 65_536
 _ROWS_PER_BLOCK_PIXELS = 2**20
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
 """Formats that PIL may open: plain images only, none that runs another program."""
@@ -39,6 +45,8 @@ class _Header:
     height: int
     width: int
     is_plain_jpeg: bool
+    image: bytes
+    """What to decode: the bytes, without an EXIF block that has too many entries."""
 
 
 def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -51,34 +59,82 @@ def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
     return header.height, header.width
 
 
-def decode_rgb(image: bytes, *, max_pixels: int) -> NDArray[np.uint8]:
+def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange | None = None) -> NDArray[np.uint8]:
     """Decode to upright RGB, [H, W, 3] uint8, contiguous.
+
+    Args:
+        image: encoded.
+        max_pixels: images with more are refused.
+        intensity_range: black and white of images with more than 8 bits a channel (`data.intensity_range`). None: such
+            images are decoded and then refused, so whoever looks for images that crash a decoder needs no range.
 
     Raises:
         UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
     """
-    header = _read_header(image, max_pixels)
-    pixels = _decode_plain_jpeg(image) if header.is_plain_jpeg else None
-    if pixels is None:
-        pixels = _decode_with_pil(image, max_pixels)
-    if pixels.shape != (header.height, header.width, 3):
+    decoded = _decode(image, max_pixels)
+    if not isinstance(decoded, Intensities):
+        return decoded
+    if intensity_range is None:
         raise UnreadableImageError(
-            f"the header says {header.width} x {header.height} px, decoding gives {pixels.shape}"
+            f"it holds {decoded.kind}, and nothing says which values are black and white; set data.intensity_range"
         )
-    return pixels
+    return decoded.to_levels(intensity_range)
+
+
+def read_intensities(image: bytes, *, max_pixels: int) -> Intensities | None:
+    """Decode an image with more than 8 bits a channel, in its own units; None: it has 8 bits or fewer, by its header.
+
+    Raises:
+        UnreadableImageError: as `decode_rgb`.
+    """
+    if image.startswith(_JPEG_MAGIC):
+        return None
+    with _quiet_pil(), _open(image, max_pixels) as opened:
+        if kind_of_intensities(opened, image) is None:
+            return None
+    decoded = _decode(image, max_pixels)
+    return decoded if isinstance(decoded, Intensities) else None
+
+
+def check_decodes(image: bytes, *, max_pixels: int) -> None:
+    """Decode an image to see that it can be; which intensities are black and white does not matter.
+
+    Raises:
+        UnreadableImageError: as `decode_rgb`.
+    """
+    _decode(image, max_pixels)
+
+
+def _decode(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
+    header = _read_header(image, max_pixels)
+    decoded: NDArray[np.uint8] | Intensities | None = None
+    if header.is_plain_jpeg:
+        decoded = _decode_plain_jpeg(header.image)
+    if decoded is None:
+        decoded = _decode_with_pil(header.image, max_pixels)
+    shape = decoded.values.shape if isinstance(decoded, Intensities) else decoded.shape
+    if shape[:2] != (header.height, header.width):
+        raise UnreadableImageError(f"the header says {header.width} x {header.height} px, decoding gives {shape}")
+    return decoded
 
 
 def is_plain_jpeg(image: bytes) -> bool:
-    """Tell whether the image is an upright grey or colour JPEG, which every JPEG decoder treats alike."""
+    """Tell whether the image is an upright grey or colour JPEG of 8 bits, which every JPEG decoder treats alike."""
     try:
         jpeg = _read_jpeg_header(image)
-        return jpeg is not None and _jpeg_size(image, jpeg) is not None
     except UnreadableImageError:
         return False
+    if jpeg is None or _has_excessive_exif(image, jpeg) or _jpeg_size(image, jpeg) is None:
+        return False
+    frame = jpeg_frame(image)
+    return frame is not None and frame[1] == 8
 
 
 def _read_header(image: bytes, max_pixels: int) -> _Header:
     jpeg = _read_jpeg_header(image)
+    if jpeg is not None and _has_excessive_exif(image, jpeg):
+        front = image[: jpeg.first_scan].replace(_EXIF, bytes(len(_EXIF)))
+        image, jpeg = front + image[jpeg.first_scan :], dataclasses.replace(jpeg, exif=None)
     size = None if jpeg is None else _jpeg_size(image, jpeg)
     height, width = size or _pil_size(image, max_pixels)
     if height < 1 or width < 1:
@@ -87,21 +143,20 @@ def _read_header(image: bytes, max_pixels: int) -> _Header:
         raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
     if jpeg is not None:
         check_scans(image, jpeg, num_pixels=height * width, max_pixels=max_pixels)
-    return _Header(height=height, width=width, is_plain_jpeg=size is not None)
+    return _Header(height=height, width=width, is_plain_jpeg=size is not None, image=image)
 
 
 def _read_jpeg_header(image: bytes) -> JpegHeader | None:
-    if not image.startswith(_JPEG_MAGIC):
-        return None
-    header = read_jpeg_header(image)
-    if header is not None and header.exif is not None:
-        check_exif(image[header.exif : header.exif + _HEADER_SEARCH_BYTES])
-    return header
+    return read_jpeg_header(image) if image.startswith(_JPEG_MAGIC) else None
+
+
+def _has_excessive_exif(image: bytes, header: JpegHeader) -> bool:
+    return header.exif is not None and has_too_many_entries(image[header.exif : header.exif + _MAX_EXIF_BYTES])
 
 
 def _jpeg_size(image: bytes, header: JpegHeader) -> tuple[int, int] | None:
     """Return (height, width) of a JPEG that simplejpeg may decode; None: PIL decides."""
-    if header.exif is not None and header.exif <= _HEADER_SEARCH_BYTES and _has_orientation(image):
+    if header.exif is not None and _has_orientation(image):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(image)
@@ -134,7 +189,7 @@ def _quiet_pil() -> Iterator[None]:
         yield
 
 
-def _open(image: bytes, max_pixels: int) -> Image.Image:
+def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not image:
         raise UnreadableImageError(
             "there are no bytes: a file that is empty (0 bytes), gone or forbidden, a null, or more than data.max_image_mib"
@@ -150,7 +205,7 @@ def _open(image: bytes, max_pixels: int) -> Image.Image:
         size = first_line(error).split(" exceeds")[0]
         raise UnreadableImageError(f"{size} is more than data.max_image_pixels={max_pixels}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImageError("not an image: the bytes have no known format") from error
+        raise UnreadableImageError(describe_unread(image)) from error
     except Exception as error:
         raise UnreadableImageError(f"not an image that can be decoded: {first_line(error)}") from error
     return opened
@@ -165,20 +220,20 @@ def _pil_size(image: bytes, max_pixels: int) -> tuple[int, int]:
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
-def _orientation(opened: Image.Image, image: bytes) -> int:
-    """Return the orientation tag; 1: upright, or no tag that can be read."""
+def _orientation(opened: ImageFile.ImageFile, image: bytes) -> int:
+    """Return the orientation tag that decoding does not apply by itself; 1: upright, or no tag that can be read."""
+    if isinstance(opened, TiffImagePlugin.TiffImageFile) and ExifTags.Base.Orientation in opened.tag_v2:
+        return 1  # the size is that of the upright image already
     try:
         if opened.format == "PNG" and has_late_metadata(image):
             opened.load()
         for name in ("exif", "Raw profile type exif"):
             block = opened.info.get(name)
-            if block:
-                check_exif(block if isinstance(block, bytes) else _from_hex(block))
+            if block and has_too_many_entries(block if isinstance(block, bytes) else _from_hex(block)):
+                del opened.info[name]
         # PIL's own `PngImageFile.getexif` would decode every PNG without EXIF.
         exif = Image.Image.getexif(opened) if opened.format == "PNG" else opened.getexif()
         orientation: int = exif.get(ExifTags.Base.Orientation, 1)
-    except UnreadableImageError:
-        raise
     except Exception:  # noqa: BLE001 (a damaged EXIF block does not make pixels unreadable)
         return 1
     return orientation
@@ -189,15 +244,21 @@ def _from_hex(profile: str) -> bytes:
     return bytes.fromhex("".join(profile.split("\n")[3:]))
 
 
-def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
     with _quiet_pil(), _open(image, max_pixels) as opened:
         try:
+            kind = kind_of_intensities(opened, image)
+            if kind is not None:
+                return decode_intensities(opened, image, kind, orientation=_orientation(opened, image))
+            opened.load()
+            _orientation(opened, image)  # drops EXIF that would be slow to read
             ImageOps.exif_transpose(opened, in_place=True)
             return _to_rgb(opened)
         except UnreadableImageError:
             raise
         except Exception as error:
-            raise UnreadableImageError(f"cannot be decoded: {first_line(error)}") from error
+            reason = unread_jpeg(image) or f"cannot be decoded: {first_line(error)}"
+            raise UnreadableImageError(reason) from error
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
@@ -213,10 +274,6 @@ def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _block_to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):  # 16 bits of grey; PIL's own conversion would clip to 255
-        values = np.asarray(image).astype(np.int64)
-        grey = (np.clip(values, 0, 65_535) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))

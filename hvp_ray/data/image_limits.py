@@ -36,6 +36,7 @@ _MAX_JPEG2000_SEGMENTS = 10_000
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_JPEG_LS_FRAME = 0xF7
 _SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
 _WITHOUT_LENGTH = frozenset({0x01, _SOI, *range(0xD0, 0xD8)})
 _NEXT_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])")
@@ -127,24 +128,32 @@ def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels
     )
 
 
-def check_exif(block: bytes) -> None:
-    """Refuse an EXIF block (or a TIFF) with more entries than anything writes; each one is slow to read.
+def jpeg_frame(image: bytes) -> tuple[int, int] | None:
+    """Return marker and bits a channel of a JPEG's frame; None: there is no complete one among its first segments."""
+    position = 2
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        found = _NEXT_SEGMENT.search(image, position)
+        if found is None or found.end() + 3 > len(image) or found[1][0] in (_SOS, _EOI):
+            return None
+        if found[1][0] in _FRAMES or found[1][0] == _JPEG_LS_FRAME:
+            return found[1][0], image[found.end() + 2]
+        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+    return None
 
-    Raises:
-        UnreadableImageError: more than 4,096 entries.
-    """
+
+def has_too_many_entries(block: bytes) -> bool:
+    """Tell whether an EXIF block or a TIFF has more than 4,096 entries: none is written so, and each is slow to read."""
     if block.startswith(b"Exif\x00\x00"):
         block = block[6:]
     order = "<" if block[:2] == b"II" else ">"
     is_big = block[2:4] in (b"+\x00", b"\x00+")
     if len(block) < 16:
-        return
+        return False
     (offset,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}I", block, 8 if is_big else 4)
     if offset + 8 > len(block):
-        return
+        return False
     (num_entries,) = struct.unpack_from(f"{order}Q" if is_big else f"{order}H", block, offset)
-    if num_entries > _MAX_EXIF_ENTRIES:
-        raise UnreadableImageError(f"an EXIF block or TIFF of more than {_MAX_EXIF_ENTRIES} entries")
+    return bool(num_entries > _MAX_EXIF_ENTRIES)
 
 
 def check_bytes(image: bytes, *, max_pixels: int) -> None:
@@ -159,8 +168,8 @@ def check_bytes(image: bytes, *, max_pixels: int) -> None:
         _check_gif(image)
     elif image.startswith(b"BM"):
         _check_bmp(image)
-    elif image.startswith((b"II", b"MM")):
-        check_exif(image)
+    elif image.startswith((b"II", b"MM")) and has_too_many_entries(image):
+        raise UnreadableImageError(f"a TIFF of more than {_MAX_EXIF_ENTRIES} entries")
     elif image.startswith(b"P"):
         _check_ppm(image)
     elif image.startswith((b"\xff\x4f\xff\x51", b"\x00\x00\x00\x0cjP")):

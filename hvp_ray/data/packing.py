@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import check_decodes
 from hvp_ray.data.files import FileSet
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,
@@ -224,7 +224,7 @@ def pack_task(
             report(0, sample_id)
             name = source.describe(sample_id).removeprefix(root).lstrip("/")
             try:
-                decode_rgb(image, max_pixels=max_pixels)
+                check_decodes(image, max_pixels=max_pixels)
             except UnreadableImageError as error:
                 if is_strict:
                     raise DataError(

@@ -129,6 +129,7 @@ def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, de
         "data": fingerprint,
         "ids": hashlib.sha256(np.ascontiguousarray(request.sample_ids, dtype="<i8").tobytes()).hexdigest(),
         "max_image_pixels": request.data.max_image_pixels,
+        "intensity_range": request.data.intensity_range,
         "max_image_mib": request.data.max_image_mib,
         "size_px": views.global_views.size_px,
         "resize_px": views.evaluation_resize_px,
@@ -260,8 +261,13 @@ def _extract_chunk(
     """Read, decode and forward a chunk."""
     source = _source(_open_data(request.data), request.part)
     backbone = _build_backbone(_Weights(weights), device)
-    max_pixels = request.data.max_image_pixels
-    pixels, kept = load_evaluation_pixels(source, sample_ids, request.views, max_image_pixels=max_pixels)
+    pixels, kept = load_evaluation_pixels(
+        source,
+        sample_ids,
+        request.views,
+        max_image_pixels=request.data.max_image_pixels,
+        intensity_range=request.data.intensity_range,
+    )
     features = extract_features(
         backbone, pixels, request.views, device=torch.device(device), last_blocks=request.last_blocks
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hvp_ray.config import ViewsConfig
 from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.stream.render_batch import read_images
@@ -17,7 +18,12 @@ from hvp_ray.views.normalise import normalise_views
 
 
 def load_evaluation_pixels(
-    source: Source, sample_ids: NDArray[np.int64], views: ViewsConfig, *, max_image_pixels: int
+    source: Source,
+    sample_ids: NDArray[np.int64],
+    views: ViewsConfig,
+    *,
+    max_image_pixels: int,
+    intensity_range: IntensityRange | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return ([N, S, S, 3], readable ids): shorter side resized to `evaluation_resize_px`, centre cut out.
 
@@ -32,7 +38,8 @@ def load_evaluation_pixels(
     kept: list[int] = []
     for sample_id in sample_ids.tolist():
         try:
-            pixels = decode_rgb(read_images(source, [sample_id]).images[0], max_pixels=max_image_pixels)
+            image = read_images(source, [sample_id]).images[0]
+            pixels = decode_rgb(image, max_pixels=max_image_pixels, intensity_range=intensity_range)
         except UnreadableImageError:
             continue
         crops[len(kept)] = _centre_crop(pixels, views)

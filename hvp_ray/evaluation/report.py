@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,11 +53,14 @@ def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
         return None
     bank_ids = _choose(labels.training_ids, config.tracking.knn_images)
     query_ids = _choose(labels.test_ids, config.tracking.knn_images)
-    max_pixels = config.data.max_image_pixels
-    bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, max_image_pixels=max_pixels)
-    queries, query_ids = load_evaluation_pixels(
-        dataset.test_source, query_ids, config.views, max_image_pixels=max_pixels
+    load = partial(
+        load_evaluation_pixels,
+        views=config.views,
+        max_image_pixels=config.data.max_image_pixels,
+        intensity_range=config.data.intensity_range,
     )
+    bank, bank_ids = load(dataset.source, bank_ids)
+    queries, query_ids = load(dataset.test_source, query_ids)
     if not len(bank_ids) or not len(query_ids):
         logger.warning("no k-NN: of its %s images none is readable", "test" if len(bank_ids) else "training")
         return None

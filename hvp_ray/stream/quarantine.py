@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvp_ray.config import RendererName
+from hvp_ray.config import DataConfig, RendererName
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import BatchRequest, ViewPlan
@@ -25,7 +25,7 @@ def find_crashing_ids(context: RenderContext, request: BatchRequest, *, decoder:
     crashing = find_crashing_images(images, max_pixels=context.data.max_image_pixels, decoder=decoder)
     if crashing:
         return [ids[index] for index in crashing]
-    apart = _DecodesApart(context.data.max_image_pixels, decoder)
+    apart = _DecodesApart(context.data, decoder)
     batch = render_batch(dataclasses.replace(context, renderer=apart), request)
     found = {r.unreadable_id for r in batch.replacements if r.reason == CRASHES_DECODER}
     return sorted(found.difference(request.quarantined_ids))
@@ -36,8 +36,9 @@ class _DecodesApart:
 
     name: RendererName = "cpu"
 
-    def __init__(self, max_pixels: int, decoder: str) -> None:
-        self._max_pixels = max_pixels
+    def __init__(self, data: DataConfig, decoder: str) -> None:
+        self._max_pixels = data.max_image_pixels
+        self._intensity_range = data.intensity_range
         self._decoder = decoder
 
     def render(
@@ -49,7 +50,7 @@ class _DecodesApart:
         for index, image in enumerate(images):
             if index not in failures:
                 try:
-                    decode_rgb(image, max_pixels=self._max_pixels)
+                    decode_rgb(image, max_pixels=self._max_pixels, intensity_range=self._intensity_range)
                 except UnreadableImageError as error:
                     failures[index] = str(error)
 

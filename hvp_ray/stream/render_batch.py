@@ -44,6 +44,10 @@ logger = logging.getLogger(__name__)
 READ_ATTEMPTS = 4
 """An I/O error is retried this often, with pauses of 0.1, 0.4 and 1.6 s, and then stops the run."""
 
+SAMPLE_IMAGES = 64
+"""Images that say what the others are like."""
+
+_SAMPLE_RUNS = 4
 _REPLACEMENT_ATTEMPTS = 1000
 
 _NOT_BY_CHANCE = 1e-9
@@ -78,7 +82,12 @@ def build_render_context(config: RunConfig, dataset: Dataset, renderer: Renderer
         training_ids=dataset.training_ids,
         data=config.data,
         views=config.views,
-        renderer=build_renderer(renderer, config.views, max_image_pixels=config.data.max_image_pixels),
+        renderer=build_renderer(
+            renderer,
+            config.views,
+            max_image_pixels=config.data.max_image_pixels,
+            intensity_range=config.data.intensity_range,
+        ),
     )
 
 
@@ -127,7 +136,11 @@ def decode_batch(
         DataError: as `render_batch`.
     """
     watch = _Watch()
-    decode = partial(decode_used, max_image_pixels=context.data.max_image_pixels)
+    decode = partial(
+        decode_used,
+        max_image_pixels=context.data.max_image_pixels,
+        intensity_range=context.data.intensity_range,
+    )
     assembly = _Assembly(context, request, decode)
     decoded = assembly.fill()
     return assembly.draft(watch, worker), decoded
@@ -189,6 +202,22 @@ def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
             logger.warning("reading failed (%s), attempt %d of %d", error, attempt + 1, READ_ATTEMPTS)
             time.sleep(0.1 * 4**attempt)
     raise AssertionError("unreachable")
+
+
+def read_sample(source: Source, sample_ids: NDArray[np.int64], num_images: int = SAMPLE_IMAGES) -> list[bytes]:
+    """Return encoded images spread over `sample_ids`; of sources that read whole blocks, a few runs of them.
+
+    Raises:
+        DataError: the storage failed repeatedly.
+    """
+    num_images = min(num_images, len(sample_ids))
+    num_runs = min(_SAMPLE_RUNS, num_images) if source.reads_whole_blocks else num_images
+    if not num_runs:
+        return []
+    length = num_images // num_runs
+    starts = np.linspace(0, len(sample_ids) - length, num_runs).astype(np.int64)
+    rows = (starts[:, None] + np.arange(length)).ravel()
+    return read_images(source, sample_ids[rows].tolist()).images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import cv2
@@ -22,12 +23,12 @@ import torch
 
 from hvp_ray.config import DataConfig, RunConfig, ViewGroupConfig
 from hvp_ray.data.dataset import Dataset
-from hvp_ray.data.decode import read_size
+from hvp_ray.data.decode import decode_rgb, read_size
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import ViewPlan
 from hvp_ray.stream.capacity import batch_bytes
-from hvp_ray.stream.render_batch import read_images
+from hvp_ray.stream.render_batch import SAMPLE_IMAGES, read_sample
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -36,9 +37,6 @@ CAPACITY_FACTOR = 1.2
 """Rendering capacity / demand that leaves no waiting to speak of (benchmarks/stream.py)."""
 
 USABLE_LINK_FRACTION = 0.8
-
-SAMPLE_IMAGES = 64
-_SAMPLE_RUNS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,13 +80,7 @@ def sample_images(dataset: Dataset, num_images: int = SAMPLE_IMAGES) -> list[byt
     Raises:
         DataError: the storage failed repeatedly.
     """
-    ids = dataset.training_ids
-    num_images = min(num_images, len(ids))
-    num_runs = min(_SAMPLE_RUNS, num_images) if dataset.source.reads_whole_blocks else num_images
-    length = num_images // num_runs
-    starts = np.linspace(0, len(ids) - length, num_runs).astype(np.int64)
-    rows = (starts[:, None] + np.arange(length)).ravel()
-    return read_images(dataset.source, ids[rows].tolist()).images
+    return read_sample(dataset.source, dataset.training_ids, num_images)
 
 
 def mean_decoded_bytes(dataset: Dataset, data: DataConfig) -> float:
@@ -118,12 +110,12 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
     Raises:
         UnreadableImageError: none can be decoded.
     """
-    limit, selection = config.data.max_image_pixels, config.selection
+    limit, intensity_range, selection = config.data.max_image_pixels, config.data.intensity_range, config.selection
     readable, sizes = [], []
     reason = "there are no images"
     for image in images:
         try:
-            sizes.append(read_size(image, max_pixels=limit))
+            sizes.append(decode_rgb(image, max_pixels=limit, intensity_range=intensity_range).shape[:2])
             readable.append(image)
         except UnreadableImageError as error:
             reason = str(error)
@@ -146,11 +138,12 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
     global_plan, local_plan = plan(Purpose.GLOBAL_VIEWS, selection.num_views_at(0), config.views.global_views), None
     if config.views.local_views is not None:
         local_plan = plan(Purpose.LOCAL_VIEWS, selection.num_local_views_at(0), config.views.local_views)
-    renderer = CpuRenderer(config.views, max_image_pixels=limit)
-    decoded = decode_used(readable, global_plan, local_plan, max_image_pixels=limit)
+    renderer = CpuRenderer(config.views, max_image_pixels=limit, intensity_range=intensity_range)
+    decode_images = partial(decode_used, max_image_pixels=limit, intensity_range=intensity_range)
+    decoded = decode_images(readable, global_plan, local_plan)
     works: list[Callable[[], object]] = [
         lambda: renderer.render(readable, global_plan, local_plan),
-        lambda: decode_used(readable, global_plan, local_plan, max_image_pixels=limit),
+        lambda: decode_images(readable, global_plan, local_plan),
         lambda: renderer.render_decoded(decoded, global_plan, local_plan),
     ]
     threads = torch.get_num_threads(), cv2.getNumThreads()

@@ -50,6 +50,7 @@ from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.placement import Placement, lacks_a_label, place_in_part
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.training.progress import Progress
@@ -112,8 +113,10 @@ def launch(
     stop = stop or StopRequest()
     config = with_absolute_paths(config)
     check_before_start(config)
-    for remark in check_knn_labels(config, open_dataset(config.data)):
-        watchers.show_message(remark)
+    dataset = open_dataset(config.data)
+    for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+        if remark is not None:
+            watchers.show_message(remark)
     decoded_bytes = decoded_bytes_of(config)
     is_ours = not ray.is_initialized()
     joined = connect_ray(lambda: plan_local_ray(config, this_machine(), decoded_bytes))

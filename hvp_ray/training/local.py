@@ -18,6 +18,7 @@ from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
+from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.online_knn import AnswerAtHand
 from hvp_ray.training.preparation import choose_renderer, draw_run_name, prepare_run
 from hvp_ray.training.progress import ReportProgress
@@ -60,8 +61,10 @@ def pretrain_in_process(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     renderer = choose_renderer(config)
     if world.rank == 0:
-        for remark in check_knn_labels(config, open_dataset(config.data)):
-            logger.warning("%s", remark)
+        dataset = open_dataset(config.data)
+        for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+            if remark is not None:
+                logger.warning("%s", remark)
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
     context = open_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)

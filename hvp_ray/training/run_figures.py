@@ -85,4 +85,5 @@ def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidat
 
 
 def _decode(config: RunConfig, dataset: Dataset, sample_id: np.int64) -> NDArray[np.uint8]:
-    return decode_rgb(read_images(dataset.source, [int(sample_id)]).images[0], max_pixels=config.data.max_image_pixels)
+    image, data = read_images(dataset.source, [int(sample_id)]).images[0], config.data
+    return decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)

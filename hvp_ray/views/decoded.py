@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import DecodedImages, ViewPlan
 
@@ -19,7 +20,12 @@ def used_boxes(plans: Sequence[ViewPlan]) -> NDArray[np.int32]:
 
 
 def decode_used(
-    images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None, *, max_image_pixels: int
+    images: Sequence[bytes],
+    global_plan: ViewPlan,
+    local_plan: ViewPlan | None,
+    *,
+    max_image_pixels: int,
+    intensity_range: IntensityRange | None = None,
 ) -> DecodedImages:
     """Decode every image and keep the box that its views use. What cannot be decoded is reported, never raised.
 
@@ -28,6 +34,7 @@ def decode_used(
         global_plan: [V, B].
         local_plan: [L, B]; None: no local views.
         max_image_pixels: larger images count as unreadable.
+        intensity_range: see `decode_rgb`.
     """
     boxes = used_boxes([plan for plan in (global_plan, local_plan) if plan is not None])
     num_bytes = int((boxes[:, 2].astype(np.int64) * boxes[:, 3]).sum()) * 3
@@ -35,7 +42,8 @@ def decode_used(
     for index, (image, room) in enumerate(zip(images, decoded.images(), strict=True)):
         top, left, height, width = boxes[index].tolist()
         try:
-            room[...] = decode_rgb(image, max_pixels=max_image_pixels)[top : top + height, left : left + width]
+            pixels = decode_rgb(image, max_pixels=max_image_pixels, intensity_range=intensity_range)
+            room[...] = pixels[top : top + height, left : left + width]
         except UnreadableImageError as error:
             decoded.failures[index] = str(error)
     return decoded

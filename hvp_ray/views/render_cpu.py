@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import DecodedImages, ViewPlan
 from hvp_ray.views import color
@@ -37,9 +38,12 @@ class CpuRenderer:
 
     name: RendererName = "cpu"
 
-    def __init__(self, views: ViewsConfig, *, max_image_pixels: int) -> None:
+    def __init__(
+        self, views: ViewsConfig, *, max_image_pixels: int, intensity_range: IntensityRange | None = None
+    ) -> None:
         self._views = views
         self._max_image_pixels = max_image_pixels
+        self._intensity_range = intensity_range
         groups = [views.global_views] + ([views.local_views] if views.local_views else [])
         self._canvases = {group.size_px: _Canvas(group.size_px) for group in groups}
 
@@ -51,7 +55,9 @@ class CpuRenderer:
 
         def decode(index: int) -> Pixels | None:
             try:
-                return decode_rgb(images[index], max_pixels=self._max_image_pixels)
+                return decode_rgb(
+                    images[index], max_pixels=self._max_image_pixels, intensity_range=self._intensity_range
+                )
             except UnreadableImageError as error:
                 failures[index] = str(error)
                 return None

@@ -25,6 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
+from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.records import ViewPlan
 from hvp_ray.views import color
@@ -92,12 +93,14 @@ class DaliRenderer:
         *,
         name: RendererName,
         max_image_pixels: int,
+        intensity_range: IntensityRange | None = None,
         device_id: int | None = None,
         execution: DaliExecution | None = None,
     ) -> None:
         self.name: RendererName = name
         self._views = views
         self._max_image_pixels = max_image_pixels
+        self._intensity_range = intensity_range
         self._on_gpu = name == "dali-gpu"
         if self._on_gpu and device_id is None:
             device_id = torch.cuda.current_device()  # a trainer that renders for itself may have another than the first
@@ -142,7 +145,7 @@ class DaliRenderer:
         if not on_host and is_plain_jpeg(image) and _END_OF_JPEG in image[-_TAIL_BYTES:]:
             read_size(image, max_pixels=self._max_image_pixels)  # DALI would decode whatever the header says
             return np.frombuffer(image, dtype=np.uint8)
-        return _bitmap(decode_rgb(image, max_pixels=self._max_image_pixels))
+        return _bitmap(decode_rgb(image, max_pixels=self._max_image_pixels, intensity_range=self._intensity_range))
 
     def _run(
         self,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import RendererName, ViewsConfig
+from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import ConfigError
 from hvp_ray.records import ViewPlan
 
@@ -49,7 +50,9 @@ class Renderer(Protocol):
         ...
 
 
-def build_renderer(name: RendererName, views: ViewsConfig, *, max_image_pixels: int) -> Renderer:
+def build_renderer(
+    name: RendererName, views: ViewsConfig, *, max_image_pixels: int, intensity_range: IntensityRange | None = None
+) -> Renderer:
     """Make the renderer of this name.
 
     Raises:
@@ -59,9 +62,9 @@ def build_renderer(name: RendererName, views: ViewsConfig, *, max_image_pixels: 
         case "cpu":
             from hvp_ray.views.render_cpu import CpuRenderer
 
-            return CpuRenderer(views, max_image_pixels=max_image_pixels)
+            return CpuRenderer(views, max_image_pixels=max_image_pixels, intensity_range=intensity_range)
         case "dali-cpu" | "dali-gpu":
             from hvp_ray.views.render_dali import DaliRenderer
 
-            return DaliRenderer(views, name=name, max_image_pixels=max_image_pixels)
+            return DaliRenderer(views, name=name, max_image_pixels=max_image_pixels, intensity_range=intensity_range)
     raise ConfigError(f"cluster.renderer={name!r} is unknown; choose cpu, dali-cpu or dali-gpu")

@@ -174,6 +174,7 @@ def _odd_images(root: Path) -> None:
         "cmyk.jpg": cmyk.getvalue(),
         "sixteen.png": encode(rgb[..., 0].astype(np.uint16) * 257),
         "turned.jpg": encode(rgb, "JPEG", exif=exif),
+        "turned.tif": encode(rgb, "TIFF", exif=exif),
         "animated.gif": gif.getvalue(),
         "one_px_wide.png": encode(rgb[:, :1]),
     }
@@ -193,14 +194,19 @@ def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path
     config = tiny_config(
         str(tmp_path),
         run={"name": "odd"},
-        data={"source": str(tmp_path / "images"), "num_images": None, "test_fraction": 0.0},
+        data={
+            "source": str(tmp_path / "images"),
+            "num_images": None,
+            "test_fraction": 0.0,
+            "intensity_range": (0.0, 65_535.0),
+        },
         training={"epochs": 3},
         cluster={"renderer": renderer},
     )
     summary = pretrain_in_process(config)
     assert summary is not None
     assert summary["num_unreadable_images"] == 4
-    assert summary["num_steps"] == 3 * (70 // 16)
+    assert summary["num_steps"] == 3 * (71 // 16)
     lines = (tmp_path / "odd" / "unreadable-rank-0.jsonl").read_text()
     for reason in ("0 bytes", "not an image", "data.max_image_pixels", "cannot be decoded"):
         assert reason in lines

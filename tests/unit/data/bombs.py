@@ -59,6 +59,12 @@ def jpeg(width: int, height: int, *, front: bytes = b"") -> bytes:
     return bytes(image[:2]) + front + bytes(image[2:])
 
 
+def cmyk_jpeg(*, front: bytes = b"") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("CMYK", (16, 16)).save(buffer, "JPEG")
+    return buffer.getvalue()[:2] + front + buffer.getvalue()[2:]
+
+
 def jpeg_of_scans(width: int, height: int, num_scans: int, *, between: bytes = b"") -> bytes:
     """A progressive JPEG: each scan says in some bytes that no block has anything to add, and all blocks are visited."""
     num_blocks = -(-width // 8) * -(-height // 8)
@@ -80,6 +86,10 @@ def jpeg_of_scans(width: int, height: int, num_scans: int, *, between: bytes = b
 def exif_of_entries(num_entries: int) -> bytes:
     entries = b"".join(struct.pack("<HHII", 0x200 + i, 1, 1, 0) for i in range(num_entries))
     return b"II*\x00" + struct.pack("<IH", 8, num_entries) + entries + bytes(4)
+
+
+def jpeg_exif_of_entries(num_entries: int) -> bytes:
+    return _segment(0xE1, b"Exif\x00\x00" + exif_of_entries(num_entries))
 
 
 def gif(width: int, height: int, *, extensions: bytes = b"", num_frames: int = 1) -> bytes:
@@ -175,14 +185,6 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "PNG of a million chunks": (lambda: png(4, 4, before=png_chunk(b"teSt", b"") * 10**6), "20000 chunks"),
     "PNG of a million empty IDAT": (lambda: png(4, 4, after=png_chunk(b"IDAT", b"") * 10**6), "20000 chunks"),
-    "PNG with EXIF of many entries": (
-        lambda: png(4, 4, before=png_chunk(b"eXIf", exif_of_entries(60_000))),
-        "4096 entries",
-    ),
-    "PNG with EXIF in text": (
-        lambda: png(4, 4, before=png_chunk(b"zTXt", b"Raw profile type exif\x00\x00" + zlib.compress(_PROFILE))),
-        "4096 entries",
-    ),
     "PNG without pixels": (lambda: png(0, 0), "not an image"),
     "APNG of 100,000 frames": (lambda: apng(100_000), "20000 chunks"),
     "JPEG whose header says 65500 x 65500": (lambda: jpeg(65_500, 65_500), "more than data.max_image_pixels"),
@@ -196,10 +198,6 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG of a million EXIF segments": (
         lambda: jpeg(16, 16, front=_segment(0xE1, b"Exif\x00\x00x") * 10**6),
         "16 of EXIF",
-    ),
-    "JPEG with EXIF of many entries": (
-        lambda: jpeg(16, 16, front=_segment(0xE1, b"Exif\x00\x00" + exif_of_entries(5_400))),
-        "4096 entries",
     ),
     "JPEG of a million segments": (lambda: jpeg(16, 16, front=_segment(0xE5, b"") * 10**6), "2000 segments"),
     "JPEG with megabytes between segments": (lambda: jpeg(16, 16, front=b"\xff" * 10**7), "between its segments"),
@@ -231,6 +229,14 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "PPM of 60,000 x 60,000 px": (lambda: b"P6 60000 60000 255\n" + bytes(100), "more than data.max_image_pixels"),
     "PPM with a long comment": (lambda: b"P6 #" + b"a" * 10**7 + b"\n2 2 255\n" + bytes(12), "header of more than"),
     "PPM of comments": (lambda: b"P3 10 10 255\n" + b"#a\n" * 3 * 10**6, "comments"),
+    "TIFF of 16 bits with a large tile": (
+        lambda: tiff(
+            {256: [16], 257: [16], 258: [16] * 3, 259: [8], 262: [2], 277: [3]}
+            | {322: [16_000], 323: [16_000], 324: [8], 325: [99]},
+            bytes(99),
+        ),
+        "tiles of 16000 x 16000",
+    ),
     "JPEG 2000 of single-pixel precincts": (lambda: jpeg2000(9_900, precinct=0), "precincts"),
     "JPEG 2000 of tiny code blocks": (lambda: jpeg2000(9_900, precinct=15, code_block=0), "code blocks"),
 }
@@ -240,6 +246,21 @@ HARMLESS: dict[str, tuple[Callable[[], bytes], tuple[int, int]]] = {
     "WebP of 100,000 frames": (lambda: webp(16, 16, num_frames=100_000), (16, 16)),
     "PNG with far more content than pixels": (lambda: png(10, 10, pixels=zeros(2**26)), (10, 10)),
     "JPEG of 12 scans": (lambda: jpeg_of_scans(64, 48, 12), (48, 64)),
+    "PNG with EXIF of many entries": (lambda: png(4, 4, before=png_chunk(b"eXIf", exif_of_entries(60_000))), (4, 4)),
+    "PNG with EXIF of many entries behind its pixels": (
+        lambda: png(4, 4, after=png_chunk(b"eXIf", exif_of_entries(60_000))),
+        (4, 4),
+    ),
+    "PNG with EXIF in text": (
+        lambda: png(4, 4, before=png_chunk(b"zTXt", b"Raw profile type exif\x00\x00" + zlib.compress(_PROFILE))),
+        (4, 4),
+    ),
+    "JPEG with EXIF of many entries": (lambda: jpeg(16, 16, front=jpeg_exif_of_entries(5_400)), (16, 16)),
+    "CMYK JPEG with EXIF of many entries": (lambda: cmyk_jpeg(front=jpeg_exif_of_entries(5_400)), (16, 16)),
+    "WebP with EXIF of many entries": (
+        lambda: encode(np.zeros((4, 4, 3), np.uint8), "WEBP", exif=exif_of_entries(60_000)),
+        (4, 4),
+    ),
 }
 """Name -> how to make the file, and its height and width: bombs that do not go off."""
 

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
 from hvp_ray.errors import UnreadableImageError
@@ -34,12 +34,6 @@ def test_png_with_alpha_palette_and_grey_become_rgb(generator: np.random.Generat
     assert np.array_equal(_decode(buffer.getvalue()), np.array(palette.convert("RGB")))
 
 
-def test_sixteen_bits_keep_the_upper_eight() -> None:
-    values = (np.arange(600).reshape(20, 30) * 109).astype(np.uint16)
-    decoded = _decode(encode(values))
-    assert np.array_equal(decoded[..., 1], (values >> 8).astype(np.uint8))
-
-
 def test_cmyk_jpeg_is_rgb(generator: np.random.Generator) -> None:
     cmyk = Image.fromarray(photograph_like(generator, 30, 40)).convert("CMYK")
     buffer = io.BytesIO()
@@ -55,6 +49,55 @@ def test_exif_orientation_is_applied(generator: np.random.Generator) -> None:
     image = encode(rgb, "JPEG", quality=95, exif=exif)
     assert read_size(image, max_pixels=LIMIT) == (64, 40)
     assert np.abs(_decode(image).astype(int) - np.rot90(rgb, -1)).mean() < 4
+    assert not is_plain_jpeg(image)
+
+
+_SAVED: dict[str, tuple[str, tuple[str, ...], dict[str, object]]] = {
+    "JPEG": ("JPEG", ("L", "RGB", "CMYK"), {"quality": 90}),
+    "progressive JPEG": ("JPEG", ("L", "RGB", "CMYK"), {"progressive": True}),
+    "PNG": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA"), {}),
+    "WebP": ("WEBP", ("L", "RGB", "RGBA"), {"lossless": True}),
+    "TIFF": ("TIFF", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"), {}),
+    "TIFF, LZW": ("TIFF", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"), {"compression": "tiff_lzw"}),
+    "TIFF, JPEG": ("TIFF", ("L", "RGB", "CMYK"), {"compression": "jpeg"}),
+    "TIFF, fax": ("TIFF", ("1",), {"compression": "group4"}),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", list(_SAVED))
+def test_every_mode_and_orientation_is_what_pillow_shows_upright(
+    generator: np.random.Generator, name: str, orientation: int
+) -> None:
+    kind, modes, options = _SAVED[name]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(photograph_like(generator, 24, 40))
+    for mode in modes:
+        buffer = io.BytesIO()
+        picture.convert(mode).save(buffer, kind, exif=exif, **options)
+        expected = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
+        assert expected.size == ((24, 40) if orientation >= 5 else (40, 24))
+        assert np.array_equal(_decode(buffer.getvalue()), np.array(expected)), mode
+
+
+def test_orientation_is_read_behind_a_long_profile(generator: np.random.Generator) -> None:
+    """The EXIF block of a JPEG may begin after the first 64 KiB."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = encode(photograph_like(generator, 24, 40), "JPEG", exif=exif)
+    profile = b"\xff\xe2" + (60_002).to_bytes(2, "big") + bytes(60_000)
+    assert np.array_equal(_decode(image[:2] + 2 * profile + image[2:]), _decode(image))
+    assert _decode(image).shape == (40, 24, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_is_garbage_is_ignored(generator: np.random.Generator, kind: str) -> None:
+    """The number of entries is what two bytes of garbage say; Pillow warns and reads the image."""
+    rgb = photograph_like(generator, 24, 40)
+    garbage = b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + b"\xee" * 40
+    image = encode(rgb, kind, exif=garbage)
+    assert np.array_equal(_decode(image), _decode(encode(rgb, kind)))
     assert not is_plain_jpeg(image)
 
 

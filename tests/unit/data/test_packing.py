@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.packing import Target, commit, open_for_packing, pack_task, plan_packing, verify_shards
 from hvp_ray.errors import ConfigError, DataError
+from tests.helpers import encode
+from tests.unit.data import made_intensities
 from tests.unit.data.made import content_of, draw_images, open_any, pack_here, write_folder, write_parquet
 
 ROOT = Path(__file__).parents[3]
@@ -150,6 +153,22 @@ def test_unreadable_images_are_left_out_listed_and_counted(folder: Path, images:
     assert "not an image" in lines[1]["reason"]
     kept = [image for index, image in enumerate(images) if index not in (5, 1_000)]
     assert open_any(tmp_path / "shards").read(range(NUM_IMAGES - 2)) == kept
+
+
+def test_good_images_of_every_kind_are_packed_byte_for_byte(tmp_path: Path) -> None:
+    """More than 8 bits a channel, whatever black and white are; a turned TIFF; EXIF that is garbage."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photograph, tomogram = np.zeros((9, 12, 3), np.uint8), np.full((9, 12), -1000, np.int16)
+    images = [
+        made_intensities.png16(np.full((9, 12), 4095, np.uint16)),
+        made_intensities.tiff_of(tomogram),
+        encode(photograph, "TIFF", exif=exif),
+        encode(photograph, "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + b"\xee" * 40),
+    ]
+    result = pack_here(write_folder(tmp_path / "images", images, num_classes=2), tmp_path / "shards")
+    assert (result.num_images, result.num_unreadable) == (4, 0)
+    assert open_any(tmp_path / "shards").read(range(4)) == images
 
 
 def test_source_that_is_mostly_unreadable_stops(folder: Path, tmp_path: Path) -> None:

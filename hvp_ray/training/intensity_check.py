@@ -1,0 +1,119 @@
+"""Before a run starts: whether images have more than 8 bits a channel, which values they hold, and what range fits them.
+
+A sample decides, images spread over the training and the test set, the same at every start. The range itself is a setting,
+so it is the same for all images, saved with the run and part of its identity.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hvp_ray.config import DataConfig
+from hvp_ray.data.dataset import Dataset
+from hvp_ray.data.decode import read_intensities
+from hvp_ray.data.intensity import Intensities, IntensityRange
+from hvp_ray.errors import ConfigError, UnreadableImageError
+from hvp_ray.stream.render_batch import read_sample
+
+_VALUES_OF_AN_IMAGE = 4_096
+"""So many values of each image, spread over it, give the percentiles."""
+
+_CENTRAL_PERCENTILES = (0.1, 99.9)
+"""Almost all values lie between these."""
+
+
+def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--data.intensity_range") -> str | None:
+    """Sample the images; return what a user should know of their intensities. None: 8 bits a channel, and nothing to say.
+
+    Args:
+        data: the setting.
+        dataset: the images.
+        option: how a user sets the range.
+
+    Raises:
+        ConfigError: images have more than 8 bits a channel, and `data.intensity_range` is not set.
+        DataError: the storage failed repeatedly.
+    """
+    images = read_sample(dataset.source, dataset.training_ids)
+    if dataset.test_source is not dataset.source:
+        images += read_sample(dataset.test_source, dataset.test_ids)
+    found = _Sample(images, max_pixels=data.max_image_pixels)
+    if data.intensity_range is None:
+        if not found.kinds:
+            return None
+        black, white = found.suggest_range()
+        raise ConfigError(
+            f"data.source={data.source!r}: {found.describe()}, and nothing says which values are black and white; "
+            f"give {option} {black:.10g} {white:.10g}, or the range that you want to see"
+        )
+    if not found.kinds:
+        return f"data.intensity_range is not used: the {len(images)} sampled images have at most 8 bits a channel"
+    black, white = data.intensity_range
+    clipped = found.share_outside(data.intensity_range)
+    return (
+        f"{found.describe()}; data.intensity_range makes {black:.10g} black and {white:.10g} white"
+        f"{f', and clips {clipped:.1%} of the values' if clipped else ''}"
+    )
+
+
+class _Sample:
+    """The values of the sampled images that have more than 8 bits a channel, without those that are not finite."""
+
+    def __init__(self, images: Iterable[bytes], *, max_pixels: int) -> None:
+        self.kinds: Counter[str] = Counter()
+        self._num_images = 0
+        self._low, self._high = float("inf"), float("-inf")
+        self._are_integers = True
+        some: list[NDArray[np.float64]] = []
+        for image in images:
+            self._num_images += 1
+            try:
+                found = read_intensities(image, max_pixels=max_pixels)
+            except UnreadableImageError:
+                continue
+            if found is not None:
+                some.append(self._take(found))
+        self._some = np.concatenate(some) if some else np.zeros(0)
+
+    def _take(self, image: Intensities) -> NDArray[np.float64]:
+        """Count an image in; return some of its values."""
+        self.kinds[image.kind] += 1
+        values = image.values.reshape(-1)
+        if values.dtype.kind == "f":
+            self._are_integers = False
+            values = values[np.isfinite(values)]
+        if not len(values):
+            return np.zeros(0)
+        self._low, self._high = min(self._low, float(values.min())), max(self._high, float(values.max()))
+        return values[:: -(-len(values) // _VALUES_OF_AN_IMAGE)].astype(np.float64)
+
+    def describe(self) -> str:
+        """Return how many images hold what, from where to where."""
+        what = " and ".join(f"{n} of {self._num_images} sampled images hold {kind}" for kind, n in self.kinds.items())
+        if not len(self._some):
+            return f"{what}, none of them finite"
+        low, high = np.percentile(self._some, _CENTRAL_PERCENTILES).tolist()
+        central = ""
+        if high - low < 0.5 * (self._high - self._low):
+            share = _CENTRAL_PERCENTILES[1] - _CENTRAL_PERCENTILES[0]
+            central = f" ({share:g} % of them from {low:g} to {high:g})"
+        return f"{what}, from {self._low:.10g} to {self._high:.10g}{central}"
+
+    def share_outside(self, intensity_range: IntensityRange) -> float:
+        """Return the share of the values that a range clips."""
+        black, white = intensity_range
+        outside = (self._some < black) | (self._some > white)
+        return float(outside.mean()) if len(outside) else 0.0
+
+    def suggest_range(self) -> IntensityRange:
+        """Return a range that clips nothing of the sample: of integers from 0, all that their number of bits can say."""
+        low, high = self._low, self._high
+        if not len(self._some):
+            return 0.0, 1.0
+        if self._are_integers and low >= 0:
+            return 0.0, 2.0 ** max(1, int(high).bit_length()) - 1
+        if low >= 0 and high <= 1:
+            return 0.0, 1.0
+        return low, high if low < high else low + 1
