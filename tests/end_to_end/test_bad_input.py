@@ -131,6 +131,7 @@ def test_describe_says_what_a_run_needs_and_starts_nothing(
     assert describe(["dino-digits", "--training.images_per_step", "16"]) == 0
     printed = capfd.readouterr().out
     for text in (
+        "digits, scikit-learn's digits: 1,797 images, 10 classes, 1.2 MB, 1,438 to train on, 359 held out for evaluation",
         "4 global views of 8 px and 4 local views of 6 px",
         "chosen among 36 candidates",
         "random steps",

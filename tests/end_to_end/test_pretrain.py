@@ -98,7 +98,14 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
     assert [name for name in SUMMARY_FIELDS.split() if summary[name] is None] == []
     figures = sorted(path.name for path in (tmp_path / "killed" / "figures").iterdir())
     assert figures == ["candidate_views.png", "loss.png", "overlap.png"]
-    for text in ("trained encoder", "untrained encoder", "raw pixels", "summary.json", "mlflow ui"):
+    for text in (
+        "trained encoder",
+        "untrained encoder",
+        "raw pixels",
+        "summary.json",
+        "mlflow server",
+        "data     digits",
+    ):
         assert text in printed
     assert (tmp_path / "mlflow.db").exists()
 
