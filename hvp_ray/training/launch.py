@@ -334,7 +334,7 @@ class _FitThread(threading.Thread):
         if not self.is_alive() or dead_processes():
             return
         try:
-            controller = ray.get(board.read_controller.remote(), timeout=_END_SECONDS)
+            controller = ray.get(board.read_controller.remote(), timeout=_KILL_SECONDS)
             if controller is not None:
                 ray.kill(controller)  # its trainers end with it
         except RayError as error:

@@ -16,7 +16,10 @@ from PIL import Image
 
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.tracking.selection_analysis import read_selection_log
+from hvp_ray.training import launch as launch_module
+from hvp_ray.training.launch import Watchers
 from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.training.stop import StoppedError, StopRequest
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps
@@ -134,6 +137,22 @@ def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, capfd: pytest.Capture
     assert "stopped behind a checkpoint" in printed
     assert "Traceback" not in printed
     assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*/manifest.json"))) == 1
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_stop_without_patience_ends_ray_train_before_the_driver_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "_END_SECONDS", 0.0)  # its trainers would end by themselves in a second
+    config = tiny_config(str(tmp_path), run={"name": "stopped"}, training={"epochs": 100_000, "keep_checkpoints": 1})
+    stop = StopRequest()
+    asker = AtStep(tmp_path / "stopped", [5], lambda _step: stop.ask(patience_seconds=-1.0))
+    asker.start()
+    nothing = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
+    with pytest.raises(StoppedError):
+        launch_module.launch(config, nothing, stop=stop)
+    asker.end()
+    assert "ray-train" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.usefixtures("ray_session")
