@@ -95,7 +95,7 @@ class MetricResult:
     arms: tuple[ArmValues, ...]
     differences: tuple[Difference, ...]
     references: dict[str, float]
-    """Untrained encoder (mean over seeds) and raw pixels."""
+    """Untrained encoder and raw pixels, mean over the runs that have them."""
 
 
 def read_run(study: Study, run: PlannedRun) -> RunResult:
@@ -125,11 +125,17 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
 
     Raises:
         ConfigError: no run has it.
+        DataError: a run finished without it, because its evaluation failed.
     """
     values: dict[str, dict[int, float]] = {}
     for result in results:
         value = result.summary.get(metric)
         if not isinstance(value, int | float) or isinstance(value, bool):
+            if problems := result.summary.get("problems"):
+                raise DataError(
+                    f"{result.folder} finished without {metric}: {'; '.join(problems)}. Repair the cause, delete its "
+                    f"summary.json, and start the comparison again: it repeats the evaluation and trains nothing"
+                )
             known = [name for name, value in result.summary.items() if isinstance(value, float)]
             raise ConfigError(
                 f"--metric {metric}: the runs have no such number (the data may have no labels); there are: "
@@ -147,11 +153,11 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
         hard = hard_arm_of(study.arms).name
         question = f"{hard} against random views, equal compute"
         differences.insert(1, _difference(by_name[hard], by_name[VANILLA_LONG], question))
-    references = {
-        title: float(np.mean([result.summary[metric + suffix] for result in results]))
-        for title, suffix in REFERENCES.items()
-        if results[0].summary.get(metric + suffix) is not None
-    }
+    references = {}
+    for title, suffix in REFERENCES.items():
+        known_values = [value for result in results if (value := result.summary.get(metric + suffix)) is not None]
+        if known_values:
+            references[title] = float(np.mean(known_values))
     return MetricResult(
         metric=metric,
         title=METRIC_TITLES.get(metric, metric),

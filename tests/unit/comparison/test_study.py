@@ -232,6 +232,15 @@ def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path:
         summarize_metric(study, [_result(study, "vanilla", 0, 0.5)], "accuracy")
 
 
+def test_run_whose_evaluation_failed_is_an_error_that_says_how_to_repeat_it(tmp_path: Path) -> None:
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
+    failed = dataclasses.replace(
+        _result(study, "vanilla", 0, 0.5), summary={"knn_top1": None, "problems": ["k-NN failed: out of memory"]}
+    )
+    with pytest.raises(DataError, match=r"without knn_top1: k-NN failed: out of memory\. .*delete its summary\.json"):
+        summarize_metric(study, [_result(study, "vanilla", 1, 0.5), failed], "knn_top1")
+
+
 def test_comparison_is_refused_before_it_starts_when_nothing_can_judge_its_arms(tmp_path: Path) -> None:
     def check(**sections: dict[str, object]) -> tuple[str, ...]:
         base = tiny_config(str(tmp_path), **sections)

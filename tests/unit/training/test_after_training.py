@@ -15,6 +15,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.method import ALONE, Ranks
 from hvp_ray.methods.simsiam import SimSiam
+from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.after_training import TRAINED, AfterTraining
 from hvp_ray.training.local import pretrain_in_process
 from tests.helpers import tiny_config
@@ -72,6 +73,14 @@ def test_evaluation_that_fails_leaves_a_finished_run_that_says_so(
     assert len(summary["problems"]) == 2
     assert summary["problems"][0] == "k-NN of the trained encoder failed: RuntimeError: CUDA out of memory"
     assert not (tmp_path / "run" / TRAINED).exists()
+    _fail(monkeypatch, None)
+    (tmp_path / "run" / "summary.json").unlink()  # what a comparison advises
+    repeated = pretrain_in_process(_config(tmp_path))
+    assert repeated is not None
+    assert repeated["problems"] == []
+    assert repeated["knn_top1"] is not None
+    assert repeated["weights_digest"] == summary["weights_digest"]
+    assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_figure_that_fails_leaves_a_finished_run_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +126,7 @@ def test_run_that_was_interrupted_in_its_evaluation_trains_no_step_again(
 DIES = """
 import os, sys
 from pathlib import Path
+from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.after_training import AfterTraining
 
 after = AfterTraining(Path(sys.argv[1]), {"num_steps": 4}, [], may_continue=True)
