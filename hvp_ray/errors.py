@@ -14,7 +14,7 @@ class DataError(HvpRayError):
 
 
 class LabelError(DataError):
-    """There are no labels, or none that can be used; the images can be trained on all the same."""
+    """A source has no usable labels. Its images can still be trained on."""
 
 
 class UnreadableImageError(DataError):

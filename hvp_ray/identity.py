@@ -25,11 +25,11 @@ class Effect(Enum):
     WEIGHTS = auto()
     """A bit of the weights: its value is part of the identity."""
     METRICS = auto()
-    """The numbers that are reported of the same weights: its value is part of the evaluation's identity."""
+    """Metrics of the same weights. Its value is part of the evaluation's identity."""
     RESULT = auto()
-    """Either, by what it results in: `Resolved` has that, and it is part of the identity instead of the value."""
+    """Weights or metrics, through what it results in. The identity holds that (`Resolved`) instead of the value."""
     NOTHING = auto()
-    """No number. The reason stands beside each."""
+    """It changes no number. A comment beside each field gives the reason."""
 
 
 _EFFECTS: dict[str, Effect] = {
@@ -207,9 +207,9 @@ def recorded_difference(
         values = flatten(record["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is damaged, or of an earlier version of hvp_ray, which recorded less than is needed to compare runs "
-            f"({type(error).__name__}: {first_line(error)}); continue the run with that version, or choose another name "
-            f"(--run.name; --comparison of compare.py)"
+            f"{path} is damaged, or an earlier version of hvp_ray wrote it ({type(error).__name__}: "
+            f"{first_line(error)}). Expected the identity of a run. Continue the run with that version, or choose "
+            f"another name (--run.name, or --comparison of compare.py)"
         ) from error
     now = {**identity.weights, **identity.evaluation}
     before, now = ({n: v for n, v in parts.items() if n not in ignored} for parts in (before, now))

@@ -80,7 +80,7 @@ def find_run(
 
 
 def leave(status: int) -> NoReturn:
-    """End the program and the Ray that it started; if Ray's processes are gone, without the clean-up that waits for them."""
+    """End the program and the Ray that it started. Skip the clean-up, which waits for Ray, if Ray died."""
     connect = sys.modules.get("hvp_ray.stream.connect")
     if connect is not None:
         connect.end_ray()

@@ -113,7 +113,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--protocol", nargs="+", default=["knn"], choices=[*PROTOCOLS, "all"], help="default: knn")
     add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
     add("--test-data", metavar="SOURCE",
-        help="test images; default: those of the run where the data are its own, else a fixed part of the data")  # fmt: skip
+        help="test images; default: the run's own if --data is the run's, else a held-out part")  # fmt: skip
     add("--intensity-range", nargs=2, type=float, metavar=("BLACK", "WHITE"),
         help="of images with more than 8 bits a channel; default: the run's data.intensity_range")  # fmt: skip
     add("--num-images", type=count, metavar="N", help="at most N training images; default: all")

@@ -139,7 +139,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Of the run's folder."""
+        """Return the name of the run's folder."""
         return str(self.config.run.name)
 
 

@@ -105,7 +105,8 @@ def num_parallel(runs: Sequence[PlannedRun], mode: Mode, *, wanted: int | None) 
         fits = num_side_by_side(config, fits) if mode == "workers" else min(fits, _num_inline(threads))
     if wanted is not None and fits < min(wanted, len(missing)):
         raise ConfigError(
-            f"--parallel {wanted} is not allowed: {fits} run(s) of this comparison fit the cluster at once"
+            f"--parallel {wanted} is not allowed: {fits} run(s) of this comparison fit the cluster at once; give "
+            f"--parallel {fits}"
         )
     return fits
 

@@ -174,7 +174,7 @@ def _check_runs(output: Path, runs: Sequence[PlannedRun]) -> None:
 
 
 def check_labels(base: RunConfig, dataset: Dataset) -> tuple[str, ...]:
-    """Check, before hours are spent, that the arms can be judged; return what to know of the labels, a sentence each.
+    """Check before training that the arms can be judged; return remarks on the labels, one sentence each.
 
     Raises:
         ConfigError: there is no k-NN, because labels or test images are missing or it is switched off.

@@ -35,9 +35,9 @@ class Dataset:
         return self.source.fingerprint()
 
     def training_parts(self, config: DataConfig) -> dict[str, str]:
-        """Return what training depends on, by name: images, which of them are trained on, and what orders are made of.
+        """Return the parts of the identity that describe the training images and their order, by name.
 
-        Seed and images per step, on which an order depends too, are settings. No epoch is built for it.
+        The order also depends on the seed and on the images per step, which are settings. No epoch is built.
         """
         block_starts, order = self.source.block_starts, "one permutation"
         if block_starts is not None:
@@ -108,7 +108,7 @@ def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64],
 def have_same_images(one: Source, other: Source) -> bool:
     """Tell whether two sources hold the same images: by their fingerprints, and by the bytes of three images.
 
-    Files of one size, named by their numbers, have one fingerprint whatever they show.
+    A fingerprint covers names and sizes only. Numbered files of equal size share it, whatever they show.
 
     Raises:
         OSError: the storage failed.

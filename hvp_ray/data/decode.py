@@ -66,7 +66,7 @@ def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange
         image: encoded.
         max_pixels: images with more are refused.
         intensity_range: black and white of images with more than 8 bits a channel (`data.intensity_range`). None: such
-            images are decoded and then refused, so whoever looks for images that crash a decoder needs no range.
+            images are decoded and then refused. The search for images that crash a decoder relies on that.
 
     Raises:
         UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
@@ -76,7 +76,7 @@ def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange
         return decoded
     if intensity_range is None:
         raise UnreadableImageError(
-            f"it holds {decoded.kind}, and nothing says which values are black and white; set data.intensity_range"
+            f"it holds {decoded.kind}, but data.intensity_range is not set; set it to the values of black and white"
         )
     return decoded.to_levels(intensity_range)
 
@@ -192,7 +192,7 @@ def _quiet_pil() -> Iterator[None]:
 def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not image:
         raise UnreadableImageError(
-            "there are no bytes: a file that is empty (0 bytes), gone or forbidden, a null, or more than data.max_image_mib"
+            "there are no bytes: the file is empty (0 bytes), gone or forbidden, a null, or over data.max_image_mib"
         )
     try:
         check_bytes(image, max_pixels=max_pixels)

@@ -112,7 +112,7 @@ def _count_classes(source: Source) -> int | None:
 
 
 def _with_note(entry: LeftOut, location: str) -> LeftOut:
-    """Say if the first file that was left out for its name is an image by its first bytes."""
+    """Add a note if a file was left out for its name although its first bytes are those of an image."""
     if is_uri(location) or not entry.is_by_name:
         return entry
     path = Path(location).expanduser() / entry.example

@@ -1,7 +1,7 @@
 """Labels of training and test images in one numbering, matched by the names of the classes.
 
-Every source numbers its classes on its own: a folder by its sorted names, a `ClassLabel` by its list. So a label says
-something in its source only. Whoever evaluates takes labels from here.
+Every source numbers its classes on its own: a folder by its sorted names, a `ClassLabel` by its list. So a label has a
+meaning in its own source only. Every evaluation takes its labels from this module.
 """
 
 import unicodedata
@@ -39,10 +39,10 @@ class MatchedLabels:
 
 
 def match_labels(dataset: Dataset) -> MatchedLabels:
-    """Match the classes of training and test images by name, or by number where neither side has names.
+    """Match the classes of training and test images by name, or by number if neither side has names.
 
-    Test images of a class that the training source does not have are left out, and a remark says so: no classifier can
-    name their class, so they say nothing of the encoder.
+    Test images of a class that the training source lacks are left out, with a remark. No classifier can name their
+    class, so they do not measure the encoder.
 
     Raises:
         LabelError: there is nothing to evaluate on; the message says why.

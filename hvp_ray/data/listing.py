@@ -25,7 +25,7 @@ _FILES = " files"
 _WITHOUT_SUFFIX = "files without a suffix"
 _MAX_JSON_BYTES = 4 * 2**20
 _MARKS = {"config.json": "run_identity", "comparison.json": "costs"}
-"""File -> a key in it: what the folder of a run has, and that of a comparison."""
+"""File name -> a key in this file. Such a file marks the folder of a run or of a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,9 +104,9 @@ def is_hidden(name: str) -> bool:
 def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield (path relative to `root`, entry) of every file.
 
-    Hidden files and folders are left out, and what hvp_ray wrote, unless it is `root`. Links are followed, also out of the
-    root, each folder once; a link to a folder that holds the root is not. Nothing is opened but the JSON of runs, and nothing
-    is asked of the file system that a folder's entries do not tell, so the sizes of files are left to the caller.
+    Hidden files and folders are left out. So is what hvp_ray wrote, unless it is `root`. Links are followed, also
+    out of the root, and each folder is listed once. A link to a folder that contains the root is not followed. Only the
+    JSON files of runs are opened. The walk does not stat files, so the caller reads their sizes.
 
     Args:
         root: a folder.

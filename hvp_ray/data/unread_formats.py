@@ -1,4 +1,7 @@
-"""What bytes are that are not read as an image, and what to do: the reason in the list of unreadable images."""
+"""Describe bytes that no decoder reads as an image, and say what to do with them.
+
+The sentence is the reason in the list of unreadable images.
+"""
 
 import io
 import struct

@@ -42,7 +42,7 @@ class KnnData:
 def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
     """Load bank and queries, at most `tracking.knn_images` each; None: no usable labels, or no test images.
 
-    Why there are no labels is said before training, by `check_knn_labels`.
+    `check_knn_labels` reports before training why there are no labels.
 
     Raises:
         DataError: see `match_labels`.
@@ -62,7 +62,7 @@ def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
     bank, bank_ids = load(dataset.source, bank_ids)
     queries, query_ids = load(dataset.test_source, query_ids)
     if not len(bank_ids) or not len(query_ids):
-        logger.warning("no k-NN: of its %s images none is readable", "test" if len(bank_ids) else "training")
+        logger.warning("no k-NN: none of its %s images is readable", "test" if len(bank_ids) else "training")
         return None
     return KnnData(
         bank=bank,

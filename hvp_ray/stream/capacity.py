@@ -136,7 +136,7 @@ def plan_local_ray(config: RunConfig, machine: Machine, decoded_bytes: float = 0
         raise ConfigError(
             f"this run needs {of_processes / 2**20:.0f} MiB for {workers} view worker(s) and {cluster.num_trainers} "
             f"trainer(s), and an object store of {least / 2**20:.0f} MiB (cluster.batches_in_flight="
-            f"{cluster.batches_in_flight}, cluster.object_store_mib={cluster.object_store_mib}), but this machine has "
+            f"{cluster.batches_in_flight}, cluster.object_store_mib={cluster.object_store_mib}). This machine has only "
             f"{machine.free_bytes / 2**20:.0f} MiB of free memory and {machine.shared_memory_bytes / 2**20:.0f} MiB in "
             f"/dev/shm; {_advice(config, room, decoded_bytes)}"
         )
@@ -267,7 +267,8 @@ def spilled_bytes() -> int:
                 return _ask_raylet(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
             except grpc.RpcError as error:
                 reasons.append(first_line(error))
-    raise StageError(f"no node of the Ray cluster says what it has spilled: {'; '.join(reasons) or 'none is alive'}")
+    why = "; ".join(reasons) or "no node is alive"
+    raise StageError(f"no node of the Ray cluster reports its spilled bytes ({why}); check the nodes with `ray status`")
 
 
 def _ask_raylet(address: str) -> int:

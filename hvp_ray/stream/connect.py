@@ -1,7 +1,7 @@
 """Connect this process to Ray: join the cluster that RAY_ADDRESS names, or start a Ray on this machine.
 
-Every program that needs Ray comes through here, so that a missing cluster or a small machine is one sentence and no
-traceback of Ray's. Call `training.ray_environment.prepare_ray_environment` before this module is imported.
+Every program connects to Ray through this module. It reports a missing cluster or too small a machine in one sentence,
+without Ray's traceback. Call `training.ray_environment.prepare_ray_environment` before you import this module.
 """
 
 import logging
@@ -26,10 +26,10 @@ _HEAD_SECONDS = 30.0
 
 @dataclass(slots=True)
 class _Connection:
-    """What this process did about Ray."""
+    """State of this process's connection to Ray."""
 
     is_ours: bool = False
-    """Made here, so ended here."""
+    """This module opened the connection, so `end_ray` closes it."""
     is_abandoned: bool = False
 
 

@@ -59,7 +59,7 @@ def start_pool(
         renderer: what they render with.
         num_workers: how many.
         resources: Ray resource -> amount that one worker reserves.
-        data_fingerprint: that the data must have wherever, and whenever, a worker opens it; None: any.
+        data_fingerprint: expected fingerprint; a worker that opens other data fails. None: no check.
         must_stop: polled; True ends the waiting.
 
     Raises:

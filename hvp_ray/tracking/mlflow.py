@@ -127,7 +127,7 @@ class MlflowFeed:
         done = not self._thread.is_alive() and self._final is None
         if not done:
             logger.warning(
-                "MLflow at %s did not take everything (%s); %s has it, and starting the run again by its name sends it",
+                "MLflow at %s did not receive everything (%s); %s has it. Start the run again by its name to send it",
                 self._run.uri,
                 self._failure,
                 self._journals[0].path,

@@ -32,7 +32,7 @@ class StoreError(HvpRayError):
 def store_uri(path: Path) -> str:
     """Return the tracking URI of a SQLite file, by its absolute path."""
     quoted = str(path).replace("%", "%25").replace("?", "%3F")  # all that SQLAlchemy reads otherwise in a database
-    # MLflow makes the folder of what follows `sqlite:///` without unquoting it; by its full name the driver is spared that.
+    # MLflow creates the folder after `sqlite:///` without unquoting it. After `sqlite+pysqlite:///` it creates none.
     driver = "sqlite" if quoted == str(path) else "sqlite+pysqlite"
     return f"{driver}:///{quoted}"
 

@@ -18,7 +18,7 @@ from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.stream.render_batch import read_sample
 
 _VALUES_OF_AN_IMAGE = 4_096
-"""So many values of each image, spread over it, give the percentiles."""
+"""At most this many values of each image, evenly spaced, enter the percentiles."""
 
 _CENTRAL_PERCENTILES = (0.1, 99.9)
 """Almost all values lie between these."""
@@ -45,8 +45,8 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
             return None
         black, white = found.suggest_range()
         raise ConfigError(
-            f"data.source={data.source!r}: {found.describe()}, and nothing says which values are black and white; "
-            f"give {option} {black:.10g} {white:.10g}, or the range that you want to see"
+            f"data.source={data.source!r}: {found.describe()}. Expected data.intensity_range, the values of black and "
+            f"white; give {option} {black:.10g} {white:.10g}, or the range that you want to see"
         )
     if not found.kinds:
         return f"data.intensity_range is not used: the {len(images)} sampled images have at most 8 bits a channel"

@@ -343,7 +343,7 @@ class _FitThread(threading.Thread):
 
 
 class _BoardReader:
-    """Reads the board; a Ray that does not answer blocks nobody."""
+    """Reads the board, and returns in time if Ray does not answer."""
 
     def __init__(self, board: Any) -> None:
         self._board = board

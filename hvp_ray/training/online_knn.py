@@ -31,7 +31,7 @@ class KnnAnswer(Protocol):
         ...
 
     def values(self) -> dict[str, float]:
-        """Wait for the accuracies and return them; nothing to evaluate on gives none. Raises what the evaluation raised."""
+        """Wait for the accuracies; empty if there is nothing to evaluate on. Re-raise an error of the evaluation."""
         ...
 
 

@@ -349,9 +349,9 @@ def _read(location: str) -> bytes | None:
 
 
 def git_commit(file: Path) -> str | None:
-    """Return the commit of the repository that has this file, with `-dirty` if anything there was changed.
+    """Return the commit of the repository that tracks this file, with `-dirty` if the repository has changes.
 
-    None: no repository has it. A package in a virtual environment lies in somebody's repository and does not belong to it.
+    None: no repository tracks it. A package in a virtual environment may lie in a repository that does not track it.
     """
     git = ["git", "-C", str(file.parent)]
     try:

@@ -1,4 +1,4 @@
-"""Stop a run: a request that a signal makes and whoever trains or watches reads, and the loss of Ray itself."""
+"""Stop a run: trainers and the driver poll a request that a signal sets, and the driver detects that Ray died."""
 
 import contextlib
 import signal
@@ -69,7 +69,7 @@ def stop_on_signals(request: StopRequest, *, patience_seconds: float = PATIENCE_
 
 
 class RayProcesses:
-    """Ends a run whose local Ray has ended: calls would wait for it for a minute, and Ray then ends the process."""
+    """Ends a run whose local Ray died. A call of Ray would block for a minute, and Ray would then end this process."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
