@@ -59,39 +59,29 @@ class Dataset:
         }
 
 
-def open_dataset(config: DataConfig) -> Dataset:
+def open_dataset(config: DataConfig, *, fingerprint: str | None = None) -> Dataset:
     """Open the sources and split off what is held out.
 
+    Args:
+        config: names the sources.
+        fingerprint: `Dataset.fingerprint` when the run was prepared, for a process that joins it later. None: no check.
+
     Raises:
-        DataError: a source cannot be used, or has fewer images than asked for.
+        DataError: a source cannot be used, or has fewer images than asked for; or other images than when the run was
+            prepared, so that ids would name other images.
     """
     source = open_source(config.source, config)
+    if fingerprint is not None and source.fingerprint() != fingerprint:
+        raise DataError(
+            f"data.source={config.source!r} has changed since the run was started: it has {source.num_samples} images now, "
+            f"with other names or sizes. Put back what is gone and remove what is new, then start the run again with its name"
+        )
     training_ids, test_ids = split_source(config, source)
     if config.test_source is None:
         return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
     test_source = open_source(config.test_source, config)
     test_ids = np.arange(test_source.num_samples, dtype=np.int64)
     return Dataset(source=source, training_ids=training_ids, test_source=test_source, test_ids=test_ids)
-
-
-def open_unchanged(config: DataConfig, fingerprint: str) -> Dataset:
-    """Open the data of a run that has begun, in a process that joins it later.
-
-    Args:
-        config: the run's.
-        fingerprint: `Dataset.fingerprint` when the run was prepared.
-
-    Raises:
-        DataError: as `open_dataset`; or the source has other images than then, so ids would name other images.
-    """
-    dataset = open_dataset(config)
-    if dataset.fingerprint() != fingerprint:
-        raise DataError(
-            f"data.source={config.source!r} has changed since the run was started: it has {dataset.source.num_samples} "
-            f"images now, with other names or sizes. Put back what is gone and remove what is new, then start the run again "
-            f"with its name"
-        )
-    return dataset
 
 
 def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

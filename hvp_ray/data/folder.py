@@ -208,13 +208,13 @@ def _collect(found: Iterator[tuple[str, int]]) -> tuple[pa.LargeBinaryArray, NDA
     return pa.concat_arrays(parts), np.concatenate(sizes)
 
 
-def _classes(paths: pa.LargeBinaryArray) -> tuple[NDArray[np.int32], list[str]]:
-    """Return the label of each path, [N], and the classes: the first folders, sorted."""
+def _classes(paths: pa.LargeBinaryArray, *, skip: int = 0) -> tuple[NDArray[np.int32], list[str]]:
+    """Return the label of each path, [N], and the classes: the first folders after `skip` bytes of the path, sorted."""
     labels = np.full(len(paths), UNLABELLED, np.int32)
     index: dict[bytes, int] = {}
     for start in range(0, len(paths), _PATHS_AT_ONCE):
         for place, path in enumerate(paths[start : start + _PATHS_AT_ONCE].to_pylist(), start):
-            name, slash, _ = path.partition(b"/")
+            name, slash, _ = path[skip:].partition(b"/")
             if slash:
                 labels[place] = index.setdefault(name, len(index))
     names = sorted(index)
@@ -251,7 +251,7 @@ def _refuse_splits(root: Path, paths: pa.LargeBinaryArray, class_names: list[str
     """
     first, last = (os.path.dirname(paths[index].as_py()) for index in (0, -1))
     shared = os.path.commonpath([first, last]) if first and last else b""
-    folders = class_names if not shared else [os.fsdecode(name) for name in _folders_in(paths, shared)]
+    folders = class_names if not shared else _classes(paths, skip=len(shared) + 1)[1]
     names = {name.lower(): name for name in folders}
     training = next((names[split] for split in _TRAINING_SPLITS if split in names), None)
     others = [names[split] for split in _OTHER_SPLITS if split in names]
@@ -262,14 +262,3 @@ def _refuse_splits(root: Path, paths: pa.LargeBinaryArray, class_names: list[str
         f"{place} has the folders of several splits ({', '.join([training, *others])}), and images of all of them would be "
         f"trained on. Give one for each purpose: --data.source {place / training} --data.test_source {place / others[0]}"
     )
-
-
-def _folders_in(paths: pa.LargeBinaryArray, folder: bytes) -> set[bytes]:
-    """Return the names of the folders directly in a folder that holds all paths."""
-    names: set[bytes] = set()
-    for start in range(0, len(paths), _PATHS_AT_ONCE):
-        for path in paths[start : start + _PATHS_AT_ONCE].to_pylist():
-            name, slash, _ = path[len(folder) + 1 :].partition(b"/")
-            if slash:
-                names.add(name)
-    return names

@@ -26,25 +26,14 @@ def knn_correct(
     query_labels: Int64[Tensor, " queries"],
     *,
     neighbours: int,
+    are_normalised: bool = False,
 ) -> Bool[Tensor, " queries"]:
     """Tell for each query whether it is classified correctly: cosine similarity, votes weighted by exp(similarity / 0.07).
 
-    `neighbours` is cut to the size of the bank.
+    `neighbours` is cut to the size of the bank. Features that are normalised already are not copied.
     """
-    return _correct_of_unit_length(
-        F.normalize(bank, dim=1), bank_labels, F.normalize(queries, dim=1), query_labels, neighbours=neighbours
-    )
-
-
-def _correct_of_unit_length(
-    bank: Float[Tensor, "bank dim"],
-    bank_labels: Int64[Tensor, " bank"],
-    queries: Float[Tensor, "queries dim"],
-    query_labels: Int64[Tensor, " queries"],
-    *,
-    neighbours: int,
-) -> Bool[Tensor, " queries"]:
-    """Do what `knn_correct` does, for features that are normalised already."""
+    if not are_normalised:
+        bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
     neighbours = min(neighbours, len(bank))
     rows = max(1, min(1024, _SIMILARITIES_AT_ONCE // len(bank)))
@@ -87,7 +76,9 @@ def few_shot_knn_accuracy(
     accuracies = []
     for draw in range(FEW_SHOT_DRAWS):
         rows = torch.from_numpy(draw_shots(bank_labels.cpu().numpy(), shots, draw)).to(bank.device)
-        correct = _correct_of_unit_length(bank[rows], bank_labels[rows], queries, query_labels, neighbours=shots)
+        correct = knn_correct(
+            bank[rows], bank_labels[rows], queries, query_labels, neighbours=shots, are_normalised=True
+        )
         accuracies.append(int(correct.sum()) / len(queries))
     return float(np.mean(accuracies))
 

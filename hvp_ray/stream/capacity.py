@@ -273,11 +273,8 @@ def spilled_bytes() -> int:
 
 def _ask_raylet(address: str) -> int:
     # Ray's own options: by default gRPC goes through `http_proxy`, which does not know the nodes.
-    channel = init_grpc_channel(address, options=GLOBAL_GRPC_OPTIONS)
-    try:
+    with init_grpc_channel(address, options=GLOBAL_GRPC_OPTIONS) as channel:
         reply = node_manager_pb2_grpc.NodeManagerServiceStub(channel).FormatGlobalMemoryInfo(
             node_manager_pb2.FormatGlobalMemoryInfoRequest(include_memory_info=False), timeout=_ANSWER_SECONDS
         )
-    finally:
-        channel.close()
     return int(reply.store_stats.spilled_bytes_total)

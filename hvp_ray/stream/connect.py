@@ -142,10 +142,8 @@ def _wait_for_head(address: str) -> None:
     head = canonicalize_bootstrap_address(address)
     if head is None:
         raise ConnectionError("no cluster was started on this machine")
-    channel = init_grpc_channel(head, options=GLOBAL_GRPC_OPTIONS)
-    try:
-        grpc.channel_ready_future(channel).result(timeout=_HEAD_SECONDS)
-    except grpc.FutureTimeoutError as error:
-        raise ConnectionError(f"no answer from {head} within {_HEAD_SECONDS:.0f} s") from error
-    finally:
-        channel.close()
+    with init_grpc_channel(head, options=GLOBAL_GRPC_OPTIONS) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_HEAD_SECONDS)
+        except grpc.FutureTimeoutError as error:
+            raise ConnectionError(f"no answer from {head} within {_HEAD_SECONDS:.0f} s") from error

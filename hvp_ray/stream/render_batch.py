@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig, RendererName, RunConfig, ViewsConfig, config_from_dict
-from hvp_ray.data.dataset import Dataset, open_dataset, open_unchanged
+from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError, UnreadableImageError
@@ -99,16 +99,14 @@ def open_render_context(
     Args:
         config_values: of the run.
         renderer: the resolved one.
-        data_fingerprint: that the data must have; None: any.
+        data_fingerprint: see `open_dataset`.
 
     Raises:
         DataError: the source cannot be opened from here, or is not the run's any more.
         ConfigError: the renderer cannot be had here.
     """
     config = config_from_dict(config_values)
-    if data_fingerprint is None:
-        return build_render_context(config, open_dataset(config.data), renderer)
-    return build_render_context(config, open_unchanged(config.data, data_fingerprint), renderer)
+    return build_render_context(config, open_dataset(config.data, fingerprint=data_fingerprint), renderer)
 
 
 def render_batch(context: RenderContext, request: BatchRequest, *, worker: str = "inline") -> ViewBatch:

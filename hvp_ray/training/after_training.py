@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvp_ray.errors import first_line
+from hvp_ray.remote_files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,5 @@ class AfterTraining:
             "begun": begun,
             "deaths": self._deaths,
         }
-        temporary = self._path.with_name(f"{self._path.name}.part")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(self._path)
+        write_file(str(self._path), (json.dumps(content, indent=1) + "\n").encode())
         self._keep()

@@ -112,8 +112,7 @@ def launch(
     """
     stop = stop or StopRequest()
     config = with_absolute_paths(config)
-    check_before_start(config)
-    dataset = open_dataset(config.data)
+    dataset = check_before_start(config)
     for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
         if remark is not None:
             watchers.show_message(remark)

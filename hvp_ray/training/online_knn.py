@@ -15,6 +15,7 @@ from torch import nn
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import first_line
 from hvp_ray.evaluation.online import snapshot_encoder
+from hvp_ray.remote_files import write_file
 from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
 
 logger = logging.getLogger(__name__)
@@ -100,10 +101,7 @@ class KnnDuringTraining:
 
     def _write_snapshot(self, step: int) -> bytes:
         snapshot = snapshot_encoder(self._encoder)
-        self._folder.mkdir(exist_ok=True)
-        path = self._path(step)
-        path.with_name(f"part-{path.name}").write_bytes(snapshot)
-        path.with_name(f"part-{path.name}").replace(path)
+        write_file(str(self._path(step)), snapshot)
         return snapshot
 
     def _write_first(self) -> None:

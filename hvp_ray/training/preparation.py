@@ -85,8 +85,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, training=training)
 
 
-def check_before_start(config: RunConfig) -> None:
-    """Find what is wrong with images, network and output folder before anything is started.
+def check_before_start(config: RunConfig) -> Dataset:
+    """Find what is wrong with images, network and output folder before anything is started; return the opened data.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -94,17 +94,18 @@ def check_before_start(config: RunConfig) -> None:
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
     location = output_location(config)
-    _open_checked(config)
+    dataset = _open_checked(config)
     _check_view_sizes(config, build_untrained_method(config))
     if is_uri(location):
         check_writable(location, option="run.output")
-        return
+        return dataset
     output = Path(location)
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
             f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another"
         )
+    return dataset
 
 
 def _check_view_sizes(config: RunConfig, method: Method) -> None:

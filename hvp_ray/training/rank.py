@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
-from hvp_ray.data.dataset import Dataset, open_unchanged
+from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import DataInventory
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
-from hvp_ray.remote_files import place_in
+from hvp_ray.remote_files import place_in, write_file
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
 from hvp_ray.stream.isolation import CRASHES_DECODER
 from hvp_ray.stream.metrics import WatchNumbers
@@ -126,7 +126,7 @@ def _train_rank(
     watch_numbers: WatchNumbers,
 ) -> dict[str, Any] | None:
     config = job.config
-    dataset = open_unchanged(config.data, job.data_fingerprint)
+    dataset = open_dataset(config.data, fingerprint=job.data_fingerprint)
     order = build_order(config, dataset)
     num_steps = config.training.num_steps or config.training.epochs * order.steps_per_epoch
     store = CheckpointStore(
@@ -424,10 +424,7 @@ def _report(
         feed.finish(status="FINISHED", artifacts=final_artifacts(job.run_dir), values=final_values(summary))
         summary["mlflow_run_id"] = feed.run_id
         summary["mlflow_experiment_id"] = feed.experiment_id
-    path = job.run_dir / "summary.json"
-    temporary = path.with_name("summary.json.part")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.replace(path)
+    write_file(str(job.run_dir / "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     after.finish()
     return summary
 
