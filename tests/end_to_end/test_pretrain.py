@@ -52,8 +52,16 @@ def _start(output: Path, name: str, **extra: str) -> subprocess.Popen[str]:
     settings = SETTINGS | {key.replace("__", "."): value for key, value in extra.items()}
     options = [word for key, value in settings.items() for word in (f"--{key}", value)]
     command = [sys.executable, "pipelines/pretrain.py", "--run.name", name, "--run.output", str(output), *options]
+    # As on a company's machine: a proxy that must not be used for this machine's own addresses.
+    proxy = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": "localhost,127.0.0.1"}
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=os.environ | proxy,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
