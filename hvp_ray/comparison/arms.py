@@ -103,7 +103,7 @@ def get_arm(name: str) -> Arm:
         return ARMS[name]
     if match := re.fullmatch(r"every-([1-9]\d*)", name):
         every = int(match[1])
-        return Arm(name=name, title=f"hard views in every {every}th step", change=_hardest(every=every))
+        return Arm(name=name, title=f"hard views in one step of {every}", change=_hardest(every=every))
     if match := re.fullmatch(r"hardest-([1-9]\d*)px", name):
         px = int(match[1])
         return Arm(name=name, title=f"hard views, scored at {px} px", change=_hardest(scoring_resolution_px=px))
