@@ -101,7 +101,7 @@ _EFFECTS: dict[str, Effect] = {
     "tracking.selection_images_per_epoch": Effect.METRICS,  # the analysis pools the logged images of an epoch
     "tracking.comparison": Effect.NOTHING,  # a tag
     "tracking.arm": Effect.NOTHING,  # a tag
-    "tracking.num_figure_images": Effect.NOTHING,  # a picture, drawn after the last number
+    "tracking.num_figure_images": Effect.NOTHING,  # pictures, which change no number
 }
 
 VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "timm", "nvidia-dali-cuda130")

@@ -149,6 +149,7 @@ def describe_report(report: Any) -> str:
     lines = ["", report.sentence, ""]
     lines += [f"  {arm.arm:<14} {100 * arm.mean:6.2f} %   {arm.title}" for arm in report.primary.arms]
     lines += [f"  {name:<14} {100 * value:6.2f} %" for name, value in report.primary.references.items()]
+    lines += [*([""] if report.problems else []), *(f"problem  {problem}" for problem in report.problems)]
     return "\n".join([*lines, "", f"report   {report.html_path}", f"numbers  {report.json_path}"])
 
 

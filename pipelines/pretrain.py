@@ -80,8 +80,16 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | None) -> str:
-    """Return what a person wants to know at the end of the run in this folder, path or URI."""
+def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | None, *, size_px: int) -> str:
+    """Return what a person wants to know at the end of the run in this folder, path or URI.
+
+    Args:
+        summary: of the run.
+        location: the run's folder, path or URI.
+        tracking_uri: of MLflow; None: it is off.
+        size_px: of the evaluated images.
+    """
+    from hvp_ray.evaluation.report import title_of_pixels
     from hvp_ray.remote_files import place_in
 
     lines = [
@@ -98,7 +106,8 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
         )
     if any(summary.get(f"knn_top1{suffix}") is not None for suffix in ("", "_untrained", "_pixels")):
         lines += ["", "k-NN accuracy           all labels   5 labels per class"]
-        for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), ("raw pixels", "_pixels")):
+        pixels = title_of_pixels(size_px)
+        for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), (pixels, "_pixels")):
             values = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
             top1, few = ("not known" if value is None else f"{value:.4f}" for value in values)
             lines.append(f"  {title:<20}    {top1:<10}   {few}")
@@ -154,7 +163,8 @@ def main(arguments: list[str]) -> int:
             if sent is not None:
                 say("MLflow had not got everything of it; it has now")
                 summary = sent
-            say(describe_result(summary, location, mlflow_location(config, local_output(config))[0]))
+            uri, size_px = mlflow_location(config, local_output(config))[0], config.views.global_views.size_px
+            say(describe_result(summary, location, uri, size_px=size_px))
             return 0
         from hvp_ray.training.launch import Watchers, launch
 
@@ -171,7 +181,7 @@ def main(arguments: list[str]) -> int:
         display.close()
         print("stopped; start the run again with its --run.name to go on", file=sys.stderr, flush=True)
         return 130
-    say(describe_result(summary, job.location, job.mlflow_uri))
+    say(describe_result(summary, job.location, job.mlflow_uri, size_px=config.views.global_views.size_px))
     return 0
 
 

@@ -78,7 +78,7 @@ def _draw_curves(
                 label=arm.name,
             )
     for name, value in metric.references.items():
-        if name == "raw pixels":
+        if name.startswith("raw pixels"):
             axis.axhline(100 * value, color="#999999", linewidth=1.0, linestyle=":", label=name)
     axis.set_title(f"{title}: {metric.title}, mean and single seeds", fontsize=10)
     axis.set_xlabel(x_label)

@@ -57,6 +57,8 @@ class Report:
     json_path: Path
     figures: tuple[Path, ...]
     primary: MetricResult
+    problems: tuple[str, ...]
+    """What failed in the runs after training, with the run's name."""
 
 
 def write_report(study: Study, *, metric: str) -> Report:
@@ -89,8 +91,17 @@ def write_report(study: Study, *, metric: str) -> Report:
     _write(json_path, json.dumps(content, indent=1) + "\n")
     _write(html_path, _page(study, results, summaries, analyses, sentence, figures))
     return Report(
-        sentence=sentence, html_path=html_path, json_path=json_path, figures=tuple(figures), primary=summaries[0]
+        sentence=sentence,
+        html_path=html_path,
+        json_path=json_path,
+        figures=tuple(figures),
+        primary=summaries[0],
+        problems=_problems(results),
     )
+
+
+def _problems(results: Sequence[RunResult]) -> tuple[str, ...]:
+    return tuple(f"{r.folder.name}: {problem}" for r in results for problem in r.summary.get("problems", ()))
 
 
 def _analyse(study: Study, results: Sequence[RunResult]) -> dict[str, SelectionAnalysis]:
@@ -135,6 +146,7 @@ def _content(
                 "chosen_iou_mean": result.summary.get("chosen_iou_mean"),
                 "other_iou_mean": result.summary.get("other_iou_mean"),
                 "num_collapse_warnings": result.summary.get("num_collapse_warnings"),
+                "problems": result.summary.get("problems", []),
                 "curve": [
                     {"step": p.step, "epoch": p.epoch, "compute": p.compute, "values": p.values} for p in result.curve
                 ],
@@ -167,6 +179,7 @@ def _page(
             f"{_text(', '.join(r.folder.name for r in warned))}.</p>"
             for _ in range(bool(warned))
         ),
+        *(f'<p class="warning">{_text(problem)}</p>' for problem in _problems(results)),
         *(_metric_table(result) for result in summaries),
         *(_figure(drawn[name]) for name in comparison),
         "<h2>What it costs</h2>",

@@ -12,6 +12,7 @@ from hvp_ray.comparison.arms import HARDEST, VANILLA, VANILLA_LONG, PlannedRun, 
 from hvp_ray.comparison.study import Study
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
+from hvp_ray.evaluation.report import title_of_pixels
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.preparation import is_finished
 
@@ -19,7 +20,6 @@ METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",
     "knn5shot_top1": "k-NN accuracy, 5 labels per class",
 }
-REFERENCES = {"untrained encoder": "_untrained", "raw pixels": "_pixels"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +133,8 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
         if not isinstance(value, int | float) or isinstance(value, bool):
             if problems := result.summary.get("problems"):
                 raise DataError(
-                    f"{result.folder} finished without {metric}: {'; '.join(problems)}. Repair the cause, delete its "
-                    f"summary.json, and start the comparison again: it repeats the evaluation and trains nothing"
+                    f"{result.folder} finished without {metric}: {'; '.join(problems)}. Repair the cause and "
+                    f"start the comparison again: it repeats the evaluation and trains nothing"
                 )
             known = [name for name, value in result.summary.items() if isinstance(value, float)]
             raise ConfigError(
@@ -154,7 +154,8 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
         question = f"{hard} against random views, equal compute"
         differences.insert(1, _difference(by_name[hard], by_name[VANILLA_LONG], question))
     references = {}
-    for title, suffix in REFERENCES.items():
+    pixels = title_of_pixels(study.base.views.global_views.size_px)
+    for title, suffix in (("untrained encoder", "_untrained"), (pixels, "_pixels")):
         known_values = [value for result in results if (value := result.summary.get(metric + suffix)) is not None]
         if known_values:
             references[title] = float(np.mean(known_values))

@@ -20,15 +20,17 @@ import ray
 import torch
 
 from hvp_ray.comparison.arms import PlannedRun, get_arm
+from hvp_ray.comparison.results import METRIC_TITLES
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
 from hvp_ray.stream.capacity import plan_local_ray, room_for, this_machine
 from hvp_ray.stream.connect import LocalRay, connect_ray
+from hvp_ray.training.after_training import MAX_DEATHS, forgive_death
 from hvp_ray.training.launch import Watchers, decoded_bytes_of, launch, num_side_by_side
 from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.preparation import is_finished
+from hvp_ray.training.preparation import is_finished, output_folder
 from hvp_ray.training.stop import RayProcesses, StopRequest, stop_on_signals
 
 Mode = Literal["inline", "workers"]
@@ -167,8 +169,14 @@ def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: i
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Tell whether a run has finished: the planned one, not any run of its name."""
-    return is_finished(run.config, run.identity)
+    """Tell whether a run has finished with the values that are compared: the planned one, not any run of its name.
+
+    One whose evaluation failed is started again: it trains no step, and evaluates.
+    """
+    if not is_finished(run.config, run.identity):
+        return False
+    summary = json.loads((output_folder(run.config) / run.name / "summary.json").read_text())
+    return all(isinstance(summary.get(metric), float) for metric in METRIC_TITLES)
 
 
 def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: Device) -> dict[str, StepCost]:
@@ -190,20 +198,24 @@ def _measure_task(config: dict[str, Any], arm_names: list[str], device: str) -> 
     return measure_step_costs(base, arms, open_dataset(base.data), device=torch.device(device))
 
 
-@ray.remote(max_retries=2)
+@ray.remote(max_retries=MAX_DEATHS)
 def _pretrain_task(config: dict[str, Any]) -> None:
     """Do one run in this process; `ray.cancel`, which arrives as SIGINT, stops it after a checkpoint."""
     logging.getLogger("hvp_ray").setLevel(logging.ERROR)
     stop = StopRequest()
     with stop_on_signals(stop):
-        pretrain_in_process(config_from_dict(config), report_progress=lambda _progress: stop.is_asked)
+        pretrain_in_process(
+            config_from_dict(config),
+            report_progress=lambda _progress: stop.is_asked,
+            is_stop_asked=lambda: stop.is_asked,
+        )
 
 
 def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
     threads = run.config.training.torch_threads
     options = {"num_cpus": threads, "name": run.config.run.name}
     task = _pretrain_task.options(**options).remote(config_to_dict(run.config))
-    was_cancelled, ray_processes = False, RayProcesses(stop)
+    was_cancelled, was_forced, ray_processes = False, False, RayProcesses(stop)
     while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
         ray_processes.check()
         if stop.is_asked and not was_cancelled:
@@ -211,7 +223,12 @@ def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
             was_cancelled = True
         if stop.is_overdue:
             ray.cancel(task, force=True)
-    ray.get(task)
+            was_forced = True
+    try:
+        ray.get(task)
+    finally:
+        if was_forced:
+            forgive_death(str(output_folder(run.config) / run.name))
 
 
 def _work_with_workers(run: PlannedRun, stop: StopRequest, *, num_sharing: int) -> None:

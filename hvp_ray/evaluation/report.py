@@ -108,6 +108,11 @@ def evaluate_pixels(knn_data: KnnData, config: RunConfig) -> dict[str, float]:
     return _both(_small_pixels(knn_data.bank), _small_pixels(knn_data.queries), knn_data, config)
 
 
+def title_of_pixels(size_px: int) -> str:
+    """Return what the baseline of raw pixels is called for images of this size."""
+    return "raw pixels" if size_px <= PIXEL_BASELINE_PX else f"raw pixels ({PIXEL_BASELINE_PX} px)"
+
+
 def _small_pixels(images: NDArray[np.uint8]) -> Float[Tensor, "images values"]:
     """Return the values of each image as one row; images above `PIXEL_BASELINE_PX` are scaled down."""
     size_px = min(images.shape[1], PIXEL_BASELINE_PX)

@@ -2,8 +2,8 @@
 
 `trained.json` in the run's folder marks a run whose last checkpoint and encoder are written. It holds what training
 measured, and which parts of the rest were begun and survived. If the process dies, the next attempt reads it: no step is
-trained again, and after repeated deaths only what was survived before is done. `summary.json` alone says that a run has
-finished.
+trained again, and a part in which it died twice is left out. `summary.json` alone says that a run has finished; a comparison
+may evaluate such a run again.
 """
 
 import json
@@ -13,15 +13,36 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvp_ray.errors import first_line
-from hvp_ray.remote_files import write_file
+from hvp_ray.remote_files import place_in, read_file, write_file
 
 logger = logging.getLogger(__name__)
 
 TRAINED = "trained.json"
-_MAX_DEATHS = 2
-"""One death may be the machine's, which was taken away. Two are the fewest restarts that a launcher grants."""
+_MAX_DEATHS_IN_PART = 2
+"""One death may be the machine's, which was taken away."""
+MAX_DEATHS = 3
+"""After so many deaths only what was survived is done. Launchers grant as many restarts, so the run still finishes."""
 
 Result = TypeVar("Result")
+
+
+class StopAskedError(Exception):
+    """The run was asked to stop between two parts; the marker stands."""
+
+
+def forgive_death(run: str) -> None:
+    """Let a process that was ended on request in one of the parts not count as one that died.
+
+    Args:
+        run: the run's folder, path or URI.
+    """
+    path = place_in(run, TRAINED)
+    try:
+        content = read_file(path)
+        if content is not None:
+            write_file(path, (json.dumps(json.loads(content) | {"begun": None}, indent=1) + "\n").encode())
+    except (OSError, ValueError) as error:
+        logger.debug("%s stays as it is: %s", path, error)
 
 
 class AfterTraining:
@@ -35,6 +56,7 @@ class AfterTraining:
         *,
         may_continue: bool,
         keep: Callable[[], None] = lambda: None,
+        is_stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         """Mark the run as trained.
 
@@ -45,28 +67,41 @@ class AfterTraining:
                 attempt is put in front.
             may_continue: this attempt did no step, so the marker of an earlier attempt holds.
             keep: called when the marker was written, to upload it.
+            is_stop_asked: asked before each part.
         """
         self._path = run_dir / TRAINED
         self._keep = keep
+        self._is_stop_asked = is_stop_asked
         known: dict[str, Any] = {}
         if may_continue and self._path.exists():
             known = json.loads(self._path.read_text())
+        elif may_continue and (finished := run_dir / "summary.json").exists():
+            known = {"summary": json.loads(finished.read_text())}  # evaluated again, for a comparison
         self.summary: dict[str, Any] = known.get("summary", summary)
         """What training measured, in the attempt that did the last step."""
         self.problems = problems
         problems[:0] = known.get("problems", [])
         self._survived: list[str] = known.get("survived", [])
-        self._deaths: int = known.get("deaths", 0) + (known.get("begun") is not None)
+        self._deaths: dict[str, int] = known.get("deaths_in_parts", {})
+        begun = known.get("begun")
+        if begun is not None:
+            self._deaths[begun] = self._deaths.get(begun, 0) + 1
         self._write(begun=None)
 
     def attempt(self, part: str, work: Callable[[], Result]) -> Result | None:
         """Return what `work` returns, or None with a new problem if it failed or was left out.
 
         KeyboardInterrupt and SystemExit pass.
+
+        Raises:
+            StopAskedError: the run was asked to stop.
         """
-        if self._deaths >= _MAX_DEATHS and part not in self._survived:
-            deaths = f"the process died {self._deaths} times after training, perhaps because memory ran out"
-            self._note(f"{part} was left out: {deaths}")
+        if self._is_stop_asked():
+            raise StopAskedError
+        here, everywhere = self._deaths.get(part, 0), sum(self._deaths.values())
+        if part not in self._survived and (here >= _MAX_DEATHS_IN_PART or everywhere >= MAX_DEATHS):
+            deaths = f"{here} times in it" if here >= _MAX_DEATHS_IN_PART else f"{everywhere} times after training"
+            self._note(f"{part} was left out: the process died {deaths}, perhaps because memory ran out")
             return None
         self._write(begun=part)
         try:
@@ -94,7 +129,7 @@ class AfterTraining:
             "problems": self.problems,
             "survived": self._survived,
             "begun": begun,
-            "deaths": self._deaths,
+            "deaths_in_parts": self._deaths,
         }
         write_file(str(self._path), (json.dumps(content, indent=1) + "\n").encode())
         self._keep()

@@ -50,6 +50,7 @@ from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.training.after_training import forgive_death
 from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.placement import Placement, lacks_a_label, place_in_part
 from hvp_ray.training.preparation import check_before_start, prepare_run, with_absolute_paths
@@ -67,6 +68,8 @@ _CLUSTER_NUMBERS_SECONDS = 10.0
 _JOIN_SECONDS = 60.0
 _OTHER_LABEL_SECONDS = 10.0
 _SILENCE_SECONDS = 120.0
+_NO_CHECKPOINT = "stopped before the trainers had written a checkpoint; the last periodic one stands"
+_TRAINED = "stopped in the evaluation; training is done, and starting the run again with its name evaluates it"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,6 +294,8 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers, stop: StopReques
             fit.end(board)
             if not fit.is_alive():
                 delete_folder(ray_train)
+            if stop.is_asked:
+                forgive_death(job.location)
 
 
 def _unless_lost(action: Callable[..., None], *arguments: object) -> None:
@@ -365,7 +370,7 @@ def _watch(board: Any, fit: _FitThread, watchers: Watchers, placement: Placement
     reader, ray_processes = _BoardReader(board), RayProcesses(stop)
     shown: Progress | None = None
     content: BoardContent | None = None
-    stop_was_sent = False
+    stop_was_sent = is_trained = False
     with stop_on_signals(stop):
         while True:
             ended = not fit.is_alive()
@@ -380,6 +385,7 @@ def _watch(board: Any, fit: _FitThread, watchers: Watchers, placement: Placement
                 ray_processes.check(patience_seconds=0.0)
                 raise
             if content is not None:
+                is_trained = content.is_trained
                 for message in content.messages:
                     watchers.show_message(message)
                 if content.progress is not None and content.progress != shown:
@@ -393,12 +399,13 @@ def _watch(board: Any, fit: _FitThread, watchers: Watchers, placement: Placement
             ray_processes.check()
             silence.mention(watchers.show_message)
             if stop.is_overdue:
-                raise StoppedError("stopped before the trainers had written a checkpoint; the last periodic one stands")
+                raise StoppedError(_TRAINED if is_trained else _NO_CHECKPOINT)
             fit.join(timeout=_POLL_SECONDS)
     if content.summary is not None:
         return content.summary
     if stop.is_asked:
-        raise StoppedError("stopped behind a checkpoint; start the run again with its name to go on")
+        behind = "stopped behind a checkpoint; start the run again with its name to go on"
+        raise StoppedError(_TRAINED if is_trained else behind)
     if fit.error is not None:
         raise StageError(
             f"the trainers failed more than cluster.max_trainer_failures times; start the run again with its name to go on "
@@ -443,15 +450,11 @@ def _trainer_main(settings: dict[str, Any]) -> None:
     config = job.config
     world = current_world()
     set_up_logging(run=job.run_name, origin=f"rank={world.rank}")
-    handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
-    logging.getLogger("hvp_ray").addHandler(handler)
     torch.set_num_threads(config.training.torch_threads)
     cv2.setNumThreads(1)
     device = ray.train.torch.get_device() if settings["device"] == "cuda" else torch.device("cpu")
     if device.type == "cuda" and settings["gpu_share"] < 1.0:
         torch.cuda.set_per_process_memory_fraction(settings["gpu_share"], device)  # the rest is the neighbours'
-    hand_over = DeviceHandOver(device)
-    finishers = start_finishers(config, rank=world.rank)
     publisher = MetricsPublisher(TRAINER_METRICS, {"run": job.run_name, "rank": str(world.rank)})
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
@@ -483,7 +486,11 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             "hvp_ray_worker_restarts": float(facts["num_worker_restarts"]),
         }
 
+    handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
+    logging.getLogger("hvp_ray").addHandler(handler)
     try:
+        hand_over = DeviceHandOver(device)
+        finishers = start_finishers(config, rank=world.rank)
         if ray.get(board.read_fatal.remote()) is not None:
             return  # another rank met an error that starting again does not mend; the driver knows
         if world.rank == 0:
@@ -497,6 +504,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             ask_knn=lambda snapshot: _RayAnswer(settings["knn"].evaluate.remote(snapshot)),
             cluster_facts=cluster_facts,
             watch_numbers=publisher.watch,
+            is_stop_asked=lambda: bool(ray.get(board.post_evaluation.remote())),
         )
     except HvpRayError as error:
         # Starting again would fail in the same way, so the driver is told to give up.

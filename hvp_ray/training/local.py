@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -28,7 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def pretrain_in_process(
-    config: RunConfig, *, report_progress: ReportProgress = lambda _progress: False
+    config: RunConfig,
+    *,
+    report_progress: ReportProgress = lambda _progress: False,
+    is_stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Train without Ray; return the summary on rank 0, None on the others and of a run that was stopped.
 
@@ -37,6 +41,7 @@ def pretrain_in_process(
     Args:
         config: the run.
         report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
+        is_stop_asked: called on rank 0 between the parts of the evaluation; tells whether the run shall stop.
 
     Raises:
         ConfigError: the number of processes is another one, or the run cannot be prepared.
@@ -79,6 +84,7 @@ def pretrain_in_process(
         device,
         open_stream=open_stream,
         report_progress=report_progress,
+        is_stop_asked=is_stop_asked,
         ask_knn=lambda snapshot: AnswerAtHand(evaluator.evaluate(snapshot)),
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )

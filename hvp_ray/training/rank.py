@@ -35,7 +35,7 @@ from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal
 from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, MlflowRun, final_artifacts, final_values
 from hvp_ray.tracking.selection_log import SelectionLogWriter
-from hvp_ray.training.after_training import TRAINED, AfterTraining
+from hvp_ray.training.after_training import TRAINED, AfterTraining, StopAskedError
 from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.training.loop import LoopResult, run_loop
 from hvp_ray.training.online_knn import AskKnn, KnnDuringTraining
@@ -86,6 +86,7 @@ def train_rank(
     ask_knn: AskKnn,
     cluster_facts: Callable[[], dict[str, float]],
     watch_numbers: WatchNumbers = lambda _read: None,
+    is_stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Train this rank to the end; return the summary on rank 0 of a finished run, else None.
 
@@ -98,6 +99,7 @@ def train_rank(
         ask_knn: who evaluates snapshots during training.
         cluster_facts: spilled_bytes and num_worker_restarts so far.
         watch_numbers: who publishes this rank's numbers while it trains; by default nobody.
+        is_stop_asked: tells rank 0 between the parts of the evaluation whether the run was asked to stop.
     """
     with RunStorage(job.run_dir, job.run_uri, rank=world.rank) as storage:
         return _train_rank(
@@ -110,6 +112,7 @@ def train_rank(
             ask_knn=ask_knn,
             cluster_facts=cluster_facts,
             watch_numbers=watch_numbers,
+            is_stop_asked=is_stop_asked,
         )
 
 
@@ -124,6 +127,7 @@ def _train_rank(
     ask_knn: AskKnn,
     cluster_facts: Callable[[], dict[str, float]],
     watch_numbers: WatchNumbers,
+    is_stop_asked: Callable[[], bool],
 ) -> dict[str, Any] | None:
     config = job.config
     dataset = open_dataset(config.data, fingerprint=job.data_fingerprint)
@@ -235,9 +239,16 @@ def _train_rank(
         problems,
         may_continue=not result.step_seconds,
         keep=lambda: storage.push_file(TRAINED),
+        is_stop_asked=is_stop_asked,
     )
     after.summary["num_resumes"] = summary["num_resumes"]
-    summary = _report(job, dataset, trainee, feed, knn, after, cluster_facts)
+    try:
+        summary = _report(job, dataset, trainee, feed, knn, after, cluster_facts)
+    except StopAskedError:
+        storage.push()
+        if feed is not None:
+            feed.finish(status="KILLED", artifacts=[], values={}, timeout_seconds=1.0)
+        return None
     storage.push(is_final=True)
     return summary
 

@@ -1,5 +1,6 @@
 """The board of a run: a tiny Ray actor between driver and trainers. Progress and warnings go up, a stop comes down."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ class BoardContent:
     fatal: str | None = None
     """An error that starting again does not mend."""
     summary: dict[str, Any] | None = None
+    is_trained: bool = False
+    """All steps are done; the trainers evaluate."""
 
 
 class RunBoard:
@@ -34,6 +37,11 @@ class RunBoard:
         self._content.progress = progress
         return self._stop
 
+    def post_evaluation(self) -> bool:
+        """Take from rank 0 that it evaluates; return whether the run shall stop."""
+        self._content.is_trained = True
+        return self._stop
+
     def post_message(self, message: str) -> None:
         """Take a warning from any rank."""
         self._content.messages.append(message)
@@ -47,7 +55,7 @@ class RunBoard:
         self._content.summary = summary
 
     def request_stop(self) -> None:
-        """Ask the trainers to stop at the next step."""
+        """Ask the trainers to stop at the next step, or between two parts of the evaluation."""
         self._stop = True
 
     def post_controller(self, controller: Any) -> None:
@@ -65,7 +73,7 @@ class RunBoard:
     def read(self) -> BoardContent:
         """Return what is there; messages are handed out once."""
         content = self._content
-        self._content = BoardContent(progress=content.progress, fatal=content.fatal, summary=content.summary)
+        self._content = dataclasses.replace(content, messages=[])
         return content
 
 

@@ -133,6 +133,11 @@ def test_a_run_is_not_taken_by_its_name(tmp_path: Path) -> None:
     pretrain_in_process(vanilla.config)
     assert is_done(vanilla) and not is_done(hardest)
     assert read_run(study, vanilla).summary["num_steps"] == 2
+    path = tmp_path / vanilla.name / "summary.json"
+    finished = path.read_text()
+    path.write_text(json.dumps(json.loads(finished) | {"knn5shot_top1": None, "problems": ["k-NN failed"]}))
+    assert not is_done(vanilla), "its evaluation is repeated"
+    path.write_text(finished)
     other = tiny_config(str(tmp_path), training={"num_steps": 2}, optimizer={"learning_rate_per_256": 0.01})
     with pytest.raises(ConfigError, match=r"comparison .* other settings.*\n.*learning_rate_per_256: .* -> 0.01"):
         _open(other, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
@@ -232,12 +237,26 @@ def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path:
         summarize_metric(study, [_result(study, "vanilla", 0, 0.5)], "accuracy")
 
 
+def test_pixels_that_were_scaled_down_are_called_so(tmp_path: Path) -> None:
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=(0,))
+    results = [_result(study, arm.name, 0, 0.5) for arm in study.arms]
+    results[0].summary["knn_top1_pixels"] = 0.25
+    assert summarize_metric(study, results, "knn_top1").references == {"raw pixels": 0.25}
+    views = dataclasses.replace(
+        study.base.views,
+        global_views=dataclasses.replace(study.base.views.global_views, size_px=64),
+        evaluation_resize_px=64,
+    )
+    large = dataclasses.replace(study, base=dataclasses.replace(study.base, views=views))
+    assert summarize_metric(large, results, "knn_top1").references == {"raw pixels (32 px)": 0.25}
+
+
 def test_run_whose_evaluation_failed_is_an_error_that_says_how_to_repeat_it(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
     failed = dataclasses.replace(
         _result(study, "vanilla", 0, 0.5), summary={"knn_top1": None, "problems": ["k-NN failed: out of memory"]}
     )
-    with pytest.raises(DataError, match=r"without knn_top1: k-NN failed: out of memory\. .*delete its summary\.json"):
+    with pytest.raises(DataError, match=r"without knn_top1: k-NN failed: out of memory\. .*start the comparison again"):
         summarize_metric(study, [_result(study, "vanilla", 1, 0.5), failed], "knn_top1")
 
 
