@@ -7,8 +7,8 @@ few numbers for each row group.
 """
 
 import hashlib
-import logging
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +27,6 @@ from hvp_ray.data.source import MAX_LABEL, UNLABELLED
 from hvp_ray.errors import DataError, LabelError
 from hvp_ray.remote_files import retried
 
-logger = logging.getLogger(__name__)
-
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
 _ROWS_WITHOUT_QUESTION = 2**20
@@ -38,31 +36,21 @@ _BYTES_PER_ROW = 16
 _BATCH_BYTES = 64 * 2**20
 _REQUESTS_AT_ONCE = 16
 _OPEN_FILES = 32
-_SPLITS = ("train", "test", "validation", "val", "dev")
+_TRAINING_SPLIT = "train"
+_OTHER_SPLITS = ("test", "validation", "val", "dev")
 
 
-def find_parquet_names(files: FileSet) -> list[str]:
-    """Return the Parquet files of a set, sorted by folder and name; empty: there are none."""
-    names = files.names(*PARQUET_SUFFIXES)
-    found = {split for split in _SPLITS for name in names if split in _words(name)}
-    if len(found) > 1:
-        logger.warning(
-            "%s holds files of several splits (%s), and all of them are used; name those of one split by a pattern at the "
-            "end, such as FOLDER/train-*.parquet",
-            files.location,
-            ", ".join(sorted(found)),
-        )
-    return names
+def may_hold_images(files: FileSet, image_column: str) -> bool:
+    """Tell whether a Parquet file of a set looks like one of images; tables about images (paths, digests) do not.
 
-
-def may_hold_images(files: FileSet) -> bool:
-    """Tell whether a Parquet file of a set has a column of bytes; tables about images (paths, captions) have none."""
+    It does with bytes in the column of images, and with a struct of bytes in any column, as Hugging Face's images are.
+    """
     for name in files.names(*PARQUET_SUFFIXES):
         try:
             schema = open_parquet(files.open(name)).arrow.schema_arrow
         except DataError:
             return True  # opening the source says what is wrong with it
-        if any(_is_binary(field.type) or _has_bytes(field.type) for field in schema):
+        if any(_has_bytes(field.type) or (field.name == image_column and _is_binary(field.type)) for field in schema):
             return True
     return False
 
@@ -94,11 +82,13 @@ class ParquetSource:
             max_image_bytes: larger images are returned as no bytes.
 
         Raises:
-            DataError: a file is no Parquet, is damaged, has other columns, or is made to take too much memory.
+            DataError: there are several splits; or a file is no Parquet, is damaged, has other columns, or is made to take
+                too much memory.
             StorageError: a file cannot be read.
         """
         self._files = files
-        self._names = find_parquet_names(files)
+        self._names = files.names(*PARQUET_SUFFIXES)
+        _refuse_splits(files, self._names)
         self._image_column = image_column
         self._label_column = label_column
         self._max_row_group_bytes = max_row_group_bytes
@@ -195,6 +185,10 @@ class ParquetSource:
             for position, image in zip(positions, found, strict=True):
                 images[position] = image
         return images
+
+    def shares_files_with(self, other: "ParquetSource") -> bool:
+        """Tell whether a file is among those of both sources."""
+        return not self._files.places(self._names).isdisjoint(other._files.places(other._names))
 
     def describe(self, sample_id: int) -> str:
         """Name file and row."""
@@ -359,6 +353,38 @@ def _digest(parts: Iterator[bytes]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _refuse_splits(files: FileSet, names: list[str]) -> None:
+    """Check that images of a training split and of another one are not trained on together.
+
+    Raises:
+        DataError: some files are of the training split by their names, and others of another one.
+    """
+    words = {name: set(_words(name)) for name in names}
+    training = next((name for name in names if _TRAINING_SPLIT in words[name].difference(_OTHER_SPLITS)), None)
+    of_others = [name for name in names if _TRAINING_SPLIT not in words[name]]
+    others = {split: name for split in _OTHER_SPLITS for name in of_others if split in words[name]}
+    if training is None or not others:
+        return
+    other = next(iter(others))
+    raise DataError(
+        f"{files.location} has files of several splits ({', '.join([_TRAINING_SPLIT, *others])}), and images of all of them "
+        f"would be trained on. Give one for each purpose: --data.source '{_pattern(files, training, _TRAINING_SPLIT)}' "
+        f"--data.test_source '{_pattern(files, others[other], other)}'"
+    )
+
+
+def _pattern(files: FileSet, name: str, split: str) -> str:
+    """Return what names the files of a split: the folder of its name, or a pattern of files like this one."""
+    query = files.location.partition("?")[2] if files.is_remote else ""
+    found = re.search(rf"(?i)(?:^|(?<=[-/._])){split}(?=[-/._])", name)
+    assert found is not None
+    rest, pattern = name[found.end() :], name[: found.end()]
+    suffix = rest[rest.rfind(".") :]
+    if "/" not in rest:
+        pattern += suffix if rest == suffix else f"{rest[0]}*{suffix}"
+    return files.shown(pattern) + (f"?{query}" if query else "")
 
 
 def _words(name: str) -> list[str]:

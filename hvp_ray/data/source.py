@@ -124,7 +124,7 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
 def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
     from hvp_ray.data.files import FileSet
     from hvp_ray.data.folder import IMAGE_SUFFIXES, FolderSource
-    from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, find_parquet_names, may_hold_images
+    from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, may_hold_images
     from hvp_ray.data.shard_format import MANIFEST
     from hvp_ray.data.shards import ShardSource
 
@@ -142,7 +142,7 @@ def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
     if MANIFEST in files.sizes:
         return ShardSource(files, cache_bytes=cache_bytes, max_image_bytes=max_image_bytes)
     has_images = files.leftovers.has_suffix(IMAGE_SUFFIXES)
-    if find_parquet_names(files) and (not has_images or may_hold_images(files)):
+    if files.names(*PARQUET_SUFFIXES) and (not has_images or may_hold_images(files, config.image_column)):
         return ParquetSource(
             files,
             image_column=config.image_column,

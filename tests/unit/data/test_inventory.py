@@ -103,6 +103,47 @@ def test_class_that_is_called_train_is_one(tmp_path: Path) -> None:
     assert source.load_labels().tolist() == [0, 1, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        (
+            ("data/train-0.parquet", "data/train-1.parquet", "data/test-0.parquet"),
+            ("data/train-*.parquet", "data/test-*.parquet"),
+        ),
+        (("x.train.parquet", "x.validation.parquet"), ("x.train.parquet", "x.validation.parquet")),
+        (("Train/0.parquet", "dev/0.parquet"), ("Train", "dev")),
+    ],
+)
+def test_parquet_files_of_splits_are_not_trained_on_together(
+    tmp_path: Path, names: tuple[str, ...], advice: tuple[str, str]
+) -> None:
+    for name in names:
+        write_parquet(tmp_path / name, [IMAGE] * 2, row_group_size=2)
+    for location in (str(tmp_path), tmp_path.as_uri()):
+        with pytest.raises(DataError, match="several splits") as raised:
+            open_any(location)
+        training, test = (f"{location}/{pattern}" for pattern in advice)
+        assert f"--data.source '{training}' --data.test_source '{test}'" in str(raised.value)
+        assert open_any(training).num_samples == 2 * (len(names) - 1)
+        assert open_any(test).num_samples == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train/test-0.parquet", "train/1.parquet"),
+        ("test.parquet", "dev.parquet"),
+        ("training.parquet", "test.parquet"),
+    ],
+)
+def test_parquet_files_without_a_training_split_and_another_are_one_source(
+    tmp_path: Path, names: tuple[str, ...]
+) -> None:
+    for name in names:
+        write_parquet(tmp_path / name, [IMAGE] * 2, row_group_size=2)
+    assert open_any(tmp_path).num_samples == 4
+
+
 def test_hidden_folders_below_parquet_files_are_not_read(tmp_path: Path) -> None:
     write_parquet(tmp_path / "data/a.parquet", [IMAGE] * 3, row_group_size=2)
     for hidden in (".ipynb_checkpoints/a.parquet", ".git/annex/objects/x.parquet", "data/.old/a.parquet"):
@@ -128,7 +169,8 @@ def test_links_to_folders_of_parquet_files_are_followed_once(tmp_path: Path) -> 
 
 def test_tables_beside_images_do_not_take_their_place(tmp_path: Path) -> None:
     _write(tmp_path, "a/1.png", "b/2.png")
-    pq.write_table(pa.table({"file_name": ["a/1.png"], "caption": ["x"]}), tmp_path / "metadata.parquet")
+    digest = pa.array([b"0"], pa.binary())
+    pq.write_table(pa.table({"file_name": ["a/1.png"], "sha256": digest}), tmp_path / "metadata.parquet")
     write_parquet(tmp_path / ".cache" / "x.parquet", [IMAGE], row_group_size=1)
     source = open_any(tmp_path)
     assert source.kind == "images in a folder"

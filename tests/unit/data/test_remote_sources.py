@@ -1,6 +1,7 @@
 """Parquet and shards behind a URI are what they are on a disk: S3, the hub's protocol, fsspec; and storages that fail."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,10 +133,12 @@ def test_packing_from_and_to_a_bucket_gives_the_same_bytes(s3: str, local: Path,
         pack_here(local / "folder", target)
 
 
-def test_several_splits_are_named_in_a_warning(s3: str, caplog: pytest.LogCaptureFixture) -> None:
-    assert open_any(s3.format("/parquet")).num_samples == NUM_IMAGES + 10
-    assert "several splits (test, train)" in caplog.text
-    assert "train-*.parquet" in caplog.text
+def test_several_splits_are_refused_with_patterns_that_can_be_used(s3: str) -> None:
+    with pytest.raises(DataError, match=r"several splits \(train, test\)") as raised:
+        open_any(s3.format("/parquet"))
+    training, test = re.findall(r"'([^']+\*[^']+)'", str(raised.value))
+    assert open_any(training).num_samples == NUM_IMAGES
+    assert open_any(test).num_samples == 10
 
 
 def test_what_cannot_be_used_on_a_bucket_says_why(s3: str, local: Path) -> None:
