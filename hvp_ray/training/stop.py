@@ -87,7 +87,10 @@ class RayProcesses:
         self._lost_since = self._lost_since or time.monotonic()
         if time.monotonic() - self._lost_since < patience_seconds:
             return
-        names, again = ", ".join(dead_processes()), "start the run again with its name to continue from the last checkpoint"
+        names, again = (
+            ", ".join(dead_processes()),
+            "start the run again with its name to continue from the last checkpoint",
+        )
         if self._stop.is_asked:
             raise StoppedError(f"stopped together with Ray ({names} ended too); {again}")
         raise StageError(

@@ -48,7 +48,8 @@ def test_another_thread_receives_no_signals_and_changes_no_handler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dead", "is_lost"), [(["log_monitor", "dashboard"], False), (["log_monitor", "raylet"], True), (["gcs_server"], True)]
+    ("dead", "is_lost"),
+    [(["log_monitor", "dashboard"], False), (["log_monitor", "raylet"], True), (["gcs_server"], True)],
 )
 def test_only_processes_that_ray_cannot_work_without_end_the_run(
     dead: list[str], is_lost: bool, monkeypatch: pytest.MonkeyPatch
