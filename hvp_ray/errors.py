@@ -13,6 +13,10 @@ class DataError(HvpRayError):
     """A data source, or an image in it, cannot be used."""
 
 
+class ChangedDataError(DataError):
+    """A source has other images than when the run was started, so that ids would name other images."""
+
+
 class LabelError(DataError):
     """A source has no usable labels. Its images can still be trained on."""
 

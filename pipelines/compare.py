@@ -167,13 +167,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
     from hvp_ray.training.intensity_check import check_intensities
-    from hvp_ray.training.preparation import (
-        check_before_start,
-        choose_renderer,
-        output_folder,
-        resolve,
-        with_absolute_paths,
-    )
+    from hvp_ray.training.placement import choose_renderer
+    from hvp_ray.training.preparation import check_before_start, output_folder, resolve, with_absolute_paths
     from hvp_ray.training.rank import build_order
 
     base = with_absolute_paths(base)

@@ -25,8 +25,8 @@ from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
-from hvp_ray.stream.capacity import plan_local_ray, room_for, this_machine
-from hvp_ray.stream.connect import LocalRay, connect_ray
+from hvp_ray.stream.capacity import num_processes_that_fit, plan_local_ray, room_for, this_machine
+from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
 from hvp_ray.training.after_training import MAX_DEATHS, forgive_death
 from hvp_ray.training.launch import Watchers, decoded_bytes_of, launch, num_side_by_side
 from hvp_ray.training.local import pretrain_in_process
@@ -114,7 +114,7 @@ def num_parallel(runs: Sequence[PlannedRun], mode: Mode, *, wanted: int | None) 
 
 
 def _num_inline(threads: int) -> int:
-    """Return how many tasks of this many CPUs the cluster's nodes can take at once.
+    """Return how many tasks of this many CPUs the cluster's nodes can take at once; a local Ray also as its memory allows.
 
     Raises:
         ConfigError: not one.
@@ -126,7 +126,7 @@ def _num_inline(threads: int) -> int:
             f"training.torch_threads={threads} needs a node of as many CPUs, and the largest has "
             f"{max(node.get('CPU', 0.0) for node in nodes):g}; lower it"
         )
-    return fits
+    return fits if joins_cluster() else max(1, min(fits, num_processes_that_fit(this_machine())))
 
 
 def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: int, show: ShowProgress) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.order import choose_subset, split_for_test
 from hvp_ray.data.source import Source, open_source
-from hvp_ray.errors import DataError
+from hvp_ray.errors import ChangedDataError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,12 +67,12 @@ def open_dataset(config: DataConfig, *, fingerprint: str | None = None) -> Datas
         fingerprint: `Dataset.fingerprint` when the run was prepared, for a process that joins it later. None: no check.
 
     Raises:
-        DataError: a source cannot be used, or has fewer images than asked for; or other images than when the run was
-            prepared, so that ids would name other images.
+        DataError: a source cannot be used, or has fewer images than asked for.
+        ChangedDataError: the source has other images than when the run was prepared.
     """
     source = open_source(config.source, config)
     if fingerprint is not None and source.fingerprint() != fingerprint:
-        raise DataError(
+        raise ChangedDataError(
             f"data.source={config.source!r} has changed since the run was started: it has {source.num_samples} images now, "
             f"with other names or sizes. Put back what is gone and remove what is new, then start the run again with its name"
         )

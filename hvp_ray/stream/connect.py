@@ -46,8 +46,8 @@ class LocalRay:
 
 
 def joins_cluster() -> bool:
-    """Return whether the environment names a cluster to join."""
-    return bool(os.environ.get("RAY_ADDRESS"))
+    """Return whether the environment names a cluster to join; `local` is Ray's word for one on this machine."""
+    return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
 def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
@@ -109,12 +109,12 @@ def is_ray_lost() -> bool:
 def end_ray(*, threads_have_ended: bool = True) -> None:
     """Disconnect, and end a Ray that was started here; a connection that another part of the program made stays.
 
-    `ray.shutdown()` waits for minutes for processes that are gone, and crashes this process if a thread still calls Ray. In
-    these cases the processes are killed, and the program has to end without clean-up, see `is_abandoned`.
+    `ray.shutdown()` waits for minutes for a vital process that is gone, and crashes this process if a thread still calls
+    Ray. In these cases the processes are killed, and the program has to end without clean-up, see `is_abandoned`.
     """
     if not _connection.is_ours:
         return
-    is_safe = threads_have_ended and not dead_processes()
+    is_safe = threads_have_ended and not is_ray_lost()
     _connection.is_ours = False
     if is_safe:
         ray.shutdown()

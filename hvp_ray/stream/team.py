@@ -17,6 +17,8 @@ class Member:
     probe: Any = None
     """Reference of a call that tells when a dead one is back."""
     probe_after: float = 0.0
+    lost: str | None = None
+    """Why it never comes back; None: it may."""
 
 
 class Team:
@@ -34,7 +36,7 @@ class Team:
 
     def __init__(self, title: str, handles: Sequence[Any], *, rank: int = 0, num_ranks: int = 1) -> None:
         self.members = [Member(handle, f"{title} {index}") for index, handle in enumerate(handles)]
-        self._title = title
+        self.title = title
         self._turn = rank * len(handles) // num_ranks
 
     def num_up(self) -> int:
@@ -43,7 +45,8 @@ class Team:
 
     def describe(self) -> str:
         """Return a line for an error."""
-        return f"{self.num_up()} of {len(self.members)} {self._title}s are up"
+        lost = "; ".join(f"{member.name} is lost: {member.lost}" for member in self.members if member.lost is not None)
+        return f"{self.num_up()} of {len(self.members)} {self.title}s are up" + (f" ({lost})" if lost else "")
 
     def least_busy(self, *, other_than: Collection[Member] = ()) -> Member | None:
         """Choose the one with the fewest calls of this trainer, in turn; None: no other one is up."""

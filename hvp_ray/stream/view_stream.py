@@ -6,6 +6,8 @@ What it promises:
   store. So the device holds two: this one, and the one in use, which the trainer drops before it takes the next.
 - A worker dies, cannot be reached, loses an object, or is late: the same request goes to another worker. Requests
   are pure addresses, so the repeated batch has the same bits.
+- The constructor of a worker raises (its code is missing, the data has changed): Ray does not start it again. A warning
+  says why, others go on, and without others `next_batch` raises `StageError` with the reason.
 - A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
 - A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
   own are quarantined for all steps to come, all others go on. A worker whose machine cannot do this is passed over.
@@ -380,21 +382,36 @@ class ViewStream:
         """Ask dead workers whether they are back; Ray starts them again."""
         now = time.perf_counter()
         for worker in self._workers.members + self._finishers.members:
-            if not worker.is_up and worker.probe is None and now >= worker.probe_after:
+            if not worker.is_up and worker.lost is None and worker.probe is None and now >= worker.probe_after:
                 worker.probe = worker.handle.process_id.remote()
 
     def _hear_probe(self, worker: Member, reference: Any) -> None:
         try:
             ray.get(reference, timeout=1.0)
             is_up = True
-        except (*_REPEATABLE, RayTaskError):
-            is_up = False
+            failure = None
+        except (*_REPEATABLE, RayTaskError) as error:
+            is_up, failure = False, error
         with self._changed:
             worker.probe = None
             worker.is_up = is_up
             worker.probe_after = time.perf_counter() + _PROBE_SECONDS
             if is_up:
                 logger.warning("%s is back", worker.name)
+            if isinstance(failure, RayActorError) and failure.actor_init_failed:
+                self._give_up(worker, failure)
+
+    def _give_up(self, worker: Member, error: RayActorError) -> None:
+        """Note that the constructor of an actor raised, after which Ray does not start it again.
+
+        Raises:
+            StageError: it was the last one.
+        """
+        worker.lost = _line(error)
+        logger.warning("%s is lost for the run: %s", worker.name, worker.lost)
+        team = self._workers if worker in self._workers.members else self._finishers
+        if all(member.lost is not None for member in team.members):
+            raise StageError(f"no {team.title} is left: {worker.lost}")
 
     def _repeat_late(self) -> None:
         typical = self.stats.typical_seconds()

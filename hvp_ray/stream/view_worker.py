@@ -14,6 +14,7 @@ import ray
 import torch
 
 from hvp_ray.config import RendererName
+from hvp_ray.errors import ChangedDataError
 from hvp_ray.logs import note_step, set_up_logging
 from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
 from hvp_ray.stream.metrics import WORKER_METRICS, MetricsPublisher, RenderedNumbers
@@ -40,6 +41,8 @@ class ViewWorker:
         MetricsPublisher(WORKER_METRICS, {"run": run, "worker": name}).watch(self._rendered.numbers)
         try:
             self._context = open_render_context(config_values, renderer, data_fingerprint)
+        except ChangedDataError:
+            raise  # until the run is started again; the pool or the stream hears why
         except Exception as error:
             if not ray.get_runtime_context().was_current_actor_reconstructed:
                 raise  # the pool hears why

@@ -43,7 +43,7 @@ from hvp_ray.stream.capacity import (
     store_for_look_ahead,
     this_machine,
 )
-from hvp_ray.stream.connect import connect_ray, dead_processes, end_ray
+from hvp_ray.stream.connect import connect_ray, end_ray, is_ray_lost
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
@@ -303,7 +303,7 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers, stop: StopReques
 
 def _unless_lost(action: Callable[..., None], *arguments: object) -> None:
     """Call Ray to clean up, unless it would wait for processes that are gone."""
-    if not dead_processes():
+    if not is_ray_lost():
         action(*arguments)
 
 
@@ -338,7 +338,7 @@ class _FitThread(threading.Thread):
         While a thread calls Ray, `ray.shutdown()` can crash the process.
         """
         self.join(timeout=_END_SECONDS)
-        if not self.is_alive() or dead_processes():
+        if not self.is_alive() or is_ray_lost():
             return
         try:
             controller = ray.get(board.read_controller.remote(), timeout=_KILL_SECONDS)

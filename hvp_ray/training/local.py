@@ -21,7 +21,8 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.online_knn import AnswerAtHand
-from hvp_ray.training.preparation import choose_renderer, draw_run_name, prepare_run
+from hvp_ray.training.placement import choose_renderer
+from hvp_ray.training.preparation import draw_run_name, prepare_run
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.rank import train_rank
 

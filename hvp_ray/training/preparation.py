@@ -22,6 +22,7 @@ from hvp_ray.identity import VERSIONS, Identity, Resolved, file_digest, identity
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.tracking.mlflow_store import store_uri
+from hvp_ray.training.placement import choose_renderer
 from hvp_ray.training.rank import RunJob, build_order
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
@@ -200,11 +201,6 @@ def difference_from_record(
     path = place_in(run, "config.json")
     content = _read(path)
     return None if content is None else recorded_difference(content, config, identity, path=path, ignored=ignored)
-
-
-def choose_renderer(config: RunConfig) -> RendererName:
-    """Return the renderer of a run."""
-    return "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
 
 
 def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, device: str) -> Resolved:

@@ -5,6 +5,7 @@ container may run under a user id that has no account and no home folder, and a 
 for Ray's sockets; libraries fail on both with tracebacks.
 """
 
+import contextlib
 import os
 import pwd
 import secrets
@@ -27,6 +28,8 @@ def prepare_ray_environment() -> None:
     """
     prepare_home()
     _shorten_temporary_folder()
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for no cluster
+        del os.environ["RAY_ADDRESS"]
     joins = bool(os.environ.get("RAY_ADDRESS"))
     if "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token" if not joins or _has_token() else "disabled"
@@ -62,14 +65,15 @@ def _private_folder() -> Path:
     """Return a folder for what belongs into a home folder.
 
     Raises:
-        ConfigError: another user has taken its name.
+        ConfigError: its name is taken by another user, or by something else than a folder.
     """
     folder = Path(tempfile.gettempdir()) / f"hvp_ray-home-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise ConfigError(
-            f"there is no home folder that can be used, and {folder} belongs to another user; set HOME to a folder of yours"
+            f"there is no home folder that can be used, and {folder} is no folder of this user; set HOME to a folder of yours"
         )
     return folder
 
@@ -102,11 +106,13 @@ def _has_token() -> bool:
 def _write_token() -> None:
     """Make a token that only this account can read; Ray itself would make one that everybody can read."""
     path = _TOKEN_PATH.expanduser()
+    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, flags, mode)
     except OSError:  # the home folder is read-only
         path = _private_folder() / "auth_token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        descriptor = os.open(path, flags, mode)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))

@@ -76,19 +76,21 @@ class RayProcesses:
         self._lost_since: float | None = None
 
     def check(self, *, patience_seconds: float = _LAST_CHECKPOINT_SECONDS) -> None:
-        """Raise this long after Ray's processes have ended: trainers may still be writing a checkpoint.
+        """Raise this long after a process that Ray needs has ended: trainers may still be writing a checkpoint.
 
         Raises:
             StoppedError: the run was asked to stop; a signal to the whole process group ends Ray too.
             StageError: they died.
         """
-        dead = dead_processes()
-        if not is_ray_lost() and not (dead and self._stop.is_asked):
+        if not is_ray_lost():
             return
         self._lost_since = self._lost_since or time.monotonic()
         if time.monotonic() - self._lost_since < patience_seconds:
             return
-        names, again = ", ".join(dead), "start the run again with its name to continue from the last checkpoint"
+        names, again = (
+            ", ".join(dead_processes()),
+            "start the run again with its name to continue from the last checkpoint",
+        )
         if self._stop.is_asked:
             raise StoppedError(f"stopped together with Ray ({names} ended too); {again}")
         raise StageError(

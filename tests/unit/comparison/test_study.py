@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hvp_ray.comparison import runner
 from hvp_ray.comparison.arms import get_arm
 from hvp_ray.comparison.results import Difference, describe_difference, describe_result, read_run, summarize_metric
 from hvp_ray.comparison.results import RunResult as Result
-from hvp_ray.comparison.runner import is_done
+from hvp_ray.comparison.runner import is_done, num_parallel
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.comparison.study import Study, check_labels, open_study
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError
+from hvp_ray.stream.capacity import PROCESS_BYTES, Machine
 from hvp_ray.training.local import pretrain_in_process
 from tests.helpers import encode, resolved_of, tiny_config
 
@@ -274,3 +276,20 @@ def test_comparison_is_refused_before_it_starts_when_nothing_can_judge_its_arms(
     (tmp_path / "images" / "1.png").write_bytes(encode(np.zeros((9, 9, 3), np.uint8)))
     with pytest.raises(ConfigError, match="but .*/images has no labels"):
         check(data={"test_source": str(tmp_path / "images")})
+
+
+def test_inline_runs_of_a_local_ray_are_as_many_as_the_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=(0, 1, 2)).runs()
+    small = Machine(num_cpus=16, memory_bytes=2**33, free_bytes=4 * PROCESS_BYTES, shared_memory_bytes=2**33)
+    monkeypatch.setattr(runner, "this_machine", lambda: small)
+    monkeypatch.setattr(runner.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0}}])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert num_parallel(runs, "inline", wanted=None) == 2
+    with pytest.raises(ConfigError, match="--parallel 3 is not allowed: 2 "):
+        num_parallel(runs, "inline", wanted=3)
+    monkeypatch.setattr(runner, "this_machine", lambda: dataclasses.replace(small, free_bytes=0))
+    assert num_parallel(runs, "inline", wanted=None) == 1
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # the nodes' memory is not this machine's
+    assert num_parallel(runs, "inline", wanted=None) == 9

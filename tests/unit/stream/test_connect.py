@@ -2,12 +2,14 @@
 
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import ray
 
 from hvp_ray.errors import ConfigError
 from hvp_ray.stream import connect
-from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
+from hvp_ray.stream.connect import LocalRay, connect_ray, end_ray, is_abandoned, joins_cluster
 
 
 def _must_not_start() -> LocalRay:
@@ -46,6 +48,23 @@ def test_address_of_something_else_is_refused(address: str, monkeypatch: pytest.
         connect_ray(_must_not_start)
 
 
-def test_empty_address_names_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "")
+@pytest.mark.parametrize("address", ["", "local"])
+def test_address_that_names_no_cluster(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
     assert not joins_cluster()
+
+
+@pytest.mark.parametrize(("dead", "is_lost"), [("log_monitor", False), ("raylet", True)])
+def test_ray_is_abandoned_only_without_a_process_that_its_shutdown_asks(
+    dead: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    node = SimpleNamespace(
+        dead_processes=lambda: [(dead, None)], kill_all_processes=lambda **_options: calls.append("kill")
+    )
+    monkeypatch.setattr(ray._private.worker, "_global_node", node)
+    monkeypatch.setattr(ray, "shutdown", lambda: calls.append("shutdown"))
+    monkeypatch.setattr(connect, "_connection", connect._Connection(is_ours=True))
+    end_ray()
+    assert calls == ["kill" if is_lost else "shutdown"]
+    assert is_abandoned() is is_lost

@@ -22,6 +22,8 @@ def test_least_busy_is_asked_in_turn_and_the_dead_are_not() -> None:
     assert first is team.members[0]
     assert team.least_busy(other_than=[first]) is team.members[1]
     assert team.describe() == "2 of 3 view workers are up"
+    team.members[2].lost = "it could not start: no images"
+    assert team.describe() == "2 of 3 view workers are up (view worker 2 is lost: it could not start: no images)"
     team.members[0].is_up = team.members[1].is_up = False
     assert team.least_busy() is None
     assert Team("view finisher", []).least_busy() is None

@@ -68,3 +68,33 @@ def test_ray_avoids_a_temporary_folder_that_is_too_long_for_its_sockets(tmp_path
     os.environ["RAY_TMPDIR"] = "/scratch/" + 40 * "x"
     with pytest.raises(ConfigError, match="RAY_TMPDIR=.* is too long"):
         prepare_ray_environment()
+
+
+def test_local_address_names_no_cluster(tmp_path: Path) -> None:
+    os.environ |= {"HOME": str(tmp_path), "RAY_ADDRESS": "local"}
+    prepare_ray_environment()
+    assert "RAY_ADDRESS" not in os.environ
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert (tmp_path / ".ray" / "auth_token").stat().st_size > 0
+
+
+@pytest.mark.parametrize("taken", [".ray", ".ray/auth_token"])
+def test_token_is_written_elsewhere_if_it_cannot_be_written_at_home(taken: str, tmp_path: Path) -> None:
+    """Names that are taken refuse every account, unlike a read-only folder."""
+    os.environ["HOME"] = str(tmp_path / "home")
+    (tmp_path / "home" / taken).parent.mkdir(parents=True)
+    if taken == ".ray":
+        (tmp_path / "home" / taken).touch()
+    else:
+        (tmp_path / "home" / taken).mkdir()
+    prepare_ray_environment()
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.parent == tmp_path / f"hvp_ray-home-{os.getuid()}"
+    assert token.stat().st_size > 0
+
+
+def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    os.environ["HOME"] = "/absent"
+    (tmp_path / f"hvp_ray-home-{os.getuid()}").touch()
+    with pytest.raises(ConfigError, match="set HOME to a folder of yours"):
+        prepare_ray_environment()
