@@ -242,7 +242,12 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers, stop: StopReques
         knn = None
         if job.config.tracking.knn_every_epochs:
             options = {"num_gpus": job.config.cluster.gpus_for_knn}
-            knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
+            knn = _KnnActor.options(**options).remote(
+                config_to_dict(job.config),
+                gpu=options["num_gpus"] > 0,
+                fingerprint=job.data_fingerprint,
+                test_data=job.test_data,
+            )
             ends.callback(_unless_lost, ray.kill, knn)
         pool = start_pool(
             job.config,
@@ -516,9 +521,10 @@ def _trainer_main(settings: dict[str, Any]) -> None:
 class _SnapshotKnnActor:
     """Evaluates snapshots in a process of its own, made by the driver so that it outlives a restart of the trainers."""
 
-    def __init__(self, config: dict[str, Any], *, gpu: bool) -> None:
+    def __init__(self, config: dict[str, Any], *, gpu: bool, fingerprint: str, test_data: str) -> None:
         torch.set_num_threads(1)
-        self._knn = SnapshotKnn(config_from_dict(config), torch.device("cuda" if gpu else "cpu"))
+        device = torch.device("cuda" if gpu else "cpu")
+        self._knn = SnapshotKnn(config_from_dict(config), device, fingerprint=fingerprint, test_data=test_data)
 
     def evaluate(self, snapshot: bytes) -> dict[str, float]:
         """Return the accuracies of one snapshot."""

@@ -66,9 +66,9 @@ def pretrain_in_process(
             if remark is not None:
                 logger.warning("%s", remark)
     job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
-    context = open_render_context(config_to_dict(config), renderer)
+    context = open_render_context(config_to_dict(config), renderer, job.data_fingerprint)
     hand_over = DeviceHandOver(device)
-    evaluator = SnapshotKnn(config, device)
+    evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)

@@ -147,7 +147,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
-        CheckpointError: the run of this name was trained with other settings or on other data.
+        CheckpointError: the run of this name was trained with other settings or on other data, or has no config.json.
         DataError: the data, which has to be the run's, cannot be opened.
     """
     if config.run.name is None or not config.run.resume:
@@ -156,6 +156,8 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
     content = _read(place_in(run, "summary.json"))
     if content is None:
         return None
+    if _read(place_in(run, "config.json")) is None:
+        raise _no_record(run)
     config = with_absolute_paths(config)
     resolved = resolve(
         config, open_dataset(config.data), renderer=choose_renderer(config), device=config.cluster.device
@@ -172,14 +174,14 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
 
 def is_finished(config: RunConfig, identity: Identity) -> bool:
-    """Tell whether the run of this name has finished, with this identity.
+    """Tell whether the run of this name has finished, with this identity. Without config.json it is not known to be this run.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
     """
     assert config.run.name is not None
     run = place_in(output_location(config), config.run.name)
-    return _read(place_in(run, "summary.json")) is not None and not difference_from_record(run, config, identity)
+    return _read(place_in(run, "summary.json")) is not None and difference_from_record(run, config, identity) == []
 
 
 def difference_from_record(
@@ -243,7 +245,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
         DataError: the data cannot be used.
         CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
-            must not be made; the message has the difference.
+            must not be made; the message has the difference. Or its folder has a summary.json but no config.json.
     """
     dataset = _open_checked(config)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
@@ -282,6 +284,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         mlflow_artifact_root=artifact_root,
         tags=tags,
         data_fingerprint=fingerprint,
+        test_data=resolved.test_data["test data"],
         inventory=take_inventory(dataset, config.data),
     )
 
@@ -316,7 +319,10 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
 def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
     """Check what config.json in the run's folder (path or URI) says, and write it."""
     path = place_in(run, "config.json")
-    if _read(path) is not None and not config.run.resume:
+    has_record = _read(path) is not None
+    if not has_record and _read(place_in(run, "summary.json")) is not None:
+        raise _no_record(run)
+    if has_record and not config.run.resume:
         raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
     difference = difference_from_record(run, config, identity)
     if difference:
@@ -334,6 +340,13 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
         raise ConfigError(
             f"the run's folder {run} cannot be written: {error.strerror or error}; give another --run.output"
         ) from error
+
+
+def _no_record(run: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run} has the summary.json of a finished run but no config.json, so what run it was is not known; put its "
+        f"config.json back, or take another --run.name"
+    )
 
 
 def _lines(difference: Sequence[str]) -> str:
