@@ -24,6 +24,7 @@ from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
+from hvp_ray.identity import Identity
 from hvp_ray.stream.capacity import plan_local_ray, room_for, this_machine
 from hvp_ray.stream.connect import LocalRay, connect_ray
 from hvp_ray.training.launch import Watchers, decoded_bytes_of, launch, num_side_by_side
@@ -191,18 +192,18 @@ def _measure_task(config: dict[str, Any], arm_names: list[str], device: str) -> 
 
 
 @ray.remote(max_retries=2)
-def _pretrain_task(config: dict[str, Any]) -> None:
+def _pretrain_task(config: dict[str, Any], planned: Identity) -> None:
     """Do one run in this process; `ray.cancel`, which arrives as SIGINT, stops it after a checkpoint."""
     logging.getLogger("hvp_ray").setLevel(logging.ERROR)
     stop = StopRequest()
     with stop_on_signals(stop):
-        pretrain_in_process(config_from_dict(config), report_progress=lambda _progress: stop.is_asked)
+        pretrain_in_process(config_from_dict(config), report_progress=lambda _progress: stop.is_asked, planned=planned)
 
 
 def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
     threads = run.config.training.torch_threads
     options = {"num_cpus": threads, "name": run.config.run.name}
-    task = _pretrain_task.options(**options).remote(config_to_dict(run.config))
+    task = _pretrain_task.options(**options).remote(config_to_dict(run.config), run.identity)
     was_cancelled, ray_processes = False, RayProcesses(stop)
     while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
         ray_processes.check()
@@ -216,7 +217,7 @@ def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
 
 def _work_with_workers(run: PlannedRun, stop: StopRequest, *, num_sharing: int) -> None:
     quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
-    launch(run.config, quiet, num_sharing=num_sharing, stop=stop)
+    launch(run.config, quiet, num_sharing=num_sharing, stop=stop, planned=run.identity)
 
 
 def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:

@@ -32,6 +32,7 @@ from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError, first_line
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.evaluation.report import check_knn_labels
+from hvp_ray.identity import Identity
 from hvp_ray.logs import set_up_logging
 from hvp_ray.remote_files import delete_folder, place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf
@@ -97,7 +98,12 @@ class Watchers:
 
 
 def launch(
-    config: RunConfig, watchers: Watchers, *, num_sharing: int = 1, stop: StopRequest | None = None
+    config: RunConfig,
+    watchers: Watchers,
+    *,
+    num_sharing: int = 1,
+    stop: StopRequest | None = None,
+    planned: Identity | None = None,
 ) -> tuple[dict[str, Any], RunJob]:
     """Run to the end; return the summary and the job.
 
@@ -106,6 +112,7 @@ def launch(
         watchers: where the driver shows what happens.
         num_sharing: how many runs share the cluster, this one included; it takes an equal part of everything.
         stop: another thread may ask by it; SIGTERM and Ctrl-C do if this is the main thread.
+        planned: see `prepare_run`.
 
     Raises:
         HvpRayError: with a sentence for the user; nothing that was committed is lost.
@@ -133,7 +140,7 @@ def launch(
                 f"{wanted} would keep its share of the {placement.num_view_workers} view worker(s) busy; raise "
                 f"cluster.batches_in_flight, or where it is auto the object stores ({store_bytes / 2**20:.0f} MiB)"
             )
-        job = prepare_run(config, renderer=placement.renderer, device=placement.device)
+        job = prepare_run(config, renderer=placement.renderer, device=placement.device, planned=planned)
         watchers.announce(
             Announcement(
                 run_name=job.run_name,

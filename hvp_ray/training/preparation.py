@@ -18,7 +18,16 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
-from hvp_ray.identity import VERSIONS, Identity, Resolved, file_digest, identity_of, recorded_difference, run_record
+from hvp_ray.identity import (
+    VERSIONS,
+    Identity,
+    Resolved,
+    describe_difference,
+    file_digest,
+    identity_of,
+    recorded_difference,
+    run_record,
+)
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.tracking.mlflow_store import store_uri
@@ -232,7 +241,14 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
     )
 
 
-def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_writer: bool = True) -> RunJob:
+def prepare_run(
+    config: RunConfig,
+    *,
+    renderer: RendererName,
+    device: str,
+    is_writer: bool = True,
+    planned: Identity | None = None,
+) -> RunJob:
     """Make the folder of a new run, or check that an existing one may go on.
 
     Args:
@@ -240,17 +256,25 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         renderer: resolved renderer.
         device: cpu or cuda.
         is_writer: False on ranks that only read what another one prepared.
+        planned: the identity that the run must have. None: any.
 
     Raises:
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
         DataError: the data cannot be used.
         CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
-            must not be made; the message has the difference. Or its folder has a summary.json but no config.json.
+            must not be made; the message has the difference. Or its folder has a summary.json but no config.json. Or
+            the run is not the planned one.
     """
     dataset = _open_checked(config)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
     fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)
+    if planned is not None and planned != identity:
+        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
+        raise CheckpointError(
+            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
+            f"{'; '.join(describe_difference(before, now, {}, {}))}"
+        )
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)

@@ -56,6 +56,16 @@ def test_summary_without_a_record_is_of_no_known_run(tmp_path: Path) -> None:
     assert not (tmp_path / "r" / "config.json").exists()
 
 
+def test_run_that_is_not_the_planned_one_is_refused_before_it_trains(tmp_path: Path, test_images: Path) -> None:
+    config = _config(tmp_path, data={"test_source": str(test_images)})
+    planned = identity_of(config, resolved_of(config))
+    next(test_images.rglob("*.png")).unlink()
+    with pytest.raises(CheckpointError, match=r"not be the planned one.*test data: "):
+        prepare_run(config, renderer="cpu", device="cpu", planned=planned)
+    assert not (tmp_path / "r").exists()
+    prepare_run(config, renderer="cpu", device="cpu", planned=identity_of(config, resolved_of(config)))
+
+
 def test_moved_data_is_the_same_data(tmp_path: Path, test_images: Path) -> None:
     _prepare(_config(tmp_path, data={"test_source": str(test_images)}))
     moved = test_images.rename(tmp_path / "moved")
