@@ -2,12 +2,14 @@
 
 python pipelines/evaluate.py --checkpoint RUN [--protocol knn linear ...] [--data SOURCE [--test-data SOURCE]]
 
-Images that the run was trained on are known by their fingerprint. If --data holds the images of the run, the run's own split
+Images that the run was trained on are known by their fingerprint, and by the bytes of three images if the run's data are
+still there. If --data holds the images of the run, the run's own split
 is used. Test images that the run was trained on are counted. Classes of training and test images are matched by name.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 import time
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
-from hvp_ray.data.dataset import Dataset, open_dataset, split_source
+from hvp_ray.data.dataset import Dataset, have_same_images, open_dataset, split_source
 from hvp_ray.data.labels import MatchedLabels, match_labels
 from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source, open_source
@@ -79,18 +81,38 @@ class TrainedOn:
     """The images that the run was trained on."""
 
     data: DataConfig
-    fingerprint: str
-    """Of `data.source` when the run was prepared."""
+    fingerprint: str | None
+    """Of `data.source` when the run was prepared; None: the run does not say."""
 
     def are(self, source: Source) -> bool:
-        """Tell whether a source holds the images of the run, whatever its name."""
-        return source.fingerprint() == self.fingerprint
+        """Tell whether a source holds the images of the run, whatever its name.
+
+        Files of equal names and sizes share a fingerprint. Bytes are compared if the run's data can still be read.
+        """
+        if source.fingerprint() != self.fingerprint:
+            return False
+        own = _open_again(self.data)
+        if own is None or own.fingerprint() != self.fingerprint:
+            return True
+        try:
+            return have_same_images(own, source)
+        except OSError:
+            return True
 
     def count(self, images: Images) -> int | None:
         """Return how many of these images were trained on; None: they are of another source, so it is not known."""
         if not self.are(images.source):
             return None
         return len(np.intersect1d(split_source(self.data, images.source)[0], images.sample_ids))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_again(data: DataConfig) -> Source | None:
+    """Return the source that a run was trained on; None: it cannot be opened."""
+    try:
+        return open_source(data.source, data)
+    except HvpRayError:
+        return None
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -143,15 +165,14 @@ def read_config(run_dir: Path) -> RunConfig:
 
 
 def read_trained_on(run_dir: Path, config: RunConfig) -> TrainedOn:
-    """Return what a run was trained on.
+    """Return what a run was trained on, as far as it says.
 
     Raises:
         CheckpointError: config.json is damaged.
     """
-    fingerprint = _read_entry(run_dir, "identity").get("training data")
-    if not isinstance(fingerprint, str):
-        raise CheckpointError(f"{run_dir / 'config.json'} has no fingerprint of the images of the run")
-    return TrainedOn(data=config.data, fingerprint=fingerprint)
+    identity = _read_entry(run_dir, "identity")
+    fingerprint = identity.get("training data", identity.get("data fingerprint"))  # of earlier versions
+    return TrainedOn(data=config.data, fingerprint=fingerprint if isinstance(fingerprint, str) else None)
 
 
 def _read_entry(run_dir: Path, name: str) -> dict[str, Any]:
@@ -256,7 +277,9 @@ class Evaluation:
         remarks = []
         if is_own and self.options.data is not None and self.options.test_data is None:
             remarks.append(f"{self.data.source} holds the images of the run: the run's own split is used")
-        if not is_own and self.data.source == trained_on.data.source:
+        if trained_on.fingerprint is None:
+            remarks.append("the run does not say what it was trained on: it may have been trained on test images")
+        elif not is_own and self.data.source == trained_on.data.source:
             remarks.append(
                 f"the images of {self.data.source} changed since the run: test images may have been trained on by it"
             )

@@ -25,6 +25,7 @@ from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
+from hvp_ray.identity import Identity
 from hvp_ray.stream.capacity import num_processes_that_fit, plan_local_ray, room_for, this_machine
 from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
 from hvp_ray.training.after_training import MAX_DEATHS, forgive_death
@@ -199,7 +200,7 @@ def _measure_task(config: dict[str, Any], arm_names: list[str], device: str) -> 
 
 
 @ray.remote(max_retries=MAX_DEATHS)
-def _pretrain_task(config: dict[str, Any]) -> None:
+def _pretrain_task(config: dict[str, Any], planned: Identity) -> None:
     """Do one run in this process; `ray.cancel`, which arrives as SIGINT, stops it after a checkpoint."""
     logging.getLogger("hvp_ray").setLevel(logging.ERROR)
     stop = StopRequest()
@@ -208,13 +209,14 @@ def _pretrain_task(config: dict[str, Any]) -> None:
             config_from_dict(config),
             report_progress=lambda _progress: stop.is_asked,
             is_stop_asked=lambda: stop.is_asked,
+            planned=planned,
         )
 
 
 def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
     threads = run.config.training.torch_threads
     options = {"num_cpus": threads, "name": run.config.run.name}
-    task = _pretrain_task.options(**options).remote(config_to_dict(run.config))
+    task = _pretrain_task.options(**options).remote(config_to_dict(run.config), run.identity)
     was_cancelled, was_forced, ray_processes = False, False, RayProcesses(stop)
     while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
         ray_processes.check()
@@ -233,7 +235,7 @@ def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
 
 def _work_with_workers(run: PlannedRun, stop: StopRequest, *, num_sharing: int) -> None:
     quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
-    launch(run.config, quiet, num_sharing=num_sharing, stop=stop)
+    launch(run.config, quiet, num_sharing=num_sharing, stop=stop, planned=run.identity)
 
 
 def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:

@@ -59,12 +59,13 @@ class Dataset:
         }
 
 
-def open_dataset(config: DataConfig, *, fingerprint: str | None = None) -> Dataset:
+def open_dataset(config: DataConfig, *, fingerprint: str | None = None, test_data: str | None = None) -> Dataset:
     """Open the sources and split off what is held out.
 
     Args:
         config: names the sources.
         fingerprint: `Dataset.fingerprint` when the run was prepared, for a process that joins it later. None: no check.
+        test_data: the same of the test images: the "test data" of `Dataset.test_parts`. None: no check.
 
     Raises:
         DataError: a source cannot be used, or has fewer images than asked for.
@@ -80,6 +81,12 @@ def open_dataset(config: DataConfig, *, fingerprint: str | None = None) -> Datas
     if config.test_source is None:
         return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
     test_source = open_source(config.test_source, config)
+    if test_data is not None and test_source.fingerprint() != test_data:
+        raise DataError(
+            f"data.test_source={config.test_source!r} has changed since the run was started: it has "
+            f"{test_source.num_samples} images now, with other names or sizes. Put back what is gone and remove what is "
+            f"new, then start the run again with its name"
+        )
     test_ids = np.arange(test_source.num_samples, dtype=np.int64)
     return Dataset(source=source, training_ids=training_ids, test_source=test_source, test_ids=test_ids)
 
@@ -107,8 +114,20 @@ def have_same_images(one: Source, other: Source) -> bool:
         return True
     if one.fingerprint() != other.fingerprint():
         return False
-    sample = sorted({0, one.num_samples // 2, one.num_samples - 1})
-    return one.read(sample) == other.read(sample)
+    return _read_sample(one) == _read_sample(other)
+
+
+def sample_digest(source: Source) -> str:
+    """Return a digest of the bytes of the three images that `have_same_images` compares.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    return hashlib.sha256(b"".join(hashlib.sha256(image).digest() for image in _read_sample(source))).hexdigest()
+
+
+def _read_sample(source: Source) -> list[bytes]:
+    return source.read(sorted({0, source.num_samples // 2, source.num_samples - 1}))
 
 
 def _digest(ids: NDArray[np.int64]) -> str:

@@ -27,9 +27,9 @@ from ray.exceptions import RayError, RayTaskError
 from torch import nn
 
 from hvp_ray.config import DataConfig, ViewsConfig
-from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.dataset import Dataset, open_dataset, sample_digest
 from hvp_ray.data.source import Source
-from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, StageError
+from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, StageError, first_line
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import load_exported_backbone
 from hvp_ray.stored_archive import check_stored_archive
@@ -120,17 +120,22 @@ class FeatureCache:
             ) from error
 
 
-def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, device: str) -> str:
-    """Return a digest of everything that features depend on: weights, images, how they are cropped, and torch."""
-    views = request.views
+def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, content: str, device: str) -> str:
+    """Return a digest of everything that features depend on: weights, images, how they are cropped, and torch.
+
+    A fingerprint covers names and sizes only. The key has the place of the images and `sample_digest` (`content`) too.
+    """
+    views, data = request.views, request.data
     parts = {
         "format": _CACHE_FORMAT,
         "backbone": hashlib.sha256(weights).hexdigest(),
         "data": fingerprint,
+        "place": data.source if request.part == "training" or data.test_source is None else data.test_source,
+        "content": content,
         "ids": hashlib.sha256(np.ascontiguousarray(request.sample_ids, dtype="<i8").tobytes()).hexdigest(),
-        "max_image_pixels": request.data.max_image_pixels,
-        "intensity_range": request.data.intensity_range,
-        "max_image_mib": request.data.max_image_mib,
+        "max_image_pixels": data.max_image_pixels,
+        "intensity_range": data.intensity_range,
+        "max_image_mib": data.max_image_mib,
         "size_px": views.global_views.size_px,
         "resize_px": views.evaluation_resize_px,
         "interpolation": views.evaluation_interpolation,
@@ -180,8 +185,12 @@ def pool_features(
         raise CheckpointError(f"{request.backbone_path} cannot be read: {error.strerror or error}") from error
     key = None
     if cache is not None:
-        fingerprint = _source(_open_data(request.data), request.part).fingerprint()
-        key = feature_key(request, weights, fingerprint=fingerprint, device=device)
+        source = _source(_open_data(request.data), request.part)
+        try:
+            content = sample_digest(source)
+        except OSError as error:
+            raise DataError(f"the {request.part} images cannot be read: {first_line(error)}") from error
+        key = feature_key(request, weights, fingerprint=source.fingerprint(), content=content, device=device)
         found = cache.load(key)
         if found is not None:
             return found

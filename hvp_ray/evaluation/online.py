@@ -20,11 +20,23 @@ def snapshot_encoder(encoder: nn.Module) -> bytes:
 
 
 class SnapshotKnn:
-    """Evaluates snapshots of one run; images are read and cut once, at the first one."""
+    """Evaluates snapshots of one run; images are read and cut once, at the first one.
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    `fingerprint` and `test_data` are those of the run: see `open_dataset`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        *,
+        fingerprint: str | None = None,
+        test_data: str | None = None,
+    ) -> None:
         self._config = config
         self._device = device
+        self._fingerprint = fingerprint
+        self._test_data = test_data
         self._encoder: nn.Module | None = None
         self._knn_data: KnnData | None = None
 
@@ -33,9 +45,11 @@ class SnapshotKnn:
 
         Raises:
             CheckpointError: no snapshot, or one of another encoder.
+            DataError: the images are others than when the run was prepared.
         """
         if self._encoder is None:
-            self._knn_data = load_knn_data(self._config, open_dataset(self._config.data))
+            dataset = open_dataset(self._config.data, fingerprint=self._fingerprint, test_data=self._test_data)
+            self._knn_data = load_knn_data(self._config, dataset)
             settings = dataclasses.replace(self._config.method.backbone, pretrained=False)
             self._encoder = build_backbone(settings, drop_path=0.0).to(self._device)
         if self._knn_data is None:

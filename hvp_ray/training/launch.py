@@ -32,6 +32,7 @@ from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError, first_line
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.evaluation.report import check_knn_labels
+from hvp_ray.identity import Identity
 from hvp_ray.logs import set_up_logging
 from hvp_ray.remote_files import delete_folder, place_in
 from hvp_ray.stream.batches import BatchStream, RequestOf
@@ -100,7 +101,12 @@ class Watchers:
 
 
 def launch(
-    config: RunConfig, watchers: Watchers, *, num_sharing: int = 1, stop: StopRequest | None = None
+    config: RunConfig,
+    watchers: Watchers,
+    *,
+    num_sharing: int = 1,
+    stop: StopRequest | None = None,
+    planned: Identity | None = None,
 ) -> tuple[dict[str, Any], RunJob]:
     """Run to the end; return the summary and the job.
 
@@ -109,6 +115,7 @@ def launch(
         watchers: where the driver shows what happens.
         num_sharing: how many runs share the cluster, this one included; it takes an equal part of everything.
         stop: another thread may ask by it; SIGTERM and Ctrl-C do if this is the main thread.
+        planned: see `prepare_run`.
 
     Raises:
         HvpRayError: with a sentence for the user; nothing that was committed is lost.
@@ -136,7 +143,9 @@ def launch(
                 f"{wanted} would keep its share of the {placement.num_view_workers} view worker(s) busy; raise "
                 f"cluster.batches_in_flight, or where it is auto the object stores ({store_bytes / 2**20:.0f} MiB)"
             )
-        job = prepare_run(config, renderer=placement.renderer, device=placement.device, dataset=dataset)
+        job = prepare_run(
+            config, renderer=placement.renderer, device=placement.device, planned=planned, dataset=dataset
+        )
         assert job.inventory is not None
         watchers.announce(
             Announcement(
@@ -248,7 +257,12 @@ def _run(job: RunJob, placement: Placement, watchers: Watchers, stop: StopReques
         knn = None
         if job.config.tracking.knn_every_epochs:
             options = {"num_gpus": job.config.cluster.gpus_for_knn}
-            knn = _KnnActor.options(**options).remote(config_to_dict(job.config), gpu=options["num_gpus"] > 0)
+            knn = _KnnActor.options(**options).remote(
+                config_to_dict(job.config),
+                gpu=options["num_gpus"] > 0,
+                fingerprint=job.data_fingerprint,
+                test_data=job.test_data,
+            )
             ends.callback(_unless_lost, ray.kill, knn)
         pool = start_pool(
             job.config,
@@ -527,9 +541,10 @@ def _trainer_main(settings: dict[str, Any]) -> None:
 class _SnapshotKnnActor:
     """Evaluates snapshots in a process of its own, made by the driver so that it outlives a restart of the trainers."""
 
-    def __init__(self, config: dict[str, Any], *, gpu: bool) -> None:
+    def __init__(self, config: dict[str, Any], *, gpu: bool, fingerprint: str, test_data: str) -> None:
         torch.set_num_threads(1)
-        self._knn = SnapshotKnn(config_from_dict(config), torch.device("cuda" if gpu else "cpu"))
+        device = torch.device("cuda" if gpu else "cpu")
+        self._knn = SnapshotKnn(config_from_dict(config), device, fingerprint=fingerprint, test_data=test_data)
 
     def evaluate(self, snapshot: bytes) -> dict[str, float]:
         """Return the accuracies of one snapshot."""

@@ -16,6 +16,7 @@ from hvp_ray.distributed.world import current_world, share_from_rank_0
 from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation.online import SnapshotKnn
 from hvp_ray.evaluation.report import check_knn_labels
+from hvp_ray.identity import Identity
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
@@ -34,6 +35,7 @@ def pretrain_in_process(
     *,
     report_progress: ReportProgress = lambda _progress: False,
     is_stop_asked: Callable[[], bool] = lambda: False,
+    planned: Identity | None = None,
 ) -> dict[str, Any] | None:
     """Train without Ray; return the summary on rank 0, None on the others and of a run that was stopped.
 
@@ -43,6 +45,7 @@ def pretrain_in_process(
         config: the run.
         report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
         is_stop_asked: called on rank 0 between the parts of the evaluation; tells whether the run shall stop.
+        planned: see `prepare_run`.
 
     Raises:
         ConfigError: the number of processes is another one, or the run cannot be prepared.
@@ -71,10 +74,17 @@ def pretrain_in_process(
         for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
             if remark is not None:
                 logger.warning("%s", remark)
-    job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0, dataset=dataset)
-    context = open_render_context(config_to_dict(config), renderer)
+    job = prepare_run(
+        config,
+        renderer=renderer,
+        device=device_type,
+        is_writer=world.rank == 0,
+        planned=planned,
+        dataset=dataset,
+    )
+    context = open_render_context(config_to_dict(config), renderer, job.data_fingerprint)
     hand_over = DeviceHandOver(device)
-    evaluator = SnapshotKnn(config, device)
+    evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)

@@ -18,7 +18,16 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
-from hvp_ray.identity import VERSIONS, Identity, Resolved, file_digest, identity_of, recorded_difference, run_record
+from hvp_ray.identity import (
+    VERSIONS,
+    Identity,
+    Resolved,
+    describe_difference,
+    file_digest,
+    identity_of,
+    recorded_difference,
+    run_record,
+)
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.tracking.mlflow_store import store_uri
@@ -148,7 +157,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
-        CheckpointError: the run of this name was trained with other settings or on other data.
+        CheckpointError: the run of this name was trained with other settings or on other data, or has no config.json.
         DataError: the data, which has to be the run's, cannot be opened.
     """
     if config.run.name is None or not config.run.resume:
@@ -157,6 +166,8 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
     content = _read(place_in(run, "summary.json"))
     if content is None:
         return None
+    if _read(place_in(run, "config.json")) is None:
+        raise _no_record(run)
     config = with_absolute_paths(config)
     resolved = resolve(
         config, open_dataset(config.data), renderer=choose_renderer(config), device=config.cluster.device
@@ -173,14 +184,14 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
 
 def is_finished(config: RunConfig, identity: Identity) -> bool:
-    """Tell whether the run of this name has finished, with this identity.
+    """Tell whether the run of this name has finished, with this identity. Without config.json it is not known to be this run.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
     """
     assert config.run.name is not None
     run = place_in(output_location(config), config.run.name)
-    return _read(place_in(run, "summary.json")) is not None and not difference_from_record(run, config, identity)
+    return _read(place_in(run, "summary.json")) is not None and difference_from_record(run, config, identity) == []
 
 
 def difference_from_record(
@@ -227,7 +238,13 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
 
 
 def prepare_run(
-    config: RunConfig, *, renderer: RendererName, device: str, is_writer: bool = True, dataset: Dataset | None = None
+    config: RunConfig,
+    *,
+    renderer: RendererName,
+    device: str,
+    is_writer: bool = True,
+    planned: Identity | None = None,
+    dataset: Dataset | None = None,
 ) -> RunJob:
     """Make the folder of a new run, or check that an existing one may go on.
 
@@ -236,18 +253,26 @@ def prepare_run(
         renderer: resolved renderer.
         device: cpu or cuda.
         is_writer: False on ranks that only read what another one prepared.
+        planned: the identity that the run must have. None: any.
         dataset: the data of the run if it is open. None: it is opened.
 
     Raises:
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
         DataError: the data cannot be used.
         CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
-            must not be made; the message has the difference.
+            must not be made; the message has the difference. Or its folder has a summary.json but no config.json. Or
+            the run is not the planned one.
     """
     dataset = _open_checked(config, dataset)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
     fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)
+    if planned is not None and planned != identity:
+        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
+        raise CheckpointError(
+            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
+            f"{'; '.join(describe_difference(before, now, {}, {}))}"
+        )
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
@@ -281,6 +306,7 @@ def prepare_run(
         mlflow_artifact_root=artifact_root,
         tags=tags,
         data_fingerprint=fingerprint,
+        test_data=resolved.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
 
@@ -315,7 +341,10 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
 def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
     """Check what config.json in the run's folder (path or URI) says, and write it."""
     path = place_in(run, "config.json")
-    if _read(path) is not None and not config.run.resume:
+    has_record = _read(path) is not None
+    if not has_record and _read(place_in(run, "summary.json")) is not None:
+        raise _no_record(run)
+    if has_record and not config.run.resume:
         raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
     difference = difference_from_record(run, config, identity)
     if difference:
@@ -333,6 +362,13 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
         raise ConfigError(
             f"the run's folder {run} cannot be written: {error.strerror or error}; give another --run.output"
         ) from error
+
+
+def _no_record(run: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run} has the summary.json of a finished run but no config.json, so what run it was is not known; put its "
+        f"config.json back, or take another --run.name"
+    )
 
 
 def _lines(difference: Sequence[str]) -> str:

@@ -68,6 +68,8 @@ class RunJob:
     mlflow_artifact_root: str | None
     tags: dict[str, str]
     data_fingerprint: str
+    test_data: str
+    """With `data_fingerprint`, what `open_dataset` checks in a process that opens the data later."""
     inventory: DataInventory | None
     """None on ranks that only read what another one prepared."""
 
@@ -131,7 +133,7 @@ def _train_rank(
     is_stop_asked: Callable[[], bool],
 ) -> dict[str, Any] | None:
     config = job.config
-    dataset = open_dataset(config.data, fingerprint=job.data_fingerprint)
+    dataset = open_dataset(config.data, fingerprint=job.data_fingerprint, test_data=job.test_data)
     order = build_order(config, dataset)
     num_steps = config.training.num_steps or config.training.epochs * order.steps_per_epoch
     store = CheckpointStore(

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from hvp_ray.config import BackboneConfig, DataConfig
 from hvp_ray.data.source import open_source
@@ -17,6 +19,7 @@ from hvp_ray.evaluation.feature_pool import FeatureCache, FeatureRequest, featur
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import export_backbone, load_exported_backbone
 from tests.helpers import ProgramInAPickle, encode, photograph_like, views_config
+from tests.unit.data.made import write_folder
 
 BACKBONE = BackboneConfig(name="resnet10", stem="cifar", channels=(4, 4, 8, 8))
 
@@ -88,8 +91,8 @@ def test_changed_byte_of_the_backbone_misses_the_cache(
 
 
 def test_key_depends_on_all_that_features_depend_on_and_on_nothing_else(request_of_digits: FeatureRequest) -> None:
-    def key(request: FeatureRequest, weights: bytes = b"w", fingerprint: str = "f", device: str = "cpu") -> str:
-        return feature_key(request, weights, fingerprint=fingerprint, device=device)
+    def key(request: FeatureRequest, weights: bytes = b"w", **changed: str) -> str:
+        return feature_key(request, weights, **({"fingerprint": "f", "content": "c", "device": "cpu"} | changed))
 
     request, replace = request_of_digits, dataclasses.replace
     other_views = [
@@ -103,15 +106,41 @@ def test_key_depends_on_all_that_features_depend_on_and_on_nothing_else(request_
         key(request),
         key(request, weights=b"v"),
         key(request, fingerprint="g"),
+        key(request, content="d"),
         key(request, device="cuda"),
         key(replace(request, sample_ids=np.arange(1, 41))),
         key(replace(request, last_blocks=2)),
         key(replace(request, data=replace(request.data, max_image_pixels=10))),
+        key(replace(request, data=replace(request.data, source="elsewhere"))),
+        key(replace(request, data=replace(request.data, test_source="elsewhere too"), part="test")),
         *[key(replace(request, views=views)) for views in other_views],
     ]
     assert len(set(keys)) == len(keys)
     assert key(replace(request, backbone_path=Path("elsewhere"), part="test")) == keys[0]
-    assert key(replace(request, data=replace(request.data, source="moved"))) == keys[0]
+    assert key(replace(request, data=replace(request.data, test_source="elsewhere too"))) == keys[0]
+
+
+def test_images_of_equal_names_and_sizes_do_not_share_features(
+    request_of_digits: FeatureRequest, tmp_path: Path, generator: np.random.Generator
+) -> None:
+    """Uncompressed images of one size have files of one size, and a fingerprint covers names and sizes only."""
+
+    def write(folder: str) -> Path:
+        return write_folder(tmp_path / folder, [encode(photograph_like(generator, 12, 12), "BMP") for _ in range(6)])
+
+    training, test = write("train"), write("test")
+    data = DataConfig(source=str(training), test_source=str(test))
+    request = dataclasses.replace(request_of_digits, data=data, sample_ids=np.arange(6))
+    cache = FeatureCache(tmp_path / "features")
+
+    def features(part: Literal["training", "test"]) -> NDArray[np.float32]:
+        return pool_features(dataclasses.replace(request, part=part), cache=cache).features
+
+    of_training, of_test = features("training"), features("test")
+    assert not np.allclose(of_training, of_test)
+    write("train")
+    assert not np.allclose(features("training"), of_training)
+    assert np.array_equal(features("test"), of_test)
 
 
 def test_damaged_cache_file_is_computed_again(

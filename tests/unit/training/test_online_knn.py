@@ -5,17 +5,22 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from hvp_ray.config import RunConfig
-from hvp_ray.errors import CheckpointError
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.errors import CheckpointError, DataError
 from hvp_ray.evaluation.online import SnapshotKnn, snapshot_encoder
+from hvp_ray.methods.backbones import build_backbone
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.online_knn import AnswerAtHand, KnnDuringTraining
+from hvp_ray.training.preparation import prepare_run
 from tests.helpers import ProgramInAPickle, tiny_config
+from tests.unit.data.made import draw_images, write_folder
 
 
 def _run(folder: Path, name: str, **tracking: object) -> dict[str, Any]:
@@ -179,6 +184,31 @@ def test_snapshot_evaluates_like_the_encoder_itself(tmp_path: Path) -> None:
     content = (tmp_path / "one" / "backbone.safetensors").read_bytes()
     values = SnapshotKnn(config, torch.device("cpu")).evaluate(content)
     assert values == {"eval/knn_top1": summary["knn_top1"], "eval/knn5shot_top1": summary["knn5shot_top1"]}
+
+
+@pytest.mark.parametrize("part", ["source", "test_source"])
+def test_images_that_changed_since_the_run_was_prepared_are_not_evaluated_on(
+    tmp_path: Path, generator: np.random.Generator, part: str
+) -> None:
+    """Without a file the ids name other images, and a test image may have been trained on."""
+    folders = {"source": write_folder(tmp_path / "images", draw_images(40, generator))}
+    if part == "test_source":
+        folders["test_source"] = write_folder(tmp_path / "test", draw_images(12, generator))
+    data: dict[str, object] = {name: str(folder) for name, folder in folders.items()}
+    config = tiny_config(str(tmp_path / "runs"), run={"name": "r"}, data=data | {"num_images": None})
+    job = prepare_run(config, renderer="cpu", device="cpu")
+    snapshot = snapshot_encoder(build_backbone(config.method.backbone))
+
+    def evaluate() -> dict[str, float]:
+        knn = SnapshotKnn(config, torch.device("cpu"), fingerprint=job.data_fingerprint, test_data=job.test_data)
+        return knn.evaluate(snapshot)
+
+    assert evaluate()
+    next(folders[part].rglob("*.png")).unlink()
+    with pytest.raises(DataError, match=rf"data\.{part}=.* has changed since the run was started"):
+        evaluate()
+    with pytest.raises(DataError, match="has changed since"):
+        open_dataset(config.data, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
 
 def test_program_in_the_place_of_a_snapshot_is_not_run(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import CheckpointError
+from hvp_ray.identity import identity_of
 from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.preparation import finished_summary, prepare_run
+from hvp_ray.training.preparation import finished_summary, is_finished, prepare_run
 from hvp_ray.training.rank import RunJob
-from tests.helpers import tiny_config
+from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_folder
 
 
@@ -43,6 +44,27 @@ def test_resume_that_would_train_on_other_images_is_refused(
     with pytest.raises(CheckpointError, match=r"(?s)training images: .*data\.test_source: .*test"):
         _prepare(second)
     _prepare(first)
+
+
+def test_summary_without_a_record_is_of_no_known_run(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "summary.json").write_text("{}")
+    assert not is_finished(config, identity_of(config, resolved_of(config)))
+    for use in (finished_summary, _prepare):
+        with pytest.raises(CheckpointError, match=r"no config\.json.*--run\.name"):
+            use(config)
+    assert not (tmp_path / "r" / "config.json").exists()
+
+
+def test_run_that_is_not_the_planned_one_is_refused_before_it_trains(tmp_path: Path, test_images: Path) -> None:
+    config = _config(tmp_path, data={"test_source": str(test_images)})
+    planned = identity_of(config, resolved_of(config))
+    next(test_images.rglob("*.png")).unlink()
+    with pytest.raises(CheckpointError, match=r"not be the planned one.*test data: "):
+        prepare_run(config, renderer="cpu", device="cpu", planned=planned)
+    assert not (tmp_path / "r").exists()
+    prepare_run(config, renderer="cpu", device="cpu", planned=identity_of(config, resolved_of(config)))
 
 
 def test_moved_data_is_the_same_data(tmp_path: Path, test_images: Path) -> None:
