@@ -5,6 +5,7 @@ asked for, or a `StorageError`, which the caller of a source repeats; every byte
 """
 
 import fnmatch
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -155,6 +156,11 @@ class FileSet:
     def shown(self, name: str) -> str:
         """Return the path or URI of a file, without parameters, for messages."""
         return self._shown_root if self._is_single else f"{self._shown_root.rstrip('/')}/{name}"
+
+    def places(self, names: Sequence[str]) -> set[str]:
+        """Return where files are: paths without links, or URIs."""
+        shown = map(self.shown, names)
+        return set(shown if self.is_remote else (os.path.realpath(Path(path).expanduser()) for path in shown))
 
     def open(self, name: str) -> OpenFile:
         """Return an open file; the last ones stay open.

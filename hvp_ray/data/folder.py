@@ -157,6 +157,15 @@ class FolderSource:
         """
         return [self._read_file(os.path.join(self._root, self._path(sample_id))) for sample_id in sample_ids]
 
+    def shares_files_with(self, other: "FolderSource") -> bool:
+        """Tell whether one of the two folders lies in the other one, and its images are among those of the other one."""
+        roots = [os.path.realpath(source._root) for source in (self, other)]
+        for (outer, root), inner in (((self, roots[0]), roots[1]), ((other, roots[1]), roots[0])):
+            if Path(inner).is_relative_to(root):
+                below = os.fsencode(os.path.join(os.path.relpath(inner, root), "")) if inner != root else b""
+                return bool(pc.any(pc.starts_with(outer._paths, below)).as_py())
+        return False
+
     def describe(self, sample_id: int) -> str:
         """Return the file's path."""
         return str(self._root / self._path(sample_id))

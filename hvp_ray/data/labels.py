@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.dataset import Dataset, have_same_images
+from hvp_ray.data.folder import FolderSource
+from hvp_ray.data.parquet import ParquetSource
 from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError, first_line
 
@@ -46,8 +48,8 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
 
     Raises:
         LabelError: there is nothing to evaluate on; the message says why.
-        DataError: both sides have labels that cannot be matched, training and test images are the same, or they cannot be
-            read.
+        DataError: both sides have labels that cannot be matched, test images are training images too, or they cannot
+            be read.
     """
     source, test_source = dataset.source, dataset.test_source
     of_training = of_test = source.load_labels()
@@ -72,6 +74,7 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
 def _check_other_images(source: Source, test_source: Source) -> None:
     try:
         are_same = have_same_images(source, test_source)
+        share_files = not are_same and _share_files(source, test_source)
     except OSError as error:
         raise DataError(f"training and test images cannot be compared: {first_line(error)}") from error
     if are_same:
@@ -80,6 +83,20 @@ def _check_other_images(source: Source, test_source: Source) -> None:
             "images, or leave data.test_source out to hold out data.test_fraction of them. To train without evaluation, "
             "set --tracking.knn_images 0"
         )
+    if share_files:
+        raise DataError(
+            "some test images are also training images, because data.source and data.test_source name the same files: "
+            "the nearest neighbour of each would be itself. Move the test images out of data.source, or leave "
+            "data.test_source out to hold out data.test_fraction. To train without evaluation, set --tracking.knn_images 0"
+        )
+
+
+def _share_files(source: Source, test_source: Source) -> bool:
+    if isinstance(source, FolderSource) and isinstance(test_source, FolderSource):
+        return source.shares_files_with(test_source)
+    if isinstance(source, ParquetSource) and isinstance(test_source, ParquetSource):
+        return source.shares_files_with(test_source)
+    return False
 
 
 def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tuple[str, ...]]:

@@ -186,6 +186,10 @@ class ParquetSource:
                 images[position] = image
         return images
 
+    def shares_files_with(self, other: "ParquetSource") -> bool:
+        """Tell whether a file is among those of both sources."""
+        return not self._files.places(self._names).isdisjoint(other._files.places(other._names))
+
     def describe(self, sample_id: int) -> str:
         """Name file and row."""
         file_index = int(np.searchsorted(self._file_starts, sample_id, side="right")) - 1

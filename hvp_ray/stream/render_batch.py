@@ -7,7 +7,7 @@ also be cut in two, `decode_batch` here and `finish_batch` beside the trainer, w
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -48,6 +48,9 @@ SAMPLE_IMAGES = 64
 """Images that say what the others are like."""
 
 _SAMPLE_RUNS = 4
+_SAMPLE_PART = 8
+"""Images of a sample that are read at a time."""
+_SAMPLE_BYTES = 256 * 2**20
 _REPLACEMENT_ATTEMPTS = 1000
 
 _NOT_BY_CHANCE = 1e-9
@@ -202,8 +205,22 @@ def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
     raise AssertionError("unreachable")
 
 
-def read_sample(source: Source, sample_ids: NDArray[np.int64], num_images: int = SAMPLE_IMAGES) -> list[bytes]:
-    """Return encoded images spread over `sample_ids`; of sources that read whole blocks, a few runs of them.
+def read_sample(
+    source: Source,
+    sample_ids: NDArray[np.int64],
+    num_images: int = SAMPLE_IMAGES,
+    *,
+    max_bytes: int = _SAMPLE_BYTES,
+) -> Iterator[bytes]:
+    """Yield encoded images spread over `sample_ids`, a few of them read at a time; the same ones at every call.
+
+    Of sources that read whole blocks they are a few runs of neighbours.
+
+    Args:
+        source: of the images.
+        sample_ids: [N], some are chosen of these.
+        num_images: how many at most.
+        max_bytes: when so many are read, the sample ends; it has 8 images or more.
 
     Raises:
         DataError: the storage failed repeatedly.
@@ -211,11 +228,20 @@ def read_sample(source: Source, sample_ids: NDArray[np.int64], num_images: int =
     num_images = min(num_images, len(sample_ids))
     num_runs = min(_SAMPLE_RUNS, num_images) if source.reads_whole_blocks else num_images
     if not num_runs:
-        return []
+        return
     length = num_images // num_runs
     starts = np.linspace(0, len(sample_ids) - length, num_runs).astype(np.int64)
-    rows = (starts[:, None] + np.arange(length)).ravel()
-    return read_images(source, sample_ids[rows].tolist()).images
+    # A sample that ends early is spread too: 0, 1/2, 1/4, 3/4, 1/8, ... of all (bits of the index, reversed).
+    num_bits = num_runs.bit_length()
+    order = sorted(range(num_runs), key=lambda index: f"{index:0{num_bits}b}"[::-1])
+    rows = (starts[order, None] + np.arange(length)).ravel()
+    num_bytes = 0
+    for first in range(0, len(rows), _SAMPLE_PART):
+        images = read_images(source, sample_ids[rows[first : first + _SAMPLE_PART]].tolist()).images
+        num_bytes += sum(map(len, images))
+        yield from images
+        if num_bytes >= max_bytes:
+            return
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

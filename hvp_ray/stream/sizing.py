@@ -80,7 +80,7 @@ def sample_images(dataset: Dataset, num_images: int = SAMPLE_IMAGES) -> list[byt
     Raises:
         DataError: the storage failed repeatedly.
     """
-    return read_sample(dataset.source, dataset.training_ids, num_images)
+    return list(read_sample(dataset.source, dataset.training_ids, num_images))
 
 
 def mean_decoded_bytes(dataset: Dataset, data: DataConfig) -> float:

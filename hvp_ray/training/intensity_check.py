@@ -4,6 +4,7 @@ A sample decides, images spread over the training and the test set, the same at 
 so it is the same for all images, saved with the run and part of its identity.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -38,7 +39,7 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
     """
     images = read_sample(dataset.source, dataset.training_ids)
     if dataset.test_source is not dataset.source:
-        images += read_sample(dataset.test_source, dataset.test_ids)
+        images = itertools.chain(images, read_sample(dataset.test_source, dataset.test_ids))
     found = _Sample(images, max_pixels=data.max_image_pixels)
     if data.intensity_range is None:
         if not found.kinds:
@@ -49,7 +50,7 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
             f"white; give {option} {black:.10g} {white:.10g}, or the range that you want to see"
         )
     if not found.kinds:
-        return f"data.intensity_range is not used: the {len(images)} sampled images have at most 8 bits a channel"
+        return f"data.intensity_range is not used: the {found.num_images} sampled images have at most 8 bits a channel"
     black, white = data.intensity_range
     clipped = found.share_outside(data.intensity_range)
     return (
@@ -63,12 +64,12 @@ class _Sample:
 
     def __init__(self, images: Iterable[bytes], *, max_pixels: int) -> None:
         self.kinds: Counter[str] = Counter()
-        self._num_images = 0
+        self.num_images = 0
         self._low, self._high = float("inf"), float("-inf")
         self._are_integers = True
         some: list[NDArray[np.float64]] = []
         for image in images:
-            self._num_images += 1
+            self.num_images += 1
             try:
                 found = read_intensities(image, max_pixels=max_pixels)
             except UnreadableImageError:
@@ -91,7 +92,7 @@ class _Sample:
 
     def describe(self) -> str:
         """Return how many images hold what, from where to where."""
-        what = " and ".join(f"{n} of {self._num_images} sampled images hold {kind}" for kind, n in self.kinds.items())
+        what = " and ".join(f"{n} of {self.num_images} sampled images hold {kind}" for kind, n in self.kinds.items())
         if not len(self._some):
             return f"{what}, none of them finite"
         low, high = np.percentile(self._some, _CENTRAL_PERCENTILES).tolist()

@@ -26,7 +26,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_dict
-from hvp_ray.data.dataset import open_dataset
+from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import DataInventory
 from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError, first_line
@@ -116,7 +116,7 @@ def launch(
     for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
         if remark is not None:
             watchers.show_message(remark)
-    decoded_bytes = decoded_bytes_of(config)
+    decoded_bytes = decoded_bytes_of(config, dataset)
     is_ours = not ray.is_initialized()
     joined = connect_ray(lambda: plan_local_ray(config, this_machine(), decoded_bytes))
     try:
@@ -133,7 +133,8 @@ def launch(
                 f"{wanted} would keep its share of the {placement.num_view_workers} view worker(s) busy; raise "
                 f"cluster.batches_in_flight, or where it is auto the object stores ({store_bytes / 2**20:.0f} MiB)"
             )
-        job = prepare_run(config, renderer=placement.renderer, device=placement.device)
+        job = prepare_run(config, renderer=placement.renderer, device=placement.device, dataset=dataset)
+        assert job.inventory is not None
         watchers.announce(
             Announcement(
                 run_name=job.run_name,
@@ -159,9 +160,11 @@ def launch(
             end_ray(threads_have_ended=not any(isinstance(thread, _FitThread) for thread in threading.enumerate()))
 
 
-def decoded_bytes_of(config: RunConfig) -> float:
-    """Return the mean bytes of a decoded image if decoded pixels are shipped, else 0."""
-    return mean_decoded_bytes(open_dataset(config.data), config.data) if config.cluster.ship == "pixels" else 0.0
+def decoded_bytes_of(config: RunConfig, dataset: Dataset | None = None) -> float:
+    """Return the mean bytes of a decoded image if decoded pixels are shipped, else 0; open the data if it is not open."""
+    if config.cluster.ship != "pixels":
+        return 0.0
+    return mean_decoded_bytes(dataset or open_dataset(config.data), config.data)
 
 
 def num_side_by_side(config: RunConfig, limit: int) -> int:

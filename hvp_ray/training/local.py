@@ -60,12 +60,12 @@ def pretrain_in_process(
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     renderer = choose_renderer(config)
+    dataset = open_dataset(config.data)
     if world.rank == 0:
-        dataset = open_dataset(config.data)
         for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
             if remark is not None:
                 logger.warning("%s", remark)
-    job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0)
+    job = prepare_run(config, renderer=renderer, device=device_type, is_writer=world.rank == 0, dataset=dataset)
     context = open_render_context(config_to_dict(config), renderer)
     hand_over = DeviceHandOver(device)
     evaluator = SnapshotKnn(config, device)

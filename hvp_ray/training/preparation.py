@@ -132,8 +132,8 @@ def _check_view_sizes(config: RunConfig, method: Method) -> None:
         )
 
 
-def _open_checked(config: RunConfig) -> Dataset:
-    dataset = open_dataset(config.data)
+def _open_checked(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
+    dataset = dataset or open_dataset(config.data)
     if not len(dataset.training_ids):
         raise DataError("no images are left for training; lower data.test_fraction or use more images")
     build_order(config, dataset)
@@ -230,7 +230,9 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
     )
 
 
-def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_writer: bool = True) -> RunJob:
+def prepare_run(
+    config: RunConfig, *, renderer: RendererName, device: str, is_writer: bool = True, dataset: Dataset | None = None
+) -> RunJob:
     """Make the folder of a new run, or check that an existing one may go on.
 
     Args:
@@ -238,6 +240,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         renderer: resolved renderer.
         device: cpu or cuda.
         is_writer: False on ranks that only read what another one prepared.
+        dataset: the data of the run if it is open. None: it is opened.
 
     Raises:
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
@@ -245,7 +248,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
             must not be made; the message has the difference.
     """
-    dataset = _open_checked(config)
+    dataset = _open_checked(config, dataset)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
     fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)
@@ -282,7 +285,7 @@ def prepare_run(config: RunConfig, *, renderer: RendererName, device: str, is_wr
         mlflow_artifact_root=artifact_root,
         tags=tags,
         data_fingerprint=fingerprint,
-        inventory=take_inventory(dataset, config.data),
+        inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
 
 

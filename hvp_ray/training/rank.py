@@ -68,7 +68,8 @@ class RunJob:
     mlflow_artifact_root: str | None
     tags: dict[str, str]
     data_fingerprint: str
-    inventory: DataInventory
+    inventory: DataInventory | None
+    """None on ranks that only read what another one prepared."""
 
     @property
     def location(self) -> str:
@@ -378,7 +379,7 @@ def _summarize(
         "num_epochs": result.num_steps_done / order.steps_per_epoch,
         "images_seen": result.num_steps_done * config.training.images_per_step,
         "num_training_images": len(dataset.training_ids),
-        "data": job.inventory.to_dict(),
+        "data": None if job.inventory is None else job.inventory.to_dict(),
         "train_seconds": result.train_seconds,
         "images_per_second": images_here / result.train_seconds if steps_here else 0.0,
         "first_batch_seconds": stats.first_batch_seconds,

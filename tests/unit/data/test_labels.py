@@ -260,3 +260,22 @@ def test_packing_does_without_labels_that_cannot_be_used(tmp_path: Path, caplog:
     assert "images are packed without labels: " in caplog.text and "holds fractions" in caplog.text
     with pytest.raises(LabelError, match="it was packed from images without usable labels"):
         open_any(tmp_path / "plain").load_labels()
+
+
+@pytest.mark.parametrize("kind", ["folder", "strings"])
+def test_test_images_that_are_also_trained_on_are_refused(tmp_path: Path, kind: str) -> None:
+    _write(tmp_path / "root", kind, ["ant", "bee"])
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    if kind == "folder":
+        inner = _write(tmp_path / "root" / "extra", kind, ["ant", "bee", "bee"])
+        hidden = _write(tmp_path / "root" / ".extra", kind, ["ant", "bee", "bee"])
+    else:
+        inner = tmp_path / "root" / "all*.parquet"
+        _write_parquet(tmp_path / "root" / "other.parquet", ["ant", "bee"])
+        hidden = _write_parquet(tmp_path / "root" / ".hidden.parquet", ["ant", "bee", "bee"])
+    for one, other in [(tmp_path / "link", inner), (inner, tmp_path / "link")]:
+        with pytest.raises(DataError, match="are also training images.*the nearest neighbour of each would be itself"):
+            match_labels(_open_both(one, other))
+    beside = _write(tmp_path / "root-2", kind, ["ant", "bee", "bee"])
+    for apart in (hidden, beside):
+        assert len(match_labels(_open_both(tmp_path / "root", apart)).test_ids) == 3

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.quarantine import find_crashing_ids
-from hvp_ray.stream.render_batch import decode_batch, finish_batch, open_render_context, render_batch
+from hvp_ray.stream.render_batch import decode_batch, finish_batch, open_render_context, read_sample, render_batch
 from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -93,6 +94,30 @@ def test_images_of_the_test_set_count(tmp_path: Path, generator: np.random.Gener
     write_folder(tmp_path / "test", [made.png16(_values(generator, 0, 4095, "u2"))] * 3)
     with pytest.raises(ConfigError, match=r"(\d) of \d sampled images.*--data.intensity_range 0 4095"):
         _check(tmp_path / "train", test_source=str(tmp_path / "test"))
+
+
+def test_sample_of_large_images_ends_early_is_spread_and_the_same_each_time(tmp_path: Path) -> None:
+    write_folder(tmp_path, [bytes([index]) * 1000 for index in range(200)])
+    source = open_dataset(DataConfig(source=str(tmp_path), test_fraction=0.0)).source
+    ids = np.arange(200)
+    taken = [[image[0] for image in read_sample(source, ids, max_bytes=limit)] for limit in (1, 16_000, 16_000, 2**20)]
+    assert [len(some) for some in taken] == [8, 16, 16, 64]
+    assert taken[1] == taken[2]
+    for some in taken:
+        assert min(some) < 50 and max(some) >= 150
+        assert np.diff(sorted(some)).max() <= 2 * 200 / len(some)
+
+
+def test_check_holds_a_few_images_at_a_time(tmp_path: Path) -> None:
+    write_folder(tmp_path, [encode(np.zeros((9, 9, 3), np.uint8)) + bytes(2**20)] * 64)
+    data = DataConfig(source=str(tmp_path), test_fraction=0.0)
+    dataset = open_dataset(data)
+    tracemalloc.start()
+    try:
+        assert check_intensities(data, dataset) is None
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hvp_ray.config import RunConfig
+from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import CheckpointError
 from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.preparation import finished_summary, prepare_run
@@ -155,3 +156,14 @@ def test_folder_of_an_earlier_version_is_refused_in_words(tmp_path: Path, conten
     (tmp_path / "r" / "summary.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"config\.json .*--run\.name"):
         finished_summary(config)
+
+
+def test_data_that_is_open_is_not_opened_again_and_only_the_writer_counts_it(tmp_path: Path, test_images: Path) -> None:
+    data = {"source": str(test_images), "num_images": None}
+    config = _config(tmp_path, data=data, training={"images_per_step": 4})
+    dataset = open_dataset(config.data)
+    test_images.rename(tmp_path / "moved")
+    job = prepare_run(config, renderer="cpu", device="cpu", dataset=dataset)
+    assert job.inventory is not None and job.inventory.source.num_images == 12
+    reader = prepare_run(config, renderer="cpu", device="cpu", dataset=dataset, is_writer=False)
+    assert reader.inventory is None and reader.run_identity == job.run_identity

@@ -65,5 +65,7 @@ def test_run_that_lies_in_its_own_data_finds_the_same_images_when_it_is_resumed(
     assert (after.num_samples, after.fingerprint()) == (before.num_samples, before.fingerprint())
     job = prepare_run(config, renderer="cpu", device="cpu")
     kept = json.loads((root / "runs" / "one" / "summary.json").read_text())
+    assert job.inventory is not None
     assert kept["data"]["source"]["num_images"] == job.inventory.source.num_images == 40
+    assert job.inventory is not None
     assert kept["data"]["source"]["num_classes"] == 2
