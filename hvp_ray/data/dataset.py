@@ -69,7 +69,7 @@ def open_dataset(config: DataConfig, *, fingerprint: str | None = None, test_dat
 
     Raises:
         DataError: a source cannot be used, or has fewer images than asked for.
-        ChangedDataError: the source has other images than when the run was prepared.
+        ChangedDataError: the source, or the test source, has other images than when the run was prepared.
     """
     source = open_source(config.source, config)
     if fingerprint is not None and source.fingerprint() != fingerprint:
@@ -82,7 +82,7 @@ def open_dataset(config: DataConfig, *, fingerprint: str | None = None, test_dat
         return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
     test_source = open_source(config.test_source, config)
     if test_data is not None and test_source.fingerprint() != test_data:
-        raise DataError(
+        raise ChangedDataError(
             f"data.test_source={config.test_source!r} has changed since the run was started: it has "
             f"{test_source.num_samples} images now, with other names or sizes. Put back what is gone and remove what is "
             f"new, then start the run again with its name"

@@ -70,5 +70,6 @@ def test_service_times_of_the_two_halves_and_bytes(generator: np.random.Generato
 def test_sample_is_spread_over_the_images_that_are_trained_on() -> None:
     dataset = open_dataset(tiny_config("x").data)
     ids = dataset.training_ids
-    assert sample_images(dataset, 3) == dataset.source.read([int(ids[0]), int(ids[(len(ids) - 1) // 2]), int(ids[-1])])
+    spread = [int(ids[0]), int(ids[-1]), int(ids[(len(ids) - 1) // 2])]
+    assert sample_images(dataset, 3) == dataset.source.read(spread)
     assert mean_decoded_bytes(dataset, tiny_config("x").data) > 0.0
