@@ -152,7 +152,8 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
     if VANILLA_LONG in by_name:
         hard = hard_arm_of(study.arms).name
         question = f"{hard} against random views, equal compute"
-        differences.insert(1, _difference(by_name[hard], by_name[VANILLA_LONG], question))
+        place = 1 + [difference.arm for difference in differences].index(hard)
+        differences.insert(place, _difference(by_name[hard], by_name[VANILLA_LONG], question))
     references = {}
     pixels = title_of_pixels(study.base.views.global_views.size_px)
     for title, suffix in (("untrained encoder", "_untrained"), (pixels, "_pixels")):

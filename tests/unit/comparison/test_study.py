@@ -231,6 +231,10 @@ def test_the_sentence_names_the_arm_that_equal_compute_is_of(tmp_path: Path) -> 
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), *arms, seeds=(0,))
     metric = summarize_metric(study, [_result(study, arm, 0, 0.5) for arm in arms], "knn_top1")
     assert "at equal compute every-2 gave +0.0 points" in describe_result(study, metric)
+    study = dataclasses.replace(study, arms=(*study.arms, get_arm("hardest")))
+    metric = summarize_metric(study, [_result(study, arm.name, 0, 0.5) for arm in study.arms], "knn_top1")
+    pairs = [(difference.arm, difference.reference) for difference in metric.differences]
+    assert pairs == [("every-2", "vanilla"), ("hardest", "vanilla"), ("hardest", "vanilla-long")]
 
 
 def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
