@@ -705,6 +705,11 @@ class ClusterConfig:
         return max(4, -(-num_view_workers // self.num_trainers) + self.num_finishers + 2)
 
     @property
+    def chosen_renderer(self) -> RendererName:
+        """The renderer of a run: `renderer`, or cpu if that is auto."""
+        return "cpu" if self.renderer == "auto" else self.renderer
+
+    @property
     def num_finishers(self) -> int:
         """View finishers beside each trainer; 0 where views are shipped."""
         return self.finishers_per_trainer if self.ship == "pixels" else 0

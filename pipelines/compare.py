@@ -167,7 +167,6 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
     from hvp_ray.training.intensity_check import check_intensities
-    from hvp_ray.training.placement import choose_renderer
     from hvp_ray.training.preparation import check_before_start, output_folder, resolve, with_absolute_paths
     from hvp_ray.training.rank import build_order
 
@@ -194,7 +193,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
 
     study = open_study(
         base,
-        resolve(base, dataset, renderer=choose_renderer(base), device=device),
+        resolve(base, dataset, renderer=base.cluster.chosen_renderer, device=device),
         name=options.comparison,
         arm_names=options.arms,
         seeds=options.seeds,

@@ -15,7 +15,6 @@ from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsCon
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.identity import Resolved
 from hvp_ray.recipes import RECIPES, get_recipe
-from hvp_ray.training.placement import choose_renderer
 from hvp_ray.training.preparation import resolve
 
 NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
@@ -55,7 +54,7 @@ def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[st
 def resolved_of(config: RunConfig) -> Resolved:
     """What a run's settings result in, in this process."""
     device = "cuda" if config.cluster.device == "cuda" else "cpu"
-    return resolve(config, open_dataset(config.data), renderer=choose_renderer(config), device=device)
+    return resolve(config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=device)
 
 
 def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np.float64]) -> list[tuple[int, int]]:

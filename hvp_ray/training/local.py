@@ -22,7 +22,6 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.training.intensity_check import check_intensities
 from hvp_ray.training.online_knn import AnswerAtHand
-from hvp_ray.training.placement import choose_renderer
 from hvp_ray.training.preparation import draw_run_name, prepare_run
 from hvp_ray.training.progress import ReportProgress
 from hvp_ray.training.rank import train_rank
@@ -68,7 +67,7 @@ def pretrain_in_process(
     if config.run.name is None and world.num_ranks > 1:
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-    renderer = choose_renderer(config)
+    renderer = config.cluster.chosen_renderer
     dataset = open_dataset(config.data)
     if world.rank == 0:
         for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):

@@ -33,11 +33,6 @@ class Placement:
     """Of one view worker."""
 
 
-def choose_renderer(config: RunConfig) -> RendererName:
-    """Return the renderer of a run."""
-    return "cpu" if config.cluster.renderer == "auto" else config.cluster.renderer
-
-
 def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mapping[str, float]) -> Placement:
     """Fit the run to the cluster.
 
@@ -51,7 +46,7 @@ def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mappin
     """
     cluster = config.cluster
     device = _decide_device(config, total.get("GPU", 0.0))
-    renderer = choose_renderer(config)
+    renderer = cluster.chosen_renderer
     if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0 and cluster.placement != "labels":
         raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
     trainer = {"CPU": cluster.cpus_with_finishers}

@@ -31,7 +31,6 @@ from hvp_ray.identity import (
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.tracking.mlflow_store import store_uri
-from hvp_ray.training.placement import choose_renderer
 from hvp_ray.training.rank import RunJob, build_order
 from hvp_ray.training.run_storage import local_weights, working_folder
 from hvp_ray.training.setup import build_untrained_method
@@ -170,7 +169,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
         raise _no_record(run)
     config = with_absolute_paths(config)
     resolved = resolve(
-        config, open_dataset(config.data), renderer=choose_renderer(config), device=config.cluster.device
+        config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=config.cluster.device
     )
     chosen = [name for name in ("renderer", "device") if getattr(config.cluster, name) == "auto"]
     difference = difference_from_record(run, config, identity_of(config, resolved), ignored=(*VERSIONS, *chosen))
