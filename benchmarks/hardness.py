@@ -47,18 +47,18 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import HvpRayError
 from hvp_ray.methods.method import StepPosition
+from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore
+from hvp_ray.runs.rank import build_order
 from hvp_ray.selection import Candidates, CandidateScores, choose_views
 from hvp_ray.selection.choice import Selection
 from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context, render_batch
-from hvp_ray.training.checkpoint import Checkpoint, CheckpointStore
 from hvp_ray.training.choosing import candidates_of, pair_ious
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.rank import build_order
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import Trainee, score_candidates
+from hvp_ray.training.trainee import build_trainee
 
 Score = Callable[[], CandidateScores]
 

@@ -27,7 +27,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 sys.path.insert(0, ROOT)  # this checkout, wherever it is started from
 os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])  # Ray's processes too
 
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 
 prepare_ray_environment()
 
@@ -41,13 +41,13 @@ from benchmarks.results_file import Result, describe_machine, open_results
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.recipes import get_recipe
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.sizing import ServiceTimes, measure_service_times, sample_images
 from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.training.rank import build_order
 
 POOLS = ((1, 0), (2, 0), (1, 1))
 """View workers, view finishers."""

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 
 prepare_ray_environment()
 
@@ -39,10 +39,10 @@ from benchmarks.soaking.growth import Sample, draw, growth_mb_per_1000_steps, th
 from benchmarks.soaking.processes import KINDS, memory_of_processes, trainer_id, view_workers
 from hvp_ray.config import RunConfig
 from hvp_ray.data.digits import DigitsSource
+from hvp_ray.launch.driver import Watchers, launch
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.launch import Watchers, launch
-from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.progress import Progress
+from hvp_ray.runs.progress import Progress
 
 STEPS_PER_KILL = 5
 KILLS_PER_TRAINER_KILL = 50

@@ -36,13 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results_file import describe_machine, open_results
 from benchmarks.step_ledger import StepClock
 from hvp_ray.config import RunConfig
+from hvp_ray.costs.imaginary import made_up_batch
+from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.imaginary import made_up_batch
-from hvp_ray.training.operations import count_operations
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import Trainee, train_step
+from hvp_ray.training.trainee import build_trainee
 
 RECIPES = (
     "simsiam-imagenet-r50-100ep",

@@ -5,7 +5,7 @@
 
 They go to the standard error of the process, which Ray keeps as a file of the session (`ray logs`). `step` counts from 0,
 as requests and `attempts.jsonl` do: the record of step 123 in `metrics.jsonl` has the number 124, the steps done. What the
-person at the driver sees is another matter: see `training.run_board.BoardLogHandler`.
+person at the driver sees is another matter: see `launch.board.BoardLogHandler`.
 """
 
 import logging

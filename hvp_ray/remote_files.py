@@ -1,6 +1,6 @@
 """Files behind a URI (s3://, gs://, abfs://, hdfs://, file://), by pyarrow.fs: what stumbles is tried again, with a warning.
 
-Small files as a whole, for the folders of runs (`training/run_storage.py`, `checkpoint.py`, `preparation.py`) and for packing
+Small files as a whole, for the folders of runs (`runs/storage.py`, `checkpoint.py`, `preparation.py`) and for packing
 (`data/packing.py`); `open_uri` for all that read parts of large ones (`data/files.py`).
 Every storage error leaves this file as an OSError; what a user got wrong in a URI as a ConfigError with the way out.
 """

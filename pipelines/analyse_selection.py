@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
 from hvp_ray.errors import HvpRayError
+from hvp_ray.launch.environment import prepare_home
 from hvp_ray.tracking.selection_analysis import (
     AUTHORS_FANOVA,
     FEATURES,
@@ -25,7 +26,6 @@ from hvp_ray.tracking.selection_analysis import (
     analyse_selection,
     read_selection_log,
 )
-from hvp_ray.training.ray_environment import prepare_home
 
 _MEASURE_TITLES = {
     "iou": "IoU of the crops",

@@ -63,7 +63,7 @@ def find_run(
         ConfigError: the URI cannot be used.
     """
     if "://" in name:
-        from hvp_ray.training.run_storage import fetch_run
+        from hvp_ray.runs.storage import fetch_run
 
         copy = fetch_run(name, files=needs, folders=folders, option=option.strip() or "RUN")
         return _checked(copy, name, option, needs)

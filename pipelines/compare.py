@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
 from hvp_ray.errors import HvpRayError
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 from pipelines.command_line import DEFAULT_RECIPE, leave, parse_run
 
 _LINE_SECONDS = 20.0
@@ -166,9 +166,9 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
-    from hvp_ray.training.intensity_check import check_intensities
-    from hvp_ray.training.preparation import check_before_start, output_folder, resolve, with_absolute_paths
-    from hvp_ray.training.rank import build_order
+    from hvp_ray.runs.intensity_check import check_intensities
+    from hvp_ray.runs.prepare import check_before_start, output_folder, resolve, with_absolute_paths
+    from hvp_ray.runs.rank import build_order
 
     base = with_absolute_paths(base)
     output_folder(base)  # a bucket is refused before anything else

@@ -146,8 +146,8 @@ def _sample(config: RunConfig) -> tuple[list[bytes], str, str | None]:
     """
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.errors import DataError
+    from hvp_ray.runs.intensity_check import check_intensities
     from hvp_ray.stream.sizing import sample_images
-    from hvp_ray.training.intensity_check import check_intensities
 
     try:
         dataset = open_dataset(config.data)
@@ -203,8 +203,8 @@ def main(arguments: list[str]) -> int:
         )
         link = None if own.link is None else own.link * 1e9
         print(f"\nview workers\n{describe_pool(config, own.demand, link)}", flush=True)
-        from hvp_ray.training.memory import estimate_memory
-        from hvp_ray.training.operations import count_operations
+        from hvp_ray.costs.memory import estimate_memory
+        from hvp_ray.costs.operations import count_operations
 
         operations = count_operations(config)
         print(

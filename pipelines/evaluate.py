@@ -29,7 +29,7 @@ from hvp_ray.data.labels import MatchedLabels, match_labels
 from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source, open_source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, LabelError
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 from pipelines.command_line import find_run, keep_results, leave
 
 PROTOCOLS = ("knn", "linear", "logistic", "few-label", "finetune")
@@ -240,8 +240,8 @@ class Evaluation:
     def __init__(self, run_dir: Path, config: RunConfig, options: argparse.Namespace) -> None:
         from hvp_ray.evaluation.features import check_last_blocks
         from hvp_ray.methods.backbones import load_exported_backbone
-        from hvp_ray.training.intensity_check import check_intensities
-        from hvp_ray.training.preparation import with_absolute_paths
+        from hvp_ray.runs.intensity_check import check_intensities
+        from hvp_ray.runs.prepare import with_absolute_paths
 
         trained_on = read_trained_on(run_dir, config)
         data = choose_data(trained_on, options)

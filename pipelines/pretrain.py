@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
 from hvp_ray.errors import HvpRayError
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 from pipelines.command_line import leave, parse_run
 
 _LINE_SECONDS = 10.0
@@ -150,14 +150,14 @@ def main(arguments: list[str]) -> int:
         config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
         prepare_ray_environment()
         from hvp_ray.remote_files import place_in
-        from hvp_ray.training.preparation import finished_summary, local_output, mlflow_location, output_location
+        from hvp_ray.runs.prepare import finished_summary, local_output, mlflow_location, output_location
 
         summary = finished_summary(config)
         if summary is not None and config.run.resume:
             assert config.run.name is not None
             say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
             location = place_in(output_location(config), config.run.name)
-            from hvp_ray.training.catch_up import send_missing_records
+            from hvp_ray.runs.backfill import send_missing_records
 
             sent = send_missing_records(config)
             if sent is not None:
@@ -166,7 +166,7 @@ def main(arguments: list[str]) -> int:
             uri, size_px = mlflow_location(config, local_output(config))[0], config.views.global_views.size_px
             say(describe_result(summary, location, uri, size_px=size_px))
             return 0
-        from hvp_ray.training.launch import Watchers, launch
+        from hvp_ray.launch.driver import Watchers, launch
 
         watchers = Watchers(
             announce=display.announce, show_progress=display.show_progress, show_message=display.show_message

@@ -17,7 +17,7 @@ _hook = install_import_hook(
     [name for name in _CHECKED if name.count(".") > 1 or "views" not in name], "beartype.beartype"
 )
 
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 
 prepare_ray_environment()
 

@@ -15,7 +15,7 @@ from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsCon
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.identity import Resolved
 from hvp_ray.recipes import RECIPES, get_recipe
-from hvp_ray.training.preparation import resolve
+from hvp_ray.runs.prepare import resolve
 
 NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
 

@@ -27,17 +27,17 @@ from benchmarks.results_file import Result, Results
 from hvp_ray.config import RendererName, RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
+from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import get_recipe
 from hvp_ray.records import BatchRequest
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf, requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.training.loop import LoopResult, run_loop
-from hvp_ray.training.rank import build_order
-from hvp_ray.training.ray_environment import prepare_ray_environment
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import StepMetrics, Trainee
+from hvp_ray.training.trainee import build_trainee
 
 _WARM_UP_STEPS = 5
 
@@ -325,7 +325,7 @@ def _views_per_second(ends: list[float], during: Callable[[], object], config: R
 
 def _launch(config: RunConfig) -> Results:
     """The product as `pretrain.py` starts it: Ray Train, shares of the GPU by Ray resources, a limit on torch's memory."""
-    from hvp_ray.training.launch import Watchers, launch
+    from hvp_ray.launch.driver import Watchers, launch
 
     quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
     summary, _ = launch(config, quiet)

@@ -15,8 +15,8 @@ from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.training.loop import run_loop
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import StepMetrics, Trainee
+from hvp_ray.training.trainee import build_trainee
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def training_inline(config: RunConfig, steps: int) -> TrainingSpeed:
 
 def training_launched(config: RunConfig, steps: int, num_workers: int) -> tuple[TrainingSpeed, float]:
     """Run the product as `pretrain.py` does, on the Ray of this process; return its summary's figures and spilled bytes."""
-    from hvp_ray.training.launch import Watchers, launch
+    from hvp_ray.launch.driver import Watchers, launch
 
     config = dataclasses.replace(
         config,

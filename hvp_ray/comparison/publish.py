@@ -2,9 +2,9 @@
 
 from hvp_ray.comparison.report import Report
 from hvp_ray.comparison.study import Study
+from hvp_ray.runs.prepare import mlflow_location
 from hvp_ray.tracking.mlflow import PublishedReport, publish
 from hvp_ray.tracking.mlflow_store import ui_command
-from hvp_ray.training.preparation import mlflow_location
 
 
 def publish_report(study: Study, report: Report) -> str | None:

@@ -13,8 +13,8 @@ from hvp_ray.comparison.study import Study
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
 from hvp_ray.evaluation.report import title_of_pixels
+from hvp_ray.runs.prepare import is_finished
 from hvp_ray.tracking.journal import read_journal
-from hvp_ray.training.preparation import is_finished
 
 METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",

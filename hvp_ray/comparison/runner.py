@@ -26,13 +26,13 @@ from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, StageError
 from hvp_ray.identity import Identity
+from hvp_ray.launch.driver import Watchers, decoded_bytes_of, launch, num_side_by_side
+from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.launch.stop import RayProcesses, StopRequest, stop_on_signals
+from hvp_ray.runs.after_training import MAX_DEATHS, forgive_death
+from hvp_ray.runs.prepare import is_finished, output_folder
 from hvp_ray.stream.capacity import num_processes_that_fit, plan_local_ray, room_for, this_machine
 from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
-from hvp_ray.training.after_training import MAX_DEATHS, forgive_death
-from hvp_ray.training.launch import Watchers, decoded_bytes_of, launch, num_side_by_side
-from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.preparation import is_finished, output_folder
-from hvp_ray.training.stop import RayProcesses, StopRequest, stop_on_signals
 
 Mode = Literal["inline", "workers"]
 Device = Literal["cpu", "cuda"]

@@ -20,16 +20,16 @@ import torch
 
 from hvp_ray.comparison.arms import Arm
 from hvp_ray.config import RunConfig
+from hvp_ray.costs.memory import estimate_memory
+from hvp_ray.costs.operations import count_operations
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.distributed.world import World
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context, render_batch
-from hvp_ray.training.memory import estimate_memory
-from hvp_ray.training.operations import count_operations
-from hvp_ray.training.rank import build_order
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import build_trainee
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class StepCost:
     counted_operations: float
     """Floating-point operations of a step on one trainer, counted."""
     memory_bytes: float
-    """Estimated peak of a trainer; see `training/memory.py`."""
+    """Estimated peak of a trainer; see `costs/memory.py`."""
 
     def scaled(self, factor: float) -> "StepCost":
         """Return the cost with its seconds brought to the clock of another measurement."""

@@ -18,7 +18,7 @@ from hvp_ray.data.labels import match_labels
 from hvp_ray.errors import ConfigError, LabelError
 from hvp_ray.identity import Resolved, describe_difference, flat_values, identity_of
 from hvp_ray.randomness import check_seed
-from hvp_ray.training.preparation import difference_from_record, output_folder
+from hvp_ray.runs.prepare import difference_from_record, output_folder
 
 Accounting = Literal["measured", "counted"]
 

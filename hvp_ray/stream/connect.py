@@ -1,7 +1,7 @@
 """Connect this process to Ray: join the cluster that RAY_ADDRESS names, or start a Ray on this machine.
 
 Every program connects to Ray through this module. It reports a missing cluster or too small a machine in one sentence,
-without Ray's traceback. Call `training.ray_environment.prepare_ray_environment` before you import this module.
+without Ray's traceback. Call `launch.environment.prepare_ray_environment` before you import this module.
 """
 
 import logging

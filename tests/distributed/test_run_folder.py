@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvp_ray.errors import CheckpointError
-from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.launch.local import pretrain_in_process
 from tests.distributed.processes import run_ranks
 from tests.helpers import tiny_config
 

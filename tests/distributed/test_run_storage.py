@@ -8,9 +8,9 @@ import torch
 
 from hvp_ray import remote_files
 from hvp_ray.errors import CheckpointError
-from hvp_ray.training.preparation import prepare_run
-from hvp_ray.training.rank import push_on_all_ranks
-from hvp_ray.training.run_storage import RunStorage
+from hvp_ray.runs.prepare import prepare_run
+from hvp_ray.runs.rank import push_on_all_ranks
+from hvp_ray.runs.storage import RunStorage
 from tests.distributed.processes import run_ranks
 from tests.helpers import tiny_config
 

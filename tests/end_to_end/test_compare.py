@@ -15,7 +15,7 @@ import ray
 
 from hvp_ray.comparison.report import write_report
 from hvp_ray.comparison.study import open_study
-from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.launch.local import pretrain_in_process
 from pipelines.command_line import parse_run
 from pipelines.compare import main
 from tests.helpers import resolved_of

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hvp_ray.data.digits import DigitsSource
-from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.launch.local import pretrain_in_process
 from pipelines.evaluate import main
 from tests.helpers import encode, photograph_like, tiny_config
 

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from hvp_ray.config import ClusterConfig, TransformConfig
+from hvp_ray.costs.imaginary import made_up_batch
+from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.distributed.world import World
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
+from hvp_ray.runs import recorder
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceHandOver
-from hvp_ray.training import recorder
-from hvp_ray.training.imaginary import made_up_batch
-from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.memory import estimate_memory
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import build_trainee
 from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -97,10 +97,10 @@ def test_pixels_depend_neither_on_lanes_nor_on_the_batch(generator: np.random.Ge
 def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Path) -> None:
     from hvp_ray.config import config_to_dict
     from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.runs.rank import build_order
     from hvp_ray.stream.batches import requests_of_rank
     from hvp_ray.stream.render_batch import render_batch
     from hvp_ray.stream.view_worker import open_render_context
-    from hvp_ray.training.rank import build_order
 
     config = tiny_config(str(tmp_path))
     context = open_render_context(config_to_dict(config), "cpu")

@@ -16,7 +16,7 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 
 prepare_ray_environment()
 

@@ -15,7 +15,7 @@ from typing import Any
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"
 
-from hvp_ray.training.ray_environment import prepare_ray_environment
+from hvp_ray.launch.environment import prepare_ray_environment
 
 prepare_ray_environment()
 

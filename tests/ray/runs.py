@@ -11,8 +11,8 @@ from typing import Any
 import psutil
 
 from hvp_ray.config import RunConfig
-from hvp_ray.training.checkpoint import CheckpointStore, weights_digest
-from hvp_ray.training.launch import Watchers, launch
+from hvp_ray.launch.driver import Watchers, launch
+from hvp_ray.runs.checkpoint import CheckpointStore, weights_digest
 
 
 def launch_quietly(config: RunConfig, messages: list[str] | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.launch.local import pretrain_in_process
 from tests.distributed.processes import run_ranks
 from tests.helpers import tiny_config
 from tests.ray.runs import (

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.tracking.journal import read_journal
-from hvp_ray.training.local import pretrain_in_process
 from tests.ray.elastic_run import NUM_STEPS, elastic_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 
-from hvp_ray.training.local import pretrain_in_process
+from hvp_ray.launch.local import pretrain_in_process
 from tests.ray.fault_runs import NUM_DAMAGED, NUM_STEPS, POISONED_ID, fault_config, write_images
 from tests.ray.runs import digest_from_checkpoint, launch_quietly, recorded_steps
 from tests.ray.view_worker_processes import catch, in_state, state, stop, trainer_stopped, wait_for_step, wait_until

@@ -15,10 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hvp_ray.config import config_to_dict
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.metrics import TRAINER_METRICS, WORKER_METRICS, exported_name
 from hvp_ray.stream.view_worker import ViewWorkerActor
-from hvp_ray.training.rank import build_order
 from tests.helpers import tiny_config
 from tests.ray.runs import AtStep, launch_quietly, processes_titled
 

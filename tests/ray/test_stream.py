@@ -18,6 +18,7 @@ from hvp_ray.config import ClusterConfig, RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
@@ -26,7 +27,6 @@ from hvp_ray.stream.render_batch import render_batch
 from hvp_ray.stream.view_finisher import ViewFinisher, start_finishers
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewWorker, open_render_context
-from hvp_ray.training.rank import build_order
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import processes_titled
 from tests.ray.view_worker_processes import wait_until

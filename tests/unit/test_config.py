@@ -19,7 +19,7 @@ from hvp_ray.config import (
 )
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.recipes import RECIPES, get_recipe
-from hvp_ray.training.preparation import mlflow_location
+from hvp_ray.runs.prepare import mlflow_location
 from pipelines.evaluate import read_config
 from tests.helpers import tiny_config
 

@@ -21,12 +21,12 @@ from hvp_ray.comparison.study import settings_of
 from hvp_ray.config import RunConfig, config_from_dict, config_to_dict, flatten
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.identity import Effect, Resolved, describe_difference, effect_of, identity_of
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.recipes import get_recipe
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.journal import read_journal
-from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.rank import build_order
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_parquet
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from hvp_ray.config import Rule, RunConfig, config_from_dict, config_to_dict
+from hvp_ray.costs.imaginary import made_up_batch
+from hvp_ray.costs.memory import estimate_memory
+from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.training.choosing import candidates_of
-from hvp_ray.training.imaginary import made_up_batch
-from hvp_ray.training.memory import estimate_memory
-from hvp_ray.training.operations import count_operations
-from hvp_ray.training.setup import build_trainee
 from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import build_trainee
 
 IMAGENET = [name for name in RECIPES if "imagenet" in name]
 

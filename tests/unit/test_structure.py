@@ -14,14 +14,14 @@ HEAVY = {"ray", "torch", "nvidia", "mlflow"}
 MAY_IMPORT = {
     "ray": (
         "stream/",
-        "training/launch.py",
-        "training/run_board.py",
+        "launch/driver.py",
+        "launch/board.py",
         "evaluation/feature_pool.py",
         "comparison/runner.py",
     ),
     "nvidia": ("views/render_dali.py",),
     "mlflow": ("tracking/mlflow.py", "tracking/mlflow_store.py"),
-    "torch.distributed": ("distributed/", "training/local.py"),
+    "torch.distributed": ("distributed/", "launch/local.py"),
 }
 LEVELS = [
     ("errors.py", "host_to_device.py", "logs.py", "stored_archive.py"),
@@ -44,6 +44,8 @@ LEVELS = [
     ("methods/",),
     ("distributed/", "evaluation/", "tracking/", "stream/"),
     ("training/",),
+    ("costs/", "runs/"),
+    ("launch/",),
     ("comparison/",),
 ]
 

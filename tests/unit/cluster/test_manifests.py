@@ -21,7 +21,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.kubernetes.check_manifests import find_errors, load_documents
 from hvp_ray.config import RunConfig
-from hvp_ray.training.placement import TRAINER_LABEL, VIEW_LABEL
+from hvp_ray.launch.placement import TRAINER_LABEL, VIEW_LABEL
 from pipelines.command_line import parse_run
 
 ROOT = Path(__file__).parents[3]

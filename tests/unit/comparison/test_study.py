@@ -19,8 +19,8 @@ from hvp_ray.comparison.study import Study, check_labels, open_study
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.stream.capacity import PROCESS_BYTES, Machine
-from hvp_ray.training.local import pretrain_in_process
 from tests.helpers import encode, resolved_of, tiny_config
 
 import torch  # isort: skip

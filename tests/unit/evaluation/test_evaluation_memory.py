@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hvp_ray.config import DataConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.costs.memory import _LiveBytes
 from hvp_ray.data.source import open_source
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.evaluation.knn import few_shot_knn_accuracy, knn_accuracy, knn_correct
 from hvp_ray.evaluation.report import KnnData, evaluate_pixels
-from hvp_ray.training.memory import _LiveBytes
 from tests.helpers import tiny_config
 
 MIB = 2**20

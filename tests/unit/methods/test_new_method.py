@@ -11,10 +11,10 @@ from lightly.loss import NegativeCosineSimilarity
 
 from hvp_ray.config import config_from_dict, config_to_dict
 from hvp_ray.errors import ConfigError
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.method import ViewTensors, build_method
 from hvp_ray.recipes import get_recipe
 from hvp_ray.selection import Candidates
-from hvp_ray.training.local import pretrain_in_process
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
 

@@ -13,6 +13,7 @@ import pytest
 import hvp_ray
 from hvp_ray.config import config_to_dict
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.metrics import (
     TRAINER_METRICS,
@@ -23,7 +24,6 @@ from hvp_ray.stream.metrics import (
     RenderedNumbers,
 )
 from hvp_ray.stream.render_batch import open_render_context, render_batch
-from hvp_ray.training.rank import build_order
 from tests.helpers import tiny_config
 
 ALL = TRAINER_METRICS | WORKER_METRICS

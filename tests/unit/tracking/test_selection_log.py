@@ -8,14 +8,14 @@ import pytest
 from numpy.typing import NDArray
 
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.records import ViewBatch
+from hvp_ray.runs.rank import build_order
 from hvp_ray.selection import Candidates
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.selection_analysis import read_selection_log
 from hvp_ray.tracking.selection_log import SelectionLogWriter
-from hvp_ray.training.local import pretrain_in_process
-from hvp_ray.training.rank import build_order
 from tests.helpers import tiny_config
 
 PAIRS = Candidates(num_views=4).pairs

@@ -15,17 +15,17 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import TrainingError
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.method import StepPosition, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.recipes import get_recipe
+from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context
-from hvp_ray.training.local import pretrain_in_process
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.rank import build_order
-from hvp_ray.training.setup import build_trainee, build_untrained_method
 from hvp_ray.training.step import choose_step_views, train_step
+from hvp_ray.training.trainee import build_trainee, build_untrained_method
 from hvp_ray.views.normalise import normalise_views
 from tests.helpers import slow_hardest_pairs, tiny_config
 

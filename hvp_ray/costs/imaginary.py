@@ -1,0 +1,148 @@
+"""A step without content: the real networks, sizes and code of a run on tensors that have shapes and no storage.
+
+Torch's fake tensors go through scoring, choice, forward, backward and update as real ones do, so that memory and
+operations of a step can be counted for any recipe, on any machine, in seconds and in hardly more than the memory of the
+weights. `memory.py` and `operations.py` do so.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from hvp_ray.config import RunConfig, ViewGroupConfig
+from hvp_ray.distributed.world import World
+from hvp_ray.randomness import Purpose
+from hvp_ray.records import ViewBatch, Views
+from hvp_ray.stream.device import DeviceBatch
+from hvp_ray.training.step import Trainee
+from hvp_ray.training.trainee import build_trainee_of, build_untrained_method
+from hvp_ray.views.masks import draw_masks
+from hvp_ray.views.plan import draw_plan
+
+_IMAGE_PX = 256
+"""Size of the imaginary images; it has no effect on a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImaginaryStep:
+    """What a step needs; to be used inside `imagine_step`."""
+
+    config: RunConfig
+    """One trainer of the run, alone."""
+    trainee: Trainee
+    optimizer: torch.optim.Optimizer
+    batch: DeviceBatch
+
+
+@contextlib.contextmanager
+def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
+    """Yield one trainer's networks and batch without content; what is computed in the context has none either."""
+    alone = dataclasses.replace(
+        config,
+        training=dataclasses.replace(
+            config.training, images_per_step=config.images_per_rank, compile=False, initial_weights=None
+        ),
+        cluster=dataclasses.replace(config.cluster, num_trainers=1),
+        method=dataclasses.replace(
+            config.method, backbone=dataclasses.replace(config.method.backbone, pretrained=False)
+        ),
+    )
+    method = build_untrained_method(alone).train()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
+        _drop_content(method, fake_mode)
+        trainee = build_trainee_of(method, alone, World(), torch.device("cpu"))
+        yield ImaginaryStep(
+            config=alone,
+            trainee=dataclasses.replace(trainee, optimizer=_UpdateWithoutContent(trainee.optimizer)),
+            optimizer=trainee.optimizer,
+            batch=made_up_batch(alone, torch.empty),
+        )
+
+
+def _drop_content(method: nn.Module, fake_mode: FakeTensorMode) -> None:
+    """Replace all weights by tensors without content.
+
+    A network cannot be built without content: timm reads some numbers. The parameters are new objects, so the optimizer is
+    built afterwards.
+    """
+    for module in method.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = fake_mode.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake_mode.from_tensor(buffer)
+
+
+def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> DeviceBatch:
+    """Return a batch of step 0 with a real plan and made-up pixels, `pixels_of(shape, dtype=torch.uint8)`."""
+    count = config.training.images_per_step
+    ids, sizes = np.arange(count), np.full(count, _IMAGE_PX, np.int32)
+    selection, groups = config.selection, config.views
+
+    def views(purpose: Purpose, num_views: int, group: ViewGroupConfig) -> tuple[Views, Tensor]:
+        plan = draw_plan(
+            seed=0,
+            purpose=purpose,
+            epoch=0,
+            sample_ids=ids,
+            heights=sizes,
+            widths=sizes,
+            num_views=num_views,
+            group=group,
+        )
+        if groups.masks is not None and purpose == Purpose.GLOBAL_VIEWS:
+            mask = draw_masks(
+                seed=0,
+                purpose=Purpose.MASKS,
+                epoch=0,
+                sample_ids=ids,
+                num_views=num_views,
+                size_px=group.size_px,
+                masks=groups.masks,
+            )
+            plan = dataclasses.replace(plan, mask=mask)
+        shape = (num_views, count, group.size_px, group.size_px, 3)
+        no_pixels = np.broadcast_to(np.uint8(0), shape)
+        return Views(pixels=no_pixels, plan=plan), pixels_of(shape, dtype=torch.uint8)
+
+    of_globals, global_pixels = views(Purpose.GLOBAL_VIEWS, selection.num_views_at(0), groups.global_views)
+    of_locals, local_pixels = None, None
+    if groups.local_views is not None:
+        of_locals, local_pixels = views(Purpose.LOCAL_VIEWS, selection.num_local_views_at(0), groups.local_views)
+    batch = ViewBatch(
+        step=0,
+        epoch=0,
+        sample_ids=ids,
+        heights=sizes,
+        widths=sizes,
+        global_views=of_globals,
+        local_views=of_locals,
+        replacements=(),
+        render_cpu_seconds=0.0,
+        render_seconds=0.0,
+        worker="",
+    )
+    return DeviceBatch(batch=batch, global_pixels=global_pixels, local_pixels=local_pixels, copied=None)
+
+
+class _UpdateWithoutContent(torch.optim.Optimizer):
+    """AdamW reads its step counter, which has no content here: by then its state is made, which is what counts."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 (torch's signature)
+        self._optimizer.zero_grad(set_to_none=set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        with contextlib.suppress(DataDependentOutputException):
+            self._optimizer.step()

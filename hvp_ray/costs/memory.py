@@ -1,0 +1,103 @@
+"""How much memory a trainer takes, counted over an imaginary step: one formula for all recipes, no constant of any."""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hvp_ray.config import RunConfig
+from hvp_ray.costs.imaginary import imagine_step
+from hvp_ray.stream.device import BATCHES_ON_DEVICE
+from hvp_ray.training.step import choose_step_views, forward_backward, update_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """Bytes on one trainer's device, without what torch itself and its kernels' workspaces take."""
+
+    weights: int
+    """Parameters and buffers, a teacher's included."""
+    gradients: int
+    optimizer_state: int
+    batches: int
+    """Candidate views of the hard step in use and of the next, `BATCHES_ON_DEVICE` in all, as bytes."""
+    scoring_peak: int
+    """Most that is alive at a moment of the scoring pass, with all of the above but gradients."""
+    training_peak: int
+    """The same of forward, backward and update."""
+    peak: int
+    """The larger of the two: what the device must have."""
+
+
+def estimate_memory(config: RunConfig) -> MemoryEstimate:
+    """Return what one hard step of one trainer allocates, the first step of the optimizer behind it."""
+    with imagine_step(config) as imagined, _LiveBytes() as live:
+        trainee, method = imagined.trainee, imagined.trainee.method
+        batch = [t for t in (imagined.batch.global_pixels, imagined.batch.local_pixels) if t is not None]
+        weights = [*method.parameters(), *method.buffers()]
+        waiting = [torch.empty_like(pixels) for pixels in batch for _ in range(BATCHES_ON_DEVICE - 1)]
+        live.add([*weights, *batch, *waiting])
+        for _ in range(2):  # the optimizer makes its state in the first step
+            live.start_peak()
+            chosen = choose_step_views(trainee, imagined.batch, imagined.config)
+            scoring_peak = live.peak
+            live.start_peak()
+            trained = forward_backward(trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
+            update_weights(trainee, trained, imagined.config)
+            training_peak = live.peak
+            gradients = _bytes_of(p.grad for p in method.parameters() if p.grad is not None)
+            del chosen, trained
+        state = imagined.optimizer.state_dict()["state"]
+        return MemoryEstimate(
+            weights=_bytes_of(weights),
+            gradients=gradients,
+            optimizer_state=_bytes_of(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)),
+            batches=_bytes_of([*batch, *waiting]),
+            scoring_peak=scoring_peak,
+            training_peak=training_peak,
+            peak=max(scoring_peak, training_peak),
+        )
+
+
+def _bytes_of(tensors: Iterable[Any]) -> int:
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, from their making to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self._now = 0
+        self.peak = 0
+
+    def start_peak(self) -> None:
+        """Look for the largest value from here on."""
+        self.peak = self._now
+
+    def add(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of these tensors, each once."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._sizes:
+                continue
+            self._sizes[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._end, key)
+        self.peak = max(self.peak, self._now)
+
+    def _end(self, key: int) -> None:
+        self._now -= self._sizes.pop(key, 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result

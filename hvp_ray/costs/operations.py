@@ -1,0 +1,45 @@
+"""How many operations a step takes, counted over an imaginary step: the model that measured costs are held against."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hvp_ray.config import RunConfig
+from hvp_ray.costs.imaginary import imagine_step
+from hvp_ray.training.step import choose_step_views, forward_backward
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOperations:
+    """Multiplications and additions of convolutions, products and attention of one step of one trainer."""
+
+    random_step: int
+    """Forward and backward on the views that the vanilla arm trains on."""
+    scoring: int
+    """What a hard step does besides; less what it then need not do again (`selection.reuse_teacher`)."""
+
+    @property
+    def ratio(self) -> float:
+        """Cost of a hard step in random steps."""
+        return (self.random_step + self.scoring) / self.random_step
+
+
+def count_operations(config: RunConfig) -> StepOperations:
+    """Count the operations of a random and of a hard step.
+
+    Elementwise work (normalisation, softmax, the update) is not counted: it is bound by memory, not by arithmetic.
+    """
+    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
+    # The counter knows attention as two products; the fused kernels of some devices are not on its list.
+    with imagine_step(hard) as imagined, sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter:
+            chosen = choose_step_views(imagined.trainee, imagined.batch, imagined.config)
+            forward_backward(imagined.trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
+        hard_step = counter.get_total_flops()
+        fresh = dataclasses.replace(chosen.pixels, reusable={})
+        with FlopCounterMode(display=False) as counter:
+            forward_backward(imagined.trainee, fresh, imagined.config, step=0, stop_requested=False)
+        random_step = counter.get_total_flops()
+        return StepOperations(random_step=random_step, scoring=hard_step - random_step)

@@ -1,0 +1,1 @@
+"""Everything that starts processes: the driver, trainers, view workers' placement, and runs without Ray."""

@@ -1,0 +1,100 @@
+"""A run without Ray: in this process, or one of the processes that torchrun started. Views are rendered inline."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.distributed.world import current_world, share_from_rank_0
+from hvp_ray.errors import ConfigError
+from hvp_ray.evaluation.report import check_knn_labels
+from hvp_ray.evaluation.snapshot import SnapshotKnn
+from hvp_ray.identity import Identity
+from hvp_ray.runs.intensity_check import check_intensities
+from hvp_ray.runs.online_knn import AnswerAtHand
+from hvp_ray.runs.prepare import draw_run_name, prepare_run
+from hvp_ray.runs.progress import ReportProgress
+from hvp_ray.runs.rank import train_rank
+from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
+from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.render_batch import open_render_context
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain_in_process(
+    config: RunConfig,
+    *,
+    report_progress: ReportProgress = lambda _progress: False,
+    is_stop_asked: Callable[[], bool] = lambda: False,
+    planned: Identity | None = None,
+) -> dict[str, Any] | None:
+    """Train without Ray; return the summary on rank 0, None on the others and of a run that was stopped.
+
+    Under torchrun every process calls this; `cluster.num_trainers` must be the number of processes.
+
+    Args:
+        config: the run.
+        report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
+        is_stop_asked: called on rank 0 between the parts of the evaluation; tells whether the run shall stop.
+        planned: see `prepare_run`.
+
+    Raises:
+        ConfigError: the number of processes is another one, or the run cannot be prepared.
+        DataError: the data cannot be used, or the labels of training and test images cannot be matched.
+    """
+    device_type = "cuda" if config.cluster.device == "cuda" else "cpu"
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # else every process of torchrun also holds a context on the first GPU
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    world = current_world()
+    if world.num_ranks != config.cluster.num_trainers:
+        raise ConfigError(
+            f"cluster.num_trainers={config.cluster.num_trainers}, but there are {world.num_ranks} processes; "
+            f"without Ray start them with torchrun --nproc-per-node {config.cluster.num_trainers}"
+        )
+    torch.set_num_threads(config.training.torch_threads)
+    if config.run.name is None and world.num_ranks > 1:
+        name = share_from_rank_0(draw_run_name(config), device)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    renderer = config.cluster.chosen_renderer
+    dataset = open_dataset(config.data)
+    if world.rank == 0:
+        for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+            if remark is not None:
+                logger.warning("%s", remark)
+    job = prepare_run(
+        config,
+        renderer=renderer,
+        device=device_type,
+        is_writer=world.rank == 0,
+        planned=planned,
+        dataset=dataset,
+    )
+    context = open_render_context(config_to_dict(config), renderer, job.data_fingerprint)
+    hand_over = DeviceHandOver(device)
+    evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
+
+    def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
+        return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)
+
+    return train_rank(
+        job,
+        world,
+        device,
+        open_stream=open_stream,
+        report_progress=report_progress,
+        is_stop_asked=is_stop_asked,
+        ask_knn=lambda snapshot: AnswerAtHand(evaluator.evaluate(snapshot)),
+        cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
+    )

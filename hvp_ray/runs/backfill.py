@@ -1,0 +1,27 @@
+"""After a run has ended: what MLflow did not get, because it was away, is sent when the run is started again by its name."""
+
+from pathlib import Path
+from typing import Any
+
+from hvp_ray.config import RunConfig
+from hvp_ray.remote_files import is_uri, place_in
+from hvp_ray.tracking.mlflow import catch_up, lacks_records
+from hvp_ray.runs.prepare import output_location
+from hvp_ray.runs.storage import RunStorage
+
+
+def send_missing_records(config: RunConfig) -> dict[str, Any] | None:
+    """Send what MLflow lacks of the ended run that `config` names.
+
+    Returns:
+        The summary with MLflow's ids, where something was missing and has arrived; None: nothing was missing, or MLflow
+        is still away (a warning says so).
+    """
+    assert config.run.name is not None
+    place = place_in(output_location(config), config.run.name)
+    with RunStorage(Path(place), place if is_uri(place) else None, rank=0) as storage:
+        if not lacks_records(storage.folder):
+            return None
+        summary = catch_up(storage.folder)
+        storage.push(is_final=True)
+    return summary

@@ -1,0 +1,89 @@
+"""The pictures at the end of a run: curves from the journal, and candidate views scored with the final weights."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvp_ray.config import RunConfig
+from hvp_ray.data.dataset import Dataset
+from hvp_ray.data.decode import decode_rgb
+from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.selection import Candidates, CandidateScores, choose_views, score_views
+from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.render_batch import build_render_context, read_images, render_batch
+from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
+from hvp_ray.tracking.journal import read_journal
+from hvp_ray.training.choosing import candidates_of
+from hvp_ray.training.pixel_views import PixelViews
+from hvp_ray.training.trainee import build_untrained_method
+from hvp_ray.training.step import Trainee
+
+_SCORED_IMAGES = 64
+"""BatchNorm scores with the statistics of the batch, and SimCLR against its images, so more are scored than drawn."""
+
+
+def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir: Path) -> list[Path]:
+    """Draw all pictures of a run into its folder; return the files. Called on one rank only."""
+    folder = run_dir / "figures"
+    folder.mkdir(exist_ok=True)
+    figures = draw_curves(folder, list(read_journal(run_dir / "metrics.jsonl")))
+    path = folder / "candidate_views.png"
+    _draw_candidate_views(config, dataset, trainee, path)
+    return [path, *figures]
+
+
+def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
+    """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
+    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
+    candidates = candidates_of(hard, step=0)
+    batch = _render_some(config, dataset, candidates)
+    scores = _score_alone(config, trainee, batch, candidates)
+    choice = choose_views("hardest", candidates, num_images=len(batch.sample_ids), device=trainee.device, scores=scores)
+    assert choice.pair_indices is not None
+    count = min(config.tracking.num_figure_images, len(batch.sample_ids))
+    rows = np.linspace(0, len(batch.sample_ids) - 1, count).astype(np.int64)
+    draw_candidates(
+        path,
+        batch,
+        [_decode(config, dataset, batch.sample_ids[row]) for row in rows],
+        DrawnChoice(
+            rows=rows,
+            pairs=candidates.pairs,
+            chosen=choice.pair_indices.cpu().numpy(),
+            chosen_locals=None if choice.local_indices is None else choice.local_indices.cpu().numpy(),
+            scores_BP=scores.best_of_pairs(candidates.num_chosen_local_views).float().cpu().numpy(),
+        ),
+    )
+
+
+def _render_some(config: RunConfig, dataset: Dataset, candidates: Candidates) -> ViewBatch:
+    count = min(len(dataset.training_ids), max(_SCORED_IMAGES, config.tracking.num_figure_images))
+    spread = np.linspace(0, len(dataset.training_ids) - 1, count).astype(np.int64)
+    request = BatchRequest(
+        step=0,
+        epoch=config.training.epochs,
+        first_position=0,
+        sample_ids=dataset.training_ids[spread],
+        num_views=candidates.num_views,
+        num_local_views=candidates.num_local_views,
+    )
+    return render_batch(build_render_context(config, dataset, "cpu"), request)
+
+
+def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidates: Candidates) -> CandidateScores:
+    """Score on this rank only: a copy of the method that knows no other ranks, so that none has to answer."""
+    method = build_untrained_method(config).to(trainee.device)
+    method.load_state_dict(trainee.method.state_dict())
+    device_batch = DeviceHandOver(trainee.device)(batch)
+    device_batch.wait()
+    views = PixelViews.of(device_batch).normalised(config)
+    torch.manual_seed(0)
+    return score_views(method.train().score, views, candidates, module=method, batch_norm="batch")
+
+
+def _decode(config: RunConfig, dataset: Dataset, sample_id: np.int64) -> NDArray[np.uint8]:
+    image, data = read_images(dataset.source, [int(sample_id)]).images[0], config.data
+    return decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)

@@ -1,0 +1,398 @@
+"""Before a run starts: its folder, its identity, and whether it may go on."""
+
+import dataclasses
+import json
+import os
+import secrets
+import subprocess
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.credentials import refuse_credentials
+from hvp_ray.data.dataset import Dataset, open_dataset
+from hvp_ray.data.inventory import take_inventory
+from hvp_ray.data.listing import MLFLOW_ARTIFACTS
+from hvp_ray.errors import CheckpointError, ConfigError, DataError
+from hvp_ray.identity import (
+    VERSIONS,
+    Identity,
+    Resolved,
+    describe_difference,
+    file_digest,
+    identity_of,
+    recorded_difference,
+    run_record,
+)
+from hvp_ray.methods.method import Method
+from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.tracking.mlflow_store import store_uri
+from hvp_ray.runs.rank import RunJob, build_order
+from hvp_ray.runs.storage import local_weights, working_folder
+from hvp_ray.training.trainee import build_untrained_method
+
+SHIPPED_CODE_MARK = "working_dir_files"
+"""Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
+
+_PAUSES_SECONDS = (1.0,)
+"""Between attempts at a bucket: somebody waits for the answer."""
+
+
+def output_location(config: RunConfig) -> str:
+    """Return what holds runs: an absolute path, or a URI.
+
+    Raises:
+        ConfigError: a relative path where the working folder is temporary.
+    """
+    if config.run.output is not None and is_uri(config.run.output):
+        return config.run.output
+    return str(output_folder(config))
+
+
+def output_folder(config: RunConfig) -> Path:
+    """Return the folder that holds runs, absolute.
+
+    Raises:
+        ConfigError: a URI, or a relative path where the working folder is temporary.
+    """
+    is_shipped = SHIPPED_CODE_MARK in Path.cwd().parts
+    if config.run.output is None:
+        return Path.home() / "hvp_runs" if is_shipped else Path.cwd() / "runs"
+    if is_uri(config.run.output):
+        raise ConfigError(
+            f"run.output={config.run.output!r}: a comparison needs a folder, which all its runs see; single runs "
+            f"(pretrain.py) can go to a bucket"
+        )
+    path = Path(config.run.output).expanduser()
+    if is_shipped and not path.is_absolute():
+        raise ConfigError(
+            f"run.output={config.run.output!r} is relative, but under `ray job submit --working-dir` the working folder "
+            f"is a temporary copy ({Path.cwd()}); give an absolute path"
+        )
+    return path.absolute()
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Return the config with its local paths made absolute: Ray's processes have other working folders."""
+
+    def absolute(location: str | None) -> str | None:
+        if location is None or location == "digits" or "://" in location:
+            return location
+        return str(Path(location).expanduser().absolute())
+
+    data = dataclasses.replace(
+        config.data,
+        source=absolute(config.data.source) or config.data.source,
+        test_source=absolute(config.data.test_source),
+    )
+    weights = absolute(config.training.initial_weights)
+    training = dataclasses.replace(config.training, initial_weights=weights)
+    return dataclasses.replace(config, data=data, training=training)
+
+
+def check_before_start(config: RunConfig) -> Dataset:
+    """Find what is wrong with images, network and output folder before anything is started; return the opened data.
+
+    Raises:
+        ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
+        CheckpointError: the initial weights do not fit.
+        DataError: the data cannot be used, or has fewer images than one step needs.
+    """
+    location = output_location(config)
+    dataset = _open_checked(config)
+    _check_view_sizes(config, build_untrained_method(config))
+    if is_uri(location):
+        check_writable(location, option="run.output")
+        return dataset
+    output = Path(location)
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another"
+        )
+    return dataset
+
+
+def _check_view_sizes(config: RunConfig, method: Method) -> None:
+    """Check that the encoder takes views of all sizes, by forwarding an empty image of each."""
+    views, selection, patch_px = config.views, config.selection, method.patch_px
+    sizes = {
+        "views.global_views.size_px": views.global_views.size_px,
+        "views.local_views.size_px": None if views.local_views is None else views.local_views.size_px,
+        "selection.scoring_resolution_px": selection.scoring_resolution_px,
+    }
+    for path, size_px in sizes.items():
+        if size_px is not None and size_px % patch_px:
+            raise ConfigError(f"{path}={size_px} is not allowed: a multiple of the patches of {patch_px} px")
+        if size_px is not None:
+            try:
+                with torch.no_grad():
+                    method.encoder.eval()(torch.zeros(1, 3, size_px, size_px))
+            except (AssertionError, RuntimeError) as error:
+                name = config.method.backbone.name
+                raise ConfigError(f"{path}={size_px} is not allowed: {name} does not take it: {error}") from error
+    if views.masks is not None and views.masks.patch_px != patch_px:
+        raise ConfigError(
+            f"views.masks.patch_px={views.masks.patch_px} is not allowed: the encoder's patches have {patch_px} px"
+        )
+
+
+def _open_checked(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
+    dataset = dataset or open_dataset(config.data)
+    if not len(dataset.training_ids):
+        raise DataError("no images are left for training; lower data.test_fraction or use more images")
+    build_order(config, dataset)
+    return dataset
+
+
+def finished_summary(config: RunConfig) -> dict[str, Any] | None:
+    """Return the summary of the run of this name if it has finished; None: it has not, or the name is new.
+
+    Versions of libraries need not be those of the run, nor does what `auto` chooses here: nothing is computed again.
+
+    Raises:
+        ConfigError: the output folder or bucket cannot be read.
+        CheckpointError: the run of this name was trained with other settings or on other data, or has no config.json.
+        DataError: the data, which has to be the run's, cannot be opened.
+    """
+    if config.run.name is None or not config.run.resume:
+        return None
+    run = place_in(output_location(config), config.run.name)
+    content = _read(place_in(run, "summary.json"))
+    if content is None:
+        return None
+    if _read(place_in(run, "config.json")) is None:
+        raise _no_record(run)
+    config = with_absolute_paths(config)
+    resolved = resolve(
+        config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=config.cluster.device
+    )
+    chosen = [name for name in ("renderer", "device") if getattr(config.cluster, name) == "auto"]
+    difference = difference_from_record(run, config, identity_of(config, resolved), ignored=(*VERSIONS, *chosen))
+    if difference:
+        raise CheckpointError(
+            f"the run {run} has finished with other settings. What differs (its value -> yours):\n  "
+            f"{_lines(difference)}\nTake its settings to see its result, or another --run.name to train with yours"
+        )
+    summary: dict[str, Any] = json.loads(content)
+    return summary
+
+
+def is_finished(config: RunConfig, identity: Identity) -> bool:
+    """Tell whether the run of this name has finished, with this identity. Without config.json it is not known to be this run.
+
+    Raises:
+        ConfigError: the output folder or bucket cannot be read.
+    """
+    assert config.run.name is not None
+    run = place_in(output_location(config), config.run.name)
+    return _read(place_in(run, "summary.json")) is not None and difference_from_record(run, config, identity) == []
+
+
+def difference_from_record(
+    run: str, config: RunConfig, identity: Identity, *, ignored: Collection[str] = ()
+) -> list[str] | None:
+    """Return how the run in a folder differs from this one; empty: it is this one; None: there is no run.
+
+    Args:
+        run: the folder, path or URI.
+        config: of the run that `identity` is of.
+        identity: compared with that in config.json.
+        ignored: names of parts that need not be equal.
+
+    Raises:
+        ConfigError: config.json cannot be read.
+        CheckpointError: config.json is damaged, or of a version that recorded less.
+    """
+    path = place_in(run, "config.json")
+    content = _read(path)
+    return None if content is None else recorded_difference(content, config, identity, path=path, ignored=ignored)
+
+
+def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, device: str) -> Resolved:
+    """Return what the settings of a run result in.
+
+    Args:
+        config: the run.
+        dataset: its opened data.
+        renderer: the renderer used.
+        device: cpu or cuda; what trainers run on.
+
+    Raises:
+        CheckpointError: the initial weights are not there.
+    """
+    weights = config.training.initial_weights
+    return Resolved(
+        renderer=renderer,
+        device=device,
+        training_data=dataset.training_parts(config.data),
+        test_data=dataset.test_parts(),
+        initial_weights=None if weights is None else file_digest(local_weights(weights)),
+        torch_version=torch.__version__,
+    )
+
+
+def prepare_run(
+    config: RunConfig,
+    *,
+    renderer: RendererName,
+    device: str,
+    is_writer: bool = True,
+    planned: Identity | None = None,
+    dataset: Dataset | None = None,
+) -> RunJob:
+    """Make the folder of a new run, or check that an existing one may go on.
+
+    Args:
+        config: the run.
+        renderer: resolved renderer.
+        device: cpu or cuda.
+        is_writer: False on ranks that only read what another one prepared.
+        planned: the identity that the run must have. None: any.
+        dataset: the data of the run if it is open. None: it is opened.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the run exists and may not be resumed.
+        DataError: the data cannot be used.
+        CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
+            must not be made; the message has the difference. Or its folder has a summary.json but no config.json. Or
+            the run is not the planned one.
+    """
+    dataset = _open_checked(config, dataset)
+    resolved = resolve(config, dataset, renderer=renderer, device=device)
+    fingerprint = resolved.training_data["training data"]
+    identity = identity_of(config, resolved)
+    if planned is not None and planned != identity:
+        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
+        raise CheckpointError(
+            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
+            f"{'; '.join(describe_difference(before, now, {}, {}))}"
+        )
+    output = output_location(config)
+    name = config.run.name or draw_run_name(config)
+    location = place_in(output, name)
+    commit = git_commit(Path(__file__))
+    if is_writer:
+        _write_or_check(location, config, identity, commit)
+    uri, artifact_root = mlflow_location(config, local_output(config))
+    tags = {
+        "recipe": config.recipe,
+        "method": config.method.name,
+        "selection_rule": config.selection.rule,
+        "seed": str(config.run.seed),
+        "renderer": renderer,
+        "device": device,
+        "data_fingerprint": fingerprint,
+        "run_identity": identity.digest,
+        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
+    }
+    if commit is not None:
+        tags["git_commit"] = commit
+    of_comparison = {"comparison": config.tracking.comparison, "arm": config.tracking.arm}
+    tags |= {tag: value for tag, value in of_comparison.items() if value is not None}
+    return RunJob(
+        config=dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)),
+        run_name=name,
+        run_dir=working_folder(location) if is_uri(location) else Path(location),
+        run_uri=location if is_uri(location) else None,
+        run_identity=identity.digest,
+        renderer=renderer,
+        mlflow_uri=uri,
+        mlflow_artifact_root=artifact_root,
+        tags=tags,
+        data_fingerprint=fingerprint,
+        test_data=resolved.test_data["test data"],
+        inventory=take_inventory(dataset, config.data) if is_writer else None,
+    )
+
+
+def draw_run_name(config: RunConfig) -> str:
+    """Return a name that no other run has."""
+    recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def local_output(config: RunConfig) -> Path:
+    """Return the folder of MLflow's SQLite file by default: of runs on a bucket, where runs without `run.output` would be."""
+    if config.run.output is not None and is_uri(config.run.output):
+        return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
+    return output_folder(config)
+
+
+def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | None]:
+    """Return (tracking URI, artifact folder of a new experiment); (None, None): MLflow is off."""
+    match config.tracking.uri:
+        case "none":
+            return None, None
+        case "auto" if os.environ.get("MLFLOW_TRACKING_URI"):
+            refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
+            return os.environ["MLFLOW_TRACKING_URI"], None
+        case "auto":
+            return store_uri(output / "mlflow.db"), (output / MLFLOW_ARTIFACTS).as_uri()
+        case uri:
+            return uri, None
+
+
+def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
+    """Check what config.json in the run's folder (path or URI) says, and write it."""
+    path = place_in(run, "config.json")
+    has_record = _read(path) is not None
+    if not has_record and _read(place_in(run, "summary.json")) is not None:
+        raise _no_record(run)
+    if has_record and not config.run.resume:
+        raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
+    difference = difference_from_record(run, config, identity)
+    if difference:
+        advice = "Take its settings, or another --run.name"
+        if any(line.startswith("training data:") for line in difference):
+            advice += ". If data.source names the same place, put back what is gone and remove what is new"
+        raise CheckpointError(
+            f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
+            f"What differs (its value -> yours):\n  {_lines(difference)}\n{advice}"
+        )
+    content = run_record(config, identity) | {"git_commit": commit}
+    try:
+        write_file(path, (json.dumps(content, indent=1) + "\n").encode(), pauses=_PAUSES_SECONDS)
+    except OSError as error:
+        raise ConfigError(
+            f"the run's folder {run} cannot be written: {error.strerror or error}; give another --run.output"
+        ) from error
+
+
+def _no_record(run: str) -> CheckpointError:
+    return CheckpointError(
+        f"{run} has the summary.json of a finished run but no config.json, so what run it was is not known; put its "
+        f"config.json back, or take another --run.name"
+    )
+
+
+def _lines(difference: Sequence[str]) -> str:
+    return "\n  ".join(difference)
+
+
+def _read(location: str) -> bytes | None:
+    try:
+        return read_file(location, pauses=_PAUSES_SECONDS)
+    except OSError as error:
+        raise ConfigError(
+            f"{location} cannot be read: {error}; mend the storage, or give another --run.output"
+        ) from error
+
+
+def git_commit(file: Path) -> str | None:
+    """Return the commit of the repository that tracks this file, with `-dirty` if the repository has changes.
+
+    None: no repository tracks it. A package in a virtual environment may lie in a repository that does not track it.
+    """
+    git = ["git", "-C", str(file.parent)]
+    try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", file.name], capture_output=True, timeout=10, check=True)
+        command = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,78 @@
+"""Which GPU a process works on, and how soon a trainer notices a stop. What needs a GPU is in tests/gpu."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hvp_ray.config import config_to_dict
+from hvp_ray.distributed.world import World
+from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.runs import recorder
+from hvp_ray.runs.online_knn import AnswerAtHand
+from hvp_ray.runs.prepare import prepare_run
+from hvp_ray.runs.progress import Progress
+from hvp_ray.runs.rank import train_rank
+from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
+from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.render_batch import open_render_context
+from tests.helpers import tiny_config
+
+
+class _ReachedError(Exception):
+    """The process group would be made now."""
+
+
+def test_process_of_torchrun_takes_its_gpu_before_it_meets_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA itself is replaced, because there is no GPU here."""
+    taken: list[torch.device] = []
+
+    def meet(*_: object, **__: object) -> None:
+        raise _ReachedError
+
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(dist, "init_process_group", meet)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = tiny_config(str(tmp_path), cluster={"num_trainers": 2, "device": "cuda"})
+    with pytest.raises(_ReachedError):
+        pretrain_in_process(config)
+    assert taken == [torch.device("cuda", 1)]
+
+
+def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device) -> list[int]:
+    """Train with a record only at step 1; the driver asks to stop in the answer to its third report."""
+    config = tiny_config(
+        str(output), run={"name": "run"}, training={"num_steps": 40}, tracking={"log_every_steps": 1000}
+    )
+    context = open_render_context(config_to_dict(config), "cpu")
+    reported: list[int] = []
+
+    def report(progress: Progress) -> bool:
+        reported.append(progress.steps_done)
+        assert progress.loss < 1.0
+        return len(reported) >= 3
+
+    def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
+        return InlineBatches(context, request_of, first_step=first_step, hand_over=DeviceHandOver(device))
+
+    summary = train_rank(
+        prepare_run(config, renderer="cpu", device=device.type),
+        World(),
+        device,
+        open_stream=open_stream,
+        report_progress=report,
+        ask_knn=lambda _: AnswerAtHand({}),
+        cluster_facts=dict,
+    )
+    assert summary is None
+    return [int(path.name.removeprefix("step-")) for path in sorted((output / "run" / "checkpoints").iterdir())]
+
+
+def test_stop_is_noticed_between_two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "_PROGRESS_SECONDS", 0.0)
+    steps = steps_until_the_stop_of_the_third_report(tmp_path, torch.device("cpu"))
+    assert steps[-1] == 4  # asked to stop after step 3: step 4 carries it to all ranks and ends with a checkpoint
