@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import tyro
 
-from hvp_ray.config import RunConfig
+from hvp_ray.config import RunConfig, deferred_checks
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.recipes import describe_recipes, get_recipe
 
@@ -28,18 +28,19 @@ def parse_run(arguments: list[str], *, program: str, description: str) -> RunCon
     for index, word in enumerate(rest):
         if word == "none" and index and rest[index - 1].endswith("tracking.uri"):
             words[index] = "none"  # a value of its own there
-    parsed: RunConfig = tyro.cli(
-        RunConfig,
-        default=recipe,
-        args=words,
-        prog=f"{program} [RECIPE]",
-        description=(
-            f"{description}\n\nRecipes (default {DEFAULT_RECIPE}; module:function names one of your own):\n"
-            f"{describe_recipes()}"
-        ),
-        use_underscores=True,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
-    )
+    with deferred_checks():  # the whole run is checked at once, so that messages have full paths
+        parsed: RunConfig = tyro.cli(
+            RunConfig,
+            default=recipe,
+            args=words,
+            prog=f"{program} [RECIPE]",
+            description=(
+                f"{description}\n\nRecipes (default {DEFAULT_RECIPE}; module:function names one of your own):\n"
+                f"{describe_recipes()}"
+            ),
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+        )
     if parsed.recipe != recipe.recipe:
         raise ConfigError(f"--recipe is set by the first argument, not as an option; got {parsed.recipe!r}")
     return parsed

@@ -2,24 +2,33 @@
 
 import dataclasses
 import json
+import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hvp_ray.config import (
+    Checked,
     DataConfig,
+    Limits,
+    Range,
     RunSettings,
     SelectionConfig,
     TransformConfig,
     ViewGroupConfig,
     config_from_dict,
     config_to_dict,
+    deferred_checks,
     flatten,
 )
+from hvp_ray.config.checks import describe, hints_of
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.runs.prepare import mlflow_location
+from pipelines.command_line import parse_run
 from pipelines.evaluate import read_config
 from tests.helpers import tiny_config
 
@@ -44,7 +53,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
         (lambda: RunSettings(name="../up"), "run.name='../up'"),
         (lambda: RunSettings(name=""), "run.name=''"),
         (lambda: DataConfig(source=""), "data.source"),
-        (lambda: TransformConfig(crop_scale=(0.5, 0.2)), "crop_scale"),
+        (lambda: TransformConfig(crop_scale=(0.5, 0.2)), r"TransformConfig\.crop_scale=\(0.5, 0.2\)"),
         (lambda: TransformConfig(hue_turns=0.6), "hue_turns=0.6.*0 to 0.5"),
         (lambda: TransformConfig(blur_probability=1.5), "blur_probability=1.5"),
         (lambda: ViewGroupConfig(size_px=8, even=TransformConfig(blur_kernel_px=23)), "size_px=8"),
@@ -60,6 +69,78 @@ def test_unknown_recipe_names_the_nearest() -> None:
 def test_wrong_values_say_path_value_and_what_is_allowed(build: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+TRANSFORMS = ("global_views.even", "global_views.odd", "local_views.even")
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("crop_scale", (0.5, 0.2), "min <= max, both above 0 and at most 1"),
+        ("hue_turns", 0.6, "0 to 0.5"),
+        ("blur_kernel_px", 4, "an odd number"),
+        ("blur_kernel_px", 4097, r"its half must be smaller than views\.(global|local)_views\.size_px="),
+        ("interpolation", "nearest", r"bilinear \| bicubic"),
+        ("flip_probability", "often", "0 to 1"),
+    ],
+)
+def test_message_names_the_transform_whose_value_is_wrong(transform: str, field: str, value: Any, allowed: str) -> None:
+    values = config_to_dict(get_recipe("dino-imagenet-vits16-100ep"))
+    group, of_views = transform.split(".")
+    values["views"][group][of_views][field] = value
+    message = rf"^views\.{transform}\.{field}={re.escape(repr(value))} is not allowed: {allowed}"
+    with pytest.raises(ConfigError, match=message):
+        config_from_dict(values)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_command_line_names_the_transform_whose_value_is_wrong(
+    transform: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["dino-imagenet-vits16-100ep", f"--views.{transform}.crop_scale", "0.5", "0.2"]
+    with pytest.raises(SystemExit):
+        parse_run(options, program="pretrain.py", description="")
+    message = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"views.{transform}.crop_scale=(0.5, 0.2) is not allowed" in message
+
+
+def test_every_value_of_a_recipe_is_in_the_range_of_its_field_and_values_of_other_types_are_in_none() -> None:
+    for section in _sections(get_recipe("ibot-imagenet-vits16-100ep")):
+        for name, hint in hints_of(type(section)).items():
+            assert describe(hint), name
+            with deferred_checks():
+                wrong = dataclasses.replace(section, **{name: object()})
+            with pytest.raises(ConfigError, match=rf"\.{name}=<object .* is not allowed: {re.escape(describe(hint))}"):
+                dataclasses.replace(wrong)
+
+
+def _sections(section: Any) -> Iterator[Any]:
+    for field in dataclasses.fields(section):
+        if isinstance(value := getattr(section, field.name), Checked):
+            yield value
+            yield from _sections(value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "text", "allowed", "refused"),
+    [
+        (Range(least=1), "1 or more", (1, 2, math.inf), (0, math.nan)),
+        (Range(above=0, most=1), "above 0 and at most 1", (1e-9, 1), (0, 1.1, math.nan)),
+        (Range(least=0, below=1), "0 or more and below 1", (0, 0.999), (-1e-9, 1, math.nan)),
+        (
+            Limits(least=0, most=1),
+            "min <= max, both 0 to 1",
+            ((0, 1), (1, 1)),
+            ((1, 0), (-1, 0), (0, 2), (0, math.nan)),
+        ),
+    ],
+)
+def test_range_includes_exactly_the_ends_that_it_says(limits: Range, text: str, allowed: Any, refused: Any) -> None:
+    assert str(limits) == text
+    assert all(map(limits.allows, allowed))
+    assert not any(map(limits.allows, refused))
 
 
 def test_config_of_another_version_is_refused() -> None:

@@ -27,7 +27,7 @@ LEVELS = [
     ("errors.py", "host_to_device.py", "logs.py", "stored_archive.py"),
     ("randomness.py", "credentials.py"),
     ("remote_files.py",),
-    ("config.py",),
+    ("config/",),
     ("records.py", "identity.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
     ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),

@@ -1,0 +1,80 @@
+"""A run as one value: all sections, and the conditions across them."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from hvp_ray.config.checks import Checked, check, require
+from hvp_ray.config.cluster import ClusterConfig
+from hvp_ray.config.data import DataConfig
+from hvp_ray.config.method import MethodConfig
+from hvp_ray.config.optimizer import OptimizerConfig
+from hvp_ray.config.run import RunSettings
+from hvp_ray.config.selection import SelectionConfig
+from hvp_ray.config.tracking import TrackingConfig
+from hvp_ray.config.training import TrainingConfig
+from hvp_ray.config.views import ViewsConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig(Checked):
+    """Everything that determines a run."""
+
+    recipe: str
+    """Name of the recipe that this value was made from."""
+
+    run: RunSettings = dataclasses.field(default_factory=RunSettings)
+    data: DataConfig
+    views: ViewsConfig
+    selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    cluster: ClusterConfig = dataclasses.field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Check all sections with the full paths of their fields."""
+        check(self, "")
+
+    def check_together(self, prefix: str) -> None:
+        """Check conditions across sections."""
+        self._check_images_per_step()
+        self._check_views_of_method()
+        scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
+        allowed = f"at most views.global_views.size_px={size_px}"
+        require(scoring_px is None or scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)
+        compiles_on_cpu = self.training.compile and self.cluster.device == "cpu"
+        require(not compiles_on_cpu, "training.compile", self.training.compile, "False with cluster.device=cpu")
+
+    def _check_images_per_step(self) -> None:
+        images, parts, cluster = self.training.images_per_step, self.training.accumulation_steps, self.cluster
+        for trainers in range(cluster.min_trainers or cluster.num_trainers, cluster.num_trainers + 1):
+            allowed = f"a multiple of cluster.num_trainers={trainers}"
+            if cluster.min_trainers is not None:
+                numbers = f"cluster.min_trainers={cluster.min_trainers} to cluster.num_trainers={cluster.num_trainers}"
+                allowed = f"a multiple of every number from {numbers}"
+            require(images % trainers == 0, "training.images_per_step", images, allowed)
+            each = images // trainers
+            allowed = f"a divisor of the {each} images of a trainer that leaves 2 or more"
+            fits = each % parts == 0 and each // parts >= min(2, each)
+            require(fits, "training.accumulation_steps", parts, allowed)
+
+    def _check_views_of_method(self) -> None:
+        method, selection, views = self.method, self.selection, self.views
+        if method.uses_local_views:
+            allowed = f"None with {method.name}: set selection.num_global_views and selection.num_local_views"
+            require(selection.num_views is None, "selection.num_views", selection.num_views, allowed)
+        else:
+            number, allowed = selection.num_global_views, f"None with {method.name}: set selection.num_views"
+            require(number is None, "selection.num_global_views", number, allowed)
+        fits = (views.local_views is not None) == bool(selection.num_local_views)
+        allowed = "a number if views.local_views is set, else None"
+        require(fits, "selection.num_local_views", selection.num_local_views, allowed)
+        fits = (views.masks is not None) == method.uses_masks
+        allowed = f"set with {method.name}" if method.uses_masks else f"None with {method.name}, which has no masks"
+        require(fits, "views.masks", views.masks, allowed)
+
+    @property
+    def images_per_rank(self) -> int:
+        """Images of one step on one trainer; in elastic training the largest number."""
+        return self.training.images_per_step // (self.cluster.min_trainers or self.cluster.num_trainers)

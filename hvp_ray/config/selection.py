@@ -1,0 +1,100 @@
+"""Which views are rendered, and which of them are trained on."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from hvp_ray.config.checks import AtLeast1, Checked, Range, require
+
+Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
+"""Which pair of views is trained on.
+
+hardest: the pair with the largest loss under the current weights (HVP). first: views 0 and 1, the only ones rendered
+(the vanilla arm). Controls: random (a random pair of the V views), easiest (smallest loss), min_iou (crops that
+overlap least; no model involved), all_pairs (mean loss over all pairs).
+"""
+
+RULES_THAT_SCORE: frozenset[str] = frozenset({"hardest", "easiest"})
+
+_NumViews = Annotated[int, Range(least=2, most=64)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionConfig(Checked):
+    """Which views are rendered, and which of them are trained on."""
+
+    path: ClassVar[str] = "selection"
+
+    rule: Rule = "hardest"
+    """Which pair is trained on: hardest (HVP), first (vanilla), or a control: random, easiest, min_iou, all_pairs."""
+
+    num_views: _NumViews | None = 4
+    """SimSiam, SimCLR: views rendered per image; the pair is chosen among num_views * (num_views - 1) / 2 (the paper: 4; 8
+    gained nothing more). None with multi-crop."""
+
+    num_global_views: _NumViews | None = None
+    """Multi-crop (DINO, iBOT): global views rendered per image. None: `num_views` is used."""
+
+    num_local_views: Annotated[int, Range(least=0, most=256)] | None = None
+    """Multi-crop: local views rendered per image. None: there are none."""
+
+    num_chosen_local_views: int | None = None
+    """Multi-crop: local views trained on. None: there are none."""
+
+    limit: AtLeast1 | None = None
+    """Compare only this many randomly drawn candidates, equal for all images of a rank's step (the authors: 64 or 128).
+    None: compare all candidates, which costs nothing more. Only rules that compare scores use it."""
+
+    every: AtLeast1 = 1
+    """Every k-th step is a hard step. The others are vanilla steps, which render and ship only what they train on. With
+    rule first all steps are vanilla."""
+
+    score_always: bool = False
+    """Score even if the rule needs no scores: the control "extra views seen only by BatchNorm"."""
+
+    scoring_resolution_px: Annotated[int, Range(least=4)] | None = None
+    """Global views are scored at this resolution, resized on the device with antialiasing; local views shrink by the same
+    factor. None: at full resolution."""
+
+    scoring_batch_norm: Literal["batch", "faithful", "running"] = "batch"
+    """BatchNorm statistics of scoring. batch: of the batch; the running statistics stay. faithful: of the batch, and
+    scoring moves the running statistics, as in automl/hvp. running: the running statistics."""
+
+    scoring_precision: Literal["training", "bfloat16"] = "training"
+    """Precision of the networks while scoring. training: that of `training.precision`. bfloat16: autocast, even if
+    training is in float32; for GPUs, and CPUs with bfloat16 instructions."""
+
+    reuse_teacher: bool = True
+    """DINO, iBOT: training reuses the teacher's outputs of scoring for the chosen views, if they are equal: scored at full
+    resolution in the precision of training, by a teacher without BatchNorm."""
+
+    def check_together(self, prefix: str) -> None:
+        """Check that either the numbers of multi-crop or `num_views` are set."""
+        known = (self.num_views is None) != (self.num_global_views is None)
+        allowed = f"None with {prefix}num_global_views (multi-crop), and a number without it"
+        require(known, f"{prefix}num_views", self.num_views, allowed)
+        local, chosen = self.num_local_views or 0, self.num_chosen_local_views or 0
+        needs_globals = local == 0 or self.num_global_views is not None
+        require(needs_globals, f"{prefix}num_local_views", local, f"None without {prefix}num_global_views")
+        fits = (chosen == 0) == (local == 0) and 0 <= chosen <= local
+        allowed = f"1 to {prefix}num_local_views={local}" if local else "None without local views"
+        require(fits, f"{prefix}num_chosen_local_views", self.num_chosen_local_views, allowed)
+
+    def is_hard_step(self, step: int) -> bool:
+        """Return whether step `step` follows `rule`; other steps are vanilla."""
+        return self.rule != "first" and step % self.every == 0
+
+    def num_views_at(self, step: int) -> int:
+        """Return how many global views of each image step `step` renders."""
+        return self.num_candidate_views if self.is_hard_step(step) or self.score_always else 2
+
+    def num_local_views_at(self, step: int) -> int:
+        """Return how many local views of each image step `step` renders."""
+        renders_candidates = self.is_hard_step(step) or self.score_always
+        return (self.num_local_views if renders_candidates else self.num_chosen_local_views) or 0
+
+    @property
+    def num_candidate_views(self) -> int:
+        """Global views of a hard step: `num_global_views`, or `num_views` without multi-crop."""
+        number = self.num_views if self.num_global_views is None else self.num_global_views
+        assert number is not None
+        return number

@@ -1,0 +1,46 @@
+"""How long a run trains, on how many images at once, in which precision."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from hvp_ray.config.checks import AtLeast1, Checked, PathOrUri, Range
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(Checked):
+    """How long a run trains, on how many images at once, in which precision."""
+
+    path: ClassVar[str] = "training"
+
+    epochs: AtLeast1
+    """Passes over the data. A last part smaller than one step is dropped."""
+
+    num_steps: AtLeast1 | None = None
+    """Train for exactly this many steps, which the schedules span. None: `epochs` decides."""
+
+    images_per_step: Annotated[int, Range(least=2)]
+    """Images per optimizer step over all trainers (the global batch)."""
+
+    accumulation_steps: AtLeast1 = 1
+    """Parts of equal size in which a step is forwarded, to save memory; their gradients add up to the step's. BatchNorm and
+    scores see one part at a time. SimCLR's loss contrasts all images of the step, at the price of a second forward
+    pass."""
+
+    checkpoint_every_steps: AtLeast1 = 500
+    """Steps between checkpoints. One more is written at the end."""
+
+    keep_checkpoints: AtLeast1 = 2
+    """Number of newest checkpoints to keep."""
+
+    torch_threads: AtLeast1 = 1
+    """Threads of torch in each trainer on a CPU. Part of the run's identity, because it changes the order of sums."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward passes. bfloat16: autocast; losses and weights stay float32."""
+
+    compile: bool = False
+    """Use torch.compile for scoring and training; GPUs only."""
+
+    initial_weights: PathOrUri | None = None
+    """Backbone weights to start from: a run's folder or its backbone.safetensors, by path or URI. None: random weights, or
+    timm's with `method.backbone.pretrained`."""
