@@ -14,7 +14,7 @@ class DataError(HvpRayError):
 
 
 class ChangedDataError(DataError):
-    """A source has other images than when the run was started, so that ids would name other images."""
+    """The images of a source changed since the run was started, so ids would name other images."""
 
 
 class LabelError(DataError):
@@ -38,9 +38,9 @@ class CheckpointError(HvpRayError):
 
 
 class TrainingError(HvpRayError):
-    """Training cannot go on, for instance because the loss is not finite."""
+    """Training cannot continue, for instance because the loss is not finite."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return what a library's error says, for a message of ours: its first line, at most 500 characters, or its type."""
+    """Return the first line of a library's error, at most 500 characters, or its type if it has no text."""
     return (str(error) or type(error).__name__).splitlines()[0][:500]

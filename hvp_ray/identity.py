@@ -1,6 +1,6 @@
 """Identity of a run: everything that may change a bit of its weights, and everything that its metrics depend on.
 
-It holds what settings result in (which images are trained on, which renderer renders) rather than how they are written.
+It holds what settings result in, for instance which images are trained on, and not how they are written.
 `runs/prepare.py` resumes a run only under its identity; `comparison/study.py` compares only runs of one identity
 apart from arm and seed. `effect_of` classifies every field of the config: a new field needs a line here.
 """
@@ -29,7 +29,7 @@ class Effect(Enum):
     RESULT = auto()
     """Weights or metrics, through what it results in. The identity holds that (`Resolved`) instead of the value."""
     NOTHING = auto()
-    """It changes no number. A comment beside each field gives the reason."""
+    """No number. A comment beside each field gives the reason."""
 
 
 _EFFECTS: dict[str, Effect] = {
@@ -143,12 +143,12 @@ class Resolved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What must be equal for two runs to be one run; plain values by name."""
+    """What must be equal for two runs to be the same run, as plain values by name."""
 
     weights: dict[str, Any]
     """What may change a bit of the weights."""
     evaluation: dict[str, Any]
-    """What the metrics of the same weights depend on besides."""
+    """What else the metrics depend on."""
 
     @property
     def digest(self) -> str:
@@ -177,7 +177,7 @@ def identity_of(config: RunConfig, resolved: Resolved) -> Identity:
 
 
 def run_record(config: RunConfig, identity: Identity) -> dict[str, Any]:
-    """Return what a run's config.json says of its identity; `recorded_difference` reads it."""
+    """Return the identity as a run's config.json records it for `recorded_difference`."""
     return {
         "config": config_to_dict(config),
         "run_identity": identity.digest,
@@ -222,7 +222,7 @@ def describe_difference(
     values_before: Mapping[str, Any],
     values_now: Mapping[str, Any],
 ) -> list[str]:
-    """Return one line for each part that differs, name: before -> now, and then the settings that other data result from.
+    """Return one line `name: before -> now` for each part that differs, and for the data settings if the data differ.
 
     Args:
         before: parts of an identity.

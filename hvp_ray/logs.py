@@ -1,11 +1,11 @@
-"""Log lines of trainers and view workers: when, how bad, which run, which process, which step.
+"""Format of the log lines of trainers and view workers: time, level, run, process and step.
 
     2026-11-24 12:00:00 WARNING run=NAME rank=0 step=123 hvp_ray.stream.view_stream: view worker 1 is gone ...
     2026-11-24 12:00:00 WARNING run=NAME worker=view-worker-1 step=125 hvp_ray.stream.render_batch: ...
 
 They go to the standard error of the process, which Ray keeps as a file of the session (`ray logs`). `step` counts from 0,
-as requests and `attempts.jsonl` do: the record of step 123 in `metrics.jsonl` has the number 124, the steps done. What the
-person at the driver sees is another matter: see `launch.board.BoardLogHandler`.
+as requests and `attempts.jsonl` do: the record of step 123 in `metrics.jsonl` has the number 124, the steps done. Warnings
+also reach the driver's terminal (`launch.board.BoardLogHandler`).
 """
 
 import logging
@@ -18,7 +18,7 @@ _step: int | None = None
 
 
 def note_step(step: int) -> None:
-    """Say which step this process works at; the threads of a process share it."""
+    """Set the step that this process works on, for all of its threads."""
     global _step  # as one process has one standard error
     _step = step
 
@@ -28,7 +28,7 @@ def set_up_logging(*, run: str, origin: str) -> None:
 
     Args:
         run: the run's name.
-        origin: who speaks, e.g. "rank=0" or "worker=view-worker-1".
+        origin: the process, e.g. "rank=0" or "worker=view-worker-1".
     """
     logger = logging.getLogger(PACKAGE)
     for handler in list(logger.handlers):

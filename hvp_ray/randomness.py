@@ -92,8 +92,8 @@ def uniform_from_words(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 def permutation_from_words(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Turn n random words into a uniform permutation of 0..n-1: places of the words in order, of equal words the first."""
-    places = np.argsort(words)  # twice as fast as a stable sort, and the same where no words are equal
+    """Return a uniform permutation of 0..n-1: the indices that sort n random words, stable for equal words."""
+    places = np.argsort(words)  # twice as fast as a stable sort, and equal if no words are equal
     in_order = words[places]
     if bool((in_order[1:] == in_order[:-1]).any()):
         places = np.argsort(words, kind="stable")

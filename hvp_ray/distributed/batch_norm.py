@@ -19,10 +19,10 @@ class CpuSyncBatchNorm(_BatchNorm):
     num_ranks: int = 1
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions from 2."""
+        """Accept any number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise; in training mode move the running statistics where they are tracked."""
+        """Normalise. In training mode, update running statistics if they are tracked."""
         if not self.training:
             return F.batch_norm(
                 input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps

@@ -1,4 +1,4 @@
-"""Who this process is among the trainers, and the collectives that the training step is given as arguments."""
+"""Rank of this process, and the collectives that the training step receives as arguments."""
 
 from dataclasses import dataclass
 

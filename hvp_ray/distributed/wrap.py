@@ -1,4 +1,4 @@
-"""All placement in one screenful: which model gets which wrapper.
+"""Wrappers of a model for each device and number of ranks.
 
 | device | ranks | BatchNorm | gradients |
 |---|---|---|---|
@@ -7,9 +7,9 @@
 | cpu (gloo) | 3 and more | CpuSyncBatchNorm | one flat all-reduce in the order of the parameters |
 | cuda (nccl) | 2 and more | torch's SyncBatchNorm | DDP |
 
-Why not DDP with three gloo ranks: DDP rebuilds its buckets after its first step, in the order in which gradients
-arrive; a restarted run has another first step, other buckets, another summation order, and other bits. The sum of
-two ranks does not depend on the order.
+DDP rebuilds its buckets after its first step, in the order in which gradients arrive. A restarted run has another first
+step, so its buckets, summation order and bits would differ. The sum of two ranks does not depend on the order, so DDP is
+used for two gloo ranks only.
 """
 
 import logging
@@ -46,7 +46,7 @@ class WrappedMethod:
     forward: nn.Module
     """The module whose forward is trained."""
     reduce_gradients: Callable[[], None]
-    """To be called between the last backward and the update."""
+    """Call it between the last backward and the update."""
     without_reduction: Callable[[], AbstractContextManager[None]]
     """Forward and backward in this context add up gradients on this rank only; for all parts of a step but the last."""
 
@@ -81,4 +81,4 @@ def all_reduce_gradients(module: nn.Module) -> None:
 
 
 def _nothing() -> None:
-    """Gradients need no further step."""
+    """Do nothing: the gradients are already reduced."""

@@ -1,4 +1,4 @@
-"""Encoders from timm: ResNets, with the CIFAR stem where images are small, and Vision Transformers.
+"""Encoders from timm: ResNets, with a CIFAR stem for small images, and Vision Transformers.
 
 `build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
 which takes views of any size that its patches divide: its position embeddings are interpolated). Importing this module
@@ -196,7 +196,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: {first_line(error)}. Pickled weights (.pt, .pth, .bin) are not read, "
-            f"because that can run a program; convert them where you trust them"
+            f"because that can run a program; convert weights that you trust to safetensors"
         ) from error
 
 
@@ -205,9 +205,9 @@ _ALLOWED_ARGUMENTS = {"channels", "dynamic_img_size", *_TRANSFORMER_OPTIONS.valu
 
 
 def _described_network(path: Path, metadata: dict[str, str], *, num_tensors: int) -> tuple[str, dict[str, Any]]:
-    """Return timm's name and arguments, if they are such as `export_backbone` writes.
+    """Return timm's name and arguments, if `export_backbone` can have written them.
 
-    timm's names can also fetch from a hub or from a folder, and its arguments name files: neither is let through.
+    Some names make timm fetch from a hub or a folder, and some arguments name files. Both are refused.
     """
     name = metadata["timm_name"]
     try:
@@ -231,10 +231,10 @@ def _described_network(path: Path, metadata: dict[str, str], *, num_tensors: int
 
 
 def _check_shapes(found: dict[str, tuple[int, ...]], network: nn.Module) -> None:
-    """Compare names and shapes before memory is taken for them.
+    """Compare names and shapes before memory is allocated for them.
 
     Raises:
-        ValueError: they are of another network; the message has the first difference.
+        ValueError: they belong to another network; the message has the first difference.
     """
     expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
     for name in sorted({*expected, *found}):

@@ -104,7 +104,7 @@ class Dino(Method):
         )
 
     def _teacher_bottleneck(self, views: ViewTensors) -> Float[Tensor, "views batch bottleneck"]:
-        """Return the teacher's output before the prototypes: what scoring computed, or now."""
+        """Return the teacher's output before the prototypes, computed by scoring or now."""
         if "teacher_bottleneck" in views.reusable:
             return views.reusable["teacher_bottleneck"]
         images = views.global_views
@@ -114,7 +114,7 @@ class Dino(Method):
         return bottleneck
 
     def _reusable(self, **of_teacher: Tensor) -> dict[str, Tensor]:
-        """Return the teacher's outputs, unless they depend on what else was in the batch."""
+        """Return the teacher's outputs, unless they depend on the other images of the batch."""
         modules = (*self.teacher_backbone.modules(), *self.teacher_head.modules())
         return {} if any(isinstance(module, _BatchNorm) for module in modules) else of_teacher
 

@@ -89,7 +89,7 @@ class PrototypeHead(nn.Module):
 
 
 LOGITS_AT_ONCE = 2**25
-"""`PrototypeHead.logits_by_view` holds at most so many numbers (128 MiB), or one view."""
+"""`PrototypeHead.logits_by_view` holds at most this many numbers (128 MiB), or one view."""
 
 
 class Prototypes(nn.Module):

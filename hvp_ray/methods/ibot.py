@@ -47,7 +47,7 @@ class IBot(Dino):
         self.patch_teacher_temperature.fill_(self._patch_temperature_at(position.epoch))
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """As DINO on class tokens of masked views, plus each global view's own patch loss where it is asked for.
+        """As DINO on class tokens of masked views, plus each global view's own patch loss with scoring=full.
 
         score = class_weight * (DINO's score) + patch_weight * (P[g1] + P[g2]) / 2
 
@@ -133,7 +133,7 @@ class IBot(Dino):
 
     @torch.no_grad()
     def _teacher(self, views: ViewTensors) -> "_OfTeacher":
-        """Return the teacher's outputs: what scoring computed, or now."""
+        """Return the teacher's outputs, computed by scoring or now."""
         if views.reusable:
             return _OfTeacher(**views.reusable)
         masked = _MaskedPatches.of(views)
@@ -147,7 +147,7 @@ class IBot(Dino):
         )
 
     def _patch_losses(self, student: "_OfStudent", teacher: "_OfTeacher") -> Float[Tensor, "batch views"]:
-        """Return P[b, g]: the mean cross-entropy of the masked patches of a view, 0 where none is masked."""
+        """Return P[b, g]: the mean cross-entropy of the masked patches of a view, 0 if no patch is masked."""
         losses = []
         for view, weights_BM in enumerate(student.masked.weights):
             with torch.no_grad():
@@ -179,7 +179,7 @@ def patch_loss(
 
 
 class _MaskedPatches:
-    """Which patches of the global views are masked, as indices of fixed number, so that no shape depends on values."""
+    """Indices of the masked patches of the global views. Their number is fixed, so that no shape depends on values."""
 
     def __init__(self, mask: Bool[Tensor, "views batch rows columns"], max_masked: int | None) -> None:
         self.mask = mask

@@ -1,7 +1,7 @@
-"""What a self-supervised method is to the training step: the seam where a new method is added.
+"""The interface of a self-supervised method to the training step. A new method implements it.
 
 A method is one file: a `Method` whose `forward` is the training loss on the chosen views, so that DDP, compilation and
-autocast wrap it from outside, and whose `score` tells how hard each candidate is. docs/new_method.md has an example.
+autocast wrap it, and whose `score` gives the loss of each candidate. docs/new_method.md has an example.
 
 Legend: V global views, L local views, B images, h, w patches (cells of a mask).
 """
@@ -41,7 +41,7 @@ class ViewTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contrast:
-    """What a part of a step contrasts with, where gradients are accumulated and the loss is not per sample."""
+    """What a part of a step contrasts with, if gradients are accumulated and the loss is not per sample."""
 
     features: Float[Tensor, "parts slots batch dim"]
     """`Method.contrast_features` of all parts of the step on this rank."""
@@ -51,7 +51,7 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodLoss:
-    """What one training forward gives."""
+    """Result of one training forward."""
 
     loss: Float[Tensor, ""]
     """Mean over the images of this rank; differentiable."""
@@ -65,7 +65,7 @@ class MethodLoss:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPosition:
-    """Where in the run a step is; schedules are functions of it."""
+    """Position of a step in the run. Schedules are functions of it."""
 
     step: int
     """From 0."""
@@ -80,7 +80,7 @@ class StepPosition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """The other trainers, as far as a method needs them."""
+    """What a method needs to know of the other trainers."""
 
     rank: int = 0
     gather: Callable[[Tensor], Tensor] = lambda values: values[None]
@@ -91,9 +91,9 @@ ALONE = Ranks()
 
 
 def in_float32(compute: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Run a loss or a score outside of autocast: a product of embeddings in bfloat16 would lose what tells views apart.
+    """Run a loss or a score outside of autocast, which lowers every matrix product.
 
-    (Autocast lowers every matrix product. With bfloat16 similarities 8 to 16 % of SimCLR's chosen pairs were others.)
+    With similarities in bfloat16, 8 to 16 % of SimCLR's chosen pairs changed.
     """
 
     @functools.wraps(compute)
@@ -105,7 +105,7 @@ def in_float32(compute: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 
 class Method(nn.Module):
-    """A self-supervised method. `score` and `forward` must be given; the rest has defaults."""
+    """A self-supervised method. Implement `score` and `forward`; the rest has defaults."""
 
     backbone: nn.Module
     """The encoder that is trained."""
@@ -113,8 +113,8 @@ class Method(nn.Module):
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Return the loss that each candidate would give; higher is harder; float32.
 
-        What does not depend on the other views of the batch and has no gradient may go into `reusable`: `forward` finds it
-        in the views that it is given, gathered for the chosen ones, where it holds for them.
+        Values that do not depend on other views of the batch and have no gradient may go into `reusable`. `forward` then
+        receives them with the chosen views, if scoring forwarded the views as training does.
         """
         raise NotImplementedError
 
@@ -124,7 +124,7 @@ class Method(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The encoder that is evaluated and exported: a teacher's where there is one."""
+        """The encoder that is evaluated and exported: the teacher's, if there is one."""
         return self.backbone
 
     @property
@@ -166,7 +166,7 @@ def build_method(config: MethodConfig, ranks: Ranks = ALONE) -> Method:
         implementation: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"the method {config.name} is {config.implementation}, which cannot be had: {error}"
+            f"the method {config.name} is {config.implementation}, which cannot be imported: {error}"
         ) from error
     if not (isinstance(implementation, type) and issubclass(implementation, Method)):
         raise ConfigError(f"the method {config.name} is {config.implementation}, which is no hvp_ray Method")

@@ -73,7 +73,7 @@ def cross_entropies(
     As q sums to 1, T = logsumexp(s_v / t) - <q_a, s_v> / t: one log-sum-exp per student view and one product, no
     [B, P, K] tensor. The logits come one view at a time and need not all exist at once.
     """
-    # Logits are made as the loop goes, in the caller's precision; what follows from them is float32.
+    # The iterator computes logits in the caller's precision; the cross-entropies are float32.
     return torch.stack([_cross_entropies_of(targets_ABK, logits, temperature) for logits in student_logits], dim=2)
 
 
@@ -103,7 +103,7 @@ def score_tuples(
     score(g1, g2, l_1 .. l_k) = (T[g1, g2] + T[g2, g1] + sum over j of (T[g1, l_j] + T[g2, l_j])) / (2 + 2k)
 
     Source: automl/hvp, branch dino, utils/dino.py:155-165 (the sum of the terms). Differs: every term is evaluated once
-    (76 for 4 + 16 views; a view with itself makes 4 more, unused), where the reference evaluates 18 for each of its 128
+    (76 for 4 + 16 views; a view with itself makes 4 more, unused), while the reference evaluates 18 for each of its 128
     candidates.
     """
     terms = 2 + 2 * candidates.num_chosen_local_views
@@ -127,10 +127,10 @@ def forward_by_resolution(
 
 
 def teacher_measurements(probabilities_ABK: Float[Tensor, "views batch prototypes"]) -> dict[str, Float[Tensor, ""]]:
-    """Return how sharp the teacher is, and how much its output says about the image; the second near 0 is collapse.
+    """Return the teacher's entropy and its mutual information with the image. The second is near 0 after a collapse.
 
     The mean entropy is near 0 for one-hot outputs and near log K for uniform ones. The entropy of the mean output minus
-    it (the mutual information of image and prototype) is 0 where all images get the same output, whichever it is.
+    it (the mutual information of image and prototype) is 0 if all images get the same output.
     """
     probabilities = probabilities_ABK.detach()
     entropy = -(torch.special.xlogy(probabilities, probabilities)).sum(dim=-1).mean()

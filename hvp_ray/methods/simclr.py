@@ -1,7 +1,7 @@
 """SimCLR (Chen et al., ICML 2020) with hard views.
 
 Legend: V views, B images on this rank, N images on all ranks, R ranks, P pairs, D dimension of projections, M parts of a
-step where gradients are accumulated.
+step with accumulated gradients.
 """
 
 import torch
@@ -130,7 +130,7 @@ def score_pairs(
     """Score pairs of views by the NT-Xent loss they would give; higher is harder.
 
     score(m, n) = (l(m -> n) + l(n -> m)) / 2 with l(m -> n) = log(E[m, m] + E[m, n]) - s(m, n)/t, where
-    E[m, v] = sum over images j of exp(s(view m of this image, view v of image j)/t), without this image where v = m.
+    E[m, v] = sum over images j of exp(s(view m of this image, view v of image j)/t), without this image if v = m.
 
     Args:
         own_VBD: projections of unit length of this rank's images.

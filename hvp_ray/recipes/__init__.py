@@ -30,7 +30,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 
 def get_recipe(name: str) -> RunConfig:
-    """Return the recipe of this name, or what `module:function` returns (a method of one's own).
+    """Return the recipe of this name, or the value of `module:function` for a recipe of your own.
 
     Raises:
         ConfigError: unknown; the message names the nearest one.
@@ -49,7 +49,7 @@ def _recipe_of_module(name: str) -> RunConfig:
         make = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"the recipe {name!r} cannot be had: {error}; a recipe is a function of a module on PYTHONPATH, without "
+            f"the recipe {name!r} cannot be imported: {error}; a recipe is a function of a module on PYTHONPATH, without "
             f"arguments"
         ) from error
     config = make() if inspect.isfunction(make) else make

@@ -1,4 +1,4 @@
-"""What recipes of different methods share: the data sets, and how their views look. No recipe stands here."""
+"""Data sets and view settings that recipes of several methods share. This file holds no recipe."""
 
 import dataclasses
 from typing import Literal

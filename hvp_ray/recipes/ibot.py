@@ -82,7 +82,7 @@ def ibot_imagenet_vits16_100ep() -> RunConfig:
 
     Source: rapanti/ibot job.sh (4 GPUs with 128 images each, hard views every third step) over the defaults of
     automl/hvp, branch ibot, main_ibot.py. Expected: no number was found. Differs: bfloat16; a Gaussian kernel of 9 px
-    instead of PIL's blur radius; even and odd views have different transforms, where branch ibot gives all but the first
+    instead of PIL's blur radius; even and odd views have different transforms, while branch ibot gives all but the first
     the second one. Not yet run by this project.
     """
     global_views, local_views = data_sets.dino_multi_crop(

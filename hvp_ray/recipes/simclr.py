@@ -84,7 +84,7 @@ def simclr_imagenet_r50_100ep() -> RunConfig:
 
     python pipelines/pretrain.py simclr-imagenet-r50-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 8
-    (where memory is short: --training.accumulation_steps 4; the loss still contrasts all 4,096 images)
+    (with little memory: --training.accumulation_steps 4; the loss still contrasts all 4,096 images)
 
     Source: automl/hvp, branch simclr, configs/pretrain_default.yaml. Four views are inferred: the config has two, for
     random views. Expected: no number was found. Differs: bfloat16 instead of float16 with a gradient scaler; the gradient
