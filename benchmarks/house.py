@@ -10,13 +10,14 @@ keeps the columns that are in the table already, and replaces the column of a na
 
 import argparse
 import ast
+import re
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
 BEGIN, END = "<!-- begin house -->\n", "<!-- end house -->\n"
-GENERATED_PAGES = ("configuration.md", "metrics.md", "parity.md")
-"""Pages whose words come from code or a benchmark."""
+GENERATED = re.compile(r"^<!-- generated.*\Z|<!-- begin .*?<!-- end", re.DOTALL)
+"""A page, or a part of one, whose words come from code."""
 
 
 def measure(checkout: Path) -> dict[str, str]:
@@ -70,7 +71,7 @@ def _takes_run_config(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def _pages(checkout: Path) -> list[Path]:
-    return [path for path in sorted((checkout / "docs").rglob("*.md")) if path.name not in GENERATED_PAGES]
+    return sorted((checkout / "docs").rglob("*.md"))
 
 
 def _lines(paths: list[Path]) -> int:
@@ -78,7 +79,7 @@ def _lines(paths: list[Path]) -> int:
 
 
 def _words(*paths: Path) -> int:
-    return sum(len(path.read_text().split()) for path in paths)
+    return sum(len(GENERATED.sub("", path.read_text()).split()) for path in paths)
 
 
 def table(columns: dict[str, dict[str, str]]) -> str:
