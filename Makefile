@@ -8,8 +8,9 @@ UI_STORE ?= runs/mlflow.db
 
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup pretrain compare test check cluster-check bench soak ui gpu-check lock
+.PHONY: setup pretrain compare test check docs cluster-check bench soak ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -36,6 +37,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell hvp_ray pipelines tests docs README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --quiet --strict --site-dir site
+
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet --site-dir site
+	@echo "open site/index.html"
 
 cluster-check: setup
 	cluster/validate.sh

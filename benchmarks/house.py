@@ -79,7 +79,8 @@ def _lines(paths: list[Path]) -> int:
 
 
 def _words(*paths: Path) -> int:
-    return sum(len(GENERATED.sub("", path.read_text()).split()) for path in paths)
+    tokens = [token for path in paths for token in GENERATED.sub("", path.read_text()).split()]
+    return sum(any(character.isalnum() for character in token) for token in tokens)
 
 
 def table(columns: dict[str, dict[str, str]]) -> str:

@@ -103,13 +103,18 @@ def _type_text(hint: Any) -> str:
     """Return a type as a user writes it: `auto | int`, with the range of an Annotated field."""
     if get_origin(hint) is Annotated:
         inner, *ranges = get_args(hint)
-        return ", ".join([_type_text(inner), *(str(item) for item in ranges)])
+        return f"{_type_text(inner)} ({', '.join(map(str, ranges))})"
     if get_origin(hint) in (Union, types.UnionType):
         return " | ".join(_type_text(part) for part in get_args(hint))
     if get_origin(hint) is Literal:
         return " | ".join(str(value) for value in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"{' '.join(_type_text(part) if part is not ... else '...' for part in get_args(hint))}"
+        parts = [_type_text(part) for part in get_args(hint) if part is not ...]
+        return (
+            f"{'several' if ... in get_args(hint) else len(parts)} x {parts[0]}"
+            if len(set(parts)) == 1
+            else " ".join(parts)
+        )
     return "None" if hint is types.NoneType else str(hint.__name__)
 
 
