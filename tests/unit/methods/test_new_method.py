@@ -59,7 +59,7 @@ def test_example_trains_with_hard_views_and_its_target_follows(tmp_path: Path) -
 
 def test_page_includes_the_file() -> None:
     page = (EXAMPLES.parent / "new_method.md").read_text()
-    assert '```python\n--8<-- "docs/examples/byol.py"\n```' in page
+    assert '\n--8<-- "docs/examples/byol.py"\n' in page
 
 
 def test_what_is_no_recipe_or_no_method_is_refused() -> None:
