@@ -2,22 +2,24 @@
 
     python benchmarks/house.py .                                     # print this checkout's column
     python benchmarks/house.py BEFORE . --write docs/architecture.md # write a column for each checkout
-    python benchmarks/house.py . --minutes "make test=7.5"           # add a value that was measured elsewhere
+    python benchmarks/house.py . --time "make test"                  # run a command in the checkout and add its minutes
 
-Everything but `--minutes` is read from the files of the checkout, so any commit can be measured by any other. `--write`
-keeps the columns that are in the table already, and replaces the column of a name that is given again.
+Everything else is read from the files of the checkout, so any commit can measure any other. `--write` keeps columns and
+rows that are in the table already, and replaces the values that are measured again.
 """
 
 import argparse
 import ast
 import re
 import statistics
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 BEGIN, END = "<!-- begin house -->\n", "<!-- end house -->\n"
-GENERATED = re.compile(r"^<!-- generated.*\Z|<!-- begin .*?<!-- end", re.DOTALL)
-"""A page, or a part of one, whose words come from code."""
+GENERATED = re.compile(r"\A<!-- generated.*|\A# [^\n]*\n\nWritten by .*|<!-- begin .*?<!-- end", re.DOTALL)
+"""A page, or a part of one, that a program writes."""
 
 
 def measure(checkout: Path) -> dict[str, str]:
@@ -42,6 +44,12 @@ def measure(checkout: Path) -> dict[str, str]:
         "words of README": f"{_words(checkout / 'README.md'):,}",
         "words of docs, written by hand": f"{_words(*_pages(checkout)):,}",
     }
+
+
+def _minutes(command: str, checkout: Path) -> float:
+    start = time.monotonic()
+    subprocess.run(command, shell=True, cwd=checkout, check=True)
+    return (time.monotonic() - start) / 60
 
 
 def _functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -107,14 +115,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", type=Path, nargs="+", help="folders of checkouts")
     parser.add_argument("--names", nargs="+", help="heads of the columns; default: after, or before and after")
-    parser.add_argument(
-        "--minutes", nargs="*", default=[], metavar="ROW=VALUE", help="more rows, for the last checkout"
-    )
+    parser.add_argument("--time", metavar="COMMAND", help="run this in each checkout, and add a row of its minutes")
     parser.add_argument("--write", type=Path, help="page whose table between the markers is replaced")
     arguments = parser.parse_args()
     names = arguments.names or ["before", "after"][-len(arguments.checkouts) :]
     columns = dict(zip(names, map(measure, arguments.checkouts), strict=True))
-    columns[names[-1]] |= dict(row.split("=", 1) for row in arguments.minutes)
+    if arguments.time is not None:
+        for name, checkout in zip(names, arguments.checkouts, strict=True):
+            columns[name][f"`{arguments.time}`, minutes"] = f"{_minutes(arguments.time, checkout):.1f}"
     if arguments.write is None:
         print(table(columns), end="")
         return
