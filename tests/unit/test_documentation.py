@@ -1,4 +1,4 @@
-"""Generated pages match the code, and the dashboard shows published metrics only."""
+"""Documentation matches the code: generated pages, paths and links; the dashboard shows published metrics only."""
 
 import dataclasses
 import json
@@ -46,3 +46,31 @@ def test_dashboard_shows_published_metrics_only() -> None:
     names = {re.sub(suffixes, "", name) for query in queries for name in re.findall(r"ray_hvp_ray_\w+", query)}
     assert all("ray_hvp_ray_" in query for query in queries)
     assert names <= PUBLISHED
+
+
+PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = ("hvp_ray", "pipelines", "tests", "benchmarks", "cluster")
+
+
+def test_paths_in_the_documentation_exist() -> None:
+    """A path is a code span with a folder and a suffix; it starts at the repository or at the package."""
+    paths = {
+        (page.relative_to(ROOT).as_posix(), path)
+        for page in PROSE
+        for path in re.findall(r"`([a-z_]+/[\w./-]+\.(?:py|sh|md|yaml|json|jsonl))[`:]", page.read_text())
+        if (ROOT / path.split("/")[0]).is_dir() or (ROOT / "hvp_ray" / path.split("/")[0]).is_dir()
+    }
+    assert not sorted(p for p in paths if not (ROOT / p[1]).exists() and not (ROOT / "hvp_ray" / p[1]).exists())
+
+
+def test_pages_named_in_the_code_exist() -> None:
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".sh")]
+    pages = {(path, page) for path in sources for page in re.findall(r"docs/[\w/-]+\.md", path.read_text())}
+    assert not [(path, page) for path, page in pages if not (ROOT / page).exists()]
+
+
+def test_links_of_readme_exist() -> None:
+    """mkdocs checks the links between pages."""
+    for page in PROSE[:2]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
+            assert (ROOT / target).exists(), f"{page.name}: {target}"
