@@ -115,6 +115,8 @@ def _type_text(hint: Any) -> str:
             if len(set(parts)) == 1
             else " ".join(parts)
         )
+    if dataclasses.is_dataclass(hint):
+        return "section"
     return "None" if hint is types.NoneType else str(hint.__name__)
 
 
