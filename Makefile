@@ -8,9 +8,8 @@ UI_STORE ?= runs/mlflow.db
 
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
-export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: setup pretrain compare test check docs cluster-check bench soak ui gpu-check lock
+.PHONY: setup pretrain compare test check cluster-check bench soak ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -39,11 +38,6 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/mkdocs build --quiet --strict --site-dir site
-
-docs: setup
-	$(BIN)/python docs/generate.py
-	$(BIN)/mkdocs build --quiet --site-dir site
-	@echo "open site/index.html"
 
 cluster-check: setup
 	cluster/validate.sh
@@ -77,3 +71,10 @@ lock:
 		--no-header --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --group server --python-version 3.11 --universal --no-emit-index-url \
 		--no-header --constraint requirements.lock --output-file cluster/requirements.lock
+
+export NO_MKDOCS_2_WARNING := 1
+.PHONY: docs
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet --site-dir site
+	@echo "open site/index.html"

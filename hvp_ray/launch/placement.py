@@ -14,7 +14,7 @@ from hvp_ray.stream.capacity import MAX_AUTO_WORKERS, room_for
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 AUTO_DALI_WORKERS_PER_GPU = 1
-"""A second one beside a trainer gave no more images per second on an H100 (docs/experiments/2026-11-26-h100.md)."""
+"""A second one beside a trainer gave no more images per second on an H100 (docs/experiments.md)."""
 
 _LEAST_TRAINER_SHARE = 0.1
 

@@ -78,4 +78,4 @@ class ViewWorker:
 
 ViewWorkerActor: Any = ray.remote(max_restarts=-1, max_task_retries=0, enable_task_events=False)(ViewWorker)
 """`ViewWorker` as an actor. Ray restarts the process; the stream alone repeats calls. Ray's head keeps no record of calls:
-they would fill its memory (`docs/experiments/2026-11-26-soak.md`)."""
+they would fill its memory (`docs/experiments.md`)."""

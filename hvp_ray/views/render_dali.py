@@ -81,7 +81,7 @@ class DaliExecution:
 
 ON_A_CPU = DaliExecution()
 ON_A_GPU = DaliExecution(num_lanes=4, num_threads=2)
-"""The fastest that was measured on an H100 (docs/experiments/2026-11-26-h100.md)."""
+"""The fastest that was measured on an H100 (docs/experiments.md)."""
 
 
 class DaliRenderer:
