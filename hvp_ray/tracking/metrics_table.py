@@ -58,7 +58,7 @@ RECORDED: dict[str, Metric] = {
     ),
     "selection/other_score": Metric("", "Mean loss of the other candidates.", "Below `selection/chosen_score`."),
     "selection/mean_score": Metric(
-        "", "Mean loss of all candidates, if the rule scores without choosing by score.", "Falls."
+        "", "Mean loss of all candidates, if the step scores and its rule ignores the scores.", "Falls."
     ),
     "selection/chosen_iou": Metric(
         "fraction",
@@ -77,7 +77,7 @@ RECORDED: dict[str, Metric] = {
     ),
     "selection/chosen_color_distance": Metric(
         "",
-        "Distance of the chosen pair's colour factors (brightness, contrast, saturation, hue). 0 without jitter.",
+        "Distance of the chosen pair's colour factors (brightness, contrast, saturation, hue), neutral without jitter.",
         "Somewhat above `selection/other_color_distance`.",
         "Far above: only colour makes pairs hard. Use weaker jitter.",
     ),
