@@ -4,7 +4,7 @@
     python docs/generate.py --check   # exit with an error if a page is not up to date
 
 configuration.md comes from the dataclasses of `hvp_ray.config` and the docstring under each field. The tables of
-metrics.md stand between markers and come from `hvp_ray.tracking.metrics_table`; its prose is written by hand.
+metrics.md stand between markers and come from `hvp_ray/tracking/metrics.toml`; its prose is written by hand.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def _class_docstring(kind: type[Any]) -> str:
 
 def _metrics_table(metrics: dict[str, Metric], *, prefix: str = "") -> str:
     rows = [
-        (f"`{prefix}{name}`", metric.meaning, metric.unit, metric.healthy, metric.remedy)
+        (f"`{prefix}{name}`", metric.meaning, metric.unit, metric.healthy, metric.otherwise)
         for name, metric in metrics.items()
     ]
     return _table(("name", "meaning", "unit", "healthy", "otherwise"), rows)

@@ -5,7 +5,7 @@ calls it once a second and gives the values to Ray. Ray sends them to the agent 
 the process ends. Counters begin at 0 in every process (label `WorkerId`), so sum over it. A failure to read or to publish
 is said once and never reaches training.
 
-Only processes of Ray have a publisher: what trains without Ray imports none of it. `tracking/metrics_table.py` has every
+Only processes of Ray have a publisher: what trains without Ray imports none of it. `tracking/metrics.toml` has every
 name and its meaning.
 """
 

@@ -57,7 +57,7 @@ def test_paths_in_the_documentation_exist() -> None:
     paths = {
         (page.relative_to(ROOT).as_posix(), path)
         for page in PROSE
-        for path in re.findall(r"`([a-z_]+/[\w./-]+\.(?:py|sh|md|yaml|json|jsonl))[`:]", page.read_text())
+        for path in re.findall(r"`([a-z_]+/[\w./-]+\.(?:py|sh|md|toml|yaml|json|jsonl))[`:]", page.read_text())
         if (ROOT / path.split("/")[0]).is_dir() or (ROOT / "hvp_ray" / path.split("/")[0]).is_dir()
     }
     assert not sorted(p for p in paths if not (ROOT / p[1]).exists() and not (ROOT / "hvp_ray" / p[1]).exists())
