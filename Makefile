@@ -36,6 +36,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell hvp_ray pipelines tests docs README.md CHANGELOG.md CONTRIBUTING.md
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
 cluster-check: setup
 	cluster/validate.sh
@@ -69,3 +71,10 @@ lock:
 		--no-header --output-file requirements.lock
 	$(BIN)/uv pip compile pyproject.toml --group server --python-version 3.11 --universal --no-emit-index-url \
 		--no-header --constraint requirements.lock --output-file cluster/requirements.lock
+
+export NO_MKDOCS_2_WARNING := 1
+.PHONY: docs
+docs: setup
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet --site-dir site
+	@echo "open site/index.html"

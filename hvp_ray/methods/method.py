@@ -60,7 +60,7 @@ class MethodLoss:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Detached means over the images, which `Method.after_update` gets back as means over all ranks."""
     measurements: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
-    """Detached numbers to be recorded, by the names of `tracking.metric_names`."""
+    """Detached numbers to be recorded, by the names of `tracking/metrics.toml`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

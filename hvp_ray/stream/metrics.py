@@ -5,7 +5,8 @@ calls it once a second and gives the values to Ray. Ray sends them to the agent 
 the process ends. Counters begin at 0 in every process (label `WorkerId`), so sum over it. A failure to read or to publish
 is said once and never reaches training.
 
-Only processes of Ray have a publisher: what trains without Ray imports none of it. `docs/numbers.md` explains every name.
+Only processes of Ray have a publisher: what trains without Ray imports none of it. `tracking/metrics.toml` has every
+name and its meaning.
 """
 
 import logging
@@ -14,9 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from hvp_ray.records import BatchDraft, ViewBatch
+from hvp_ray.tracking.metrics_table import TRAINER_METRICS as TRAINER_METRICS
+from hvp_ray.tracking.metrics_table import WORKER_METRICS as WORKER_METRICS
+from hvp_ray.tracking.metrics_table import Metric as Metric
 
 logger = logging.getLogger(__name__)
 
@@ -33,54 +37,6 @@ ReadNumbers = Callable[[], Readings]
 
 WatchNumbers = Callable[[ReadNumbers], None]
 """Takes a function to be read as long as the process trains."""
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One name."""
-
-    kind: Literal["counter", "gauge", "histogram"]
-    meaning: str
-
-
-TRAINER_TAGS = ("run", "rank")
-TRAINER_METRICS: dict[str, Metric] = {
-    "hvp_ray_steps_total": Metric("counter", "Optimizer steps done by this process."),
-    "hvp_ray_images_total": Metric("counter", "Images that this rank trained on."),
-    "hvp_ray_progress_fraction": Metric("gauge", "Steps done of the whole run / all steps, 0 to 1."),
-    "hvp_ray_loss": Metric("gauge", "Training loss at the last recorded step; rank 0."),
-    "hvp_ray_images_per_second": Metric("gauge", "Images per second of all ranks at the last recorded step; rank 0."),
-    "hvp_ray_wait_seconds_total": Metric("counter", "Time the trainer stood still for views, without the first batch."),
-    "hvp_ray_wait_fraction": Metric("gauge", "The same as a share of the time since the first batch, 0 to 1."),
-    "hvp_ray_first_batch_seconds": Metric("gauge", "From the first request to the first batch."),
-    "hvp_ray_ready_batches": Metric("gauge", "Batches that wait for the trainer."),
-    "hvp_ray_under_way_batches": Metric("gauge", "Batches that are asked for and not there yet."),
-    "hvp_ray_batches_total": Metric("counter", "Batches handed to the trainer."),
-    "hvp_ray_views_total": Metric("counter", "Views that arrived."),
-    "hvp_ray_view_bytes_total": Metric("counter", "Bytes of pixels that view workers sent: views or images."),
-    "hvp_ray_repeated_batches_total": Metric("counter", "Batches asked again, because a worker died or was late."),
-    "hvp_ray_worker_deaths_total": Metric("counter", "Calls of this rank that ended with the death of a view worker."),
-    "hvp_ray_isolated_batches_total": Metric("counter", "Batches searched image by image for one that kills workers."),
-    "hvp_ray_up_workers": Metric("gauge", "View workers that answer, as this rank sees them."),
-    "hvp_ray_unreadable_images_total": Metric("counter", "Images of this rank's batches that were replaced."),
-    "hvp_ray_checkpoints_total": Metric("counter", "Checkpoints written by this process; rank 0."),
-    "hvp_ray_checkpoint_seconds": Metric("histogram", "Time that training stood still for a checkpoint; rank 0."),
-    "hvp_ray_last_checkpoint_timestamp_seconds": Metric("gauge", "Unix time of the last checkpoint; rank 0."),
-    "hvp_ray_spilled_bytes": Metric("gauge", "Bytes that the object stores spilled since the run was started; rank 0."),
-    "hvp_ray_worker_restarts": Metric("gauge", "Restarts of view workers since the run was started; rank 0."),
-    "hvp_ray_mlflow_backlog_records": Metric("gauge", "Records of the journals that MLflow has not taken yet; rank 0."),
-    "hvp_ray_mlflow_outage": Metric("gauge", "1 while MLflow cannot be reached or refuses, else 0; rank 0."),
-}
-
-WORKER_TAGS = ("run", "worker")
-WORKER_METRICS: dict[str, Metric] = {
-    "hvp_ray_worker_batches_total": Metric("counter", "Batches that this view worker rendered, or decoded."),
-    "hvp_ray_worker_views_total": Metric("counter", "Views that this view worker rendered."),
-    "hvp_ray_worker_render_seconds_total": Metric("counter", "Wall time of reading, decoding and rendering."),
-    "hvp_ray_worker_render_cpu_seconds_total": Metric("counter", "CPU time of the same."),
-    "hvp_ray_worker_views_per_second": Metric("gauge", "Speed while it rendered its last batch."),
-    "hvp_ray_worker_unreadable_images_total": Metric("counter", "Images that it could not decode and replaced."),
-}
 
 CHECKPOINT_SECONDS_BOUNDARIES = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0]
 

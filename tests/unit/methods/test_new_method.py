@@ -57,9 +57,9 @@ def test_example_trains_with_hard_views_and_its_target_follows(tmp_path: Path) -
     assert summary["knn_top1"] > summary["knn_top1_untrained"]
 
 
-def test_page_shows_the_file_as_it_is() -> None:
+def test_page_includes_the_file() -> None:
     page = (EXAMPLES.parent / "new_method.md").read_text()
-    assert f"```python\n{(EXAMPLES / 'byol.py').read_text()}```" in page
+    assert '\n--8<-- "docs/examples/byol.py"\n' in page
 
 
 def test_what_is_no_recipe_or_no_method_is_refused() -> None:
