@@ -41,8 +41,8 @@ from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.step import Trainee, train_step
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import Trainee, build_trainee
 
 RECIPES = (
     "simsiam-imagenet-r50-100ep",

@@ -21,7 +21,7 @@ from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.step import choose_step_views, train_step
@@ -44,7 +44,7 @@ def _batches(config: RunConfig, count: int) -> list[DeviceBatch]:
     dataset = open_dataset(config.data)
     context = build_render_context(config, dataset, "cpu")
     requests = requests_of_rank(config, build_order(config, dataset), rank=0, num_ranks=1, known_replacements={})
-    stream = InlineBatches(context, requests, first_step=0, hand_over=DeviceHandOver(CPU))
+    stream = InlineBatches(context, requests, first_step=0, hand_over=CopyToDevice(CPU))
     return [stream.next_batch() for _ in range(count)]
 
 
@@ -288,7 +288,7 @@ def test_slots_keep_their_transforms_and_masks_stay_with_their_views(tmp_path: P
     trainee.method.train()
     changed = 0
     for batch in _batches(config, 3):
-        plan = batch.batch.global_views.plan
+        plan = batch.global_views.plan
         assert plan.solarize.all(axis=1).tolist() == [False, True, False, True]
         metrics = train_step(trainee, batch, config)
         slots = metrics.selection.view_indices
