@@ -1,11 +1,10 @@
-"""What a run chose, and why: the analysis of a run's selection log.
+"""The analysis of a run's selection log: which pairs were chosen, and what makes a pair hard.
 
-Reads the Parquet files that `selection_log.py` writes, and compares chosen pairs with the others over time, predicts
-which pair is chosen, and weighs what makes a pair hard. Plain arrays in, plain numbers out: no torch, no Ray.
-`pipelines/analyse_selection.py` prints it, `selection_figures.py` draws it.
+It compares chosen pairs with the others over time, predicts which pair is chosen, and weighs the features of a pair.
+`pipelines/analyse_selection.py` prints the result, `selection_figures.py` draws it. No torch, no Ray.
 
 Legend: N logged images, V views per image, P pairs, F features of a pair.
-Source: the HVP authors' analysis; definitions, and what differs, in `describe_features`.
+Source: the HVP authors' analysis; for definitions and differences, see `describe_features`.
 """
 
 import dataclasses
@@ -17,42 +16,40 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.optimize
+import scipy.special
+import scipy.stats
 from numpy.typing import NDArray
 
-from hvp_ray.data.parquet_limits import read_small_table
 from hvp_ray.errors import DataError
-from hvp_ray.tracking.selection_log import MAX_PART_BYTES
+from hvp_ray.records import per_view_types
+from hvp_ray.tracking.selection_log import PLAN_COLUMNS
 from hvp_ray.views.geometry import crop_iou
 
 LOG_FORMAT = 1
 
-FEATURES = (
-    "iou",
-    "corner_distance",
-    "area_ratio",
-    "brightness",
-    "contrast",
-    "saturation",
-    "hue",
-    "grayscale_differs",
-    "blur_differs",
-    "flip_differs",
-    "solarize_differs",
-)
-"""What the models know of a pair; `brightness` to `hue` are absolute differences of both views' factors."""
+_DESCRIBED_APART = ("top", "left", "height", "width", "jitter")
+"""Fields of a plan that are no feature: crops are described by overlap and area, and jitter by its factors."""
 
-MEASURES = (
-    "iou",
-    "corner_distance",
-    "color_distance",
-    "smaller_area",
-    "larger_area",
-    "grayscale_differs",
-    "blur_differs",
-    "flip_differs",
-    "solarize_differs",
-)
-"""What is compared between chosen and other pairs; areas are fractions of the image, of the pair's two crops."""
+_FEATURE_NAMES = {"hue_turns": "hue", "blur_sigma_px": "blur_differs"}
+
+
+def _feature_name(field: str, dtype: np.dtype[Any]) -> str:
+    return _FEATURE_NAMES.get(field, f"{field}_differs" if dtype == np.bool_ else field)
+
+
+_FEATURE_OF_FIELD = {
+    field: _feature_name(field, dtype) for field, dtype in per_view_types().items() if field not in _DESCRIBED_APART
+}
+_DIFFERS = tuple(name for name in _FEATURE_OF_FIELD.values() if name.endswith("_differs"))
+_AMOUNTS = tuple(name for name in _FEATURE_OF_FIELD.values() if name not in _DIFFERS)
+
+FEATURES = ("iou", "corner_distance", "area_ratio", *_AMOUNTS, *_DIFFERS)
+"""The models' input for each pair; every operation of the plan adds one."""
+
+MEASURES = ("iou", "corner_distance", "color_distance", "smaller_area", "larger_area", *_DIFFERS)
+"""Values compared between chosen and other pairs; areas are fractions of the image, of the pair's two crops."""
 
 AUTHORS_FANOVA = {
     "iou": 0.215,
@@ -76,34 +73,19 @@ _FINE_BINS = 8
 _IMAGES_PER_FINE_BIN = 100
 _HISTOGRAM_BINS = 20
 _RIDGE = 1e-4
-_VIEW_COLUMNS: dict[str, Any] = {
-    "top": np.int32,
-    "left": np.int32,
-    "height": np.int32,
-    "width": np.int32,
-    "flip": np.bool_,
-    "jitter": np.bool_,
-    "brightness": np.float32,
-    "contrast": np.float32,
-    "saturation": np.float32,
-    "hue_turns": np.float32,
-    "grayscale": np.bool_,
-    "blur_sigma_px": np.float32,
-    "solarize": np.bool_,
-}
-_IMAGE_COLUMNS: dict[str, Any] = {
-    "step": np.int64,
-    "epoch": np.int32,
-    "sample_id": np.int64,
-    "image_height": np.int32,
-    "image_width": np.int32,
-    "chosen_pair": np.int64,
+_IMAGE_COLUMNS: dict[str, pa.DataType] = {
+    "step": pa.int64(),
+    "epoch": pa.int32(),
+    "sample_id": pa.int64(),
+    "image_height": pa.int32(),
+    "image_width": pa.int32(),
+    "chosen_pair": pa.int64(),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionLog:
-    """The logged selections of a run, in the order of the steps. [N] unless said otherwise; views are [N, V]."""
+    """The logged selections of a run, in step order."""
 
     run_name: str
     recipe: str
@@ -114,58 +96,46 @@ class SelectionLog:
     """[P, 2], view indices."""
     num_images_left_out: int
     """Logged images with another number of views, or other pairs, than most."""
-
-    step: NDArray[np.int64]
-    """Optimizer steps done."""
-    epoch: NDArray[np.int32]
-    sample_id: NDArray[np.int64]
-    image_height: NDArray[np.int32]
-    """Px."""
-    image_width: NDArray[np.int32]
-    """Px."""
-    chosen_pair: NDArray[np.int64]
-    """Row of `pairs`."""
-    scores: NDArray[np.float32]
-    """[N, P], loss that each pair would give, higher is harder; NaN where the rule needed no scores."""
-
-    top: NDArray[np.int32]
-    left: NDArray[np.int32]
-    height: NDArray[np.int32]
-    width: NDArray[np.int32]
-    flip: NDArray[np.bool_]
-    jitter: NDArray[np.bool_]
-    brightness: NDArray[np.float32]
-    contrast: NDArray[np.float32]
-    saturation: NDArray[np.float32]
-    hue_turns: NDArray[np.float32]
-    grayscale: NDArray[np.bool_]
-    blur_sigma_px: NDArray[np.float32]
-    solarize: NDArray[np.bool_]
+    images: pa.Table
+    """A row per image: step (optimizer steps done), epoch, sample_id, image_height and image_width in px, chosen_pair
+    (row of `pairs`), scores (a list over the pairs, or null), and each field of `PLAN_COLUMNS` as a list over the views."""
 
     @property
     def num_images(self) -> int:
         """N."""
-        return len(self.step)
+        return int(self.images.num_rows)
 
     @property
     def num_views(self) -> int:
         """V."""
-        return int(self.top.shape[1])
+        return int(self.images.schema.field("top").type.list_size)
 
     @property
     def num_pairs(self) -> int:
         """P."""
         return len(self.pairs)
 
-    def take(self, rows: NDArray[Any] | slice) -> "SelectionLog":
+    def __getitem__(self, column: str) -> NDArray[Any]:
+        """Return a column: [N]; fields of the plan [N, V]; scores [N, P], NaN if the rule needed none."""
+        values = self.images[column].combine_chunks()
+        if not pa.types.is_fixed_size_list(values.type):
+            return np.asarray(values)
+        present, size = np.asarray(values.is_valid()), values.type.list_size
+        listed = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
+        if present.all():
+            return listed  # type: ignore[no-any-return]
+        whole = np.full((len(values), size), np.nan, np.float32)
+        whole[present] = listed
+        return whole
+
+    def take(self, rows: NDArray[np.int64]) -> "SelectionLog":
         """Return the log of some of the images."""
-        names = [*_IMAGE_COLUMNS, "scores", *_VIEW_COLUMNS]
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})
+        return dataclasses.replace(self, images=self.images.take(pa.array(rows)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contrast:
-    """A measure of the chosen pairs against that of the other pairs of the same images."""
+    """A measure of the chosen pairs and of the other pairs of the same images."""
 
     chosen: float
     other: float
@@ -175,24 +145,24 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Period:
-    """The selections of some steps."""
+    """The selections of a range of steps."""
 
     first_step: int
     last_step: int
     first_epoch: int
     last_epoch: int
     epochs_done: float
-    """Mean of the steps over the steps of an epoch: where this period is drawn."""
+    """Mean step / steps of an epoch: the place of this period on a time axis."""
     num_images: int
     min_iou_share: float
-    """Share of the images whose chosen pair is the one with the smallest IoU; chance is 1/P."""
+    """Fraction of the images whose chosen pair has the smallest IoU; chance is 1/P."""
     measures: dict[str, Contrast]
     """By the names of `MEASURES`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IouHistogram:
-    """Shares of the pairs by IoU, in the last third of the logged steps; each column adds up to 1."""
+    """Fractions of the pairs by IoU, in the last third of the logged steps; each column adds up to 1."""
 
     edges: tuple[float, ...]
     chosen_share: tuple[float, ...]
@@ -201,7 +171,7 @@ class IouHistogram:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceFeature:
-    """What a feature does in the choice model."""
+    """The effect of a feature in the choice model."""
 
     coefficient: float
     """Change of the log-odds for one standard deviation more of the feature; negative: less of it is chosen."""
@@ -211,14 +181,14 @@ class ChoiceFeature:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChoiceModel:
-    """How well the chosen pair can be told from the plan alone: see `fit_choice_model`."""
+    """How well the plan alone predicts the chosen pair: see `fit_choice_model`."""
 
     num_fitted: int
     num_held_out: int
     accuracy: float
-    """Share of held-out images whose chosen pair is the model's first."""
+    """Fraction of held-out images whose chosen pair the model ranks first."""
     min_iou_accuracy: float
-    """The same of the rule "the pair with the smallest IoU"."""
+    """Accuracy of the rule "the pair with the smallest IoU"."""
     chance: float
     log_likelihood_share: float
     """McFadden's: 1 - log-likelihood / log-likelihood of chance, held out; 0 is chance, 1 is certainty."""
@@ -227,7 +197,7 @@ class ChoiceModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreFeature:
-    """What a feature does in the score model, as shares of a variance."""
+    """The effect of a feature in the score model, as fractions of a variance."""
 
     main_effect: float
     """Variance of the forest's marginal over the feature / variance of the forest: fANOVA's importance."""
@@ -242,13 +212,13 @@ class ScoreModel:
     num_fitted: int
     num_held_out: int
     r2: float
-    """Share of the variance of held-out scores (minus their image's mean) that the forest explains."""
+    """Fraction of the variance of held-out scores (minus their image's mean) that the forest explains."""
     features: dict[str, ScoreFeature]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IouScoreCorrelation:
-    """How IoU and score go together among the pairs of an image."""
+    """Correlation of IoU and score among the pairs of an image."""
 
     num_images: int
     pearson: float
@@ -259,7 +229,7 @@ class IouScoreCorrelation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionAnalysis:
-    """What a run chose. The models, the histogram and the correlation look at the last third of the logged steps."""
+    """The choices of a run. Models, histogram and correlation cover the last third of the logged steps."""
 
     run_name: str
     recipe: str
@@ -295,56 +265,47 @@ class SelectionAnalysis:
 def read_selection_log(run_dir: Path) -> SelectionLog:
     """Read the selection log of a run's folder.
 
-    Where a resumed run logged steps again, the first record counts. Steps with another number of views, or other
-    pairs, than most are left out and counted.
+    If a resumed run logged steps again, the first record counts. Steps with another number of views, or other pairs,
+    than most are left out and counted.
 
     Raises:
         DataError: no log, or a damaged one.
     """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is not a folder; expected the folder of a run, such as runs/<name>")
-    paths = sorted((run_dir / "selection").glob("part-*.parquet"))
-    parts = [part for path in paths if (part := _read_part(path)) is not None]
-    if not parts:
-        raise DataError(
-            f"{run_dir} has no selection log (selection/part-*.parquet): the run chose nothing (selection.rule=first), "
-            "or tracking.selection_images_per_epoch is 0, or it has not come to its first logged step. Train with "
-            "another rule and with tracking.selection_images_per_epoch above 0"
-        )
     layouts: dict[tuple[int, bytes], list[SelectionLog]] = {}
     seen = np.zeros(0, np.int64)
-    for part in parts:
-        fresh = part.take(~np.isin(part.step, seen))
-        seen = np.union1d(seen, part.step)
-        layouts.setdefault((part.num_views, part.pairs.tobytes()), []).append(fresh)
+    for path in sorted((run_dir / "selection").glob("part-*.parquet")):
+        part = _read_part(path)
+        if part is not None:
+            fresh = part.take(np.flatnonzero(~np.isin(part["step"], seen)))
+            seen = np.union1d(seen, part["step"])
+            layouts.setdefault((part.num_views, part.pairs.tobytes()), []).append(fresh)
+    if not layouts:
+        raise DataError(
+            f"{run_dir} has no selection log (selection/part-*.parquet): the run chose nothing (selection.rule=first), "
+            "or tracking.selection_images_per_epoch is 0, or the run has not reached its first logged step. Train with "
+            "another rule and with tracking.selection_images_per_epoch above 0"
+        )
     kept = max(layouts.values(), key=lambda logs: sum(log.num_images for log in logs))
+    images = pa.concat_tables([log.images for log in kept]).sort_by("step")  # Arrow's sort is stable
     total = sum(log.num_images for logs in layouts.values() for log in logs)
-    names = [*_IMAGE_COLUMNS, "scores", *_VIEW_COLUMNS]
-    columns: dict[str, Any] = {name: np.concatenate([getattr(log, name) for log in kept]) for name in names}
-    whole = dataclasses.replace(kept[0], **columns, num_images_left_out=total - len(columns["step"]))
-    return whole.take(np.argsort(whole.step, kind="stable"))
+    return dataclasses.replace(kept[0], images=images, num_images_left_out=total - images.num_rows)
 
 
 def _read_part(path: Path) -> SelectionLog | None:
     """Return one file of the log; None: it has no rows."""
     try:
-        table = read_small_table(path, max_bytes=MAX_PART_BYTES)
-    except DataError as error:
-        raise DataError(
-            f"{path} cannot be read as a selection log ({error}); delete this file to go without it"
-        ) from error
-    try:
+        table = pq.read_table(path)
         described = json.loads((table.schema.metadata or {})[b"hvp_ray"])
         if described["format"] != LOG_FORMAT:
             raise DataError(f"{path} has format {described['format']}; this version reads format {LOG_FORMAT}")
         if not table.num_rows:
             return None
         pairs = np.array(described["pairs"], np.int64).reshape(-1, 2)
-        columns: dict[str, Any] = {
-            name: table.column(name).to_numpy().astype(dtype) for name, dtype in _IMAGE_COLUMNS.items()
-        }
-        columns |= {name: _list_column(table, name, dtype) for name, dtype in _VIEW_COLUMNS.items()}
-        columns["scores"] = _scores(table, len(pairs))
+        num_views = len(table["top"][0])
+        columns = _IMAGE_COLUMNS | {"scores": pa.list_(pa.float32(), len(pairs))}
+        columns |= {name: pa.list_(kind, num_views) for name, kind in PLAN_COLUMNS.items()}
         log = SelectionLog(
             run_name=str(described["run_name"]),
             recipe=str(described["recipe"]),
@@ -353,30 +314,14 @@ def _read_part(path: Path) -> SelectionLog | None:
             steps_per_epoch=int(described["steps_per_epoch"]),
             pairs=pairs,
             num_images_left_out=0,
-            **columns,
+            images=table.select(list(columns)).cast(pa.schema(columns)),
         )
-        if not (log.chosen_pair >= 0).all() or not (log.chosen_pair < len(pairs)).all() or pairs.max() >= log.num_views:
-            raise ValueError(f"chosen_pair or pairs go beyond {len(pairs)} pairs of {log.num_views} views")
+        chosen = log["chosen_pair"]
+        if chosen.min() < 0 or chosen.max() >= len(pairs) or pairs.max() >= num_views:
+            raise ValueError(f"chosen_pair or pairs exceed {len(pairs)} pairs of {num_views} views")
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read as a selection log ({error}); delete this file to go without it"
-        ) from error
+        raise DataError(f"{path} cannot be read as a selection log ({error}); delete this file to skip it") from error
     return log
-
-
-def _list_column(table: Any, name: str, dtype: Any) -> NDArray[Any]:
-    """Return a column of lists of one length as [N, length]."""
-    flat = table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.astype(dtype).reshape(table.num_rows, -1)
-
-
-def _scores(table: Any, num_pairs: int) -> NDArray[np.float32]:
-    column = table.column("scores")
-    scores = np.full((table.num_rows, num_pairs), np.nan, np.float32)
-    present = column.is_valid().to_numpy().astype(bool)
-    if present.any():
-        scores[present] = _list_column(table.filter(pa.array(present)), "scores", np.float32)
-    return scores
 
 
 def describe_features(log: SelectionLog) -> dict[str, NDArray[np.float32]]:
@@ -388,11 +333,11 @@ def describe_features(log: SelectionLog) -> dict[str, NDArray[np.float32]]:
     - brightness, contrast, saturation, hue: absolute differences of the factors; a view without jitter has neutral
       ones (1, 1, 1 and 0 turns).
     - color_distance: Euclidean, over the same four.
-    - ..._differs: 1 where one view of the pair has it and the other has not.
+    - ..._differs: 1 if one view of the pair has it and the other has not.
 
     Source: automl/hvp, branch analysis, analysis/metric_json_to_csv.py and plot_relative_dist.py.
-    Differs: the authors put factors 0 for missing jitter, so that any jittered view is far from it, and count a
-        single difference as 0 if either view has no jitter; here a missing jitter is what it does: nothing.
+    Differs: for missing jitter the authors put factors 0, far from any jittered view, and count a single difference as
+        0 if either view has no jitter. Here missing jitter has neutral factors.
     """
     first, second = log.pairs[:, 0], log.pairs[:, 1]
 
@@ -400,57 +345,47 @@ def describe_features(log: SelectionLog) -> dict[str, NDArray[np.float32]]:
         wide = values.astype(np.float32)
         return np.abs(wide[:, first] - wide[:, second])
 
-    diagonal = np.hypot(log.image_height, log.image_width).astype(np.float32)[:, None]
-    image_area = log.image_height.astype(np.float64) * log.image_width
-    areas = (log.height.astype(np.float64) * log.width / image_area[:, None]).astype(np.float32)
-    smaller = np.minimum(areas[:, first], areas[:, second])
-    larger = np.maximum(areas[:, first], areas[:, second])
-    colors = {
-        name: difference(np.where(log.jitter, getattr(log, field), neutral))
-        for name, field, neutral in (
-            ("brightness", "brightness", 1.0),
-            ("contrast", "contrast", 1.0),
-            ("saturation", "saturation", 1.0),
-            ("hue", "hue_turns", 0.0),
-        )
+    image_height, image_width = (log[name].astype(np.float64)[:, None] for name in ("image_height", "image_width"))
+    top, left, height, width = (log[name] for name in ("top", "left", "height", "width"))
+    areas = (height.astype(np.float64) * width / (image_height * image_width)).astype(np.float32)
+    smaller, larger = np.minimum(areas[:, first], areas[:, second]), np.maximum(areas[:, first], areas[:, second])
+    of_plan = {
+        name: difference(log[field] != 0 if name in _DIFFERS else log[field])
+        for field, name in _FEATURE_OF_FIELD.items()
     }
+    colors = [of_plan[name] for name in ("brightness", "contrast", "saturation", "hue")]
+    diagonal = np.hypot(image_height, image_width).astype(np.float32)
     return {
-        "iou": crop_iou(log.top.T, log.left.T, log.height.T, log.width.T, log.pairs),
-        "corner_distance": np.hypot(difference(log.top), difference(log.left)) / diagonal,
+        "iou": crop_iou(top.T, left.T, height.T, width.T, log.pairs),
+        "corner_distance": np.hypot(difference(top), difference(left)) / diagonal,
         "area_ratio": smaller / larger,
         "smaller_area": smaller,
         "larger_area": larger,
-        **colors,
-        "color_distance": np.sqrt(np.stack([c**2 for c in colors.values()]).sum(axis=0)),
-        "grayscale_differs": difference(log.grayscale),
-        "blur_differs": difference(log.blur_sigma_px > 0),
-        "flip_differs": difference(log.flip),
-        "solarize_differs": difference(log.solarize),
+        "color_distance": np.sqrt(np.square(colors).sum(axis=0)),
+        **of_plan,
     }
 
 
 def analyse_selection(log: SelectionLog) -> SelectionAnalysis:
-    """Compare the chosen pairs of a log with the others, and say what they were chosen for.
+    """Compare the chosen pairs of a log with the others, and find what they were chosen for.
 
     Raises:
-        DataError: one pair per image: there was nothing to choose.
+        DataError: there is one pair per image, so nothing was chosen.
     """
     if log.num_pairs < 2:
         raise DataError(
             f"the run {log.run_name} had {log.num_views} views and {log.num_pairs} pair per image, so nothing was "
             "chosen; train with selection.num_views of 3 or more"
         )
-    chosen, other, is_min_iou = _contrast_rows(log)
-
-    def period(rows: NDArray[np.bool_]) -> Period:
-        return _period(log, chosen, other, is_min_iou, np.flatnonzero(rows))
-
-    epochs = np.unique(log.epoch)
-    late_from = int(log.step[-1]) - (int(log.step[-1]) - int(log.step[0])) / 3
-    late_rows = np.flatnonzero(log.step >= late_from)
-    late = log.take(late_rows)
+    step, epoch, contrasts = log["step"], log["epoch"], _contrast(log)
+    epochs = np.unique(epoch)
+    is_late = step >= step[-1] - (step[-1] - step[0]) / 3
+    late = log.take(np.flatnonzero(is_late))
     sample = _subsample(late, min(_MAX_MODEL_IMAGES, _MAX_MODEL_PAIRS // log.num_pairs))
-    scored = sample.take(np.flatnonzero(np.isfinite(sample.scores).all(axis=1)))
+    scored = sample.take(np.flatnonzero(np.isfinite(sample["scores"]).all(axis=1)))
+    in_first_epoch = np.unique(step[epoch == epochs[0]])
+    num_bins = min(_FINE_BINS, len(in_first_epoch), (epoch == epochs[0]).sum() // _IMAGES_PER_FINE_BIN)
+    fine_bins = np.array_split(in_first_epoch, max(1, num_bins))
     return SelectionAnalysis(
         run_name=log.run_name,
         recipe=log.recipe,
@@ -462,14 +397,11 @@ def analyse_selection(log: SelectionLog) -> SelectionAnalysis:
         num_images=log.num_images,
         num_images_left_out=log.num_images_left_out,
         chance=1 / log.num_pairs,
-        pair_shares=tuple((np.bincount(log.chosen_pair, minlength=log.num_pairs) / log.num_images).tolist()),
-        whole_run=period(np.ones(log.num_images, np.bool_)),
-        last_third=_period(log, chosen, other, is_min_iou, late_rows),
-        per_epoch=tuple(period(log.epoch == epoch) for epoch in epochs),
-        first_epoch=tuple(
-            period((log.epoch == epochs[0]) & (first <= log.step) & (log.step <= last))
-            for first, last in _fine_bins(log.step[log.epoch == epochs[0]])
-        ),
+        pair_shares=tuple((np.bincount(log["chosen_pair"], minlength=log.num_pairs) / log.num_images).tolist()),
+        whole_run=_period(log, contrasts, np.ones(log.num_images, np.bool_)),
+        last_third=_period(log, contrasts, is_late),
+        per_epoch=tuple(_period(log, contrasts, epoch == one) for one in epochs),
+        first_epoch=tuple(_period(log, contrasts, (epoch == epochs[0]) & np.isin(step, steps)) for steps in fine_bins),
         iou_histogram=_iou_histogram(late),
         choice_model=fit_choice_model(sample) if sample.num_images >= _MIN_MODEL_IMAGES else None,
         score_model=fit_score_model(scored) if scored.num_images >= _MIN_MODEL_IMAGES else None,
@@ -479,7 +411,7 @@ def analyse_selection(log: SelectionLog) -> SelectionAnalysis:
 
 def _in_blocks(log: SelectionLog) -> Iterator[SelectionLog]:
     for start in range(0, log.num_images, _ROWS_AT_ONCE):
-        yield log.take(slice(start, start + _ROWS_AT_ONCE))
+        yield dataclasses.replace(log, images=log.images.slice(start, _ROWS_AT_ONCE))
 
 
 def _subsample(log: SelectionLog, limit: int) -> SelectionLog:
@@ -488,30 +420,35 @@ def _subsample(log: SelectionLog, limit: int) -> SelectionLog:
     return log.take(np.sort(np.random.default_rng(0).permutation(log.num_images)[:limit]))
 
 
-def _contrast_rows(
-    log: SelectionLog,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Return `MEASURES` of the chosen pair, and their mean over the others, [N, M] each; [N] chosen has least IoU."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Contrasts:
+    """The measures of every image."""
+
+    chosen: NDArray[np.float64]
+    """[N, M] for the names of `MEASURES`: of the chosen pair."""
+    other: NDArray[np.float64]
+    """[N, M]: mean over the other pairs."""
+    is_min_iou: NDArray[np.bool_]
+    """[N]: the chosen pair has the smallest IoU."""
+
+
+def _contrast(log: SelectionLog) -> _Contrasts:
     chosen, other, is_min_iou = [], [], []
     for block in _in_blocks(log):
-        features = describe_features(block)
+        features, chosen_pair = describe_features(block), block["chosen_pair"]
         values = np.stack([features[name] for name in MEASURES], axis=-1).astype(np.float64)
-        of_chosen = values[np.arange(block.num_images), block.chosen_pair]
+        of_chosen = values[np.arange(block.num_images), chosen_pair]
         chosen.append(of_chosen)
         other.append((values.sum(axis=1) - of_chosen) / (log.num_pairs - 1))
-        is_min_iou.append(features["iou"].argmin(axis=1) == block.chosen_pair)
-    return np.concatenate(chosen), np.concatenate(other), np.concatenate(is_min_iou)
+        is_min_iou.append(features["iou"].argmin(axis=1) == chosen_pair)
+    return _Contrasts(chosen=np.concatenate(chosen), other=np.concatenate(other), is_min_iou=np.concatenate(is_min_iou))
 
 
-def _period(
-    log: SelectionLog,
-    chosen: NDArray[np.float64],
-    other: NDArray[np.float64],
-    is_min_iou: NDArray[np.bool_],
-    rows: NDArray[np.int64],
-) -> Period:
-    steps, epochs, count = log.step[rows], log.epoch[rows], len(rows)
-    errors = (chosen[rows] - other[rows]).std(axis=0, ddof=1) / count**0.5 if count > 1 else None
+def _period(log: SelectionLog, contrasts: _Contrasts, rows: NDArray[np.bool_]) -> Period:
+    steps, epochs, count = log["step"][rows], log["epoch"][rows], int(rows.sum())
+    chosen, other = contrasts.chosen[rows], contrasts.other[rows]
+    errors = scipy.stats.sem(chosen - other, axis=0).tolist() if count > 1 else [None] * len(MEASURES)
+    means = zip(MEASURES, chosen.mean(axis=0).tolist(), other.mean(axis=0).tolist(), errors, strict=True)
     return Period(
         first_step=int(steps.min()),
         last_step=int(steps.max()),
@@ -519,23 +456,9 @@ def _period(
         last_epoch=int(epochs.max()),
         epochs_done=float(steps.mean() / log.steps_per_epoch),
         num_images=count,
-        min_iou_share=float(is_min_iou[rows].mean()),
-        measures={
-            name: Contrast(
-                chosen=float(chosen[rows, column].mean()),
-                other=float(other[rows, column].mean()),
-                standard_error=None if errors is None else float(errors[column]),
-            )
-            for column, name in enumerate(MEASURES)
-        },
+        min_iou_share=float(contrasts.is_min_iou[rows].mean()),
+        measures={name: Contrast(chosen=c, other=o, standard_error=error) for name, c, o, error in means},
     )
-
-
-def _fine_bins(steps: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Return the first and last steps of up to eight parts, of some hundred images each."""
-    distinct = np.unique(steps)
-    count = max(1, min(_FINE_BINS, len(distinct), len(steps) // _IMAGES_PER_FINE_BIN))
-    return [(int(part[0]), int(part[-1])) for part in np.array_split(distinct, count)]
 
 
 def _iou_histogram(log: SelectionLog) -> IouHistogram:
@@ -543,7 +466,7 @@ def _iou_histogram(log: SelectionLog) -> IouHistogram:
     counts = np.zeros((2, _HISTOGRAM_BINS))
     for block in _in_blocks(log):
         ious = describe_features(block)["iou"]
-        is_chosen = np.arange(log.num_pairs) == block.chosen_pair[:, None]
+        is_chosen = np.arange(log.num_pairs) == block["chosen_pair"][:, None]
         counts += [np.histogram(ious[is_chosen], edges)[0], np.histogram(ious[~is_chosen], edges)[0]]
     shares = counts / counts.sum(axis=1, keepdims=True)
     return IouHistogram(
@@ -567,9 +490,9 @@ def _halves(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def fit_choice_model(log: SelectionLog) -> ChoiceModel:
     """Fit a conditional choice model to half of the images, and measure it on the other half.
 
-    P(pair p is chosen) = softmax over the image's pairs of w . x_p, x the standardised `FEATURES`; w maximises the
-    likelihood, with a ridge of 1e-4 that keeps it finite where the choice is certain. A feature that is the same for
-    all pairs has weight 0.
+    P(pair p is chosen) = softmax over the image's pairs of w . x_p, with standardised `FEATURES` x. w maximises the
+    likelihood, with a ridge of 1e-4 that keeps it finite if the choice is certain. A feature that is equal for all pairs
+    has weight 0.
 
     Source: McFadden 1974 (conditional logit).
     Differs: the HVP authors trained boosted trees on all six pairs' parameters at once (accuracy 0.41, chance 0.167).
@@ -577,8 +500,8 @@ def fit_choice_model(log: SelectionLog) -> ChoiceModel:
     features, (train, test) = _feature_array(log), _halves(log.num_images)
     spread = features[train].std(axis=(0, 1))
     features = (features - features[train].mean(axis=(0, 1))) / np.where(spread > 1e-9, spread, np.inf)
-    weights = _maximise_choice_likelihood(features[train], log.chosen_pair[train])
-    held_out, chosen = features[test], log.chosen_pair[test]
+    weights = _maximise_choice_likelihood(features[train], log["chosen_pair"][train])
+    held_out, chosen = features[test], log["chosen_pair"][test]
 
     def accuracy(values: NDArray[np.float64]) -> float:
         return float(((values @ weights).argmax(axis=1) == chosen).mean())
@@ -588,7 +511,7 @@ def fit_choice_model(log: SelectionLog) -> ChoiceModel:
         shuffled = held_out.copy()
         shuffled[..., column] = generator.permuted(held_out[..., column], axis=1)
         found[name] = ChoiceFeature(coefficient=float(weights[column]), accuracy_lost=float(whole - accuracy(shuffled)))
-    log_probabilities = _log_softmax(held_out @ weights)[np.arange(len(test)), chosen]
+    log_probabilities = scipy.special.log_softmax(held_out @ weights, axis=1)[np.arange(len(test)), chosen]
     return ChoiceModel(
         num_fitted=len(train),
         num_held_out=len(test),
@@ -600,63 +523,49 @@ def fit_choice_model(log: SelectionLog) -> ChoiceModel:
     )
 
 
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
 def _maximise_choice_likelihood(features_NPF: NDArray[np.float64], chosen: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the weights [F] of the conditional logit, by Newton's method with halved steps."""
-    count, _, num_features = features_NPF.shape
-    rows = np.arange(count)
+    """Return the weights [F] of the conditional logit."""
+    rows = np.arange(len(chosen))
     of_chosen = features_NPF[rows, chosen]
 
-    def loss(weights: NDArray[np.float64]) -> float:
-        likelihood = _log_softmax(features_NPF @ weights)[rows, chosen].mean()
-        return float(_RIDGE / 2 * weights @ weights - likelihood)
+    def loss(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """Return minus the mean log-likelihood with its ridge, and the gradient."""
+        log_probabilities = scipy.special.log_softmax(features_NPF @ weights, axis=1)
+        expected = np.einsum("np,npf->nf", np.exp(log_probabilities), features_NPF)
+        value = _RIDGE / 2 * weights @ weights - log_probabilities[rows, chosen].mean()
+        return float(value), (expected - of_chosen).mean(axis=0) + _RIDGE * weights
 
-    weights = np.zeros(num_features)
-    value = loss(weights)
-    for _ in range(50):
-        probabilities = np.exp(_log_softmax(features_NPF @ weights))
-        mean = np.einsum("np,npf->nf", probabilities, features_NPF)
-        gradient = (mean - of_chosen).mean(axis=0) + _RIDGE * weights
-        spread = ((features_NPF - mean[:, None]) * np.sqrt(probabilities)[..., None]).reshape(-1, num_features)
-        hessian = spread.T @ spread / count + _RIDGE * np.eye(num_features)
-        step = np.linalg.solve(hessian, gradient)
-        scale = 1.0
-        while scale > 1e-6 and loss(weights - scale * step) > value:
-            scale /= 2
-        weights = weights - scale * step
-        previous, value = value, loss(weights)
-        if previous - value < 1e-9:
-            break
+    start, options = np.zeros(features_NPF.shape[2]), {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
+    found = scipy.optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+    weights: NDArray[np.float64] = found.x
     return weights
 
 
 def fit_score_model(log: SelectionLog) -> ScoreModel | None:
     """Fit a random forest to the scores of half of the images, and weigh its features on the other half.
 
-    The forest predicts a pair's score minus the mean of its image's pairs, so that how hard an image is plays no part.
-    Two importances of each feature, both shares of a variance:
+    The forest predicts a pair's score minus the mean of its image's pairs, so the hardness of the image plays no part.
+    Each feature has two importances, both fractions of a variance:
 
     - main_effect: variance over the feature's values of the forest's prediction averaged over all other features,
       divided by the variance of the forest's predictions. This is fANOVA's importance of a single parameter, over the
       distribution of the logged pairs.
     - permutation: (squared error with the feature shuffled among all held-out pairs - squared error) / (2 x variance
-      of the scores). It counts what the feature does together with others too.
+      of the scores). It also counts what the feature does together with others.
 
-    None: the scores are all equal.
+    Returns:
+        None if the scores are all equal.
 
     Source: Hutter, Hoos, Leyton-Brown, ICML 2014 (fANOVA).
     Differs: the HVP authors' forest predicts the similarity of the selected pair alone (`AUTHORS_FANOVA`), not of all
         pairs, and its importances are over the box of the parameters.
     """
     from sklearn.ensemble import RandomForestRegressor
+    from sklearn.inspection import permutation_importance
 
     log = _subsample(log, max(_MIN_MODEL_IMAGES, _MAX_FOREST_PAIRS // log.num_pairs))
     features, (train, test) = _feature_array(log), _halves(log.num_images)
-    scores = log.scores.astype(np.float64)
+    scores = log["scores"].astype(np.float64)
     scores -= scores.mean(axis=1, keepdims=True)
     if scores[train].std() < 1e-9 or scores[test].std() < 1e-9:
         return None
@@ -664,63 +573,48 @@ def fit_score_model(log: SelectionLog) -> ScoreModel | None:
     target = scores[test].ravel()
     forest = RandomForestRegressor(n_estimators=50, min_samples_leaf=20, max_features=0.5, random_state=0, n_jobs=1)
     forest.fit(fitted, scores[train].ravel())
-    predicted = forest.predict(held_out)
-    error, variance = float(((predicted - target) ** 2).mean()), float(target.var())
-    generator, found = np.random.default_rng(2), {}
-    background = held_out[generator.permutation(len(held_out))[:256]]
-    for column, name in enumerate(FEATURES):
-        shuffled = held_out.copy()
-        shuffled[:, column] = generator.permutation(held_out[:, column])
-        gained = float(((forest.predict(shuffled) - target) ** 2).mean()) - error
-        marginal_variance = _marginal_variance(forest, held_out[:, column], background, column)
-        found[name] = ScoreFeature(
-            main_effect=marginal_variance / max(float(predicted.var()), 1e-12), permutation=gained / (2 * variance)
-        )
-    return ScoreModel(num_fitted=len(train), num_held_out=len(test), r2=1 - error / variance, features=found)
+    gained = permutation_importance(
+        forest, held_out, target, scoring="neg_mean_squared_error", n_repeats=2, random_state=2
+    ).importances_mean
+    variance = float(target.var())
+    spread = max(float(forest.predict(held_out).var()), 1e-12)
+    return ScoreModel(
+        num_fitted=len(train),
+        num_held_out=len(test),
+        r2=float(forest.score(held_out, target)),
+        features={
+            name: ScoreFeature(
+                main_effect=_marginal_variance(forest, held_out, column) / spread,
+                permutation=float(gained[column]) / (2 * variance),
+            )
+            for column, name in enumerate(FEATURES)
+        },
+    )
 
 
-def _marginal_variance(
-    forest: Any, values: NDArray[np.float64], background: NDArray[np.float64], column: int, num_levels: int = 16
-) -> float:
-    """Return the variance of the forest's marginal over one feature, over the distribution of its `values`."""
-    levels, counts = np.unique(values, return_counts=True)
-    if len(levels) > num_levels:
-        levels = np.quantile(values, (np.arange(num_levels) + 0.5) / num_levels)
-        counts = np.ones(num_levels, np.int64)
-    if len(levels) == 1:
-        return 0.0
-    grid = np.tile(background, (len(levels), 1))
-    grid[:, column] = levels.repeat(len(background))
-    marginal = forest.predict(grid).reshape(len(levels), -1).mean(axis=1)
-    mean = np.average(marginal, weights=counts)
-    return float(np.average((marginal - mean) ** 2, weights=counts))
+def _marginal_variance(forest: Any, features: NDArray[np.float64], column: int) -> float:
+    """Return the variance of the forest's marginal over one feature, over the distribution of its values."""
+    from sklearn.inspection import partial_dependence
+
+    background = features[np.random.default_rng(2).permutation(len(features))[:256]]
+    levels = np.unique(np.quantile(features[:, column], np.linspace(0, 1, 17)))
+    marginal = partial_dependence(forest, background, [column], custom_values={column: levels}, method="brute")
+    return float(np.interp(features[:, column], levels, marginal["average"][0]).var())
 
 
 def _correlate(log: SelectionLog) -> IouScoreCorrelation | None:
-    ious, scores = describe_features(log)["iou"].astype(np.float64), log.scores.astype(np.float64)
-    pearson = _correlations(ious.reshape(1, -1), scores.reshape(1, -1), groups=log.num_pairs)
-    spearman = _correlations(_ranks(ious), _ranks(scores), groups=log.num_pairs)
+    """Return the correlation of IoU and score; None: either is equal for all pairs of every image."""
+
+    def correlations(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
+        """Return Pearson's correlation of each row; rows without spread are left out."""
+        varies = (np.ptp(first, axis=1) > 1e-6) & (np.ptp(second, axis=1) > 1e-6)
+        found: NDArray[np.float64] = scipy.stats.pearsonr(first[varies], second[varies], axis=1).statistic
+        return found
+
+    ious, scores = describe_features(log)["iou"].astype(np.float64), log["scores"].astype(np.float64)
+    centred = ((values - values.mean(axis=1, keepdims=True)).reshape(1, -1) for values in (ious, scores))
+    pearson = correlations(*centred)
+    spearman = correlations(*(scipy.stats.rankdata(values, axis=1) for values in (ious, scores)))
     if not len(pearson) or not len(spearman):
         return None
-    return IouScoreCorrelation(
-        num_images=log.num_images, pearson=float(pearson.mean()), spearman=float(spearman.mean())
-    )
-
-
-def _correlations(first: NDArray[np.float64], second: NDArray[np.float64], *, groups: int) -> NDArray[np.float64]:
-    """Return the correlation of each row, of values minus the mean of their group; rows without spread are left out."""
-    a, b = (
-        (values.reshape(-1, groups) - values.reshape(-1, groups).mean(axis=1, keepdims=True)).reshape(values.shape)
-        for values in (first, second)
-    )
-    spread = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-    return (a * b).sum(axis=1)[spread > 1e-12] / spread[spread > 1e-12]
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the ranks in each row; equal values share the mean of theirs."""
-    ranks = np.zeros(values.shape)
-    for column in range(values.shape[1]):
-        other = values[:, column : column + 1]
-        ranks += (other < values) + 0.5 * (other == values)
-    return ranks
+    return IouScoreCorrelation(num_images=log.num_images, pearson=float(pearson[0]), spearman=float(spearman.mean()))

@@ -55,8 +55,7 @@ def draw_plan(
     if group.odd is None:
         return _plan_from_words(words_VBK, heights, widths, group.even)
     parts = [_plan_from_words(words_VBK[v : v + 1], heights, widths, group.transform_of(v)) for v in range(num_views)]
-    fields = [name for name in ViewPlan.__dataclass_fields__ if name != "mask"]
-    return ViewPlan(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
+    return ViewPlan.of_views(parts)
 
 
 def _plan_from_words(
