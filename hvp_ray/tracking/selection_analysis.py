@@ -574,7 +574,7 @@ def fit_score_model(log: SelectionLog) -> ScoreModel | None:
     forest = RandomForestRegressor(n_estimators=50, min_samples_leaf=20, max_features=0.5, random_state=0, n_jobs=1)
     forest.fit(fitted, scores[train].ravel())
     gained = permutation_importance(
-        forest, held_out, target, scoring="neg_mean_squared_error", n_repeats=2, random_state=2
+        forest, held_out, target, scoring="neg_mean_squared_error", n_repeats=1, random_state=2
     ).importances_mean
     variance = float(target.var())
     spread = max(float(forest.predict(held_out).var()), 1e-12)
@@ -597,7 +597,7 @@ def _marginal_variance(forest: Any, features: NDArray[np.float64], column: int) 
     from sklearn.inspection import partial_dependence
 
     background = features[np.random.default_rng(2).permutation(len(features))[:256]]
-    levels = np.unique(np.quantile(features[:, column], np.linspace(0, 1, 17)))
+    levels = np.unique(np.quantile(features[:, column], np.linspace(0, 1, 33)))
     marginal = partial_dependence(forest, background, [column], custom_values={column: levels}, method="brute")
     return float(np.interp(features[:, column], levels, marginal["average"][0]).var())
 
