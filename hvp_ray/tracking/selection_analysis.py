@@ -23,25 +23,18 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from hvp_ray.errors import DataError
-from hvp_ray.records import per_view_types
 from hvp_ray.tracking.selection_log import PLAN_COLUMNS
 from hvp_ray.views.geometry import crop_iou
 
 LOG_FORMAT = 1
 
-_DESCRIBED_APART = ("top", "left", "height", "width", "jitter")
-"""Fields of a plan that are no feature: crops are described by overlap and area, and jitter by its factors."""
-
-_FEATURE_NAMES = {"hue_turns": "hue", "blur_sigma_px": "blur_differs"}
-
-
-def _feature_name(field: str, dtype: np.dtype[Any]) -> str:
-    return _FEATURE_NAMES.get(field, f"{field}_differs" if dtype == np.bool_ else field)
-
-
 _FEATURE_OF_FIELD = {
-    field: _feature_name(field, dtype) for field, dtype in per_view_types().items() if field not in _DESCRIBED_APART
+    **{name: f"{name}_differs" if kind == pa.bool_() else name for name, kind in PLAN_COLUMNS.items()},
+    "hue_turns": "hue",
+    "blur_sigma_px": "blur_differs",
 }
+for _described_apart in ("top", "left", "height", "width", "jitter"):  # by overlap and area, and by the factors
+    del _FEATURE_OF_FIELD[_described_apart]
 _DIFFERS = tuple(name for name in _FEATURE_OF_FIELD.values() if name.endswith("_differs"))
 _AMOUNTS = tuple(name for name in _FEATURE_OF_FIELD.values() if name not in _DIFFERS)
 
@@ -84,17 +77,23 @@ _IMAGE_COLUMNS: dict[str, pa.DataType] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectionLog:
-    """The logged selections of a run, in step order."""
+class LoggedRun:
+    """The run that a log is of."""
 
     run_name: str
     recipe: str
     rule: str
     seed: int
     steps_per_epoch: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionLog(LoggedRun):
+    """The logged selections of a run, in step order."""
+
     pairs: NDArray[np.int64]
     """[P, 2], view indices."""
-    num_images_left_out: int
+    num_images_left_out: int = 0
     """Logged images with another number of views, or other pairs, than most."""
     images: pa.Table
     """A row per image: step (optimizer steps done), epoch, sample_id, image_height and image_width in px, chosen_pair
@@ -123,7 +122,7 @@ class SelectionLog:
         present, size = np.asarray(values.is_valid()), values.type.list_size
         listed = values.flatten().to_numpy(zero_copy_only=False).reshape(-1, size)
         if present.all():
-            return listed  # type: ignore[no-any-return]
+            return listed
         whole = np.full((len(values), size), np.nan, np.float32)
         whole[present] = listed
         return whole
@@ -228,14 +227,9 @@ class IouScoreCorrelation:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SelectionAnalysis:
+class SelectionAnalysis(LoggedRun):
     """The choices of a run. Models, histogram and correlation cover the last third of the logged steps."""
 
-    run_name: str
-    recipe: str
-    rule: str
-    seed: int
-    steps_per_epoch: int
     num_views: int
     pairs: tuple[tuple[int, int], ...]
     num_images: int
@@ -306,16 +300,8 @@ def _read_part(path: Path) -> SelectionLog | None:
         num_views = len(table["top"][0])
         columns = _IMAGE_COLUMNS | {"scores": pa.list_(pa.float32(), len(pairs))}
         columns |= {name: pa.list_(kind, num_views) for name, kind in PLAN_COLUMNS.items()}
-        log = SelectionLog(
-            run_name=str(described["run_name"]),
-            recipe=str(described["recipe"]),
-            rule=str(described["rule"]),
-            seed=int(described["seed"]),
-            steps_per_epoch=int(described["steps_per_epoch"]),
-            pairs=pairs,
-            num_images_left_out=0,
-            images=table.select(list(columns)).cast(pa.schema(columns)),
-        )
+        run = {field.name: described[field.name] for field in dataclasses.fields(LoggedRun)}
+        log = SelectionLog(**run, pairs=pairs, images=table.select(list(columns)).cast(pa.schema(columns)))
         chosen = log["chosen_pair"]
         if chosen.min() < 0 or chosen.max() >= len(pairs) or pairs.max() >= num_views:
             raise ValueError(f"chosen_pair or pairs exceed {len(pairs)} pairs of {num_views} views")
@@ -387,11 +373,7 @@ def analyse_selection(log: SelectionLog) -> SelectionAnalysis:
     num_bins = min(_FINE_BINS, len(in_first_epoch), (epoch == epochs[0]).sum() // _IMAGES_PER_FINE_BIN)
     fine_bins = np.array_split(in_first_epoch, max(1, num_bins))
     return SelectionAnalysis(
-        run_name=log.run_name,
-        recipe=log.recipe,
-        rule=log.rule,
-        seed=log.seed,
-        steps_per_epoch=log.steps_per_epoch,
+        **{field.name: getattr(log, field.name) for field in dataclasses.fields(LoggedRun)},
         num_views=log.num_views,
         pairs=tuple((m, n) for m, n in log.pairs.tolist()),
         num_images=log.num_images,
