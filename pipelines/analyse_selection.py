@@ -16,16 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 
 from hvp_ray.errors import HvpRayError
 from hvp_ray.launch.environment import prepare_home
-from hvp_ray.tracking.selection_analysis import (
-    AUTHORS_FANOVA,
-    FEATURES,
-    MEASURES,
-    ChoiceModel,
-    ScoreModel,
-    SelectionAnalysis,
-    analyse_selection,
-    read_selection_log,
-)
+from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, read_selection_log
+from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
+from hvp_ray.tracking.selection_models import AUTHORS_FANOVA, ChoiceModel, ScoreModel
 from pipelines.command_line import find_run, keep_results
 
 _MEASURE_TITLES = {

@@ -6,15 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hvp_ray.tracking.selection_analysis import (
-    AUTHORS_FANOVA,
-    FEATURES,
-    MEASURES,
-    ChoiceModel,
-    Period,
-    ScoreModel,
-    SelectionAnalysis,
-)
+from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES
+from hvp_ray.tracking.selection_analysis import Period, SelectionAnalysis
+from hvp_ray.tracking.selection_models import AUTHORS_FANOVA, ChoiceModel, ScoreModel
 
 _CHOSEN, _OTHER, _GREY = "#c1440e", "#4878a8", "#777777"
 _TITLES = {"iou": "IoU", "corner_distance": "corner distance", "area_ratio": "smaller / larger area"}

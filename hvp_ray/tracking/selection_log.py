@@ -1,7 +1,7 @@
 """What was chosen, image by image: plans, scores and choices of some steps, as Parquet in a run's folder.
 
 `<run>/selection/part-<first step>-<last step>.parquet` has a row for each image. A resumed run drops the rows of the steps
-that it does again. Read by `selection_analysis.py`.
+that it does again. Read by `logged_pairs.py`.
 """
 
 import json

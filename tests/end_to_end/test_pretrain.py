@@ -19,7 +19,7 @@ from hvp_ray.launch.driver import Watchers
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.tracking.journal import read_journal
-from hvp_ray.tracking.selection_analysis import read_selection_log
+from hvp_ray.tracking.logged_pairs import read_selection_log
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps

@@ -15,13 +15,8 @@ from hvp_ray.errors import DataError
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import ViewPlan
 from hvp_ray.selection.candidates import pair_table
-from hvp_ray.tracking.selection_analysis import (
-    FEATURES,
-    MEASURES,
-    analyse_selection,
-    describe_features,
-    read_selection_log,
-)
+from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, describe_features, read_selection_log
+from hvp_ray.tracking.selection_analysis import analyse_selection
 from hvp_ray.tracking.selection_figures import draw_selection_figures
 from hvp_ray.tracking.selection_log import PLAN_COLUMNS
 from hvp_ray.tracking.selection_metrics import color_distances

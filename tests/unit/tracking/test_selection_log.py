@@ -14,7 +14,7 @@ from hvp_ray.runs.rank import build_order
 from hvp_ray.selection import Candidates
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
-from hvp_ray.tracking.selection_analysis import read_selection_log
+from hvp_ray.tracking.logged_pairs import read_selection_log
 from hvp_ray.tracking.selection_log import PLAN_COLUMNS, SelectionLogWriter
 from tests.helpers import tiny_config
 
