@@ -13,7 +13,7 @@ the peak of memory is that of one setting); medians are compared.
 
 The ledger says what each part of a step takes, in random steps, from steps of their own: normalise (bytes to floats),
 downscale (for scoring), score_networks and score (scoring's forward passes, and the rest of it), choose, gather,
-forward_networks and forward (training's forward passes, and the loss), backward, update, collectives, hand_over. Networks are
+forward_networks and forward (training's forward passes, and the loss), backward, update, collectives, copy. Networks are
 not told apart with --compile.
 """
 
