@@ -188,7 +188,7 @@ class ScoredImages:
             )
             torch.manual_seed(step)  # the same drop path for all choices
             with torch.no_grad(), batch_norm_for_scoring(self.trainee.method, "batch"):
-                losses.append(self.trainee.method(chosen.normalised(self.config)).loss)
+                losses.append(self.trainee.method(chosen.normalised(self.config.views)).loss)
         return float(torch.stack(losses).mean())
 
     def random_training_loss(self) -> float:

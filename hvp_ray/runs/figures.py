@@ -78,7 +78,7 @@ def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidat
     method.load_state_dict(trainee.method.state_dict())
     device_batch = CopyToDevice(trainee.device)(batch)
     device_batch.wait()
-    views = PixelViews.of(device_batch).normalised(config)
+    views = PixelViews.of(device_batch).normalised(config.views)
     torch.manual_seed(0)
     return score_views(method.train().score, views, candidates, module=method, batch_norm="batch")
 

@@ -4,7 +4,7 @@ To add a rule, write a function from `RuleInput` to `Selection`, give it a line 
 `hvp_ray.config.Rule`. A rule may read scores, the plan and addressed random numbers. Anything further that a rule needs
 becomes a field of `RuleInput`, which `training/step.py` fills.
 
-Rules work on tensors, without gradient and without a copy from the device to the host.
+Rules compute without gradient and copy nothing from the device to the host.
 
 Legend: V global views, L local views, B images, P pairs, k local views trained on, R candidates of a limited search.
 """
@@ -138,7 +138,7 @@ def choose_all_pairs(given: RuleInput) -> Selection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionRule:
-    """A rule, and what a step has to do for it."""
+    """A rule, and its demands on a step."""
 
     choose: Callable[[RuleInput], Selection]
     needs_scores: bool = False
@@ -161,7 +161,7 @@ RULES: dict[Rule, SelectionRule] = {
     "min_iou": SelectionRule(choose=choose_min_iou),
     "all_pairs": SelectionRule(choose=choose_all_pairs, trains_on_all_views=True),
 }
-"""Every value of `hvp_ray.config.Rule`, which says what the rules are for."""
+"""Every value of `hvp_ray.config.Rule`, whose docstring explains the purpose of each."""
 
 
 def rule_at(selection: SelectionConfig, step: int) -> Rule:
@@ -187,7 +187,7 @@ def choose_views(
     """Choose the views that each image is trained on; for the arguments, see `RuleInput`.
 
     Raises:
-        ShapeError: what the rule needs is missing or has another shape.
+        ShapeError: an input of the rule is missing or has another shape.
     """
     return RULES[rule].choose(
         RuleInput(candidates=candidates, num_images=num_images, device=device, scores=scores, plan=plan, draw=draw)
@@ -216,7 +216,7 @@ def _search_all(given: RuleInput, sign: float) -> Selection:
 
 
 def _search_drawn(given: RuleInput, sign: float, limit: int) -> Selection:
-    """Return the best of `limit` candidates, drawn with replacement and the same for all images of a rank's step.
+    """Return the best of `limit` candidates, drawn with replacement, once for all images of a rank's step.
 
     Source: automl/hvp, branch dino, pretrain.py:49-76. Differs: the draw is addressed by (seed, step, rank) instead of
     taken from Python's unseeded generator, and a limit that reaches the number of candidates means the exact search.

@@ -164,7 +164,7 @@ def _read_part(path: Path) -> SelectionLog | None:
     return log
 
 
-def describe_features(log: SelectionLog) -> dict[str, NDArray[np.float32]]:
+def pair_features(log: SelectionLog) -> dict[str, NDArray[np.float32]]:
     """Return the `FEATURES` and `MEASURES` of every pair, each [N, P].
 
     - iou: of the crops, px of the original image.

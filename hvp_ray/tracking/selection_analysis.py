@@ -3,7 +3,7 @@
 It compares chosen pairs with the others over time, predicts which pair is chosen, and weighs the features of a pair.
 `pipelines/analyse_selection.py` prints the result, `selection_figures.py` draws it. No torch, no Ray.
 
-Source: the HVP authors' analysis; for definitions and differences, see `logged_pairs.describe_features`.
+Source: the HVP authors' analysis; for definitions and differences, see `logged_pairs.pair_features`.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from hvp_ray.errors import DataError
-from hvp_ray.tracking.logged_pairs import MEASURES, LoggedRun, SelectionLog, describe_features
+from hvp_ray.tracking.logged_pairs import MEASURES, LoggedRun, SelectionLog, pair_features
 from hvp_ray.tracking.selection_models import (
     MIN_IMAGES,
     ChoiceModel,
@@ -160,7 +160,7 @@ class _Contrasts:
 def _contrast(log: SelectionLog) -> _Contrasts:
     chosen, other, is_min_iou = [], [], []
     for block in _in_blocks(log):
-        features, chosen_pair = describe_features(block), block["chosen_pair"]
+        features, chosen_pair = pair_features(block), block["chosen_pair"]
         values = np.stack([features[name] for name in MEASURES], axis=-1).astype(np.float64)
         of_chosen = values[np.arange(block.num_images), chosen_pair]
         chosen.append(of_chosen)
@@ -190,7 +190,7 @@ def _iou_histogram(log: SelectionLog) -> IouHistogram:
     edges = np.linspace(0.0, 1.0, _HISTOGRAM_BINS + 1)
     counts = np.zeros((2, _HISTOGRAM_BINS))
     for block in _in_blocks(log):
-        ious = describe_features(block)["iou"]
+        ious = pair_features(block)["iou"]
         is_chosen = np.arange(log.num_pairs) == block["chosen_pair"][:, None]
         counts += [np.histogram(ious[is_chosen], edges)[0], np.histogram(ious[~is_chosen], edges)[0]]
     shares = counts / counts.sum(axis=1, keepdims=True)

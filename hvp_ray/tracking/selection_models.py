@@ -12,7 +12,7 @@ import scipy.special
 import scipy.stats
 from numpy.typing import NDArray
 
-from hvp_ray.tracking.logged_pairs import FEATURES, SelectionLog, describe_features
+from hvp_ray.tracking.logged_pairs import FEATURES, SelectionLog, pair_features
 
 AUTHORS_FANOVA = {
     "iou": 0.215,
@@ -94,7 +94,7 @@ class IouScoreCorrelation:
 
 def _feature_array(log: SelectionLog) -> NDArray[np.float64]:
     """Return `FEATURES`, [N, P, F]."""
-    features = describe_features(log)
+    features = pair_features(log)
     return np.stack([features[name] for name in FEATURES], axis=-1).astype(np.float64)
 
 
@@ -227,7 +227,7 @@ def correlate_iou_and_score(log: SelectionLog) -> IouScoreCorrelation | None:
         found: NDArray[np.float64] = scipy.stats.pearsonr(first[varies], second[varies], axis=1).statistic
         return found
 
-    ious, scores = describe_features(log)["iou"].astype(np.float64), log["scores"].astype(np.float64)
+    ious, scores = pair_features(log)["iou"].astype(np.float64), log["scores"].astype(np.float64)
     centred = ((values - values.mean(axis=1, keepdims=True)).reshape(1, -1) for values in (ious, scores))
     pearson = correlations(*centred)
     spearman = correlations(*(scipy.stats.rankdata(values, axis=1) for values in (ious, scores)))

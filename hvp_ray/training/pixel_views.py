@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from hvp_ray.config import RunConfig, ViewsConfig
+from hvp_ray.config import SelectionConfig, ViewsConfig
 from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import ViewTensors
 from hvp_ray.selection import Selection, gather_views
@@ -62,13 +62,13 @@ class PixelViews:
             for images in slices
         ]
 
-    def for_scoring(self, config: RunConfig, *, patch_px: int) -> "PixelViews":
+    def for_scoring(self, selection: SelectionConfig, views: ViewsConfig, *, patch_px: int) -> "PixelViews":
         """Return the views at `selection.scoring_resolution_px`, antialiased; None there leaves them unchanged.
 
         Local views shrink by the same factor, to the nearest multiple of `patch_px`. A patch of a smaller mask is masked
         if at least half of its area was.
         """
-        resolution_px, size_px = config.selection.scoring_resolution_px, config.views.global_views.size_px
+        resolution_px, size_px = selection.scoring_resolution_px, views.global_views.size_px
         if resolution_px is None or resolution_px == size_px:
             return self
         local_pixels, masks = self.local_pixels, self.masks
@@ -85,9 +85,8 @@ class PixelViews:
             masks=masks,
         )
 
-    def normalised(self, config: RunConfig) -> ViewTensors:
+    def normalised(self, views: ViewsConfig) -> ViewTensors:
         """Return the input of the networks."""
-        views = config.views
         return ViewTensors(
             global_views=normalise_views(self.global_pixels, views),
             local_views=None if self.local_pixels is None else normalise_views(self.local_pixels, views),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hvp_ray.config import RunConfig
+from hvp_ray.config import OptimizerConfig, RunConfig
 from hvp_ray.errors import TrainingError
 from hvp_ray.methods.method import Contrast, MethodLoss
 from hvp_ray.randomness import Purpose, draw_torch_seed
@@ -68,7 +68,7 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
             f"the weights were not changed. Continue from an earlier checkpoint with a lower "
             f"optimizer.learning_rate_per_256, or set optimizer.clip_gradient_norm"
         )
-    gradient_norm = update_weights(trainee, trained, config)
+    gradient_norm = update_weights(trainee, trained, config.optimizer)
     return StepMetrics(
         loss=trained.loss,
         gradient_norm=gradient_norm,
@@ -133,9 +133,9 @@ def score_candidates(
     scores = []
     for part in pixels.split(config.training.accumulation_steps):
         with trainee.stage("downscale"):
-            small = part.for_scoring(config, patch_px=trainee.method.patch_px)
+            small = part.for_scoring(selection, config.views, patch_px=trainee.method.patch_px)
         with trainee.stage("normalise"):
-            views = small.normalised(config)
+            views = small.normalised(config.views)
         with trainee.stage("score"), _autocast(precision, trainee.device):
             scores.append(
                 score_views(
@@ -177,7 +177,7 @@ def forward_backward(
     results: list[MethodLoss] = []
     for part, of_part in enumerate(parts):
         with trainee.stage("normalise"):
-            views = of_part.normalised(config)
+            views = of_part.normalised(config.views)
         is_last = part == len(parts) - 1
         _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
         with nullcontext() if is_last else trainee.without_reduction():
@@ -199,13 +199,13 @@ def forward_backward(
     return TrainedViews(results=results, loss=reduced[0], flags=flags)
 
 
-def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -> Tensor | None:
+def update_weights(trainee: Trainee, trained: TrainedViews, config: OptimizerConfig) -> Tensor | None:
     """Clip, update the weights, then teacher and centre; return the gradient's norm before clipping."""
     statistics = _mean_of_parts([result.statistics for result in trained.results])
     with trainee.stage("collectives"):
         statistics = _mean_over_ranks(statistics, trainee)
     with trainee.stage("update"):
-        gradient_norm = clip_gradients(trainee.method, config.optimizer)
+        gradient_norm = clip_gradients(trainee.method, config)
         trainee.method.before_update()
         trainee.optimizer.step()
         trainee.method.after_update(statistics)
@@ -221,7 +221,7 @@ def _contrast_features(trainee: Trainee, parts: list[PixelViews], config: RunCon
         for part, of_part in enumerate(parts):
             _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
             with trainee.stage("forward"), _autocast(config.training.precision, trainee.device):
-                of_images = trainee.method.contrast_features(of_part.normalised(config))
+                of_images = trainee.method.contrast_features(of_part.normalised(config.views))
             if of_images is None:
                 return None
             features.append(of_images)

@@ -15,7 +15,7 @@ from hvp_ray.errors import DataError
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import ViewPlan
 from hvp_ray.selection.candidates import pair_table
-from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, describe_features, read_selection_log
+from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, pair_features, read_selection_log
 from hvp_ray.tracking.selection_analysis import analyse_selection
 from hvp_ray.tracking.selection_figures import draw_selection_figures
 from hvp_ray.tracking.selection_log import PLAN_COLUMNS
@@ -149,7 +149,7 @@ def test_two_images_by_hand(tmp_path: Path) -> None:
     assert (log.num_images, log.num_views, log.num_pairs, log.seed, log.rule) == (2, 3, 3, 3, "hardest")
     np.testing.assert_array_equal(log["scores"][0], [1.0, 2.0, 3.0])
     assert np.isnan(log["scores"][1]).all()
-    features = describe_features(log)
+    features = pair_features(log)
     # image 0: squares of 20 at (0,0), (0,10) and (10,0) (top, left); image 1: all, its upper half, its right half
     expected = {
         "iou": [[200 / 600, 200 / 600, 100 / 700], [0.5, 0.5, 300 / 900]],
@@ -256,7 +256,7 @@ def test_score_by_brightness_is_recognised(tmp_path: Path) -> None:
 def test_color_distance_is_that_of_the_metrics(tmp_path: Path) -> None:
     plan = _plan(200)
     _write_plan(tmp_path, plan, np.zeros(200, np.int64))
-    features = describe_features(read_selection_log(tmp_path))
+    features = pair_features(read_selection_log(tmp_path))
     np.testing.assert_allclose(features["color_distance"], color_distances(plan, PAIRS), atol=1e-6)
 
 

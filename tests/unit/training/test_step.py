@@ -146,12 +146,12 @@ def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size(tmp_pa
         masks=torch.zeros(2, 3, 4, 4, dtype=torch.bool),
     )
     pixels.masks[0, 0, :2, :2] = pixels.masks[0, 0, 2, 2] = True
-    assert pixels.for_scoring(config, patch_px=4) is pixels
-    assert pixels.normalised(config).max_masked_patches == config.views.masks.max_cells(16)
+    assert pixels.for_scoring(config.selection, config.views, patch_px=4) is pixels
+    assert pixels.normalised(config.views).max_masked_patches == config.views.masks.max_cells(16)
 
     def at(resolution_px: int) -> PixelViews:
         selection = dataclasses.replace(config.selection, scoring_resolution_px=resolution_px)
-        return pixels.for_scoring(dataclasses.replace(config, selection=selection), patch_px=4)
+        return pixels.for_scoring(selection, config.views, patch_px=4)
 
     assert at(16) is pixels
     small = at(8)
@@ -160,7 +160,7 @@ def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size(tmp_pa
     assert small.global_pixels.float().std() < pixels.global_pixels.float().std() * 0.7  # noise is averaged, not picked
     # A cell stands for 2 x 2 of the full mask: masked where at least half of them were.
     assert small.masks[0, 0].tolist() == [[True, False], [False, False]]
-    inputs = small.normalised(config)
+    inputs = small.normalised(config.views)
     assert inputs.max_masked_patches is None
     assert inputs.global_views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)  # fast in convolutions
 
