@@ -37,6 +37,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
+import numpy as np
 import torch
 from timm.layers.patch_dropout import PatchDropout
 from torch import Tensor, nn
@@ -49,16 +50,15 @@ from hvp_ray.errors import HvpRayError
 from hvp_ray.methods.method import StepPosition
 from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore
 from hvp_ray.runs.rank import build_order
-from hvp_ray.selection import Candidates, CandidateScores, choose_views
-from hvp_ray.selection.choice import Selection
+from hvp_ray.selection import Candidates, CandidateScores, Selection, candidates_of, choose_views
 from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context, render_batch
-from hvp_ray.training.choosing import candidates_of, pair_ious
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.step import Trainee, score_candidates
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.step import score_candidates
+from hvp_ray.training.trainee import Trainee, build_trainee
+from hvp_ray.views.geometry import crop_iou
 
 Score = Callable[[], CandidateScores]
 
@@ -101,13 +101,13 @@ class ScoredImages:
         request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
         context = build_render_context(config, dataset, "cpu")
         num_batches = max(1, min(num_images // config.training.images_per_step, order.steps_per_epoch))
-        hand_over = DeviceHandOver(device)
+        hand_over = CopyToDevice(device)
         self.batches: list[DeviceBatch] = [
             hand_over(render_batch(context, request_of(step))) for step in range(num_batches)
         ]
         for batch in self.batches:
             batch.wait()
-        self.candidates: Candidates = candidates_of(config, 0)
+        self.candidates: Candidates = candidates_of(config.selection, config.views, 0)
         self.trainee: Trainee = build_trainee(config, World(), device, None)
         self.trainee.method.train()
         self._pixels = [PixelViews.of(batch) for batch in self.batches]
@@ -164,7 +164,9 @@ class ScoredImages:
 
     def overlap(self) -> CandidateScores:
         """Return minus the overlap of the crops of each pair as its score."""
-        ious = torch.cat([pair_ious(batch.batch, self.candidates, self.device) for batch in self.batches])
+        plans, pairs = [batch.global_views.plan for batch in self.batches], self.candidates.pairs
+        overlaps = [crop_iou(plan.top, plan.left, plan.height, plan.width, pairs) for plan in plans]
+        ious = torch.from_numpy(np.concatenate(overlaps)).to(self.device)
         of_locals = None
         if self.candidates.num_local_views:
             of_locals = ious.new_zeros((*ious.shape, self.candidates.num_local_views))
@@ -186,7 +188,7 @@ class ScoredImages:
             )
             torch.manual_seed(step)  # the same drop path for all choices
             with torch.no_grad(), batch_norm_for_scoring(self.trainee.method, "batch"):
-                losses.append(self.trainee.method(chosen.normalised(self.config)).loss)
+                losses.append(self.trainee.method(chosen.normalised(self.config.views)).loss)
         return float(torch.stack(losses).mean())
 
     def random_training_loss(self) -> float:

@@ -43,7 +43,7 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.sizing import ServiceTimes, measure_service_times, sample_images
 from hvp_ray.stream.view_finisher import start_finishers
@@ -92,7 +92,7 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
         first_step=0,
         end_step=warm_up + steps,
         cluster=config.cluster,
-        hand_over=DeviceHandOver(torch.device("cpu")),
+        hand_over=CopyToDevice(torch.device("cpu")),
         finishers=beside,
     )
     try:

@@ -13,7 +13,7 @@ the peak of memory is that of one setting); medians are compared.
 
 The ledger says what each part of a step takes, in random steps, from steps of their own: normalise (bytes to floats),
 downscale (for scoring), score_networks and score (scoring's forward passes, and the rest of it), choose, gather,
-forward_networks and forward (training's forward passes, and the loss), backward, update, collectives, hand_over. Networks are
+forward_networks and forward (training's forward passes, and the loss), backward, update, collectives, copy. Networks are
 not told apart with --compile.
 """
 
@@ -41,8 +41,8 @@ from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.recipes import get_recipe
-from hvp_ray.training.step import Trainee, train_step
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import Trainee, build_trainee
 
 RECIPES = (
     "simsiam-imagenet-r50-100ep",

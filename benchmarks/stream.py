@@ -57,7 +57,7 @@ from benchmarks.streams.setting import Setting, build_setting, requests_of
 from benchmarks.streams.timed_loop import LoopTimes, run_timed
 from benchmarks.streams.touched_store import touch_store
 from hvp_ray.stream.capacity import spilled_bytes
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.view_stream import ViewStream
 
@@ -189,7 +189,7 @@ def _with_pool(
         first_step=0,
         end_step=steps,
         cluster=setting.config.cluster,
-        hand_over=DeviceHandOver(training.CPU),
+        hand_over=CopyToDevice(training.CPU),
     )
     try:
         times = _timed(setting, stream.next_batch, steps=steps, step_seconds=step_seconds)

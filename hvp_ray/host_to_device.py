@@ -1,4 +1,4 @@
-"""Small arrays of the host on their way to the trainer's device; pixels go through `stream/device.py`."""
+"""The host-to-device copy of small arrays; `stream/device.py` copies pixels."""
 
 from typing import Any
 
@@ -10,6 +10,6 @@ from torch import Tensor
 
 
 def to_device(values: NDArray[Any], device: torch.device) -> Shaped[Tensor, "..."]:
-    """Copy an array to a device; on the way to a GPU through pinned memory, so that the host does not wait for it."""
+    """Copy an array to a device; the copy to a GPU goes through pinned memory, so the host does not wait for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

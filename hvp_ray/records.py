@@ -1,16 +1,18 @@
-r"""The records that travel between the stages, in the order of the way of the data.
+r"""The records that travel between the stages, in the order of the data flow.
 
     EncodedBatch -> ViewPlan -> Views -> ViewBatch -> (trainer)
                            \-> BatchDraft + DecodedImages -> Views -> ViewBatch   (views rendered beside the trainer)
 
-Legend of shapes, one for the whole project:
+Legend of shapes, for the whole project:
     V views per image   B images on this rank   P unordered pairs = V(V-1)/2   S slots trained on (2: the pair)
     C channels          H, W pixels             D embedding                    R ranks
 Order is view-major (VB...): flattening the first two axes gives the batch that the encoder sees.
 """
 
 import dataclasses
+import typing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from hvp_ray.errors import ShapeError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedBatch:
-    """Encoded images as they lie in the source."""
+    """Encoded images of the source, unchanged."""
 
     images: list[bytes]
     """B encoded images (JPEG, PNG, ...)."""
@@ -31,7 +33,11 @@ class EncodedBatch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewPlan:
-    """Every random decision of V views of B images; all arrays are [V, B] unless said otherwise."""
+    """Every random decision of V views of B images; all arrays are [V, B] unless said otherwise.
+
+    A new augmentation takes a field here and three places: `views/plan.py` draws it, `views/render_cpu.py` and
+    `views/render_dali.py` apply it. The selection log and its analysis list the fields by `per_view_types`.
+    """
 
     top: NDArray[np.int32]
     """Upper edge of the crop, px of the original image."""
@@ -44,7 +50,7 @@ class ViewPlan:
     flip: NDArray[np.bool_]
     """Horizontal flip."""
     jitter: NDArray[np.bool_]
-    """Whether colour jitter is applied; where not, the four factors below are neutral."""
+    """Whether colour jitter is applied; without it, the four factors below are neutral."""
     brightness: NDArray[np.float32]
     """Factor; 1 changes nothing."""
     contrast: NDArray[np.float32]
@@ -54,7 +60,7 @@ class ViewPlan:
     hue_turns: NDArray[np.float32]
     """Shift of the hue, in turns; 0 changes nothing."""
     jitter_order: NDArray[np.uint8]
-    """[V, B, 4]: order of the operations; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+    """[V, B, 4]: order of the colour operations; 0 brightness, 1 contrast, 2 saturation, 3 hue."""
     grayscale: NDArray[np.bool_]
     """Conversion to grey, after the jitter."""
     blur_sigma_px: NDArray[np.float32]
@@ -62,17 +68,13 @@ class ViewPlan:
     solarize: NDArray[np.bool_]
     """Inversion of values of 128 and above, after the blur."""
     mask: NDArray[np.bool_] | None = None
-    """[V, B, rows, columns]: masked patches; None: the method has no masks. No renderer looks at it."""
+    """[V, B, rows, columns]: masked patches; None: the method has no masks. Renderers ignore it."""
 
     def __post_init__(self) -> None:
         shape = self.top.shape
-        for field in dataclasses.fields(self):
-            array = getattr(self, field.name)
-            if field.name == "mask" and array is None:
-                continue
-            expected = {"jitter_order": (*shape, 4), "mask": (*shape, *np.shape(array)[2:])}.get(field.name, shape)
-            if array.shape != expected or len(shape) != 2:
-                raise ShapeError(f"ViewPlan.{field.name} has shape {array.shape}, expected [V, B] = {expected}")
+        for name, array in self.arrays().items():
+            if array.shape[:2] != shape or array.ndim != 2 + _FURTHER_AXES.get(name, 0):
+                raise ShapeError(f"ViewPlan.{name} has shape {array.shape}, expected [V, B] = {shape}")
 
     @property
     def num_views(self) -> int:
@@ -84,33 +86,48 @@ class ViewPlan:
         """B."""
         return int(self.top.shape[1])
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays by name, without a mask that is None."""
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: array for name, array in arrays.items() if array is not None}
+
     def view(self, view_index: int, image_index: int) -> dict[str, object]:
         """Return the decisions of one view as plain Python values."""
-        return {
-            field.name: getattr(self, field.name)[view_index, image_index].tolist()
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) is not None
-        }
+        return {name: array[view_index, image_index].tolist() for name, array in self.arrays().items()}
 
     def within(self, boxes: NDArray[np.int32]) -> "ViewPlan":
         """Return this plan for images cut to `boxes` [B, 4] (top, left, height, width in px)."""
         return dataclasses.replace(self, top=self.top - boxes[:, 0], left=self.left - boxes[:, 1])
 
     def with_images(self, image_indices: NDArray[np.int64], other: "ViewPlan") -> "ViewPlan":
-        """Return this plan with the columns `image_indices` taken, in order, from `other` [V, len(image_indices)]."""
-        columns = {}
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None:
-                continue
-            column = getattr(self, field.name).copy()
-            column[:, image_indices] = getattr(other, field.name)
-            columns[field.name] = column
-        return ViewPlan(**columns)
+        """Return this plan with the columns `image_indices` replaced by those of `other` [V, len(image_indices)]."""
+        arrays = {name: array.copy() for name, array in self.arrays().items()}
+        for name, array in arrays.items():
+            array[:, image_indices] = getattr(other, name)
+        return ViewPlan(**arrays)
+
+    @staticmethod
+    def of_views(plans: "list[ViewPlan]") -> "ViewPlan":
+        """Return one plan of the views of several plans for the same images."""
+        parts = [plan.arrays() for plan in plans]
+        return ViewPlan(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+_FURTHER_AXES = {"jitter_order": 1, "mask": 2}
+"""Axes after [V, B] of the fields of `ViewPlan` that are not one value for each view."""
+
+
+def per_view_types() -> dict[str, np.dtype[Any]]:
+    """Return the type of every field of `ViewPlan` with one value for each view, by name and in order."""
+    hints = typing.get_type_hints(ViewPlan)
+    names = [field.name for field in dataclasses.fields(ViewPlan) if field.name not in _FURTHER_AXES]
+    # NDArray[T] is ndarray[shape, dtype[T]].
+    return {name: np.dtype(typing.get_args(typing.get_args(hints[name])[1])[0]) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Views:
-    """Rendered views of one resolution with the plan that made them."""
+    """Rendered views of one resolution, and their plan."""
 
     pixels: NDArray[np.uint8]
     """[V, B, S, S, 3], HWC, contiguous."""
@@ -119,7 +136,7 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replacement:
-    """An unreadable image at a position of a step, and what stands there instead."""
+    """An unreadable image of a step, and the image that replaces it."""
 
     index: int
     """Index in the rank's batch."""
@@ -127,19 +144,19 @@ class Replacement:
     replacement_id: int
     reason: str
     place: str = ""
-    """Where the unreadable image lies, as `Source.describe` says it; empty in journals of older versions."""
+    """Location of the unreadable image, from `Source.describe`; empty in journals of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedImages:
-    """Decoded images of one batch, each cut to the box that its views use, one behind the other in one array."""
+    """Decoded images of one batch, each cut to the box that its views use, concatenated in one array."""
 
     pixels: NDArray[np.uint8]
     """[sum of height * width * 3]: the boxes, each HWC."""
     boxes: NDArray[np.int32]
     """[B, 4]: top, left, height, width in px of the original image."""
     failures: dict[int, str]
-    """Index in the batch -> why the image cannot be decoded; zeros stand in its box."""
+    """Index in the batch -> why the image cannot be decoded; its box holds zeros."""
 
     def images(self) -> list[NDArray[np.uint8]]:
         """Return the pixels of each box, [height, width, 3], without a copy."""
@@ -148,7 +165,7 @@ class DecodedImages:
         return [part.reshape(shape) for part, shape in zip(np.split(self.pixels, ends), shapes, strict=True)]
 
     def with_images(self, image_indices: NDArray[np.int64], other: "DecodedImages") -> "DecodedImages":
-        """Return these with the images at `image_indices` taken, in order, from `other`, and the failures of `other`."""
+        """Return these with the images at `image_indices` replaced by those of `other`, and the failures of `other`."""
         boxes, images = self.boxes.copy(), self.images()
         boxes[image_indices] = other.boxes
         for index, image in zip(image_indices.tolist(), other.images(), strict=True):
@@ -159,7 +176,7 @@ class DecodedImages:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchFacts:
-    """What is known of one rank's batch of one step, whatever has been made of its images."""
+    """The facts about one rank's batch of one step that do not depend on how far it is rendered."""
 
     step: int
     epoch: int
@@ -171,16 +188,16 @@ class BatchFacts:
     """[B], px of the original images."""
     replacements: tuple[Replacement, ...]
     render_cpu_seconds: float
-    """CPU time of reading, decoding and rendering so far, in all processes that took part."""
+    """CPU time of reading, decoding and rendering so far, in all processes involved."""
     render_seconds: float
-    """Wall time of the same."""
+    """Wall time of reading, decoding and rendering so far."""
     worker: str
     """Name of the view worker."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchDraft(BatchFacts):
-    """A batch before its views are rendered: all that is decided, and no pixels."""
+    """A batch before its views are rendered: its plans, without pixels."""
 
     global_plan: ViewPlan
     local_plan: ViewPlan | None
@@ -188,12 +205,12 @@ class BatchDraft(BatchFacts):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ViewBatch(BatchFacts):
-    """What the trainer takes for one rank of one step."""
+    """The rendered views of one rank's batch of one step."""
 
     global_views: Views
     local_views: Views | None
     decoded_bytes: int = 0
-    """Bytes of decoded pixels that were shipped in place of the views; 0: the views themselves were shipped."""
+    """Bytes of decoded pixels that were shipped instead of views; 0: the views were shipped."""
 
     @property
     def num_bytes(self) -> int:
@@ -209,7 +226,7 @@ class ViewBatch(BatchFacts):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchRequest:
-    """The address of one rank's batch of one step: everything a worker needs besides its configuration."""
+    """The address of one rank's batch of one step: everything that a worker needs besides its configuration."""
 
     step: int
     epoch: int
@@ -221,6 +238,6 @@ class BatchRequest:
     """Global views of each image."""
     num_local_views: int = 0
     known_replacements: tuple[Replacement, ...] = ()
-    """Decisions on unreadable images that an earlier attempt at this step made; they are replayed."""
+    """Decisions of an earlier attempt at this step on unreadable images; they are replayed."""
     quarantined_ids: tuple[int, ...] = ()
-    """Images that crash a decoder's process; they are never decoded."""
+    """Images that crash the decoder; they are never decoded."""

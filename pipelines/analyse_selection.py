@@ -1,9 +1,9 @@
-"""Say what a run chose, and what it chose it for, beside what the authors of Hard View Pretraining saw.
+"""Report which pairs a run chose and what makes them hard, beside the numbers of the authors of Hard View Pretraining.
 
 python pipelines/analyse_selection.py RUN [--json FILE] [--figures FOLDER]
 
-RUN is a run's folder, or its name under runs/. The run must have logged selections (see selection.rule and
-tracking.selection_images_per_epoch).
+RUN is a run's folder, or its name under runs/. The run must have logged selections; see selection.rule and
+tracking.selection_images_per_epoch.
 """
 
 import argparse
@@ -16,16 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 
 from hvp_ray.errors import HvpRayError
 from hvp_ray.launch.environment import prepare_home
-from hvp_ray.tracking.selection_analysis import (
-    AUTHORS_FANOVA,
-    FEATURES,
-    MEASURES,
-    ChoiceModel,
-    ScoreModel,
-    SelectionAnalysis,
-    analyse_selection,
-    read_selection_log,
-)
+from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, read_selection_log
+from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
+from hvp_ray.tracking.selection_models import AUTHORS_FANOVA, ChoiceModel, ScoreModel
+from pipelines.command_line import find_run, keep_results
 
 _MEASURE_TITLES = {
     "iou": "IoU of the crops",
@@ -33,12 +27,7 @@ _MEASURE_TITLES = {
     "color_distance": "colour distance",
     "smaller_area": "smaller crop / image",
     "larger_area": "larger crop / image",
-    "grayscale_differs": "grayscale differs, share",
-    "blur_differs": "blur differs, share",
-    "flip_differs": "flip differs, share",
-    "solarize_differs": "solarize differs, share",
-}
-from pipelines.command_line import find_run, keep_results
+} | {name: f"{name.replace('_', ' ')}, share" for name in MEASURES if name.endswith("_differs")}
 
 _AUTHORS = {
     "first": {
@@ -56,11 +45,11 @@ _AUTHORS = {
         "larger_area": ("0.56", ""),
     },
 }
-"""Chosen, others: read off the figures of automl/hvp (branches barlow-twins, dino-wds, analysis/plots), two seeds."""
+"""Chosen and other pairs, from the figures of automl/hvp (branches barlow-twins, dino-wds, analysis/plots), two seeds."""
 
 
 def describe_measures(analysis: SelectionAnalysis) -> str:
-    """Return the first epoch and the last third of the run, chosen against others, beside the authors' numbers."""
+    """Return the measures of the first epoch and of the last third of the run, beside the authors' numbers."""
     lines = []
     authors = "the authors (SimSiam, ResNet-50, ImageNet, 4 views)"
     for period, key, title in (
@@ -91,7 +80,7 @@ def describe_measures(analysis: SelectionAnalysis) -> str:
 
 
 def describe_choice_model(model: ChoiceModel) -> str:
-    """Return how well the chosen pair can be predicted from the plan."""
+    """Return how well the plan predicts the chosen pair."""
     return "\n".join(
         [
             f"which pair is chosen, predicted from the plan ({model.num_held_out:,} images held out)",
@@ -105,9 +94,9 @@ def describe_choice_model(model: ChoiceModel) -> str:
 
 
 def describe_importance(choice: ChoiceModel, score: ScoreModel | None) -> str:
-    """Return what each feature of a pair does in both models."""
+    """Return the effect of each feature of a pair in both models."""
     lines = [
-        "what it is chosen for",
+        "which features it is chosen for",
         f"  {'':<22} {'choice model':^23}   {'score of a pair (forest)':^25}   the authors'",
         f"  {'difference of':<22} {'log-odds':>10} {'accuracy':>12}   {'main effect':>12} {'shuffled':>12}   fANOVA",
     ]
@@ -134,7 +123,7 @@ def describe_importance(choice: ChoiceModel, score: ScoreModel | None) -> str:
 
 
 def describe_analysis(analysis: SelectionAnalysis) -> str:
-    """Return the whole analysis in words."""
+    """Return the whole analysis as text."""
     left_out = analysis.num_images_left_out
     text = (
         f"run {analysis.run_name}: {analysis.recipe}, rule {analysis.rule}, seed {analysis.seed}; "
@@ -158,7 +147,7 @@ def describe_analysis(analysis: SelectionAnalysis) -> str:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return run, json and figures."""
+    """Return the parsed options: run, json and figures."""
     parser = argparse.ArgumentParser(
         prog="analyse_selection.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,7 +158,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> int:
-    """Analyse; return the exit status."""
+    """Analyse the run and return the exit status."""
     options = parse_arguments(arguments)
     try:
         prepare_home()

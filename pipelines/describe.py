@@ -50,14 +50,12 @@ def describe_data(config: RunConfig) -> str:
 
 def describe_views(config: RunConfig) -> str:
     """Return what is rendered for a step."""
+    from hvp_ray.selection import RULES, candidates_of
     from hvp_ray.stream.capacity import batch_bytes
-    from hvp_ray.training.choosing import candidates_of
 
-    candidates = candidates_of(config, 0)
+    candidates = candidates_of(config.selection, config.views, 0)
     per_image = batch_bytes(config) / config.images_per_rank
-    everything = config.selection.rule == "all_pairs"
-    chosen = candidates.num_views if everything else 2
-    chosen_locals = candidates.num_local_views if everything else candidates.num_chosen_local_views
+    chosen, chosen_locals = RULES[config.selection.rule].num_trained_views(candidates)
     lines = [
         f"  per image      {candidates.num_views} global views of {config.views.global_views.size_px} px"
         + (

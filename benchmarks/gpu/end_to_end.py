@@ -32,12 +32,12 @@ from hvp_ray.recipes import get_recipe
 from hvp_ray.records import BatchRequest
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf, requests_of_rank
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.training.loop import LoopResult, run_loop
-from hvp_ray.training.step import StepMetrics, Trainee
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.step import StepMetrics
+from hvp_ray.training.trainee import Trainee, build_trainee
 
 _WARM_UP_STEPS = 5
 
@@ -175,7 +175,7 @@ class _Again:
 
 def _cached_batch(config: RunConfig, check: Check, request_of: RequestOf) -> DeviceBatch:
     context = open_render_context(config_to_dict(config), check.renderer)
-    batch = DeviceHandOver(torch.device(check.device))(render_batch(context, request_of(0)))
+    batch = CopyToDevice(torch.device(check.device))(render_batch(context, request_of(0)))
     batch.wait()
     return batch
 
@@ -183,7 +183,7 @@ def _cached_batch(config: RunConfig, check: Check, request_of: RequestOf) -> Dev
 @contextmanager
 def _inline(config: RunConfig, renderer: RendererName, request_of: RequestOf, check: Check) -> Iterator[BatchStream]:
     context = open_render_context(config_to_dict(config), renderer)
-    yield InlineBatches(context, request_of, first_step=0, hand_over=DeviceHandOver(torch.device(check.device)))
+    yield InlineBatches(context, request_of, first_step=0, hand_over=CopyToDevice(torch.device(check.device)))
 
 
 @contextmanager
@@ -207,7 +207,7 @@ def _stream(pool: Any, config: RunConfig, request_of: RequestOf, steps: int, che
 
     # Every worker has two batches in hand at least.
     cluster = dataclasses.replace(config.cluster, batches_in_flight=max(6, 2 * len(pool.workers)))
-    hand_over = DeviceHandOver(torch.device(check.device))
+    hand_over = CopyToDevice(torch.device(check.device))
     stream = ViewStream(pool.workers, request_of, first_step=0, end_step=steps, cluster=cluster, hand_over=hand_over)
     try:
         yield stream

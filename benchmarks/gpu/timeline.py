@@ -10,7 +10,8 @@ from benchmarks.gpu.check import Check
 from benchmarks.results_file import Results
 from hvp_ray.config import RunConfig
 from hvp_ray.stream.batches import BatchStream
-from hvp_ray.training.step import Trainee, train_step
+from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import Trainee
 
 _SHOWN_STEPS = 6
 

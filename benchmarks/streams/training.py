@@ -11,12 +11,12 @@ from benchmarks.streams.setting import Setting, requests_of
 from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.distributed.world import World
 from hvp_ray.stream.batches import BatchStream, InlineBatches
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.training.loop import run_loop
-from hvp_ray.training.step import StepMetrics, Trainee
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.step import StepMetrics
+from hvp_ray.training.trainee import Trainee, build_trainee
 
 CPU = torch.device("cpu")
 
@@ -66,13 +66,13 @@ def with_small_network(setting: Setting, backbone: str) -> RunConfig:
 def first_batch(config: RunConfig) -> DeviceBatch:
     """Render the batch of step 0 in this process."""
     context = open_render_context(config_to_dict(config), "cpu")
-    return DeviceHandOver(CPU)(render_batch(context, requests_of(config)(0)))
+    return CopyToDevice(CPU)(render_batch(context, requests_of(config)(0)))
 
 
 def inline_batches(config: RunConfig) -> InlineBatches:
     """Return the product's stream that renders in this process."""
     context = open_render_context(config_to_dict(config), "cpu")
-    return InlineBatches(context, requests_of(config), first_step=0, hand_over=DeviceHandOver(CPU))
+    return InlineBatches(context, requests_of(config), first_step=0, hand_over=CopyToDevice(CPU))
 
 
 def train(trainee: Trainee, stream: BatchStream, config: RunConfig, steps: int) -> TrainingSpeed:

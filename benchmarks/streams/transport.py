@@ -22,7 +22,7 @@ from benchmarks.streams.touched_store import touch_store
 from benchmarks.streams.training import CPU
 from hvp_ray.config import config_to_dict
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewWorker
 
@@ -77,7 +77,7 @@ def measure_transport(setting: Setting, num_workers: int, steps: int, resources:
         for _ in range(steps):
             batch = stream.next_batch()
         seconds, after = time.perf_counter() - start, read_cpu_times()
-        pixels = batch.batch.global_views.pixels
+        pixels = batch.global_views.pixels
         copy_cpu_seconds = _copy_cpu_seconds(pixels)
     for worker in workers:
         ray.kill(worker)
@@ -103,7 +103,7 @@ def _stream(workers: list[Any], setting: Setting, steps: int) -> Iterator[ViewSt
         first_step=0,
         end_step=steps,
         cluster=setting.config.cluster,
-        hand_over=DeviceHandOver(CPU),
+        hand_over=CopyToDevice(CPU),
     )
     try:
         yield stream

@@ -28,7 +28,8 @@ from hvp_ray.comparison.results import (
 from hvp_ray.comparison.study import Study
 from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.errors import DataError
-from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection, read_selection_log
+from hvp_ray.tracking.logged_pairs import read_selection_log
+from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
 from hvp_ray.tracking.selection_figures import draw_selection_figures
 
 _AUTHORS_ROW = ("the authors", "epochs 20-99", "0.345-0.355", "0.485-0.49", "0.40-0.435", "0.167", "", "")

@@ -25,8 +25,10 @@ from hvp_ray.costs.operations import count_operations
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.runs.rank import build_order
+from hvp_ray.runs.storage import with_local_weights
+from hvp_ray.selection import RULES, candidates_of, needs_scores_at
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import build_trainee
@@ -87,7 +89,7 @@ def measure_step_costs(
     threads = torch.get_num_threads()
     torch.set_num_threads(base.training.torch_threads)
     try:
-        trainee = build_trainee(alone, World(), device, None)
+        trainee = build_trainee(with_local_weights(alone), World(), device, None)
         trainee.method.train()
         kinds: dict[str, tuple[RunConfig, DeviceBatch, float]] = {}
         for arm in arms:
@@ -116,9 +118,7 @@ def measure_step_costs(
         costs[arm.name] = StepCost(
             step_seconds=sum(share * typical(seconds[name]) for name, share in shares.items()),
             render_cpu_seconds=sum(share * kinds[name][2] for name, share in shares.items()),
-            views_per_image=sum(
-                share * kinds[name][1].batch.global_views.plan.num_views for name, share in shares.items()
-            ),
+            views_per_image=sum(share * kinds[name][1].global_views.plan.num_views for name, share in shares.items()),
             forwards_per_image=_forwards(config) / every + 2 * (1 - 1 / every),
             counted_operations=hard_operations / every + operations.random_step * (1 - 1 / every),
             memory_bytes=float(estimate_memory(config).peak),
@@ -135,7 +135,7 @@ def _prepare(
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
     context = build_render_context(config, dataset, "cpu")
     rendered = [render_batch(context, request_of(step)) for _ in range(2)]
-    on_device = DeviceHandOver(device)(rendered[-1])
+    on_device = CopyToDevice(device)(rendered[-1])
     return config, on_device, min(batch.render_cpu_seconds for batch in rendered)
 
 
@@ -154,15 +154,18 @@ def _seconds_of_step(trainee: Any, batch: DeviceBatch, config: RunConfig, device
 
 
 def _scores(config: RunConfig) -> bool:
-    return config.selection.rule in ("hardest", "easiest") or config.selection.score_always
+    return needs_scores_at(config.selection, step=0)
 
 
 def _forwards(config: RunConfig) -> int:
     views = config.selection.num_candidate_views
-    trained = views if config.selection.rule == "all_pairs" else 2
-    return trained + (views if _scores(config) else 0)
+    return _trained_views(config) + (views if _scores(config) else 0)
 
 
 def _operations(config: RunConfig, random_step: int, scoring: int) -> float:
-    trained = config.selection.num_candidate_views / 2 if config.selection.rule == "all_pairs" else 1.0
-    return random_step * trained + (scoring if _scores(config) else 0)
+    return random_step * _trained_views(config) / 2 + (scoring if _scores(config) else 0)
+
+
+def _trained_views(config: RunConfig) -> int:
+    candidates = candidates_of(config.selection, config.views, step=0)
+    return RULES[config.selection.rule].num_trained_views(candidates)[0]

@@ -19,10 +19,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from hvp_ray.config import RunConfig, ViewGroupConfig
 from hvp_ray.distributed.world import World
 from hvp_ray.randomness import Purpose
-from hvp_ray.records import ViewBatch, Views
+from hvp_ray.records import Views
 from hvp_ray.stream.device import DeviceBatch
-from hvp_ray.training.step import Trainee
-from hvp_ray.training.trainee import build_trainee_of, build_untrained_method
+from hvp_ray.training.trainee import Trainee, build_trainee_of, build_untrained_method
 from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
 
@@ -118,7 +117,7 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
     of_locals, local_pixels = None, None
     if groups.local_views is not None:
         of_locals, local_pixels = views(Purpose.LOCAL_VIEWS, selection.num_local_views_at(0), groups.local_views)
-    batch = ViewBatch(
+    return DeviceBatch(
         step=0,
         epoch=0,
         sample_ids=ids,
@@ -130,8 +129,9 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
         render_cpu_seconds=0.0,
         render_seconds=0.0,
         worker="",
+        global_pixels=global_pixels,
+        local_pixels=local_pixels,
     )
-    return DeviceBatch(batch=batch, global_pixels=global_pixels, local_pixels=local_pixels, copied=None)
 
 
 class _UpdateWithoutContent(torch.optim.Optimizer):

@@ -48,7 +48,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
             scoring_peak = live.peak
             live.start_peak()
             trained = forward_backward(trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
-            update_weights(trainee, trained, imagined.config)
+            update_weights(trainee, trained, imagined.config.optimizer)
             training_peak = live.peak
             gradients = _bytes_of(p.grad for p in method.parameters() if p.grad is not None)
             del chosen, trained

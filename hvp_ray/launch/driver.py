@@ -53,7 +53,7 @@ from hvp_ray.stream.capacity import (
     this_machine,
 )
 from hvp_ray.stream.connect import connect_ray, end_ray, is_ray_lost
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
@@ -506,7 +506,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
     handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
     logging.getLogger("hvp_ray").addHandler(handler)
     try:
-        hand_over = DeviceHandOver(device)
+        hand_over = CopyToDevice(device)
         finishers = start_finishers(config, rank=world.rank)
         if ray.get(board.read_fatal.remote()) is not None:
             return  # another rank met an error that starting again does not mend; the driver knows

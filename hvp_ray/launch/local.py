@@ -23,7 +23,7 @@ from hvp_ray.runs.prepare import draw_run_name, prepare_run
 from hvp_ray.runs.progress import ReportProgress
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.render_batch import open_render_context
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def pretrain_in_process(
         dataset=dataset,
     )
     context = open_render_context(config_to_dict(config), renderer, job.data_fingerprint)
-    hand_over = DeviceHandOver(device)
+    hand_over = CopyToDevice(device)
     evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:

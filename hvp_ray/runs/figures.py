@@ -11,15 +11,14 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.selection import Candidates, CandidateScores, choose_views, score_views
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.runs.storage import with_local_weights
+from hvp_ray.selection import Candidates, CandidateScores, candidates_of, choose_views, score_views
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.render_batch import build_render_context, read_images, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
 from hvp_ray.tracking.journal import read_journal
-from hvp_ray.training.choosing import candidates_of
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.trainee import build_untrained_method
-from hvp_ray.training.step import Trainee
+from hvp_ray.training.trainee import Trainee, build_untrained_method
 
 _SCORED_IMAGES = 64
 """BatchNorm scores with the statistics of the batch, and SimCLR against its images, so more are scored than drawn."""
@@ -37,8 +36,8 @@ def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir:
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
     """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
-    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
-    candidates = candidates_of(hard, step=0)
+    hard = dataclasses.replace(config.selection, rule="hardest", every=1, limit=None)
+    candidates = candidates_of(hard, config.views, step=0)
     batch = _render_some(config, dataset, candidates)
     scores = _score_alone(config, trainee, batch, candidates)
     choice = choose_views("hardest", candidates, num_images=len(batch.sample_ids), device=trainee.device, scores=scores)
@@ -75,11 +74,11 @@ def _render_some(config: RunConfig, dataset: Dataset, candidates: Candidates) ->
 
 def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidates: Candidates) -> CandidateScores:
     """Score on this rank only: a copy of the method that knows no other ranks, so that none has to answer."""
-    method = build_untrained_method(config).to(trainee.device)
+    method = build_untrained_method(with_local_weights(config)).to(trainee.device)
     method.load_state_dict(trainee.method.state_dict())
-    device_batch = DeviceHandOver(trainee.device)(batch)
+    device_batch = CopyToDevice(trainee.device)(batch)
     device_batch.wait()
-    views = PixelViews.of(device_batch).normalised(config)
+    views = PixelViews.of(device_batch).normalised(config.views)
     torch.manual_seed(0)
     return score_views(method.train().score, views, candidates, module=method, batch_norm="batch")
 

@@ -32,7 +32,7 @@ from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.runs.rank import RunJob, build_order
-from hvp_ray.runs.storage import local_weights, working_folder
+from hvp_ray.runs.storage import local_weights, with_local_weights, working_folder
 from hvp_ray.training.trainee import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
@@ -104,7 +104,7 @@ def check_before_start(config: RunConfig) -> Dataset:
     """
     location = output_location(config)
     dataset = _open_checked(config)
-    _check_view_sizes(config, build_untrained_method(config))
+    _check_view_sizes(config, build_untrained_method(with_local_weights(config)))
     if is_uri(location):
         check_writable(location, option="run.output")
         return dataset

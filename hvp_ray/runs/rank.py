@@ -42,9 +42,8 @@ from hvp_ray.runs.online_knn import AskKnn, KnnDuringTraining
 from hvp_ray.runs.progress import ReportProgress
 from hvp_ray.runs.recorder import RunRecorder
 from hvp_ray.runs.figures import draw_figures
-from hvp_ray.runs.storage import BACKBONE, RunStorage
-from hvp_ray.training.trainee import build_trainee, build_untrained_method
-from hvp_ray.training.step import Trainee
+from hvp_ray.runs.storage import BACKBONE, RunStorage, with_local_weights
+from hvp_ray.training.trainee import Trainee, build_trainee, build_untrained_method
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ def _train_rank(
     first_step = checkpoint.step if checkpoint is not None else 0
     check_ranks_agree(first_step, device)
     check_folder_is_shared(job)  # behind a collective: the process that prepares the run has done so
-    trainee = build_trainee(config, world, device, checkpoint)
+    trainee = build_trainee(with_local_weights(config), world, device, checkpoint)
     unreadable = UnreadableLog(
         job.run_dir,
         rank=world.rank,
@@ -459,7 +458,7 @@ def _knn_results(
         return results
 
     def untrained() -> dict[str, float]:
-        encoder = build_untrained_method(config).encoder.to(device)
+        encoder = build_untrained_method(with_local_weights(config)).encoder.to(device)
         return evaluate_encoder(encoder, knn_data, config, device)
 
     found = {

@@ -16,8 +16,8 @@ from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, d
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.online_knn import KnnDuringTraining
 from hvp_ray.runs.progress import Progress, ReportProgress
-from hvp_ray.training.trainee import take_checkpoint
-from hvp_ray.training.step import StepMetrics, Trainee
+from hvp_ray.training.step import StepMetrics
+from hvp_ray.training.trainee import Trainee, take_checkpoint
 
 _PROGRESS_SECONDS = 0.5
 
@@ -70,7 +70,7 @@ class RunRecorder:
         if self._started_at is None:
             self._started_at = time.perf_counter()
             self._last = (self._started_at, 0, self._stats.wait_seconds)
-        self._unreadable.take(batch.batch)
+        self._unreadable.take(batch)
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
         """Record every `log_every_steps`-th step, and the first and last."""
@@ -162,7 +162,7 @@ class RunRecorder:
         if is_tenth or steps_done in (1, self._num_steps):
             values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
         values |= {name: float(value) for name, value in metrics.measurements.items()}
-        plan = batch.batch.global_views.plan
+        plan = batch.global_views.plan
         if metrics.selection.pair_indices is not None:
             chosen = metrics.selection.pair_indices.cpu().numpy().astype(np.int64)
             values |= describe_pairs(plan, metrics.candidates, chosen)
@@ -194,7 +194,7 @@ def _log_selection(log: SelectionLogWriter, steps_done: int, batch: DeviceBatch,
     scores = metrics.scores
     log.take(
         steps_done,
-        batch.batch,
+        batch,
         pairs=candidates.pairs,
         chosen=chosen.cpu().numpy().astype(np.int64),
         scores=None

@@ -14,6 +14,7 @@ of their names (`replay_parts`), parts give the journal as it was at the last up
 it takes their place. All other files are uploaded as a whole where they changed.
 """
 
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -30,6 +31,7 @@ from types import TracebackType
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.remote_files import RemoteFolder, is_uri, join_uri, read_file
 
@@ -367,6 +369,15 @@ def local_weights(location: str) -> str:
     except OSError as error:
         raise _no_local_disk(path.parent, error) from error
     return str(path)
+
+
+def with_local_weights(config: RunConfig) -> RunConfig:
+    """Return the config with `training.initial_weights` as a path on this machine; see `local_weights`."""
+    weights = config.training.initial_weights
+    if weights is None:
+        return config
+    training = dataclasses.replace(config.training, initial_weights=local_weights(weights))
+    return dataclasses.replace(config, training=training)
 
 
 def _cache() -> Path:

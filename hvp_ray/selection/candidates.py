@@ -1,14 +1,15 @@
-"""The candidates: which views an image may be trained on, and what a method says about how hard they are.
+"""The candidates: which views an image may be trained on, and how hard a method finds them.
 
 A candidate is a pair of global views and, with multi-crop, a set of k local views. All losses of this package are
-additive in the views, so a method scores the pairs and what each local view adds to each pair; nobody ever lists the
-P * C(L, k) candidates (51,480 for DINO's 4 + 16 views).
+additive in the views, so a method scores each pair, and what each local view adds to it. The P * C(L, k) candidates
+(51,480 for DINO's 4 + 16 views) are never listed.
 
 Legend: V global views, L local views, B images, P pairs, k local views trained on.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvp_ray.config import SelectionConfig, ViewsConfig
 from hvp_ray.errors import ShapeError
 
 
@@ -28,8 +30,8 @@ def num_pairs(num_views: int) -> int:
 def pair_table(num_views: int, *, alternating: bool = False) -> NDArray[np.int64]:
     """Return the view indices of every pair, [P, 2].
 
-    All unordered pairs in lexicographic order, (0,1), (0,2), ..., (1,2), ...; `alternating`: all (even view, odd view),
-    (0,1), (0,3), ..., (2,1), ..., so that both slots keep the transform that they have in the vanilla arm.
+    These are all unordered pairs in lexicographic order: (0,1), (0,2), ..., (1,2), ... With `alternating` they are all
+    (even view, odd view): (0,1), (0,3), ..., (2,1), ... Then both slots keep the transform that they have in the vanilla arm.
 
     Raises:
         ShapeError: fewer than two views.
@@ -44,7 +46,7 @@ def pair_table(num_views: int, *, alternating: bool = False) -> NDArray[np.int64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    """What can be chosen for an image."""
+    """The views that an image may be trained on."""
 
     num_views: int
     """Global views."""
@@ -57,6 +59,9 @@ class Candidates:
 
     alternating: bool = False
     """Pairs are (even view, odd view) only; see `pair_table`."""
+
+    limit: int | None = None
+    """Rules that read scores compare only this many randomly drawn candidates. None: all of them, exactly."""
 
     def __post_init__(self) -> None:
         if self.num_views < 2:
@@ -74,9 +79,7 @@ class Candidates:
 
     def pairs_on(self, device: torch.device) -> Int64[Tensor, "pairs 2"]:
         """Return `pairs` on a device; a GPU keeps its copy."""
-        if device.type == "cuda":
-            return _kept_pairs(self, device)
-        return torch.from_numpy(self.pairs).to(device)
+        return _kept_pairs(self, device) if device.type == "cuda" else torch.from_numpy(self.pairs).to(device)
 
     @property
     def count(self) -> int:
@@ -87,6 +90,17 @@ class Candidates:
 @functools.lru_cache(maxsize=64)
 def _kept_pairs(candidates: Candidates, device: torch.device) -> Tensor:
     return torch.from_numpy(candidates.pairs).to(device)
+
+
+def candidates_of(selection: SelectionConfig, views: ViewsConfig, step: int) -> Candidates:
+    """Return the candidates of a step."""
+    return Candidates(
+        num_views=selection.num_views_at(step),
+        num_local_views=selection.num_local_views_at(step),
+        num_chosen_local_views=selection.num_chosen_local_views or 0,
+        alternating=views.slots_keep_transforms,
+        limit=selection.limit,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,13 +114,25 @@ class CandidateScores:
     """Columns as `Candidates.pairs`."""
 
     locals_BPL: Float[Tensor, "batch pairs locals"] | None = None  # noqa: N815
-    """What each local view adds; None: there are no local views."""
+    """Addition of each local view; None: there are no local views."""
 
     reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
-    """What the method computed for each global view by itself and need not compute again when it is trained on."""
+    """Results for each global view that training on it can reuse."""
+
+    @staticmethod
+    def joined(parts: "Sequence[CandidateScores]") -> "CandidateScores":
+        """Return the scores of all images from those of parts of a batch, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        of_locals = [part.locals_BPL for part in parts if part.locals_BPL is not None]
+        return CandidateScores(
+            pairs_BP=torch.cat([part.pairs_BP for part in parts]),
+            locals_BPL=torch.cat(of_locals) if of_locals else None,
+            reusable={name: torch.cat([part.reusable[name] for part in parts], dim=1) for name in parts[0].reusable},
+        )
 
     def mean(self, num_chosen_local_views: int) -> Float[Tensor, " batch"]:
-        """Return the mean over all candidates of each image: what a random candidate would give."""
+        """Return the mean over all candidates of each image: the expected loss of a random candidate."""
         pairs = self.pairs_BP
         if self.locals_BPL is not None:
             pairs = pairs + num_chosen_local_views * self.locals_BPL.mean(dim=2)

@@ -1,4 +1,4 @@
-"""The scoring pass: every view forward once, with the weights of this very step, without gradient."""
+"""The scoring pass: forward every view once with the weights of this step, without gradient."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +22,15 @@ def score_views(
     module: nn.Module,
     batch_norm: ScoringBatchNorm = "batch",
 ) -> CandidateScores:
-    """Score all candidates without a trace: no gradient, and BatchNorm as `batch_norm` says.
+    """Score all candidates without gradient, with BatchNorm in the given mode.
 
     Args:
         score: the method's scoring function; it forwards all views at once.
         views: normalised views (`hvp_ray.methods.method.ViewTensors`).
-        candidates: what can be chosen.
+        candidates: of these views.
         module: the network that `score` uses, in training mode.
-        batch_norm: batch (statistics of these views, running statistics untouched), faithful (as the authors' code:
-            scoring moves the running statistics), running (the running statistics).
+        batch_norm: batch uses the statistics of these views and keeps the running ones. faithful also moves the running
+            statistics, as the authors' code does. running uses the running statistics.
     """
     with torch.no_grad(), batch_norm_for_scoring(module, batch_norm):
         return score(views, candidates)
@@ -38,13 +38,13 @@ def score_views(
 
 @contextmanager
 def batch_norm_for_scoring(module: nn.Module, mode: ScoringBatchNorm) -> Iterator[None]:
-    """Put every BatchNorm of `module` into the scoring mode, and back afterwards."""
+    """Switch every BatchNorm of `module` to the scoring mode, and restore it on exit."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     before = [(layer.training, layer.track_running_stats) for layer in layers]
     for layer in layers:
         match mode:
             case "batch":
-                # torch reads this flag in training mode only to decide whether running statistics move.
+                # In training mode torch reads this flag only to decide whether to update running statistics.
                 layer.track_running_stats = False
             case "running":
                 layer.training = False

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from hvp_ray.config import RunConfig
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.records import BatchRequest, Replacement
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import RenderContext, render_batch
 from hvp_ray.stream.stats import StreamStats
 
@@ -67,7 +67,7 @@ class InlineBatches:
     """Renders in the trainer's own process, when asked: for one process, torchrun, and as a baseline."""
 
     def __init__(
-        self, context: RenderContext, request_of: RequestOf, *, first_step: int, hand_over: DeviceHandOver
+        self, context: RenderContext, request_of: RequestOf, *, first_step: int, hand_over: CopyToDevice
     ) -> None:
         self._context = context
         self._request_of = request_of

@@ -1,5 +1,6 @@
-"""Hand a batch over to the trainer's device ahead of the step."""
+"""The host-to-device copy of a batch, started before the step needs it."""
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 
@@ -12,22 +13,20 @@ from torch import Tensor
 from hvp_ray.records import ViewBatch
 
 BATCHES_ON_DEVICE = 2
-"""Batches of a trainer that lie on its device at most: the one in use, and the next."""
+"""The most batches on a trainer's device: the one in use, and the next."""
 
 _RING_BATCHES = 3
 """Pinned staging buffers: one being filled, one being copied, one waiting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceBatch:
-    """A batch whose pixels are on the device, or will be when `wait` returns."""
+class DeviceBatch(ViewBatch):
+    """A batch whose pixels are also on the device once `wait` returns."""
 
-    batch: ViewBatch
-    """Plan, ids and statistics; on the host."""
     global_pixels: UInt8[Tensor, "views batch height width 3"]
     local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
-    copied: torch.cuda.Event | None
-    """Recorded behind the copy; None on a CPU."""
+    copied: torch.cuda.Event | None = None
+    """Recorded after the copy; None on a CPU."""
 
     def wait(self) -> None:
         """Make the current stream of the device wait for the copy; the host does not wait."""
@@ -39,10 +38,10 @@ class DeviceBatch:
                     pixels.record_stream(stream)
 
 
-class DeviceHandOver:
-    """Copies batches to a GPU through a ring of pinned buffers on a stream of its own; on a CPU it only wraps them.
+class CopyToDevice:
+    """Copies batches to a GPU through a ring of pinned buffers, on a stream of its own. On a CPU it copies nothing.
 
-    One thread at a time may call it; another one, the trainer's, may call `release`.
+    One thread at a time may call it. Another thread, the trainer's, may call `release`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,22 +53,18 @@ class DeviceHandOver:
 
     def __call__(self, batch: ViewBatch) -> DeviceBatch:
         """Start the copy and return at once."""
-        arrays = [batch.global_views.pixels]
-        if batch.local_views is not None:
-            arrays.append(batch.local_views.pixels)
-        host = [_as_tensor(array) for array in arrays]
-        if self._stream is None:
-            pixels, copied = host, None
-        else:
-            pixels, copied = self._copy(host)
-        return DeviceBatch(
-            batch=batch, global_pixels=pixels[0], local_pixels=pixels[1] if len(pixels) > 1 else None, copied=copied
-        )
+        views = [views for views in (batch.global_views, batch.local_views) if views is not None]
+        pixels, copied = [_as_tensor(of_group.pixels) for of_group in views], None
+        if self._stream is not None:
+            pixels, copied = self._copy(pixels)
+        on_host = {field.name: getattr(batch, field.name) for field in dataclasses.fields(ViewBatch)}
+        local_pixels = pixels[1] if len(pixels) > 1 else None
+        return DeviceBatch(**on_host, global_pixels=pixels[0], local_pixels=local_pixels, copied=copied)
 
     def release(self) -> None:
-        """Note that the trainer has dropped its batch.
+        """Mark the trainer's batch as dropped.
 
-        The next copy waits until the device has finished with it, so the copy reuses its memory instead of taking more.
+        The next copy waits until the device has finished with that batch, so that it reuses the memory.
         """
         if self._stream is not None:
             released = torch.cuda.Event()
@@ -78,7 +73,7 @@ class DeviceHandOver:
 
     def _copy(self, host: list[Tensor]) -> tuple[list[Tensor], torch.cuda.Event]:
         assert self._stream is not None
-        with torch.cuda.device(self._device):  # of this thread
+        with torch.cuda.device(self._device):  # the current device is a setting of each thread
             if len(self._ring) < _RING_BATCHES:
                 self._ring.append(_PinnedSlot())
             slot = self._ring[self._turn % _RING_BATCHES]
@@ -103,7 +98,7 @@ class _PinnedSlot:
         self.copied = torch.cuda.Event()
 
     def stage(self, host: list[Tensor]) -> list[Tensor]:
-        """Copy into pinned memory, after the last copy out of it has ended; what is pinned already is only held."""
+        """Copy into pinned memory after the last copy out of it has ended; arrays that are pinned already are kept alive."""
         self.copied.synchronize()
         self._held = [tensor for tensor in host if tensor.is_pinned()]  # rendered by DALI in this process
         staged = []

@@ -33,7 +33,7 @@ from hvp_ray.config import ClusterConfig
 from hvp_ray.errors import HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import RequestOf
-from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import BATCHES_ON_DEVICE, CopyToDevice, DeviceBatch
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.stream.team import Member, Team
 
@@ -86,7 +86,7 @@ class ViewStream:
         first_step: int,
         end_step: int,
         cluster: ClusterConfig,
-        hand_over: DeviceHandOver,
+        hand_over: CopyToDevice,
         rank: int = 0,
         num_ranks: int = 1,
         finishers: Sequence[ActorHandle[Any]] = (),

@@ -1,4 +1,4 @@
-"""Watch over collapse, the first fear of every user of self-supervision; harder views raise the risk."""
+"""Metrics of collapse, and warnings. Harder views raise the risk of collapse."""
 
 import logging
 
@@ -10,13 +10,13 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 COLLAPSED_STD = 0.1
-"""Below this `collapse/embedding_std` a warning is given; 1 is the value of an isotropic distribution."""
+"""Below this `collapse/embedding_std` a warning is logged; an isotropic distribution has 1."""
 
 COLLAPSED_INFORMATION = 0.02
-"""Below this `collapse/teacher_information`, in nats, a warning is given."""
+"""Below this `collapse/teacher_information`, in nats, a warning is logged."""
 
 TEACHER_GRACE_STEPS = 100
-"""A fresh teacher says little about the image, so it is judged after so many steps."""
+"""Steps before the teacher is judged: an untrained teacher carries little information about the image."""
 
 
 def embedding_std(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
@@ -37,14 +37,14 @@ def effective_rank(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
 
 
 class CollapseWatch:
-    """Warns when embeddings or teacher have collapsed, once, and again after they had recovered."""
+    """Warns once when embeddings or teacher collapse, and again if they collapse after a recovery."""
 
     def __init__(self) -> None:
         self.num_warnings = 0
         self._warned: set[str] = set()
 
     def see(self, step: int, values: dict[str, float]) -> None:
-        """Take note of the `collapse/` values of a step."""
+        """Check the `collapse/` values of a step."""
         std = values.get("collapse/embedding_std", float("nan"))
         self._judge(
             "embeddings",
@@ -59,13 +59,13 @@ class CollapseWatch:
             step,
             collapsed=information < COLLAPSED_INFORMATION and step > TEACHER_GRACE_STEPS,
             recovered=information > 2 * COLLAPSED_INFORMATION,
-            finding=f"the teacher's output hardly depends on the image any more ({information:.4f} nats)",
+            finding=f"the teacher's output hardly depends on the image ({information:.4f} nats of information)",
         )
 
     def _judge(self, what: str, step: int, *, collapsed: bool, recovered: bool, finding: str) -> None:
         if collapsed and what not in self._warned:
             logger.warning(
-                "step %d: %s: lower the learning rate, check the data for near-duplicates, or train on easier views "
+                "step %d: %s. Lower the learning rate, check the data for near-duplicates, or train on easier views "
                 "(selection.every=2, a larger minimum of crop_scale)",
                 step,
                 finding,

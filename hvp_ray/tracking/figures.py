@@ -1,4 +1,4 @@
-"""Pictures of a run: candidate views with the chosen pair framed, overlap of chosen and other pairs, the loss."""
+"""Figures of a run: candidate views with the chosen pair framed, overlap of chosen and other pairs, and the loss."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,10 @@ _CHOSEN, _OTHER = "#c1440e", "#4878a8"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DrawnChoice:
-    """Which images of a batch are drawn, and what was chosen for them."""
+    """The images of a batch to draw, and the views chosen for them."""
 
     rows: NDArray[np.int64]
-    """[N], which of the B images."""
+    """[N], indices of images in the batch."""
     pairs: NDArray[np.int64]
     """[P, 2], view indices."""
     chosen: NDArray[np.int64]
@@ -32,7 +32,7 @@ class DrawnChoice:
     chosen_locals: NDArray[np.int64] | None
     """[k, B]; None: there are no local views."""
     scores_BP: NDArray[np.float32]  # noqa: N815 (shape letters)
-    """Loss of each pair, with its hardest local views."""
+    """Loss of each pair with its hardest local views."""
 
 
 def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uint8]], choice: DrawnChoice) -> None:
@@ -42,7 +42,7 @@ def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uin
         path: PNG to write.
         batch: the views of B images.
         originals: N decoded images.
-        choice: what was chosen.
+        choice: the images to draw, and their chosen views.
     """
     plan = batch.global_views.plan
     num_views, num_images = plan.num_views, len(choice.rows)
@@ -105,7 +105,7 @@ def _draw_view(axis: Any, views: Views, view: int, row: int, *, is_chosen: bool)
 
 
 def _grey_out(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Cover the masked patches with grey, so that what the student sees can be guessed."""
+    """Cover the masked patches with grey, as a preview of the student's input."""
     cell_px = pixels.shape[0] // mask.shape[0]
     covered = mask.repeat(cell_px, axis=0).repeat(cell_px, axis=1)[..., None]
     return np.where(covered, pixels // 4 + 96, pixels).astype(np.uint8)
@@ -145,43 +145,60 @@ def _draw_scores(
         axis.spines[side].set_visible(False)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Curves:
+    """A figure of metrics over the steps."""
+
+    title: str
+    y_label: str
+    needs: str
+    """The figure is drawn if the journal has this metric."""
+    series: dict[str, tuple[str, str]]
+    """Metric -> label, colour."""
+
+
+_CURVES = {
+    "overlap.png": _Curves(
+        title="Overlap of the crops of chosen and other pairs",
+        y_label="IoU",
+        needs="selection/other_iou",
+        series={
+            "selection/chosen_iou": ("chosen pair", _CHOSEN),
+            "selection/other_iou": ("other pairs, mean", _OTHER),
+        },
+    ),
+    "loss.png": _Curves(
+        title="Loss",
+        y_label="loss",
+        needs="train/loss",
+        series={
+            "train/loss": ("training loss, chosen views", _CHOSEN),
+            "selection/other_score": ("scoring pass: other candidates, mean", _OTHER),
+        },
+    ),
+}
+
+
 def draw_curves(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
     """Draw overlap and loss over the steps from the journal's records; return the files written."""
-    written = []
-    if any("selection/other_iou" in record["metrics"] for record in records):
-        path = folder / "overlap.png"
-        _draw_series(
-            path,
-            records,
-            {"selection/chosen_iou": ("chosen pair", _CHOSEN), "selection/other_iou": ("other pairs, mean", _OTHER)},
-            title="Overlap of the crops of chosen and other pairs",
-            y_label="IoU",
-        )
-        written.append(path)
-    if any("train/loss" in record["metrics"] for record in records):
-        path = folder / "loss.png"
-        series = {"train/loss": ("training loss, chosen views", _CHOSEN)}
-        if any("selection/other_score" in record["metrics"] for record in records):
-            series["selection/other_score"] = ("scoring pass: other candidates, mean", _OTHER)
-        _draw_series(path, records, series, title="Loss", y_label="loss")
-        written.append(path)
-    return written
+    drawn = {name: c for name, c in _CURVES.items() if any(c.needs in record["metrics"] for record in records)}
+    for name, curves in drawn.items():
+        _draw_curves(folder / name, records, curves)
+    return [folder / name for name in drawn]
 
 
-def _draw_series(
-    path: Path, records: list[dict[str, Any]], series: dict[str, tuple[str, str]], *, title: str, y_label: str
-) -> None:
+def _draw_curves(path: Path, records: list[dict[str, Any]], curves: _Curves) -> None:
     figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
-    for name, (label, color) in series.items():
+    for name, (label, color) in curves.series.items():
         points = [(r["step"], r["metrics"][name]) for r in records if name in r["metrics"]]
         if not points:
             continue
         steps, values = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(*_moving_average(steps, values), color=color, linewidth=1.8, label=label)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(curves.title, fontsize=10)
     axis.set_xlabel("step (optimizer updates)")
-    axis.set_ylabel(y_label)
+    axis.set_ylabel(curves.y_label)
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)

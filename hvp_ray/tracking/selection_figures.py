@@ -1,7 +1,4 @@
-"""Pictures of what a run chose, from the analysis of its selection log: chosen pairs against the others.
-
-Called by `pipelines/analyse_selection.py`; the numbers come from `selection_analysis.py`.
-"""
+"""Figures of a selection analysis: chosen pairs against the others. `pipelines/analyse_selection.py` draws them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,34 +6,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from hvp_ray.tracking.selection_analysis import (
-    AUTHORS_FANOVA,
-    FEATURES,
-    ChoiceModel,
-    Period,
-    ScoreModel,
-    SelectionAnalysis,
-)
+from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES
+from hvp_ray.tracking.selection_analysis import Period, SelectionAnalysis
+from hvp_ray.tracking.selection_models import AUTHORS_FANOVA, ChoiceModel, ScoreModel
 
 _CHOSEN, _OTHER, _GREY = "#c1440e", "#4878a8", "#777777"
-
-_TITLES = {
-    "iou": "IoU",
-    "corner_distance": "corner distance",
-    "area_ratio": "smaller / larger area",
-    "brightness": "brightness difference",
-    "contrast": "contrast difference",
-    "saturation": "saturation difference",
-    "hue": "hue difference",
-    "grayscale_differs": "grayscale differs",
-    "blur_differs": "blur differs",
-    "flip_differs": "flip differs",
-    "solarize_differs": "solarize differs",
-}
+_TITLES = {"iou": "IoU", "corner_distance": "corner distance", "area_ratio": "smaller / larger area"}
 
 
 def draw_selection_figures(folder: Path, analysis: SelectionAnalysis) -> list[Path]:
-    """Draw all pictures of an analysis into a folder; return the files written."""
+    """Draw all figures of an analysis into a folder; return the files written."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = {
         "selection_iou.png": _draw_iou(analysis),
@@ -51,18 +30,12 @@ def draw_selection_figures(folder: Path, analysis: SelectionAnalysis) -> list[Pa
     return [folder / name for name in figures]
 
 
-def _timeline(analysis: SelectionAnalysis) -> list[Period]:
-    """Return the parts of the first logged epoch, then the other epochs."""
-    return [*analysis.first_epoch, *analysis.per_epoch[1:]]
-
-
 def _draw_iou(analysis: SelectionAnalysis) -> Figure:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     axis = figure.subplots()
     _plot_contrast(axis, analysis, "iou")
     axis.set_title("Overlap of the crops of chosen and other pairs", fontsize=10)
     axis.set_ylabel("IoU (px of the original image)")
-    _finish_over_time(axis, analysis)
     return figure
 
 
@@ -72,8 +45,8 @@ def _draw_min_iou_share(analysis: SelectionAnalysis) -> Figure:
     _plot_over_time(axis, analysis, lambda period: 100 * period.min_iou_share, _CHOSEN, "chosen pair has the least IoU")
     chance = 100 * analysis.chance
     axis.axhline(chance, color=_GREY, linestyle="--", linewidth=1.2, label=f"chance, {chance:.1f} %")
-    axis.set_title("How often the chosen pair is the one that overlaps least", fontsize=10)
-    axis.set_ylabel("share of the images, %")
+    axis.set_title("How often the chosen pair overlaps least", fontsize=10)
+    axis.set_ylabel("fraction of the images, %")
     axis.set_ylim(bottom=0)
     _finish_over_time(axis, analysis)
     return figure
@@ -85,9 +58,8 @@ def _draw_color(analysis: SelectionAnalysis) -> Figure:
     _plot_contrast(axis, analysis, "color_distance")
     axis.set_title("Colour distance of chosen and other pairs", fontsize=10)
     axis.set_ylabel("distance of the jitter's factors")
-    _finish_over_time(axis, analysis)
 
-    names = ("grayscale_differs", "blur_differs", "flip_differs", "solarize_differs")
+    names = [name for name in MEASURES if name.endswith("_differs")]
     measures = [analysis.last_third.measures[name] for name in names]
     for offset, color, label, values in (
         (-0.2, _CHOSEN, "chosen pair", [100 * m.chosen for m in measures]),
@@ -96,8 +68,8 @@ def _draw_color(analysis: SelectionAnalysis) -> Figure:
         drawn = bars.bar([x + offset for x in range(len(names))], values, width=0.38, color=color, label=label)
         bars.bar_label(drawn, fmt="%.1f", fontsize=7, padding=2)
     bars.set_xticks(range(len(names)), [name.removesuffix("_differs") for name in names], fontsize=9)
-    bars.set_title("Pairs of which one view has it, the other not", fontsize=10)
-    bars.set_ylabel("share of the pairs, % (last third)")
+    bars.set_title("Pairs of which only one view has it", fontsize=10)
+    bars.set_ylabel("fraction of the pairs, % (last third)")
     highest = max(100 * max(m.chosen, m.other) for m in measures)
     bars.set_ylim(0, max(1.35 * highest, 1.0))
     bars.grid(axis="y", alpha=0.25)
@@ -125,7 +97,7 @@ def _draw_iou_histogram(analysis: SelectionAnalysis) -> Figure:
         f"Overlap of the crops, last third of the run (steps {last.first_step} to {last.last_step})", fontsize=10
     )
     axis.set_xlabel("IoU (px of the original image)")
-    axis.set_ylabel(f"share of the pairs in a bin of {histogram.edges[1]:.2f}, %")
+    axis.set_ylabel(f"fraction of the pairs in a bin of {histogram.edges[1]:.2f}, %")
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
     return figure
@@ -137,7 +109,19 @@ def _draw_importance(choice: ChoiceModel, score: ScoreModel | None) -> Figure:
     _draw_choice_model(axes[0], choice)
     if score is not None:
         _draw_score_model(axes[1], score)
+    for axis in axes:
+        axis.set_yticks(range(len(FEATURES)), [_title(name) for name in FEATURES], fontsize=8)
+        axis.invert_yaxis()
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     return figure
+
+
+def _title(feature: str) -> str:
+    if feature.endswith("_differs"):
+        return feature.replace("_", " ")
+    return _TITLES.get(feature, f"{feature} difference")
 
 
 def _draw_choice_model(axis: Any, model: ChoiceModel) -> None:
@@ -148,10 +132,8 @@ def _draw_choice_model(axis: Any, model: ChoiceModel) -> None:
         axis.barh(range(len(FEATURES)), widths, color=color, label=label)
     reach = max(*map(abs, coefficients), 0.1)
     for line, value in enumerate(coefficients):
-        side = "left" if value >= 0 else "right"
-        axis.text(
-            value + (0.02 if value >= 0 else -0.02) * reach, line, f"{value:+.2f}", va="center", ha=side, fontsize=7
-        )
+        side, offset = ("left", 0.02) if value >= 0 else ("right", -0.02)
+        axis.text(value + offset * reach, line, f"{value:+.2f}", va="center", ha=side, fontsize=7)
     axis.axvline(0.0, color=_GREY, linewidth=0.8)
     axis.set_xlim(-1.3 * reach, 1.3 * reach)
     axis.set_title(
@@ -160,15 +142,13 @@ def _draw_choice_model(axis: Any, model: ChoiceModel) -> None:
         fontsize=10,
     )
     axis.set_xlabel("log-odds of being chosen, per standard deviation")
-    _finish_features(axis)
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _draw_score_model(axis: Any, model: ScoreModel) -> None:
     lines = range(len(FEATURES))
     for offset, color, label, attribute in (
-        (-0.2, _CHOSEN, "main effect (as fANOVA; share of the forest's variance)", "main_effect"),
-        (0.2, _OTHER, "lost by shuffling (share of the scores' variance)", "permutation"),
+        (-0.2, _CHOSEN, "main effect (as fANOVA; fraction of the forest's variance)", "main_effect"),
+        (0.2, _OTHER, "lost by shuffling (fraction of the scores' variance)", "permutation"),
     ):
         values = [getattr(model.features[name], attribute) for name in FEATURES]
         axis.barh([line + offset for line in lines], values, height=0.38, color=color, label=label)
@@ -186,16 +166,12 @@ def _draw_score_model(axis: Any, model: ScoreModel) -> None:
         f"scores' variance within images explained ({model.num_held_out:,} images held out)",
         fontsize=10,
     )
-    axis.set_xlabel("importance, share of the variance")
-    _finish_features(axis)
-    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axis.set_xlabel("importance, fraction of the variance")
 
 
-def _finish_features(axis: Any) -> None:
-    axis.set_yticks(range(len(FEATURES)), [_TITLES[name] for name in FEATURES], fontsize=8)
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_axisbelow(True)
+def _timeline(analysis: SelectionAnalysis) -> list[Period]:
+    """Return the parts of the first logged epoch, then the other epochs."""
+    return [*analysis.first_epoch, *analysis.per_epoch[1:]]
 
 
 def _plot_contrast(axis: Any, analysis: SelectionAnalysis, name: str) -> None:
@@ -213,21 +189,16 @@ def _plot_contrast(axis: Any, analysis: SelectionAnalysis, name: str) -> None:
         linewidth=0,
         label="two standard errors of the difference",
     )
+    _finish_over_time(axis, analysis)
 
 
 def _plot_over_time(
     axis: Any, analysis: SelectionAnalysis, value: Callable[[Period], float], color: str, label: str
 ) -> None:
     periods = _timeline(analysis)
-    axis.plot(
-        [period.epochs_done for period in periods],
-        [value(period) for period in periods],
-        color=color,
-        linewidth=1.8,
-        marker="o" if len(periods) <= 40 else None,
-        markersize=3.5,
-        label=label,
-    )
+    steps, values = [period.epochs_done for period in periods], [value(period) for period in periods]
+    marker = "o" if len(periods) <= 40 else None
+    axis.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=3.5, label=label)
 
 
 def _finish_over_time(axis: Any, analysis: SelectionAnalysis) -> None:

@@ -1,7 +1,7 @@
 """What was chosen, image by image: plans, scores and choices of some steps, as Parquet in a run's folder.
 
 `<run>/selection/part-<first step>-<last step>.parquet` has a row for each image. A resumed run drops the rows of the steps
-that it does again. Read by `selection_analysis.py`.
+that it does again. Read by `logged_pairs.py`.
 """
 
 import json
@@ -17,25 +17,11 @@ from jaxtyping import Float32, Int64
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.parquet_limits import read_small_table
-from hvp_ray.records import ViewBatch
+from hvp_ray.records import ViewBatch, per_view_types
 
 FOLDER = "selection"
 METADATA_KEY = b"hvp_ray"
-PLAN_COLUMNS: dict[str, pa.DataType] = {
-    "top": pa.int32(),
-    "left": pa.int32(),
-    "height": pa.int32(),
-    "width": pa.int32(),
-    "flip": pa.bool_(),
-    "jitter": pa.bool_(),
-    "brightness": pa.float32(),
-    "contrast": pa.float32(),
-    "saturation": pa.float32(),
-    "hue_turns": pa.float32(),
-    "grayscale": pa.bool_(),
-    "blur_sigma_px": pa.float32(),
-    "solarize": pa.bool_(),
-}
+PLAN_COLUMNS: dict[str, pa.DataType] = {name: pa.from_numpy_dtype(dtype) for name, dtype in per_view_types().items()}
 """Fields of `ViewPlan`, a list over the views for each image."""
 
 _ROWS_PER_PART = 20_000

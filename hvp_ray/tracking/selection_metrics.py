@@ -1,7 +1,7 @@
-"""What was chosen: loss, overlap, colour distance and masks of the chosen views against all others.
+"""Metrics of a step's selection: loss, overlap, colour distance and masks of the chosen views and of all others.
 
-Source: analysis of the HVP authors (overlap in px of the original image; colour distance Euclidean over the four
-factors, zeros without jitter).
+Source: analysis of the HVP authors: overlap in px of the original image; colour distance Euclidean over the four factors.
+Differs: without jitter the factors are neutral, not zero.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from hvp_ray.views.geometry import crop_iou
 
 
 def color_distances(plan: ViewPlan, pairs: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return the distance of the colour factors of both views of every pair, [B, P]."""
+    """Return the distance between the colour factors of the two views of every pair, [B, P]."""
     factors = np.stack([plan.brightness - 1, plan.contrast - 1, plan.saturation - 1, plan.hue_turns], axis=-1)
     difference = factors[pairs[:, 0]] - factors[pairs[:, 1]]
     distances: NDArray[np.float32] = np.sqrt((difference**2).sum(axis=-1)).T
@@ -25,7 +25,7 @@ def describe_pairs(plan: ViewPlan, candidates: Candidates, chosen: NDArray[np.in
 
     Args:
         plan: of the V global views.
-        candidates: what could be chosen.
+        candidates: of this step.
         chosen: [B], row of `candidates.pairs` of each image.
     """
     pairs = candidates.pairs
@@ -43,7 +43,7 @@ def describe_pairs(plan: ViewPlan, candidates: Candidates, chosen: NDArray[np.in
 
 
 def describe_scores(scores: CandidateScores, selection: Selection, candidates: Candidates) -> dict[str, float]:
-    """Return the loss of the chosen candidates, and the mean of all others, in the scoring pass."""
+    """Return the scoring pass's mean loss of the chosen candidates and of all others."""
     mean = scores.mean(candidates.num_chosen_local_views).double()
     if selection.scores is None:
         return {"selection/mean_score": float(mean.mean())}
@@ -57,7 +57,7 @@ def describe_scores(scores: CandidateScores, selection: Selection, candidates: C
 
 
 def describe_masks(mask: NDArray[np.bool_], view_indices: NDArray[np.int64]) -> dict[str, float]:
-    """Return how many of the chosen views, and of all candidates, are not masked at all.
+    """Return the fraction of the chosen views, and of all candidates, without a mask.
 
     Args:
         mask: [V, B, rows, columns].

@@ -1,1 +1,1 @@
-"""The algorithm of a run: a step, the loop around it, and what it is built from. No files, no Ray, no MLflow."""
+"""The training algorithm: the step, the loop around it, and their parts. It knows no run folder, no Ray and no MLflow."""

@@ -1,6 +1,6 @@
-"""The loop: batch after batch through the step. It knows neither Ray nor who records.
+"""The training loop: it takes batches from a stream and notifies an observer. It knows neither Ray nor the recorder.
 
-Position advances when the optimizer's step is done, never on delivery.
+The position advances when the optimizer's step is done, never on delivery.
 """
 
 import time
@@ -14,36 +14,37 @@ from hvp_ray.stream.batches import BatchStream
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.optimizers import set_schedule
 from hvp_ray.training.schedules import learning_rate_at, weight_decay_at
-from hvp_ray.training.step import StepMetrics, Trainee, train_step
+from hvp_ray.training.step import StepMetrics, train_step
+from hvp_ray.training.trainee import Trainee
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopResult:
-    """What the loop measured."""
+    """The measurements of the loop."""
 
     num_steps_done: int
-    """Optimizer steps of the whole run, earlier attempts included."""
+    """Optimizer steps of the whole run, including earlier attempts."""
     train_seconds: float
-    """Wall time from the first batch in hand to the last step, of this attempt."""
+    """Wall time of this attempt, from the arrival of the first batch to the last step."""
     step_seconds: list[float]
-    """Wall time of each step of this attempt, waiting included."""
+    """Wall time of each step of this attempt, including the wait for its batch."""
     stopped_early: bool
 
 
 @runtime_checkable
 class LoopObserver(Protocol):
-    """Hears what happens; all methods are called on every rank, in lock-step."""
+    """Is notified of every step. All ranks call its methods in lock-step."""
 
     def before_step(self, batch: DeviceBatch) -> None:
-        """A batch is in hand."""
+        """Receive a batch before it is trained on."""
         ...
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
-        """A step is done."""
+        """Receive the metrics of a step."""
         ...
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """A checkpoint is due."""
+        """Save a checkpoint."""
         ...
 
     def stop_requested(self) -> bool:
@@ -61,11 +62,12 @@ def run_loop(
     num_steps: int,
     steps_per_epoch: int,
 ) -> LoopResult:
-    """Train from `first_step` (number of steps done so far) to `num_steps`, or until some rank is asked to stop.
+    """Train from `first_step` (the number of steps done so far) to `num_steps`, or until any rank is asked to stop.
 
     Raises:
         TrainingError: the loss is not finite.
-        StageError, DataError: no batches come, or the data is too damaged.
+        StageError: the stream stopped delivering batches.
+        DataError: too many images are unreadable.
     """
     trainee.method.train()
     step_seconds: list[float] = []
@@ -85,7 +87,7 @@ def run_loop(
         metrics = train_step(trainee, batch, config, stop_requested=observer.stop_requested())
         steps_done = step + 1
         observer.after_step(steps_done, batch, metrics, rate)
-        del batch  # the stream copies another one to the device, which holds `BATCHES_ON_DEVICE`
+        del batch  # makes room for the stream's next copy; the device holds `BATCHES_ON_DEVICE`
         now = time.perf_counter()
         step_seconds.append(now - last_at)
         last_at = now

@@ -1,4 +1,4 @@
-"""The optimizer of a method, in parameter groups by what follows a schedule and what decays."""
+"""The optimizer of a method, with parameter groups by learning rate schedule and weight decay."""
 
 from typing import Any
 
@@ -15,10 +15,10 @@ _SCHEDULED, _DECAYS = "follows_schedule", "decays"
 
 
 def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step: int) -> torch.optim.Optimizer:
-    """Build SGD, LARS or AdamW over the trained parameters of a method (a teacher's are not).
+    """Build SGD, LARS or AdamW for the trained parameters of a method; a teacher's are not trained.
 
-    Groups differ in whether the learning rate follows the schedule (parameters that the method names keep the initial
-    one, if `constant_predictor_rate`) and in whether they decay (all do, unless `decay_exempts_vectors`).
+    With `constant_predictor_rate`, the parameters that the method names keep the initial learning rate. With
+    `decay_exempts_vectors`, biases and norms do not decay.
     """
     constant = {id(p) for p in method.constant_rate_parameters()} if config.constant_predictor_rate else set()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -41,7 +41,7 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
             return torch.optim.SGD(described, lr=rate, momentum=config.momentum)
         case "lars":
             for group in described:
-                group["always_adapt"] = group[_DECAYS]  # what is exempt from decay is exempt from adaptation
+                group["always_adapt"] = group[_DECAYS]  # parameters without decay are not adapted either
             form = Lars if config.lars_norm == "separate" else _LarsOfDecayedGradient
             lars: torch.optim.Optimizer = form(
                 described,
@@ -56,14 +56,14 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
 
 
 class _LarsOfDecayedGradient(Lars):
-    """LARS that divides by |g + d w|: the decay is added to the gradient before timm's LARS, without decay, sees it.
+    """LARS that divides by |g + d w|: it adds the decay to the gradient and runs timm's LARS without decay.
 
-    Source: automl/hvp, branch simclr, optimizers/lars.py; the same as MoCo v3's. Differs: timm adds 1e-8 to the norm.
+    Source: automl/hvp, branch simclr, optimizers/lars.py, which equals MoCo v3's. Differs: timm adds 1e-8 to the norm.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update; the gradients are changed, so there can be no closure that makes them."""
+        """Update the weights; the gradients change too, so a closure cannot recompute them."""
         decays = [group["weight_decay"] for group in self.param_groups]
         for group, decay in zip(self.param_groups, decays, strict=True):
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -78,7 +78,7 @@ class _LarsOfDecayedGradient(Lars):
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weight_decay: float) -> None:
-    """Set the learning rate of the scheduled groups, and the weight decay of those that decay."""
+    """Set the learning rate of the scheduled groups and the weight decay of the decaying ones."""
     for group in optimizer.param_groups:
         if group[_SCHEDULED]:
             group["lr"] = learning_rate
@@ -87,7 +87,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weig
 
 
 def clip_gradients(method: nn.Module, config: OptimizerConfig) -> torch.Tensor | None:
-    """Clip as configured; return the global norm before clipping, or None where clipping is off.
+    """Clip as configured; return the global norm before clipping, or None if clipping is off.
 
     Source: global as automl/hvp (branch dino); tensor as facebookresearch/dino utils.py:132-141 and bytedance/ibot.
     """

@@ -1,4 +1,4 @@
-"""The views of a step on the device, as bytes: split into parts, gathered by index, and normalised where they are used."""
+"""The views of a step on the device, as bytes: split into parts, gathered by index, and normalised when they are used."""
 
 from dataclasses import dataclass, field, replace
 
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from hvp_ray.config import RunConfig, ViewsConfig
+from hvp_ray.config import SelectionConfig, ViewsConfig
 from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import ViewTensors
 from hvp_ray.selection import Selection, gather_views
@@ -17,23 +17,22 @@ from hvp_ray.views.normalise import normalise_views
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelViews:
-    """What belongs to some views of B images."""
+    """Pixels, masks and reusable results of some views of B images."""
 
     global_pixels: UInt8[Tensor, "views batch height width 3"]
     local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
     masks: Bool[Tensor, "views batch patch_rows patch_columns"] | None
     reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
-    """What scoring computed for each global view and training may take; see `CandidateScores.reusable`."""
+    """Results of scoring for each global view; see `CandidateScores.reusable`."""
 
     @staticmethod
     def of(batch: DeviceBatch) -> "PixelViews":
         """Return the candidates of a batch."""
-        mask = batch.batch.global_views.plan.mask
-        device = batch.global_pixels.device
+        mask = batch.global_views.plan.mask
         return PixelViews(
             global_pixels=batch.global_pixels,
             local_pixels=batch.local_pixels,
-            masks=None if mask is None else to_device(mask.copy(), device),
+            masks=None if mask is None else to_device(mask.copy(), batch.global_pixels.device),
         )
 
     def gather(self, selection: Selection) -> "PixelViews":
@@ -57,19 +56,19 @@ class PixelViews:
                 global_pixels=self.global_pixels[:, images],
                 local_pixels=None if self.local_pixels is None else self.local_pixels[:, images],
                 masks=None if self.masks is None else self.masks[:, images],
-                # As if computed here: torch multiplies contiguous memory in another order than slices of a larger one.
+                # torch sums contiguous memory and slices in different orders; without reuse the memory is contiguous.
                 reusable={name: values[:, images].contiguous() for name, values in self.reusable.items()},
             )
             for images in slices
         ]
 
-    def for_scoring(self, config: RunConfig, *, patch_px: int) -> "PixelViews":
-        """Return the views at `selection.scoring_resolution_px`, antialiased; None there leaves them as they are.
+    def for_scoring(self, selection: SelectionConfig, views: ViewsConfig, *, patch_px: int) -> "PixelViews":
+        """Return the views at `selection.scoring_resolution_px`, antialiased; None there leaves them unchanged.
 
-        Local views shrink by the same factor, to the nearest multiple of `patch_px`; a patch of a mask is masked where at
-        least half of what it stands for was.
+        Local views shrink by the same factor, to the nearest multiple of `patch_px`. A patch of a smaller mask is masked
+        if at least half of its area was.
         """
-        resolution_px, size_px = config.selection.scoring_resolution_px, config.views.global_views.size_px
+        resolution_px, size_px = selection.scoring_resolution_px, views.global_views.size_px
         if resolution_px is None or resolution_px == size_px:
             return self
         local_pixels, masks = self.local_pixels, self.masks
@@ -86,9 +85,8 @@ class PixelViews:
             masks=masks,
         )
 
-    def normalised(self, config: RunConfig) -> ViewTensors:
-        """Return what the networks see."""
-        views = config.views
+    def normalised(self, views: ViewsConfig) -> ViewTensors:
+        """Return the input of the networks."""
         return ViewTensors(
             global_views=normalise_views(self.global_pixels, views),
             local_views=None if self.local_pixels is None else normalise_views(self.local_pixels, views),
@@ -98,7 +96,7 @@ class PixelViews:
         )
 
     def _max_masked_patches(self, views: ViewsConfig) -> int | None:
-        """Return the most patches that a mask can have; None: masks of another grid, which the config does not bound."""
+        """Return the most patches that a mask can have; None: no masks, or of a grid that the config does not bound."""
         if self.masks is None or views.masks is None:
             return None
         size_px = views.global_views.size_px

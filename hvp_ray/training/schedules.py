@@ -9,9 +9,9 @@ from hvp_ray.methods.method import StepPosition
 def learning_rate_at(config: OptimizerConfig, position: StepPosition, *, images_per_step: int) -> float:
     """Return the learning rate of a step.
 
-    After a linear warm-up from 0, rate = final + (base - final) x (1 + cos(pi t)) / 2 with base = learning_rate_per_256 x
-    images_per_step / 256, where t in [0, 1) is the share of the rest that lies behind; with cosine-per-epoch it moves at
-    the start of epochs only, as in SimSiam's code. The last step of the warm-up has the base rate.
+    After a linear warm-up from 0, rate = final + (base - final) x (1 + cos(pi t)) / 2. Here base = learning_rate_per_256 x
+    images_per_step / 256, and t in [0, 1) is the fraction done of the steps after the warm-up. With cosine-per-epoch, t
+    changes only at the start of an epoch, as in SimSiam's code. The last step of the warm-up has the base rate.
     """
     base = base_learning_rate(config, images_per_step)
     warmup_steps = min(round(config.warmup_epochs * position.steps_per_epoch), position.num_steps)
@@ -25,7 +25,7 @@ def learning_rate_at(config: OptimizerConfig, position: StepPosition, *, images_
 
 
 def weight_decay_at(config: OptimizerConfig, position: StepPosition) -> float:
-    """Return the weight decay of a step: constant, or along a cosine to `final_weight_decay`."""
+    """Return the weight decay of a step: constant, or on a cosine to `final_weight_decay`."""
     if config.final_weight_decay is None:
         return config.weight_decay
     return cosine(config.weight_decay, config.final_weight_decay, position.step / position.num_steps)
@@ -37,5 +37,5 @@ def cosine(start: float, end: float, done: float) -> float:
 
 
 def base_learning_rate(config: OptimizerConfig, images_per_step: int) -> float:
-    """Return the rate that the cosine starts from: linear in the images per step."""
+    """Return the rate at the start of the cosine: linear in the images per step."""
     return config.learning_rate_per_256 * images_per_step / 256

@@ -3,31 +3,38 @@
 Legend: V global views, L local views, B images, P pairs, S slots trained on, k local views trained on.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hvp_ray.config import RULES_THAT_SCORE, RunConfig
+from hvp_ray.config import OptimizerConfig, RunConfig
 from hvp_ray.errors import TrainingError
-from hvp_ray.methods.method import Contrast, Method, MethodLoss, ViewTensors
+from hvp_ray.methods.method import Contrast, MethodLoss
 from hvp_ray.randomness import Purpose, draw_torch_seed
-from hvp_ray.records import ViewBatch
-from hvp_ray.selection import Candidates, CandidateScores, Selection, choose_views, score_views
+from hvp_ray.selection import (
+    Candidates,
+    CandidateScores,
+    Draw,
+    Selection,
+    candidates_of,
+    choose_views,
+    needs_scores_at,
+    rule_at,
+    score_views,
+)
 from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.device import DeviceBatch
-from hvp_ray.training.choosing import candidates_of, draw_candidates, draw_random_locals, draw_random_pairs, pair_ious
 from hvp_ray.training.optimizers import clip_gradients
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.stages import Stage, name_for_profiler
+from hvp_ray.training.trainee import Trainee
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """What a step measured; tensors stay on the device until they are reported."""
+    """The measurements of a step; tensors stay on the device until they are recorded."""
 
     loss: Float[Tensor, ""]
     """Mean over all ranks."""
@@ -36,33 +43,12 @@ class StepMetrics:
     candidates: Candidates
     selection: Selection
     scores: CandidateScores | None
-    """Loss that each candidate would have given; None: the step did not score."""
+    """Loss that each candidate would give; None: the step did not score."""
     embeddings: Float[Tensor, "batch dim"]
     measurements: dict[str, Float[Tensor, ""]]
-    """What the method measured on this rank."""
+    """The method's own metrics on this rank."""
     stop_requested: bool
-    """Some rank was asked to stop; every rank has the same value."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trainee:
-    """The parts of a model in training that a step needs."""
-
-    method: Method
-    """The bare method: parameters, scoring."""
-    training_forward: Callable[..., MethodLoss]
-    """The method's forward as it is trained: wrapped, perhaps compiled."""
-    score: Callable[[ViewTensors, Candidates], CandidateScores]
-    """The method's `score`, perhaps compiled."""
-    reduce_gradients: Callable[[], None]
-    without_reduction: Callable[[], AbstractContextManager[None]]
-    """See `distributed.wrap.WrappedMethod`."""
-    optimizer: torch.optim.Optimizer
-    mean_over_ranks: Callable[[Tensor], Tensor]
-    device: torch.device
-    rank: int
-    stage: Callable[[Stage], AbstractContextManager[None]] = name_for_profiler
-    """Entered around each part of a step."""
+    """Whether any rank was asked to stop; equal on all ranks."""
 
 
 def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_requested: bool = False) -> StepMetrics:
@@ -71,18 +57,18 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
     Raises:
         TrainingError: the loss is not finite on some rank; raised on every rank, before the update.
     """
-    with trainee.stage("hand_over"):
+    with trainee.stage("copy"):
         batch.wait()
     chosen = choose_step_views(trainee, batch, config)
-    trained = forward_backward(trainee, chosen.pixels, config, batch.batch.step, stop_requested=stop_requested)
+    trained = forward_backward(trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested)
     is_finite, stops = trained.flags.read()
     if not is_finite:
         raise TrainingError(
-            f"the loss of step {batch.batch.step} is {trained.loss.item()} on at least one rank; the weights were not "
-            f"changed. Go back to an earlier checkpoint with a lower optimizer.learning_rate_per_256, or set "
-            f"optimizer.clip_gradient_norm"
+            f"the loss of step {batch.step} is {trained.loss.item()} on at least one rank, and a finite loss was expected; "
+            f"the weights were not changed. Continue from an earlier checkpoint with a lower "
+            f"optimizer.learning_rate_per_256, or set optimizer.clip_gradient_norm"
         )
-    gradient_norm = update_weights(trainee, trained, config)
+    gradient_norm = update_weights(trainee, trained, config.optimizer)
     return StepMetrics(
         loss=trained.loss,
         gradient_norm=gradient_norm,
@@ -97,7 +83,7 @@ def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenViews:
-    """What a step trains on, and why."""
+    """The views that a step trains on, and the scores that they were chosen by."""
 
     candidates: Candidates
     scores: CandidateScores | None
@@ -106,19 +92,32 @@ class ChosenViews:
 
 
 def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -> ChosenViews:
-    """Score the candidates, choose one for each image, and gather its views."""
-    trainee.optimizer.zero_grad(set_to_none=True)  # the last step's gradients make room
+    """Score the candidates if the step needs it, choose one for each image, and gather its views."""
+    trainee.optimizer.zero_grad(set_to_none=True)  # frees the last step's gradients before scoring
     pixels = PixelViews.of(batch)
-    candidates = candidates_of(config, batch.batch.step)
-    rule = config.selection.rule if config.selection.is_hard_step(batch.batch.step) else "first"
+    candidates = candidates_of(config.selection, config.views, batch.step)
     scores = None
-    if rule in RULES_THAT_SCORE or config.selection.score_always:
-        scores = score_candidates(trainee, pixels, candidates, config, batch.batch.step)
+    if needs_scores_at(config.selection, batch.step):
+        scores = score_candidates(trainee, pixels, candidates, config, batch.step)
         if _training_may_reuse(config):
             pixels = replace(pixels, reusable=scores.reusable)
-        scores = replace(scores, reusable={})  # its memory is free when the chosen views' part has been taken
+        scores = replace(scores, reusable={})  # only `pixels` holds it, until the chosen views' part is gathered
     with trainee.stage("choose"):
-        selection = _choose(trainee, batch.batch, candidates, scores, config)
+        selection = choose_views(
+            rule_at(config.selection, batch.step),
+            candidates,
+            num_images=len(batch.sample_ids),
+            device=trainee.device,
+            scores=scores,
+            plan=batch.global_views.plan,
+            draw=Draw(
+                seed=config.run.seed,
+                step=batch.step,
+                rank=trainee.rank,
+                epoch=batch.epoch,
+                sample_ids=batch.sample_ids,
+            ),
+        )
     with trainee.stage("gather"):
         chosen = pixels.gather(selection)
     return ChosenViews(candidates=candidates, scores=scores, selection=selection, pixels=chosen)
@@ -127,16 +126,16 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -
 def score_candidates(
     trainee: Trainee, pixels: PixelViews, candidates: Candidates, config: RunConfig, step: int
 ) -> CandidateScores:
-    """Score all candidates with the current weights, part by part, as `config.selection` says."""
+    """Score all candidates with the current weights, in `training.accumulation_steps` parts."""
     selection = config.selection
     precision = config.training.precision if selection.scoring_precision == "training" else selection.scoring_precision
     _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
     scores = []
     for part in pixels.split(config.training.accumulation_steps):
         with trainee.stage("downscale"):
-            small = part.for_scoring(config, patch_px=trainee.method.patch_px)
+            small = part.for_scoring(selection, config.views, patch_px=trainee.method.patch_px)
         with trainee.stage("normalise"):
-            views = small.normalised(config)
+            views = small.normalised(config.views)
         with trainee.stage("score"), _autocast(precision, trainee.device):
             scores.append(
                 score_views(
@@ -147,48 +146,20 @@ def score_candidates(
                     batch_norm=selection.scoring_batch_norm,
                 )
             )
-    if len(scores) == 1:
-        return scores[0]
-    of_locals = [of_part.locals_BPL for of_part in scores if of_part.locals_BPL is not None]
-    return CandidateScores(
-        pairs_BP=torch.cat([of_part.pairs_BP for of_part in scores]),
-        locals_BPL=torch.cat(of_locals) if of_locals else None,
-        reusable={name: torch.cat([part.reusable[name] for part in scores], dim=1) for name in scores[0].reusable},
-    )
+    return CandidateScores.joined(scores)
 
 
 def _training_may_reuse(config: RunConfig) -> bool:
-    """Tell whether scoring forwards the views just as training will."""
+    """Tell whether scoring forwards the views exactly as training will."""
     selection = config.selection
     full_resolution = selection.scoring_resolution_px in (None, config.views.global_views.size_px)
     same_precision = selection.scoring_precision in ("training", config.training.precision)
     return selection.reuse_teacher and full_resolution and same_precision
 
 
-def _choose(
-    trainee: Trainee, batch: ViewBatch, candidates: Candidates, scores: CandidateScores | None, config: RunConfig
-) -> Selection:
-    selection, seed, device = config.selection, config.run.seed, trainee.device
-    rule = selection.rule if selection.is_hard_step(batch.step) else "first"
-    draws_locals = rule == "random" and candidates.num_chosen_local_views > 0
-    return choose_views(
-        rule,
-        candidates,
-        num_images=len(batch.sample_ids),
-        device=device,
-        scores=scores,
-        drawn=draw_candidates(candidates, selection.limit, seed=seed, step=batch.step, rank=trainee.rank)
-        if rule in RULES_THAT_SCORE
-        else None,
-        iou_BP=pair_ious(batch, candidates, device) if rule == "min_iou" else None,
-        random_pairs=draw_random_pairs(batch, candidates, seed, device) if rule == "random" else None,
-        random_locals=draw_random_locals(batch, candidates, seed, device) if draws_locals else None,
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedViews:
-    """Forward and backward of a step: gradients are in place."""
+    """The result of forward and backward; the gradients are in the parameters."""
 
     results: list[MethodLoss]
     loss: Float[Tensor, ""]
@@ -206,7 +177,7 @@ def forward_backward(
     results: list[MethodLoss] = []
     for part, of_part in enumerate(parts):
         with trainee.stage("normalise"):
-            views = of_part.normalised(config)
+            views = of_part.normalised(config.views)
         is_last = part == len(parts) - 1
         _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
         with nullcontext() if is_last else trainee.without_reduction():
@@ -215,7 +186,7 @@ def forward_backward(
                     results.append(trainee.training_forward(views))
                 else:
                     results.append(trainee.training_forward(views, Contrast(features=features, part=part)))
-            if is_last:  # asked before the last backward, so that a GPU's host need not wait for that
+            if is_last:  # before the last backward, so that the host of a GPU need not wait for it
                 stop = torch.full((), float(stop_requested), device=trainee.device)
                 loss = torch.stack([result.loss.detach().float() for result in results]).mean()
                 with trainee.stage("collectives"):
@@ -228,13 +199,13 @@ def forward_backward(
     return TrainedViews(results=results, loss=reduced[0], flags=flags)
 
 
-def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -> Tensor | None:
-    """Clip, update, and let the method follow (teacher, centre); return the norm of the gradient before clipping."""
+def update_weights(trainee: Trainee, trained: TrainedViews, config: OptimizerConfig) -> Tensor | None:
+    """Clip, update the weights, then teacher and centre; return the gradient's norm before clipping."""
     statistics = _mean_of_parts([result.statistics for result in trained.results])
     with trainee.stage("collectives"):
         statistics = _mean_over_ranks(statistics, trainee)
     with trainee.stage("update"):
-        gradient_norm = clip_gradients(trainee.method, config.optimizer)
+        gradient_norm = clip_gradients(trainee.method, config)
         trainee.method.before_update()
         trainee.optimizer.step()
         trainee.method.after_update(statistics)
@@ -242,7 +213,7 @@ def update_weights(trainee: Trainee, trained: TrainedViews, config: RunConfig) -
 
 
 def _contrast_features(trainee: Trainee, parts: list[PixelViews], config: RunConfig, step: int) -> Tensor | None:
-    """Forward all parts once without gradient, where a part's loss needs the others; None: it does not."""
+    """Forward all parts once without gradient if a part's loss needs the others; None: it does not."""
     if len(parts) == 1:
         return None
     features = []
@@ -250,7 +221,7 @@ def _contrast_features(trainee: Trainee, parts: list[PixelViews], config: RunCon
         for part, of_part in enumerate(parts):
             _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
             with trainee.stage("forward"), _autocast(config.training.precision, trainee.device):
-                of_images = trainee.method.contrast_features(of_part.normalised(config))
+                of_images = trainee.method.contrast_features(of_part.normalised(config.views))
             if of_images is None:
                 return None
             features.append(of_images)
@@ -277,12 +248,12 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def _seed_torch(config: RunConfig, purpose: Purpose, step: int, rank: int, part: int = 0) -> None:
-    """Address dropout and drop path by (seed, purpose, step, rank, part): no state to save, nothing spills over."""
+    """Seed dropout and drop path by their address (seed, purpose, step, rank, part), so there is no state to save."""
     torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=purpose, step=step, rank=rank, part=part))
 
 
 class _AsyncFlags:
-    """Booleans of the device, copied to the host while the device goes on working."""
+    """Booleans of the device, copied to the host while the device continues."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags = flags

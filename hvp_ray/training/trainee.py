@@ -1,5 +1,7 @@
-"""From a config to the parts in training: method, optimizer, wrappers, and the state to go on from."""
+"""The model in training: its parts, how they are built from a config, and its state as a checkpoint."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +13,37 @@ from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.backbones import load_initial_weights
-from hvp_ray.methods.method import ALONE, Method, Ranks, build_method
+from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
-from hvp_ray.runs.storage import local_weights
+from hvp_ray.selection import Candidates, CandidateScores
 from hvp_ray.training.optimizers import build_optimizer
-from hvp_ray.training.step import Trainee
+from hvp_ray.training.stages import Stage, name_for_profiler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trainee:
+    """The parts of a model in training that a step needs."""
+
+    method: Method
+    """The bare method: parameters, scoring."""
+    training_forward: Callable[..., MethodLoss]
+    """The method's forward for training: wrapped, and compiled with `training.compile`."""
+    score: Callable[[ViewTensors, Candidates], CandidateScores]
+    """The method's `score`; compiled with `training.compile`."""
+    reduce_gradients: Callable[[], None]
+    without_reduction: Callable[[], AbstractContextManager[None]]
+    """See `distributed.wrap.WrappedMethod`."""
+    optimizer: torch.optim.Optimizer
+    mean_over_ranks: Callable[[Tensor], Tensor]
+    device: torch.device
+    rank: int
+    stage: Callable[[Stage], AbstractContextManager[None]] = name_for_profiler
+    """Entered around each part of a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """What is needed to go on bit for bit: position and tensors; no random state, because there is none."""
+    """The state from which training continues bit for bit. It holds no random state, because a run has none."""
 
     step: int
     """Number of optimizer steps done."""
@@ -29,21 +52,26 @@ class Checkpoint:
 
 
 def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
-    """Build the method with the initial weights of this run: the same on every rank, and at any time later."""
+    """Build the method with the initial weights of this run, equal on every rank and at any later time.
+
+    `training.initial_weights` must be a path on this machine; `runs.storage.with_local_weights` downloads a URI.
+
+    Raises:
+        CheckpointError: the initial weights are missing or fit another network.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
         method = build_method(config.method, ranks)
     if config.training.initial_weights is not None:
-        weights = local_weights(config.training.initial_weights)
         for encoder in method.encoders:
-            load_initial_weights(encoder, weights)
+            load_initial_weights(encoder, config.training.initial_weights)
     convert: Any = method.to  # torch's stub does not know this form of the call
     channels_last: Method = convert(memory_format=torch.channels_last)  # CPUs too: convolutions forward twice as fast
     return channels_last
 
 
 def build_trainee(config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None) -> Trainee:
-    """Build everything a step needs, at the state of `checkpoint` or at the start."""
+    """Build everything a step needs, in the state of `checkpoint` or untrained."""
     if config.training.compile and device.type != "cuda":
         raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
     ranks = Ranks(rank=world.rank, gather=gather_over_ranks)

@@ -1,4 +1,4 @@
-"""The kernel of a Gaussian blur, without the taps that change nothing. Both renderers take it from here."""
+"""The kernel of a Gaussian blur, without negligible taps. Both renderers use it."""
 
 import math
 
@@ -6,14 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 NEGLIGIBLE_WEIGHT = 1e-6
-"""Taps at the ends that weigh less together are left out: in two passes a value changes by less than 0.001 levels."""
+"""Taps at both ends are dropped while their total weight is below this: two passes then change a value by less than
+0.001 levels."""
 
 
 def gaussian_kernel(sigma_px: float, kernel_px: int) -> NDArray[np.float32]:
     """Return the normalised kernel, at most [kernel_px]: the density at whole pixels, as torchvision samples it.
 
-    Negligible taps are left out at both ends, so the length is odd and may be 1, which means no blur. (`math.exp` and not
-    NumPy's, which differs in the last bit between CPUs with and without AVX-512.)
+    Its length is odd, and may be 1, which means no blur. It uses `math.exp`, because NumPy's differs in the last bit
+    between CPUs with and without AVX-512.
     """
     half = [math.exp(-0.5 * (offset / sigma_px) ** 2) for offset in range(kernel_px // 2 + 1)]
     negligible = NEGLIGIBLE_WEIGHT * (half[0] + 2.0 * sum(half[1:]))

@@ -1,12 +1,12 @@
 """Colour operations on float32 pixels [H, W, 3] in levels 0 to 255, as torchvision defines them, in place.
 
-Every operation clamps to [0, 255], as torchvision does (where its factor can leave that range), but nothing is rounded in
-between: pixels are converted from uint8 once and rounded once, so the result is the exact chain to half a level, where
-torchvision on uint8 and PIL cut off the fraction after each operation (about half a level darker each time).
+Every operation clamps to [0, 255] if its factor can leave that range, as torchvision does. Pixels are converted from uint8
+once and rounded once, so the result is exact to half a level. torchvision on uint8 and PIL instead cut off the fraction
+after each operation, which darkens by about half a level each time.
 
-The arrays are the caller's and are used again for each view: for pixels of this size fresh memory costs as much as the
-arithmetic. Only OpenCV functions are used that give the same bits with AVX2 and with AVX-512, with and without Intel's
-primitives; cv2.transform to three channels and cv2.COLOR_RGB2GRAY do not.
+The caller reuses the arrays for each view: fresh memory of this size costs as much as the arithmetic. All OpenCV functions
+used here give the same bits with AVX2 and with AVX-512, with and without Intel's primitives. cv2.transform to three
+channels and cv2.COLOR_RGB2GRAY do not.
 
 Source: torchvision.transforms.v2.functional (_color.py). The hue is shifted in HSV, as torchvision and PIL do; a
 rotation about the grey axis differs from that by 5 levels on average at 0.1 turn.
@@ -60,7 +60,7 @@ def update_saturation(pixels: FloatImage, factor: float, *, spare: FloatImage) -
 
 
 def update_hue(pixels: FloatImage, turns: float, *, spare: FloatImage) -> None:
-    """Shift the hue in HSV by `turns` of the colour circle; it stays in [0, 255] by itself.
+    """Shift the hue in HSV by `turns` of the colour circle; the result stays in [0, 255].
 
     Args:
         pixels: [H, W, 3].
@@ -114,10 +114,10 @@ def round_to_levels(pixels: FloatImage, *, out: NDArray[np.uint8]) -> None:
 
 
 def solarize(pixels: NDArray[np.uint8], *, out: NDArray[np.uint8]) -> None:
-    """Invert the values of 128 and above into `out`: of x and 255 - x the smaller one."""
+    """Invert the values of 128 and above into `out`: min(x, 255 - x)."""
     np.bitwise_not(pixels, out=out)
     np.minimum(pixels, out, out=out)
 
 
 def _clamp(pixels: FloatImage) -> None:
-    torch.from_numpy(pixels).clamp_(0.0, LEVEL_MAX)  # in half the time of NumPy's clip
+    torch.from_numpy(pixels).clamp_(0.0, LEVEL_MAX)  # takes half the time of NumPy's clip

@@ -1,4 +1,4 @@
-"""Images decoded once and cut to what their views use: what travels where views are rendered beside the trainer."""
+"""Images decoded once and cut to the box that their views use; shipped if views are rendered beside the trainer."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ def decode_used(
     max_image_pixels: int,
     intensity_range: IntensityRange | None = None,
 ) -> DecodedImages:
-    """Decode every image and keep the box that its views use. What cannot be decoded is reported, never raised.
+    """Decode every image and keep the box that its views use; images that cannot be decoded are reported, never raised.
 
     Args:
         images: B encoded images.

@@ -1,4 +1,4 @@
-"""Crops: how they are drawn, and how two of them overlap. Pure NumPy."""
+"""Crops: drawing them, and the overlap of two of them. Pure NumPy."""
 
 import math
 
@@ -11,14 +11,14 @@ CROP_ATTEMPTS = 10
 """torchvision's RandomResizedCrop tries ten times before it falls back to a centre crop."""
 
 CROP_WORDS = 2 * CROP_ATTEMPTS + 2
-"""Random numbers that one crop takes: area and ratio of each attempt, then top and left."""
+"""Random numbers of one crop: area and ratio of each attempt, then top and left."""
 
 
 def exp_portable(exponents: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return exp(x) for |x| <= 2, the same bits on every CPU.
+    """Return exp(x) for |x| <= 2, with equal bits on every CPU.
 
-    NumPy's exp differs by a unit in the last place between instruction sets; additions and multiplications do not.
-    Taylor polynomial of degree 25: the remainder is below 1e-18.
+    NumPy's exp differs by a unit in the last place between instruction sets; additions and multiplications do not. This is
+    the Taylor polynomial of degree 25, with a remainder below 1e-18.
     """
     result = np.ones_like(exponents)
     for degree in range(25, 0, -1):
@@ -31,8 +31,8 @@ def draw_crops(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
     """Turn uniform numbers [..., B, CROP_WORDS] into crops: top, left, height, width, each [..., B], px.
 
-    Area uniform in `crop_scale`, width / height log-uniform in `crop_ratio`; the first of ten attempts that fits the
-    image is taken, otherwise the largest centre crop within the ratios.
+    The area is uniform in `crop_scale`, width / height log-uniform in `crop_ratio`. The first of ten attempts that fits
+    the image is used, or else the largest centre crop within the ratios.
 
     Source: torchvision.transforms.RandomResizedCrop.get_params.
     """

@@ -1,6 +1,6 @@
-"""Block masks of global views for masked image modelling: part of the plan, so drawn before anything is rendered.
+"""Block masks of global views for masked image modelling: part of the plan, so drawn before rendering.
 
-Each view takes a fixed block of `WORDS_PER_MASK` random words of a stream of its own, so masks change no other decision.
+Each view uses a fixed block of `WORDS_PER_MASK` random words from a stream of its own, so masks change no other decision.
 """
 
 import math
@@ -13,12 +13,12 @@ from hvp_ray.randomness import Purpose, draw_words, uniform_from_words
 from hvp_ray.views.geometry import exp_portable
 
 ATTEMPTS_PER_BLOCK = 10
-"""A block that does not fit is drawn again so often; then the mask stays as it is."""
+"""Attempts at placing one block; after as many failures in a row, the mask is complete."""
 
 _WORDS_PER_ATTEMPT = 4
 WORDS_PER_MASK = 2 + 96 * _WORDS_PER_ATTEMPT
-"""Masked or not, the share, and 96 attempts at blocks; on a 14 x 14 grid a mask takes 6 on average, 40 at most (of
-20,000)."""
+"""Masked or not, the fraction masked, and 96 attempts at blocks. On a 14 x 14 grid a mask takes 6 on average and 40 at
+most, in 20,000 masks."""
 
 
 def draw_masks(
@@ -40,7 +40,7 @@ def draw_masks(
         sample_ids: [B].
         num_views: V.
         size_px: height and width of a view.
-        masks: how they are drawn.
+        masks: their distribution.
     """
     words = draw_words(
         seed=seed, purpose=purpose, sample_ids=sample_ids, epoch=epoch, num_words=num_views * WORDS_PER_MASK
@@ -57,8 +57,8 @@ def draw_masks(
 def block_mask(uniforms: NDArray[np.float64], grid: int, masks: MaskConfig) -> NDArray[np.bool_]:
     """Turn uniform numbers [WORDS_PER_MASK] into a mask, [grid, grid].
 
-    Rectangles of random area and shape are added until the share is reached; one that covers nothing new, or more than
-    is wanted, is drawn again.
+    Rectangles of random area and shape are added until the wanted fraction is reached. One that covers nothing new, or
+    more than is wanted, is drawn again.
 
     Source: bytedance/ibot loader.py:54-116, after BEiT (Bao et al., ICLR 2022), algorithm 1.
     """

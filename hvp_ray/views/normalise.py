@@ -1,4 +1,4 @@
-"""uint8 HWC pixels -> normalised float32 network inputs, on the device."""
+"""Normalisation on the device: uint8 HWC pixels to float32 network inputs."""
 
 import functools
 
@@ -15,11 +15,11 @@ def normalise_views(
     """Return (pixels / 255 - mean) / std as channels first in shape, channels last in memory."""
     make = _kept if pixels.device.type == "cuda" else _in_levels
     mean, std = make(views.mean, pixels.device), make(views.std, pixels.device)
-    return torch.sub(pixels, mean).div_(std).movedim(-1, -3)  # one tensor of floats; a GPU reads the bytes once
+    return torch.sub(pixels, mean).div_(std).movedim(-1, -3)  # allocates one tensor of floats
 
 
 def _in_levels(fractions: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(fractions, device=device) * 255.0
 
 
-_kept = functools.lru_cache(maxsize=16)(_in_levels)  # a GPU keeps its copy: copying makes the host wait
+_kept = functools.lru_cache(maxsize=16)(_in_levels)  # a copy to a GPU would block the host

@@ -1,8 +1,7 @@
-"""Decide, then render: every random decision of augmentation, drawn as numbers before a pixel is touched.
+"""The plan: every random decision of augmentation, drawn as numbers before a pixel is rendered.
 
-Each view takes a fixed block of `WORDS_PER_VIEW` random words, so switching one operation off changes no other
-decision, and view v of image i in epoch e is the same whatever the number of views is. Masks have words of their own
-(`masks.py`).
+Each view uses a fixed block of `WORDS_PER_VIEW` random words. So switching one operation off changes no other decision, and
+view v of image i in epoch e does not depend on the number of views. Masks have words of their own (`masks.py`).
 """
 
 import numpy as np
@@ -14,7 +13,7 @@ from hvp_ray.records import ViewPlan
 from hvp_ray.views.geometry import CROP_WORDS, draw_crops
 
 WORDS_PER_VIEW = 48
-"""Random words reserved for each view; 36 are used, the rest is room for further operations."""
+"""Random words reserved for each view; 36 are used, the others are reserved for further operations."""
 
 _FLIP = CROP_WORDS
 _JITTER = _FLIP + 1
@@ -41,7 +40,7 @@ def draw_plan(
 
     Args:
         seed: the run's seed.
-        purpose: GLOBAL_VIEWS or LOCAL_VIEWS (or their REPLACEMENT_ twins): the stream that is drawn from.
+        purpose: the stream to draw from: GLOBAL_VIEWS or LOCAL_VIEWS, or their REPLACEMENT_ twins.
         epoch: epoch of the step.
         sample_ids: [B].
         heights, widths: [B], px of the original images.
@@ -55,8 +54,7 @@ def draw_plan(
     if group.odd is None:
         return _plan_from_words(words_VBK, heights, widths, group.even)
     parts = [_plan_from_words(words_VBK[v : v + 1], heights, widths, group.transform_of(v)) for v in range(num_views)]
-    fields = [name for name in ViewPlan.__dataclass_fields__ if name != "mask"]
-    return ViewPlan(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in fields})
+    return ViewPlan.of_views(parts)
 
 
 def _plan_from_words(

@@ -1,8 +1,8 @@
 """The CPU renderer: one thread, libjpeg-turbo, torch's antialiased uint8 resize, OpenCV for colour and blur.
 
-Order of operations: crop, resize, jitter, grey, blur, solarize, flip. (A flip commutes with all the others, so it
-does not matter that some methods list it earlier.) Every operation reads one array and writes another; the last one writes
-into the batch that is returned, the others into `_Canvas`, which is used again for each view.
+Order of operations: crop, resize, jitter, grey, blur, solarize, flip. A flip commutes with all others, so its place does
+not matter. Every operation reads one array and writes another. The last one writes into the returned batch, the others into
+`_Canvas`, which all views reuse.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ from hvp_ray.views.renderer import RenderedBatch
 
 Pixels = NDArray[np.uint8]
 _Operation = Callable[[Pixels, Pixels], None]
-"""Reads its first argument, writes its second."""
+"""Reads its first argument and writes its second."""
 
 _RESIZE = {
     "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out,
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa.out,
 }
-"""What torch.nn.functional.interpolate calls, which itself cannot write into memory that is there already."""
+"""The kernels of torch.nn.functional.interpolate, which itself cannot write into existing memory."""
 
 
 class CpuRenderer:
@@ -67,7 +67,7 @@ class CpuRenderer:
     def render_decoded(
         self, decoded: DecodedImages, global_plan: ViewPlan, local_plan: ViewPlan | None = None
     ) -> RenderedBatch:
-        """Render the views of images that another process decoded and cut to their boxes; the same bits as `render`."""
+        """Render views of images that another process decoded and cut to their boxes; the bits equal those of `render`."""
         plans = [plan if plan is None else plan.within(decoded.boxes) for plan in (global_plan, local_plan)]
         assert plans[0] is not None
         images, failures = decoded.images(), dict(decoded.failures)
@@ -102,7 +102,7 @@ class CpuRenderer:
 
 
 class _Canvas:
-    """Memory for what lies between image and view, for views of one size. Nothing in it outlives a view."""
+    """Intermediate memory for views of one size; every view overwrites it."""
 
     def __init__(self, size_px: int) -> None:
         shape = (size_px, size_px, 3)
@@ -135,7 +135,7 @@ def _render_into(
         operations.append(_solarize)
     if plan.flip[at]:
         operations.append(_flip)
-    # Writeable for torch's sake, which would warn of pixels in Ray's store; nothing writes to it.
+    # torch warns of read-only memory, such as pixels in Ray's object store; nothing writes to it.
     source = np.require(pixels[top : top + height, left : left + width], requirements=("C", "W"))
     for place, operation in enumerate(operations):
         target = view if place == len(operations) - 1 else canvas.between[place % 2]
@@ -147,7 +147,7 @@ def resize(crop: Pixels, out: Pixels, *, interpolation: str) -> None:
     """Resize a crop [h, w, 3] into `out` [S, S, 3], antialiased; equal to torchvision on uint8 tensors, bit for bit.
 
     Args:
-        crop: contiguous (torch would copy any other first, more slowly than NumPy).
+        crop: contiguous; torch would copy any other first, more slowly than NumPy.
         out: contiguous.
         interpolation: bilinear or bicubic.
     """

@@ -1,12 +1,12 @@
-"""The DALI renderer: the same two graphs for device cpu and gpu, driven by the plan as per-sample arguments.
+"""The DALI renderer: two graphs for device cpu and gpu, with the plan as per-sample arguments.
 
-The first graph decodes each image once; the second renders all views of a group as one batch of V x B samples that share
-the decoded images, so that a graph is gone through once for a group and not once for a view. Same meaning and order of
-operations as `render_cpu`; colour is computed in float32 with a clamp after each operation and rounded once. The crop is
-sliced first and then resized: `resize(roi_*)` would read outside the crop.
+The first graph decodes each image once. The second renders all views of a group as one batch of V x B samples that share
+the decoded images, so a graph runs once for a group instead of once for a view. Operations have the meaning and order of
+`render_cpu`; colour is computed in float32 with a clamp after each operation and rounded once. The crop is sliced before it
+is resized, because `resize(roi_*)` would read outside the crop.
 
-Only upright, complete JPEGs are decoded by DALI. Everything else is decoded on the host by `data.decode` and handed
-over as a bitmap, so that odd images have the same pixels with every renderer, and one bad image never costs a batch.
+DALI decodes only upright, complete JPEGs. `data.decode` decodes all others on the host and passes them as bitmaps. So odd
+images have equal pixels with every renderer, and one bad image never costs a batch.
 """
 
 import logging
@@ -43,22 +43,6 @@ except ImportError as error:  # pragma: no cover (the package is a dependency on
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_ARGUMENTS = (
-    "start",
-    "shape",
-    "is_jitter",
-    "order",
-    "brightness",
-    "contrast",
-    "saturation_matrix",
-    "hue_of_channels",
-    "is_grey",
-    "is_blur",
-    "sigma",
-    "kernel_px",
-    "is_solarize",
-    "flip",
-)
 _WEIGHTS = np.array(color.GREY_WEIGHTS, dtype=np.float32)
 _GREY_MATRIX = [float(weight) for _ in range(3) for weight in color.GREY_WEIGHTS]
 _TAIL_BYTES = 65_536
@@ -67,25 +51,25 @@ _END_OF_JPEG = b"\xff\xd9"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DaliExecution:
-    """How DALI does its work; no pixel depends on it but by `hw_decoder_load`."""
+    """Settings of DALI's execution; only `hw_decoder_load` changes pixels."""
 
     num_lanes: int = 1
-    """A batch is done in so many parts side by side, each by graphs and a host thread of its own: while one has the device,
-    another unpacks JPEGs or prepares launches."""
+    """Parts of a batch that run in parallel, each with its own graphs and host thread: while one uses the device, another
+    unpacks JPEGs or prepares launches."""
     num_threads: int = 1
-    """Host threads of a lane: of all operations on a CPU; on a GPU of the host's part of decoding."""
+    """Host threads of a lane. On a CPU they run all operations, on a GPU the host's part of decoding."""
     hw_decoder_load: float = 1.0
-    """On a GPU: share of a batch's JPEGs that its hardware decoder takes, where it has one. Between 0 and 1 an image's pixels
-    would depend on its place in the batch, because hardware and kernels round differently."""
+    """On a GPU with a hardware decoder: fraction of a batch's JPEGs that it decodes. Between 0 and 1 an image's pixels would
+    depend on its place in the batch, because hardware and kernels round differently."""
 
 
 ON_A_CPU = DaliExecution()
 ON_A_GPU = DaliExecution(num_lanes=4, num_threads=2)
-"""The fastest that was measured on an H100 (docs/experiments.md)."""
+"""The fastest setting measured on an H100 (docs/experiments.md)."""
 
 
 class DaliRenderer:
-    """Renders with NVIDIA DALI; see `Renderer`. Graphs are built for the largest batch so far and kept."""
+    """Renders with NVIDIA DALI; see `Renderer`. It keeps graphs for the largest batch so far."""
 
     def __init__(
         self,
@@ -103,7 +87,7 @@ class DaliRenderer:
         self._intensity_range = intensity_range
         self._on_gpu = name == "dali-gpu"
         if self._on_gpu and device_id is None:
-            device_id = torch.cuda.current_device()  # a trainer that renders for itself may have another than the first
+            device_id = torch.cuda.current_device()  # a trainer that renders inline may use any device
         self._execution = execution or (ON_A_GPU if self._on_gpu else ON_A_CPU)
         self._lanes = [
             _Lane(self._execution, device_id if self._on_gpu else None) for _ in range(self._execution.num_lanes)
@@ -113,39 +97,39 @@ class DaliRenderer:
     def render(
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
     ) -> RenderedBatch:
-        """Render the batch; a batch that DALI refuses is looked through image by image and rendered again."""
-        encoded: list[NDArray[np.uint8]] = []
-        failures: dict[int, str] = {}
-        for index, image in enumerate(images):
-            try:
-                encoded.append(self._prepare(image, on_host=False))
-            except UnreadableImageError as error:
-                failures[index] = str(error)
-                encoded.append(_bitmap(np.zeros((1, 1, 3), np.uint8)))
+        """Render the batch; if DALI rejects it, decode every image on the host and render again."""
+        encoded, failures = self._prepare(images, on_host=False)
         try:
             outputs = self._run(encoded, global_plan, local_plan, failures)
         except RuntimeError as error:
-            logger.warning("DALI refused a batch (%s); decoding it on the host", str(error).splitlines()[0])
+            logger.warning("DALI rejected a batch (%s); decoding it on the host", str(error).splitlines()[0])
             for lane in self._lanes:
-                lane.graphs.clear()  # a graph that has raised cannot go on
-            for index, image in enumerate(images):
-                if index not in failures:
-                    try:
-                        encoded[index] = self._prepare(image, on_host=True)
-                    except UnreadableImageError as unreadable:
-                        failures[index] = str(unreadable)
-                        encoded[index] = _bitmap(np.zeros((1, 1, 3), np.uint8))
+                lane.graphs.clear()  # a graph that raised cannot run again
+            encoded, failures = self._prepare(images, on_host=True)
             outputs = self._run(encoded, global_plan, local_plan, failures)
         return RenderedBatch(
             global_pixels=outputs[0], local_pixels=outputs[1] if len(outputs) > 1 else None, failures=failures
         )
 
-    def _prepare(self, image: bytes, *, on_host: bool) -> NDArray[np.uint8]:
-        """Return what DALI shall decode: the JPEG itself, or a bitmap of an odd image."""
-        if not on_host and is_plain_jpeg(image) and _END_OF_JPEG in image[-_TAIL_BYTES:]:
-            read_size(image, max_pixels=self._max_image_pixels)  # DALI would decode whatever the header says
-            return np.frombuffer(image, dtype=np.uint8)
-        return _bitmap(decode_rgb(image, max_pixels=self._max_image_pixels, intensity_range=self._intensity_range))
+    def _prepare(self, images: Sequence[bytes], *, on_host: bool) -> tuple[list[NDArray[np.uint8]], dict[int, str]]:
+        """Return the input of DALI's decoder, and index -> reason of unreadable images, which become one black pixel.
+
+        Plain JPEGs are passed unchanged, unless `on_host`. Other images are passed as bitmaps.
+        """
+        encoded: list[NDArray[np.uint8]] = []
+        failures: dict[int, str] = {}
+        limit = self._max_image_pixels
+        for index, image in enumerate(images):
+            try:
+                if not on_host and is_plain_jpeg(image) and _END_OF_JPEG in image[-_TAIL_BYTES:]:
+                    read_size(image, max_pixels=limit)  # DALI has no size limit
+                    encoded.append(np.frombuffer(image, dtype=np.uint8))
+                else:
+                    encoded.append(_bitmap(decode_rgb(image, max_pixels=limit, intensity_range=self._intensity_range)))
+            except UnreadableImageError as error:
+                failures[index] = str(error)
+                encoded.append(_bitmap(np.zeros((1, 1, 3), np.uint8)))
+        return encoded, failures
 
     def _run(
         self,
@@ -169,7 +153,7 @@ class DaliRenderer:
     def render_decoded(
         self, decoded: list[Any], plan: ViewPlan, group: ViewGroupConfig, failures: dict[int, str] | None = None
     ) -> NDArray[np.uint8]:
-        """Render all views of a group, [V, B, S, S, 3], of what `decode` returned; failed images are zeros."""
+        """Render all views of a group, [V, B, S, S, 3], from the result of `decode`; failed images are zeros."""
         host = _HostPixels((plan.num_views, len(decoded), group.size_px, group.size_px, 3), pinned=self._on_gpu)
         arguments = _arguments(plan, group, failures or {})
 
@@ -184,7 +168,7 @@ class DaliRenderer:
         return pixels
 
     def _in_lanes(self, num_images: int, work: "Callable[[_Lane, slice], _T]") -> list[_T]:
-        """Do a part of the batch in each lane; return when all have ended, with the results in the order of the images."""
+        """Run a part of the batch in each lane; return the results in the order of the images."""
         num_lanes = min(len(self._lanes), num_images)
         bounds = [num_images * lane // num_lanes for lane in range(num_lanes + 1)]
         parts = [slice(start, end) for start, end in pairwise(bounds)]
@@ -196,7 +180,7 @@ class DaliRenderer:
 
 
 class _Lane:
-    """Graphs that one host thread runs, kept for the largest batch so far."""
+    """The graphs of one host thread, kept for the largest batch so far."""
 
     def __init__(self, execution: DaliExecution, device_id: int | None) -> None:
         self._execution = execution
@@ -222,22 +206,20 @@ class _Lane:
         Args:
             decoded: the images.
             arguments: name -> [V, len(decoded), ...].
-            group: what is rendered.
-            images: which images of the batch these are.
-            host: where the pixels go.
+            group: of the views.
+            images: the indices of these images in the batch.
+            host: receives the pixels.
         """
         num_views = len(arguments["flip"])
         for kind in _kinds_of_views(group, num_views):
             samples = len(kind.view_indices) * len(decoded)
             key = (group.size_px, kind.interpolation, len(kind.view_indices))
-            graph = self._graph(key, samples, partial(self._define_views, group.size_px, kind))
+            define = partial(_define_views, group.size_px, kind.interpolation, tuple(arguments), on_gpu=self._on_gpu)
+            graph = self._graph(key, samples, define)
             inputs = {name: of_views[kind.view_indices] for name, of_views in arguments.items()}
             flat = {name: values.reshape(samples, *values.shape[2:]) for name, values in inputs.items()}
             (rendered,) = graph.run({"images": decoded * len(kind.view_indices), **flat})
             host.take(kind.view_indices, images, rendered)
-
-    def _define_views(self, size_px: int, kind: "_KindOfViews") -> Any:
-        return _define_views(size_px, kind, on_gpu=self._on_gpu)
 
     @property
     def _on_gpu(self) -> bool:
@@ -278,7 +260,7 @@ class _KindOfViews:
 
 
 def _kinds_of_views(group: ViewGroupConfig, num_views: int) -> list[_KindOfViews]:
-    """Return the views by what is a constant of a graph; for all recipes that is one kind for each group."""
+    """Group the views by interpolation, a constant of a graph; in all recipes a group has one kind."""
     kinds: dict[str, list[int]] = {}
     for view_index in range(num_views):
         kinds.setdefault(group.transform_of(view_index).interpolation, []).append(view_index)
@@ -286,24 +268,24 @@ def _kinds_of_views(group: ViewGroupConfig, num_views: int) -> list[_KindOfViews
 
 
 class _HostPixels:
-    """The pixels of a group on the host. From a GPU they come straight into pinned memory.
+    """The pixels of a group on the host; a GPU copies them into pinned memory.
 
-    torch keeps pinned memory that nobody holds any more and gives it out again, so nothing is pinned anew for each batch.
+    torch caches released pinned memory and reuses it for the next batch.
     """
 
     def __init__(self, shape: tuple[int, ...], *, pinned: bool) -> None:
         self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         self._pinned = pinned
         self._device: torch.device | None = None
-        self._under_way: list[Any] = []
+        self._copying: list[Any] = []
 
     def take(self, view_indices: list[int], images: slice, rendered: Any) -> None:
-        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; from a GPU without waiting."""
+        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; a copy from a GPU is asynchronous."""
         num_views, num_images, *view_shape = self._pixels.shape
         tensor = from_dlpack(rendered.as_tensor())
         self._device = tensor.device
         views = tensor.view(len(view_indices), -1, *view_shape)
-        self._under_way.append(rendered)  # DALI gives its memory to others once nobody holds it
+        self._copying.append(rendered)  # DALI reuses its memory as soon as no reference is left
         if len(view_indices) == num_views and views.shape[1] == num_images:
             self._pixels.copy_(views, non_blocking=self._pinned)
             return
@@ -314,13 +296,13 @@ class _HostPixels:
         """Return [V, B, S, S, 3] when all copies have ended."""
         if self._pinned:
             torch.cuda.current_stream(self._device).synchronize()
-        self._under_way.clear()
+        self._copying.clear()
         pixels: NDArray[np.uint8] = self._pixels.numpy()
         return pixels
 
 
 def _define_decode(execution: DaliExecution, *, on_gpu: bool) -> Any:
-    """Return the pipeline function that decodes."""
+    """Return the pipeline function of the decoding graph."""
 
     @pipeline_def
     def graph() -> Any:
@@ -331,17 +313,17 @@ def _define_decode(execution: DaliExecution, *, on_gpu: bool) -> Any:
     return graph
 
 
-def _define_views(size_px: int, kind: _KindOfViews, *, on_gpu: bool) -> Any:
-    """Return the pipeline function that renders views of one kind from decoded images."""
+def _define_views(size_px: int, interpolation: str, argument_names: Sequence[str], *, on_gpu: bool) -> Any:
+    """Return the pipeline function of the graph that renders views of one kind from decoded images."""
 
     @pipeline_def(enable_conditionals=True)
     def graph() -> Any:
         device = "gpu" if on_gpu else "cpu"
         image = fn.external_source(name="images", device=device, layout="HWC", no_copy=True)
-        arguments = {name: fn.external_source(name=name, device="cpu") for name in _ARGUMENTS}
+        arguments = {name: fn.external_source(name=name, device="cpu") for name in argument_names}
         crop = fn.slice(image, start=arguments["start"], shape=arguments["shape"], axes=(0, 1))
-        interpolation = types.INTERP_LINEAR if kind.interpolation == "bilinear" else types.INTERP_CUBIC
-        view = fn.resize(crop, size=(size_px, size_px), interp_type=interpolation, antialias=True, dtype=types.UINT8)
+        interp_type = types.INTERP_LINEAR if interpolation == "bilinear" else types.INTERP_CUBIC
+        view = fn.resize(crop, size=(size_px, size_px), interp_type=interp_type, antialias=True, dtype=types.UINT8)
         view = _recolour(view, arguments)
         view = _blur_and_solarize(view, arguments)
         return fn.flip(view, horizontal=arguments["flip"])
@@ -376,15 +358,15 @@ def _jitter_once(levels: Any, operation: Any, arguments: dict[str, Any]) -> Any:
 
 
 def _clamp(levels: Any) -> Any:
-    return math.max(math.min(levels, color.LEVEL_MAX), 0.0)  # in two thirds of the time of math.clamp
+    return math.max(math.min(levels, color.LEVEL_MAX), 0.0)  # takes two thirds of the time of math.clamp
 
 
 def _shift_hue(levels: Any, shifts: Any) -> Any:
-    """Shift the hue in HSV, in sextants from -3 to 3, without telling the six sextants apart.
+    """Shift the hue in HSV, in sextants from -3 to 3, without a case for each sextant.
 
-    With value v and chroma c of a pixel, |hue| = 2 + (green + blue - red - v) / c, negative where blue is above green. A
-    channel at hue p (red 0, green 2, blue 4) is v - c x clamp(d - 1, 0, 1), where d is how far the shifted hue is from p on
-    the circle: |d'| up to 3 and 6 - |d'| beyond, with d' = hue + shift - p.
+    With value v and chroma c of a pixel, |hue| = 2 + (green + blue - red - v) / c; the hue is negative if blue > green. A
+    channel at hue p (red 0, green 2, blue 4) is v - c x clamp(d - 1, 0, 1). Here d is the distance of the shifted hue from p
+    on the circle: |d'| up to 3 and 6 - |d'| beyond, with d' = hue + shift - p.
 
     Args:
         levels: [H, W, 3].
@@ -450,7 +432,7 @@ def _kernels_px(plan: ViewPlan, group: ViewGroupConfig) -> NDArray[np.int32]:
 
 
 def _hue_of_channels(turns: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return [V, B, 3]: by how many sextants the shifted hue is beyond red, green and blue, -3 to 3; see `_shift_hue`."""
+    """Return the sextants from red, green and blue to the shifted hue, [V, B, 3], -3 to 3; see `_shift_hue`."""
     beyond = 6.0 * turns[..., None].astype(np.float64) - np.array([0.0, 2.0, 4.0])
     return ((beyond + 3.0) % 6.0 - 3.0).astype(np.float32)
 

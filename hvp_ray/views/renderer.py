@@ -1,7 +1,6 @@
-"""What a renderer is: pixels as a deterministic function of image bytes and plan.
+"""The renderer interface: pixels as a deterministic function of image bytes and plan.
 
-Two implementations: `render_cpu.CpuRenderer` and `render_dali.DaliRenderer`. `build_renderer` imports the one that
-is asked for.
+`render_cpu.CpuRenderer` and `render_dali.DaliRenderer` implement it; `build_renderer` imports the one that is requested.
 """
 
 from collections.abc import Sequence
@@ -19,17 +18,17 @@ from hvp_ray.records import ViewPlan
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderedBatch:
-    """Pixels of all views of a batch, and the images that could not be decoded."""
+    """Pixels of all views of a batch, and the images that cannot be decoded."""
 
     global_pixels: NDArray[np.uint8]
-    """[V, B, S, S, 3]; zeros where the image failed."""
+    """[V, B, S, S, 3]; zeros for failed images."""
     local_pixels: NDArray[np.uint8] | None
-    """[L, B, s, s, 3]; None: no local views were asked for."""
+    """[L, B, s, s, 3]; None: no local views were requested."""
     failures: dict[int, str]
     """Index in the batch -> why the image cannot be decoded."""
 
     def with_images(self, image_indices: NDArray[np.int64], other: "RenderedBatch") -> "RenderedBatch":
-        """Write the views of `other` over those of the images at `image_indices`, in place; return this with its failures."""
+        """Overwrite the views of the images at `image_indices` by those of `other`; return this with its failures."""
         self.global_pixels[:, image_indices] = other.global_pixels
         if self.local_pixels is not None and other.local_pixels is not None:
             self.local_pixels[:, image_indices] = other.local_pixels
@@ -39,24 +38,24 @@ class RenderedBatch:
 
 @runtime_checkable
 class Renderer(Protocol):
-    """Renders views. Not safe to use from several threads."""
+    """Renders views. A renderer is not thread-safe."""
 
     name: RendererName
 
     def render(
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
     ) -> RenderedBatch:
-        """Render every view of the plans. An image that cannot be decoded is reported, never raised."""
+        """Render every view of the plans; images that cannot be decoded are reported, never raised."""
         ...
 
 
 def build_renderer(
     name: RendererName, views: ViewsConfig, *, max_image_pixels: int, intensity_range: IntensityRange | None = None
 ) -> Renderer:
-    """Make the renderer of this name.
+    """Build the renderer of this name.
 
     Raises:
-        ConfigError: an unknown name, or DALI is needed and cannot be imported here.
+        ConfigError: the name is unknown, or DALI is needed and cannot be imported.
     """
     match name:
         case "cpu":

@@ -19,7 +19,7 @@ from hvp_ray.launch.driver import Watchers
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.tracking.journal import read_journal
-from hvp_ray.tracking.selection_analysis import read_selection_log
+from hvp_ray.tracking.logged_pairs import read_selection_log
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps
@@ -103,8 +103,8 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
     assert _curve(tmp_path / "killed") == _curve(tmp_path / "inline")
     assert [step for step, _ in _curve(tmp_path / "killed")] == [0, 10, 20]
     killed_log, inline_log = (read_selection_log(tmp_path / name) for name in ("killed", "inline"))
-    np.testing.assert_array_equal(killed_log.step, inline_log.step)
-    np.testing.assert_array_equal(killed_log.scores, inline_log.scores)
+    np.testing.assert_array_equal(killed_log["step"], inline_log["step"])
+    np.testing.assert_array_equal(killed_log["scores"], inline_log["scores"])
 
     assert [name for name in SUMMARY_FIELDS.split() if name not in summary] == []
     assert [name for name in SUMMARY_FIELDS.split() if summary[name] is None] == []

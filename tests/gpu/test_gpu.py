@@ -17,7 +17,7 @@ from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
 from hvp_ray.runs import recorder
-from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceHandOver
+from hvp_ray.stream.device import BATCHES_ON_DEVICE, CopyToDevice
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import build_trainee
 from hvp_ray.views.downscale import downscale_views
@@ -107,7 +107,7 @@ def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Pa
     requests = requests_of_rank(
         config, build_order(config, open_dataset(config.data)), rank=0, num_ranks=1, known_replacements={}
     )
-    hand_over = DeviceHandOver(torch.device("cuda", 0))
+    hand_over = CopyToDevice(torch.device("cuda", 0))
     batches: list[ViewBatch] = [render_batch(context, requests(step)) for step in range(8)]
     on_device = [hand_over(batch) for batch in batches]
     for batch, moved in zip(batches, on_device, strict=True):
@@ -120,7 +120,7 @@ def test_copies_that_run_ahead_of_slow_steps_take_the_memory_of_two_batches() ->
     device = torch.device("cuda", 0)
     config = get_recipe("simsiam-imagenet-r50-100ep")
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, images_per_step=64))
-    batch = made_up_batch(config, lambda shape, dtype: torch.zeros(shape, dtype=dtype)).batch
+    batch = made_up_batch(config, lambda shape, dtype: torch.zeros(shape, dtype=dtype))
     batch = dataclasses.replace(
         batch, global_views=dataclasses.replace(batch.global_views, pixels=batch.global_views.pixels.copy())
     )
@@ -130,7 +130,7 @@ def test_copies_that_run_ahead_of_slow_steps_take_the_memory_of_two_batches() ->
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["active_bytes.all.current"] + weights.nbytes  # and one product
-    hand_over = DeviceHandOver(device)
+    hand_over = CopyToDevice(device)
     ahead = hand_over(batch)
     for _ in range(6):
         in_use = ahead

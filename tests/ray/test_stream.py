@@ -21,7 +21,7 @@ from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import render_batch
 from hvp_ray.stream.view_finisher import ViewFinisher, start_finishers
@@ -55,7 +55,7 @@ def _stream(
     end_step: int,
     request_of: Any = None,
     finishers: Sequence[Any] = (),
-    hand_over: DeviceHandOver | None = None,
+    hand_over: CopyToDevice | None = None,
     **cluster: Any,
 ) -> ViewStream:
     settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
@@ -65,7 +65,7 @@ def _stream(
         first_step=0,
         end_step=end_step,
         cluster=settings,
-        hand_over=hand_over or DeviceHandOver(CPU),
+        hand_over=hand_over or CopyToDevice(CPU),
         finishers=finishers,
     )
 
@@ -92,9 +92,9 @@ def test_batches_come_in_order_and_equal_inline_rendering() -> None:
     for step in range(12):
         batch = stream.next_batch()
         expected = render_batch(context, _requests()(step))
-        assert batch.batch.step == step
+        assert batch.step == step
         assert np.array_equal(batch.global_pixels.numpy(), expected.global_views.pixels)
-        assert np.array_equal(batch.batch.sample_ids, expected.sample_ids)
+        assert np.array_equal(batch.sample_ids, expected.sample_ids)
     with pytest.raises(StopIteration):
         stream.next_batch()
     assert stream.stats.num_batches == 12
@@ -119,9 +119,9 @@ def test_finishers_may_die_and_what_they_had_in_hand_is_rendered_by_others() -> 
                 os.kill(process.pid, signal.SIGKILL)
         batch = stream.next_batch()
         expected = render_batch(context, _requests()(step))
-        assert batch.batch.step == step
+        assert batch.step == step
         assert np.array_equal(batch.global_pixels.numpy(), expected.global_views.pixels)
-        assert batch.batch.decoded_bytes > 0
+        assert batch.decoded_bytes > 0
     assert stream.stats.num_worker_deaths >= 1
     assert stream.stats.num_isolations == 0
     assert set(stream.stats.views_per_second_by_worker()) == {"worker-0", "worker-1"}
@@ -135,14 +135,14 @@ def test_late_finisher_is_overtaken_by_another() -> None:
     ray.get([actor.process_id.remote() for actor in (*workers, fast, slow)])
     stream = _stream(workers, end_step=4, finishers=[fast, slow], late_seconds=0.5, late_factor=2.0)
     started = time.perf_counter()
-    assert [stream.next_batch().batch.step for _ in range(4)] == [0, 1, 2, 3]
+    assert [stream.next_batch().step for _ in range(4)] == [0, 1, 2, 3]
     assert time.perf_counter() - started < 30.0
     assert stream.stats.num_retries >= 1
     stream.close()
     _kill([*workers, fast, slow])
 
 
-class _CountingHandOver(DeviceHandOver):
+class _CountingCopy(CopyToDevice):
     """Counts the batches that lie on the device."""
 
     def __init__(self) -> None:
@@ -166,12 +166,12 @@ def test_no_more_batches_are_asked_for_than_allowed_and_two_of_them_are_on_the_d
         asked.append(step)
         return requests(step)
 
-    hand_over = _CountingHandOver()
+    hand_over = _CountingCopy()
     stream = _stream(workers, end_step=20, request_of=request_of, batches_in_flight=5, hand_over=hand_over)
     for step in range(10):
         batch = stream.next_batch()
         wait_until(lambda: stream.numbers()["hvp_ray_ready_batches"] == 5.0, "all batches that were asked for")
-        assert batch.batch.step == step
+        assert batch.step == step
         assert asked == list(range(step + 6))
         del batch
     assert hand_over.most_alive == 2
@@ -203,7 +203,7 @@ def test_late_workers_are_overtaken_by_another() -> None:
     ray.get([worker.process_id.remote() for worker in (fast, *slow)])
     stream = _stream([fast, *slow], end_step=4, batches_in_flight=1, late_seconds=0.5, late_factor=2.0)
     started = time.perf_counter()
-    assert [stream.next_batch().batch.step for _ in range(4)] == [0, 1, 2, 3]
+    assert [stream.next_batch().step for _ in range(4)] == [0, 1, 2, 3]
     assert time.perf_counter() - started < 30.0
     assert stream.stats.num_retries >= 2
     stream.close()
@@ -214,7 +214,7 @@ def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_i
     poison_id = int(_requests()(1).sample_ids[5])
     workers = _start(PoisonedWorker, 2, poison_id)
     stream = _stream(workers, end_step=4)
-    batches = [stream.next_batch().batch for _ in range(4)]
+    batches = [stream.next_batch() for _ in range(4)]
     assert stream.stats.num_isolations >= 1
     assert stream.stats.num_worker_deaths >= 3
     context = open_render_context(config_to_dict(CONFIG), "cpu")
@@ -236,7 +236,7 @@ def test_random_kills_of_workers_quarantine_nobody() -> None:
         if step in (2, 5, 8):
             for process in processes_titled("ray::ViewWorker"):
                 os.kill(process.pid, signal.SIGKILL)
-        batch = stream.next_batch().batch
+        batch = stream.next_batch()
         assert batch.step == step
         assert not batch.replacements
     assert stream.stats.num_retries >= 1
@@ -279,13 +279,13 @@ def test_worker_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) ->
     config = _config_of_folder(tmp_path)
     pool = start_pool(config, "cpu", 1, {"CPU": 1.0})
     stream = _stream(pool.workers, end_step=8, request_of=_requests(config))
-    assert stream.next_batch().batch.step == 0
+    assert stream.next_batch().step == 0
     (tmp_path / "images").rename(tmp_path / "away")
     for process in processes_titled("ray::ViewWorker"):
         process.kill()
     wait_until(lambda: pool.num_restarts() >= 2, "a start that failed")
     (tmp_path / "away").rename(tmp_path / "images")
-    assert [stream.next_batch().batch.step for _ in range(7)] == list(range(1, 8))
+    assert [stream.next_batch().step for _ in range(7)] == list(range(1, 8))
     stream.close()
     pool.close()
 

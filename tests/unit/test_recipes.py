@@ -18,7 +18,7 @@ from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.recipes import RECIPES, get_recipe
-from hvp_ray.training.choosing import candidates_of
+from hvp_ray.selection import candidates_of
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import build_trainee
 
@@ -191,7 +191,8 @@ def test_every_rule_is_one_switch_on_every_recipe(name: str) -> None:
 def test_view_counts_are_those_of_the_paper() -> None:
     counts = {}
     for name in IMAGENET:
-        candidates = candidates_of(get_recipe(name), 0)
+        config = get_recipe(name)
+        candidates = candidates_of(config.selection, config.views, 0)
         counts[name] = (
             candidates.num_views,
             candidates.num_local_views,

@@ -15,7 +15,7 @@ from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import Progress
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.render_batch import open_render_context
 from tests.helpers import tiny_config
 
@@ -57,7 +57,7 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
         return len(reported) >= 3
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
-        return InlineBatches(context, request_of, first_step=first_step, hand_over=DeviceHandOver(device))
+        return InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
 
     summary = train_rank(
         prepare_run(config, renderer="cpu", device=device.type),

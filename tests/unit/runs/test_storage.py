@@ -22,7 +22,7 @@ from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.remote_files import RemoteFolder, check_writable, is_inside, join_uri
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import DeviceBatch, CopyToDevice
 from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
 from hvp_ray.runs import storage
@@ -359,7 +359,7 @@ def _train_and_die(config: RunConfig, *, at_step: int) -> None:
     context = open_render_context(config_to_dict(config), "cpu")
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
-        stream = InlineBatches(context, request_of, first_step=first_step, hand_over=DeviceHandOver(device))
+        stream = InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
         return _StreamThatDies(stream, at_step - first_step)
 
     with pytest.raises(_PowerCutError):
@@ -482,7 +482,7 @@ def test_run_on_a_bucket_gives_initial_weights(
     for weights in (both_runs.uri, str(both_runs.undisturbed)):
         config = tiny_config(str(tmp_path))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=weights))
-        encoders.append(build_untrained_method(config).encoder.state_dict())
+        encoders.append(build_untrained_method(run_storage.with_local_weights(config)).encoder.state_dict())
         job = prepare_run(config, renderer="cpu", device="cpu")
         assert json.loads((job.run_dir / "config.json").read_text())["identity"]["initial weights"] != "missing"
     assert all(torch.equal(encoders[0][name], tensor) for name, tensor in encoders[1].items())

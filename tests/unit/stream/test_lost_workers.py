@@ -15,7 +15,7 @@ from hvp_ray.config import ClusterConfig, config_to_dict
 from hvp_ray.errors import ChangedDataError, StageError
 from hvp_ray.records import BatchRequest
 from hvp_ray.stream import view_worker
-from hvp_ray.stream.device import DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewWorker
 from tests.helpers import tiny_config
@@ -75,7 +75,7 @@ def test_last_worker_that_cannot_start_again_ends_the_stream_with_its_reason(
         first_step=0,
         end_step=2,
         cluster=ClusterConfig(batches_in_flight=2),
-        hand_over=DeviceHandOver(device("cpu")),
+        hand_over=CopyToDevice(device("cpu")),
     )
     with pytest.raises(StageError, match=f"no view worker is left.*{REASON}"):
         stream.next_batch()

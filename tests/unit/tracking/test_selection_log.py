@@ -14,8 +14,8 @@ from hvp_ray.runs.rank import build_order
 from hvp_ray.selection import Candidates
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
-from hvp_ray.tracking.selection_analysis import read_selection_log
-from hvp_ray.tracking.selection_log import SelectionLogWriter
+from hvp_ray.tracking.logged_pairs import read_selection_log
+from hvp_ray.tracking.selection_log import PLAN_COLUMNS, SelectionLogWriter
 from tests.helpers import tiny_config
 
 PAIRS = Candidates(num_views=4).pairs
@@ -51,11 +51,11 @@ def test_plans_scores_and_choices_come_back_as_they_were(tmp_path: Path) -> None
     assert log.num_images == 3 * 16
     plan = batches[1].global_views.plan
     rows = slice(16, 32)
-    np.testing.assert_array_equal(log.top[rows], plan.top.T)
-    np.testing.assert_array_equal(log.brightness[rows], plan.brightness.T)
-    np.testing.assert_array_equal(log.chosen_pair[rows], _choice(2, 16)[0])
-    np.testing.assert_array_equal(log.scores[rows], _choice(2, 16)[1])
-    assert np.isnan(log.scores[32:]).all()
+    for name in PLAN_COLUMNS:
+        np.testing.assert_array_equal(log[name][rows], getattr(plan, name).T, err_msg=name)
+    np.testing.assert_array_equal(log["chosen_pair"][rows], _choice(2, 16)[0])
+    np.testing.assert_array_equal(log["scores"][rows], _choice(2, 16)[1])
+    assert np.isnan(log["scores"][32:]).all()
 
 
 def test_resumed_run_writes_the_same_log(tmp_path: Path) -> None:
@@ -76,10 +76,7 @@ def test_resumed_run_writes_the_same_log(tmp_path: Path) -> None:
     first, second = read_selection_log(straight), read_selection_log(resumed)
     for field in dataclasses.fields(first):
         a, b = getattr(first, field.name), getattr(second, field.name)
-        if isinstance(a, np.ndarray):
-            np.testing.assert_array_equal(a, b, err_msg=field.name)
-        else:
-            assert a == b, field.name
+        assert np.all(a == b) if isinstance(a, np.ndarray) else a == b, field.name
 
 
 @pytest.mark.parametrize(
@@ -94,9 +91,9 @@ def test_a_run_logs_its_hard_choices_and_a_vanilla_run_nothing(tmp_path: Path) -
     summary = pretrain_in_process(tiny_config(str(tmp_path), run={"name": "hard"}, training={"num_steps": 4}))
     assert summary is not None
     log = read_selection_log(tmp_path / "hard")
-    assert np.unique(log.step).tolist() == [1, 2, 3, 4]
+    assert np.unique(log["step"]).tolist() == [1, 2, 3, 4]
     # The rule is "hardest", so the chosen pair is that of the largest score, in every row.
-    np.testing.assert_array_equal(log.scores.argmax(axis=1), log.chosen_pair)
+    np.testing.assert_array_equal(log["scores"].argmax(axis=1), log["chosen_pair"])
     pretrain_in_process(
         tiny_config(str(tmp_path), run={"name": "vanilla"}, training={"num_steps": 2}, selection={"rule": "first"})
     )

@@ -21,7 +21,7 @@ from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.step import choose_step_views, train_step
@@ -44,7 +44,7 @@ def _batches(config: RunConfig, count: int) -> list[DeviceBatch]:
     dataset = open_dataset(config.data)
     context = build_render_context(config, dataset, "cpu")
     requests = requests_of_rank(config, build_order(config, dataset), rank=0, num_ranks=1, known_replacements={})
-    stream = InlineBatches(context, requests, first_step=0, hand_over=DeviceHandOver(CPU))
+    stream = InlineBatches(context, requests, first_step=0, hand_over=CopyToDevice(CPU))
     return [stream.next_batch() for _ in range(count)]
 
 
@@ -146,12 +146,12 @@ def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size(tmp_pa
         masks=torch.zeros(2, 3, 4, 4, dtype=torch.bool),
     )
     pixels.masks[0, 0, :2, :2] = pixels.masks[0, 0, 2, 2] = True
-    assert pixels.for_scoring(config, patch_px=4) is pixels
-    assert pixels.normalised(config).max_masked_patches == config.views.masks.max_cells(16)
+    assert pixels.for_scoring(config.selection, config.views, patch_px=4) is pixels
+    assert pixels.normalised(config.views).max_masked_patches == config.views.masks.max_cells(16)
 
     def at(resolution_px: int) -> PixelViews:
         selection = dataclasses.replace(config.selection, scoring_resolution_px=resolution_px)
-        return pixels.for_scoring(dataclasses.replace(config, selection=selection), patch_px=4)
+        return pixels.for_scoring(selection, config.views, patch_px=4)
 
     assert at(16) is pixels
     small = at(8)
@@ -160,7 +160,7 @@ def test_scoring_resolution_is_antialiased_and_costs_nothing_at_full_size(tmp_pa
     assert small.global_pixels.float().std() < pixels.global_pixels.float().std() * 0.7  # noise is averaged, not picked
     # A cell stands for 2 x 2 of the full mask: masked where at least half of them were.
     assert small.masks[0, 0].tolist() == [[True, False], [False, False]]
-    inputs = small.normalised(config)
+    inputs = small.normalised(config.views)
     assert inputs.max_masked_patches is None
     assert inputs.global_views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)  # fast in convolutions
 
@@ -288,7 +288,7 @@ def test_slots_keep_their_transforms_and_masks_stay_with_their_views(tmp_path: P
     trainee.method.train()
     changed = 0
     for batch in _batches(config, 3):
-        plan = batch.batch.global_views.plan
+        plan = batch.global_views.plan
         assert plan.solarize.all(axis=1).tolist() == [False, True, False, True]
         metrics = train_step(trainee, batch, config)
         slots = metrics.selection.view_indices

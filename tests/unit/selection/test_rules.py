@@ -1,40 +1,67 @@
-"""Candidates, choice and gather against slow loops."""
+"""Candidates, rules and gather against slow loops."""
 
+import dataclasses
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
+from hvp_ray.config import Rule, TransformConfig, ViewGroupConfig
 from hvp_ray.errors import ShapeError
 from hvp_ray.methods.simsiam import score_pairs
+from hvp_ray.randomness import Purpose, draw_stream, draw_words
+from hvp_ray.records import ViewPlan
 from hvp_ray.selection import (
+    RULES,
     Candidates,
     CandidateScores,
-    DrawnCandidates,
+    Draw,
     Selection,
     choose_views,
     gather_views,
     pair_table,
 )
-from hvp_ray.training.choosing import draw_candidates
+from hvp_ray.views.geometry import crop_iou
+from hvp_ray.views.plan import draw_plan
 from tests.helpers import slow_hardest_pairs
 
 CPU = torch.device("cpu")
 MULTI_CROP = Candidates(num_views=4, num_local_views=6, num_chosen_local_views=3, alternating=True)
 
 
-def _choose(rule: str, scores: torch.Tensor | None = None, num_views: int = 4, **options: torch.Tensor) -> np.ndarray:
-    num_images = len(next(v for v in (scores, *options.values(), torch.zeros(3)) if v is not None))
+def _draw(num_images: int = 20, *, seed: int = 3, step: int = 5, rank: int = 0) -> Draw:
+    return Draw(seed=seed, step=step, rank=rank, epoch=2, sample_ids=np.arange(num_images) * 7 + 1)
+
+
+def _plan(num_images: int) -> ViewPlan:
+    sizes = np.full(num_images, 64, np.int32)
+    return draw_plan(
+        seed=0,
+        purpose=Purpose.GLOBAL_VIEWS,
+        epoch=0,
+        sample_ids=np.arange(num_images),
+        heights=sizes,
+        widths=sizes,
+        num_views=4,
+        group=ViewGroupConfig(size_px=16, even=TransformConfig()),
+    )
+
+
+def _choose(rule: Rule, scores: torch.Tensor, num_views: int = 4) -> np.ndarray:
     selection = choose_views(
         rule,
         Candidates(num_views=num_views),
-        num_images=num_images,
+        num_images=len(scores),
         device=CPU,
-        scores=None if scores is None else CandidateScores(pairs_BP=scores),
-        **options,
+        scores=CandidateScores(pairs_BP=scores),
     )
     return selection.view_indices.numpy()
+
+
+def test_table_of_rules_is_that_of_the_config() -> None:
+    assert set(RULES) == set(get_args(Rule))
 
 
 def test_pair_table_is_lexicographic() -> None:
@@ -98,7 +125,7 @@ def _score_of(scores: CandidateScores, image: int, pair: int, of_locals: tuple[i
 
 @pytest.mark.parametrize("alternating", [True, False])
 @pytest.mark.parametrize(("rule", "best"), [("hardest", max), ("easiest", min)])
-def test_best_tuple_equals_brute_force(rule: str, best, alternating: bool, generator: np.random.Generator) -> None:
+def test_best_tuple_equals_brute_force(rule: Rule, best, alternating: bool, generator: np.random.Generator) -> None:
     candidates = Candidates(num_views=4, num_local_views=6, num_chosen_local_views=3, alternating=alternating)
     scores = _random_scores(candidates, 20, generator)
     selection = choose_views(rule, candidates, num_images=20, device=CPU, scores=scores)
@@ -113,39 +140,57 @@ def test_best_tuple_equals_brute_force(rule: str, best, alternating: bool, gener
         assert selection.view_indices[:, image].tolist() == candidates.pairs[expected[0]].tolist()
 
 
-def test_limited_search_equals_brute_force_over_the_drawn_tuples(generator: np.random.Generator) -> None:
-    scores = _random_scores(MULTI_CROP, 20, generator)
-    drawn = draw_candidates(MULTI_CROP, 9, seed=3, step=5, rank=0)
-    assert drawn is not None
-    tuples = [(int(p), tuple(v.tolist())) for p, v in zip(drawn.pair_indices, drawn.local_indices, strict=True)]
+def _drawn_tuples(draw: Draw, limit: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Draw the candidates of a limited search, one after the other: a word for the pair, six for the local views."""
+    words = draw_stream(
+        seed=draw.seed, purpose=Purpose.CANDIDATES, index=draw.rank, epoch=draw.step, num_words=7 * limit
+    )
+    drawn = []
+    for of_pair, *of_locals in words.reshape(limit, 7).tolist():
+        smallest = sorted(range(6), key=lambda view, of_locals=of_locals: of_locals[view])[:3]
+        drawn.append((of_pair % 4, tuple(sorted(smallest))))
+    return drawn
+
+
+@pytest.mark.parametrize(("rule", "best"), [("hardest", max), ("easiest", min)])
+def test_limited_search_equals_brute_force_over_the_drawn_tuples(
+    rule: Rule, best, generator: np.random.Generator
+) -> None:
+    scores, draw = _random_scores(MULTI_CROP, 20, generator), _draw()
+    tuples = _drawn_tuples(draw, 9)
     assert set(tuples) <= set(_every_tuple(MULTI_CROP))
-    selection = choose_views("hardest", MULTI_CROP, num_images=20, device=CPU, scores=scores, drawn=drawn)
-    exact = choose_views("hardest", MULTI_CROP, num_images=20, device=CPU, scores=scores)
+    limited = dataclasses.replace(MULTI_CROP, limit=9)
+    selection = choose_views(rule, limited, num_images=20, device=CPU, scores=scores, draw=draw)
+    exact = choose_views(rule, MULTI_CROP, num_images=20, device=CPU, scores=scores)
+    assert selection.pair_indices is not None
+    assert selection.local_indices is not None
     assert selection.scores is not None
     assert exact.scores is not None
     for image in range(20):
-        best = max(_score_of(scores, image, *t) for t in tuples)
-        assert float(selection.scores[image]) == pytest.approx(best)
-    assert (exact.scores >= selection.scores).all()
-    assert (exact.scores > selection.scores).any()
+        expected = best(tuples, key=lambda t: _score_of(scores, image, *t))
+        chosen = (int(selection.pair_indices[image]), tuple(selection.local_indices[:, image].tolist()))
+        assert chosen == expected
+        assert float(selection.scores[image]) == pytest.approx(_score_of(scores, image, *expected))
+    assert not torch.equal(exact.scores, selection.scores)
 
 
-def test_drawn_candidates_are_addressed_and_a_large_limit_is_the_exact_search() -> None:
-    def drawn(limit: int | None = 8, seed: int = 0, step: int = 0, rank: int = 0) -> DrawnCandidates | None:
-        return draw_candidates(MULTI_CROP, limit, seed=seed, step=step, rank=rank)
+def test_limited_search_is_addressed_and_a_large_limit_is_the_exact_search(generator: np.random.Generator) -> None:
+    scores = _random_scores(MULTI_CROP, 20, generator)
 
-    first, again = drawn(), drawn()
-    assert first is not None
-    assert again is not None
-    assert np.array_equal(first.local_indices, again.local_indices)
-    for other in (drawn(seed=1), drawn(step=1), drawn(rank=1)):
-        assert other is not None
-        assert not np.array_equal(first.local_indices, other.local_indices)
-    assert drawn(None) is None
-    assert drawn(MULTI_CROP.count) is None
-    many = drawn(MULTI_CROP.count - 1)
-    assert many is not None
-    assert np.bincount(many.pair_indices, minlength=4).min() > 5  # uniform: 79 draws of 4 pairs
+    def chosen(limit: int | None, draw: Draw | None) -> torch.Tensor:
+        candidates = dataclasses.replace(MULTI_CROP, limit=limit)
+        selection = choose_views("hardest", candidates, num_images=20, device=CPU, scores=scores, draw=draw)
+        assert selection.scores is not None
+        return selection.scores
+
+    assert torch.equal(chosen(8, _draw()), chosen(8, _draw()))
+    for other in (_draw(seed=1), _draw(step=1), _draw(rank=1)):
+        assert not torch.equal(chosen(8, _draw()), chosen(8, other))
+    assert torch.equal(chosen(MULTI_CROP.count, None), chosen(None, None))
+    with pytest.raises(ShapeError, match="the draw of B = 20 images, got None"):
+        chosen(MULTI_CROP.count - 1, None)
+    pairs = [pair for pair, _ in _drawn_tuples(_draw(), MULTI_CROP.count - 1)]
+    assert np.bincount(pairs, minlength=4).min() > 5  # uniform: 79 draws of 4 pairs
 
 
 def test_one_candidate_is_the_vanilla_choice(generator: np.random.Generator) -> None:
@@ -167,32 +212,54 @@ def test_mean_score_is_that_of_all_tuples(generator: np.random.Generator) -> Non
         assert mean == pytest.approx(float(np.mean(everything)))
 
 
-def test_first_takes_views_0_and_1_and_random_takes_what_was_drawn() -> None:
-    assert _choose("first").T.tolist() == [[0, 1]] * 3
-    assert _choose("random", random_pairs=torch.tensor([5, 0, 3])).T.tolist() == [[2, 3], [0, 1], [1, 2]]
-    of_locals = torch.tensor([[0, 3], [2, 4], [5, 5]])
-    selection = choose_views(
-        "random", MULTI_CROP, num_images=2, device=CPU, random_pairs=torch.tensor([1, 2]), random_locals=of_locals
-    )
-    assert selection.view_indices.T.tolist() == [[0, 3], [2, 1]]
-    assert selection.local_indices is of_locals
+def test_first_takes_views_0_and_1() -> None:
+    first = choose_views("first", Candidates(num_views=4), num_images=3, device=CPU)
+    assert first.view_indices.T.tolist() == [[0, 1]] * 3
+
+
+def test_random_takes_the_addressed_words_of_each_image() -> None:
+    draw = _draw(5)
+    selection = choose_views("random", MULTI_CROP, num_images=5, device=CPU, draw=draw)
+    assert selection.local_indices is not None
+    for image, sample_id in enumerate(draw.sample_ids):
+        address = {"seed": 3, "sample_ids": np.array([sample_id]), "epoch": 2}
+        pair = int(draw_words(purpose=Purpose.RANDOM_PAIR, num_words=1, **address)[0, 0]) % 4
+        words = draw_words(purpose=Purpose.RANDOM_LOCALS, num_words=6, **address)[0].tolist()
+        assert selection.view_indices[:, image].tolist() == MULTI_CROP.pairs[pair].tolist()
+        assert selection.local_indices[:, image].tolist() == sorted(sorted(range(6), key=words.__getitem__)[:3])
+    with pytest.raises(ShapeError, match="the draw of B = 5 images, got None"):
+        choose_views("random", MULTI_CROP, num_images=5, device=CPU)
 
 
 def test_min_iou_takes_the_least_overlap() -> None:
-    ious = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1, 0.6]])
-    assert _choose("min_iou", iou_BP=ious).T.tolist() == [[1, 3]]
+    plan, pairs = _plan(30), pair_table(4)
+    selection = choose_views("min_iou", Candidates(num_views=4), num_images=30, device=CPU, plan=plan)
+    ious = crop_iou(plan.top, plan.left, plan.height, plan.width, pairs)
+    for image, chosen in enumerate(selection.view_indices.T.tolist()):
+        assert chosen == pairs[int(ious[image].argmin())].tolist()
+    with pytest.raises(ShapeError, match=r"\(4, 30\) views, got None"):
+        choose_views("min_iou", Candidates(num_views=4), num_images=30, device=CPU)
 
 
 def test_all_pairs_takes_every_view() -> None:
-    assert _choose("all_pairs", num_views=3).tolist() == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
     selection: Selection = choose_views("all_pairs", MULTI_CROP, num_images=2, device=CPU)
+    assert selection.pair_indices is None
+    assert selection.view_indices.tolist() == [[0, 0], [1, 1], [2, 2], [3, 3]]
     assert selection.local_indices is not None
-    assert selection.local_indices.shape == (6, 2)
+    assert selection.local_indices.tolist() == [[view, view] for view in range(6)]
+
+
+@pytest.mark.parametrize("rule", get_args(Rule))
+def test_rules_choose_as_many_views_as_they_say(rule: Rule, generator: np.random.Generator) -> None:
+    scores = _random_scores(MULTI_CROP, 7, generator) if RULES[rule].needs_scores else None
+    selection = choose_views(rule, MULTI_CROP, num_images=7, device=CPU, scores=scores, plan=_plan(7), draw=_draw(7))
+    assert selection.local_indices is not None
+    assert (len(selection.view_indices), len(selection.local_indices)) == RULES[rule].num_trained_views(MULTI_CROP)
 
 
 def test_missing_or_misshapen_scores_are_refused() -> None:
     with pytest.raises(ShapeError, match="pairs_BP"):
-        _choose("hardest")
+        choose_views("hardest", Candidates(num_views=4), num_images=2, device=CPU)
     with pytest.raises(ShapeError, match=r"\(2, 6\)"):
         _choose("hardest", torch.zeros(2, 3))
     pairs_only = CandidateScores(pairs_BP=torch.zeros(2, 4))
