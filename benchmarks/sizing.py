@@ -46,8 +46,8 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.sizing import ServiceTimes, measure_service_times, sample_images
-from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.stream.view_worker import start_finishers
 
 POOLS = ((1, 0), (2, 0), (1, 1))
 """View workers, view finishers."""

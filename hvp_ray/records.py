@@ -176,6 +176,8 @@ class BatchFacts:
     """Wall time of the same."""
     worker: str
     """Name of the view worker."""
+    crashing_ids: tuple[int, ...] = ()
+    """Images that crash a decoder's process, as far as this request searched for them and found new ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,3 +226,5 @@ class BatchRequest:
     """Decisions on unreadable images that an earlier attempt at this step made; they are replayed."""
     quarantined_ids: tuple[int, ...] = ()
     """Images that crash a decoder's process; they are never decoded."""
+    search_crashing: bool = False
+    """Whether to search for such images before decoding any in the worker's own process."""

@@ -57,8 +57,8 @@ from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
-from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.stream.view_worker import start_finishers
 
 logger = logging.getLogger(__name__)
 
