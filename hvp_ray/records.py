@@ -198,6 +198,12 @@ class ViewBatch(BatchFacts):
     """Bytes of decoded pixels that were shipped in place of the views; 0: the views themselves were shipped."""
 
     @property
+    def num_rendered_views(self) -> int:
+        """Views of all images, of both resolutions."""
+        groups = [group.plan for group in (self.global_views, self.local_views) if group is not None]
+        return sum(plan.num_views * plan.num_images for plan in groups)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the views' pixels."""
         local_bytes = 0 if self.local_views is None else self.local_views.pixels.nbytes

@@ -13,7 +13,8 @@ from hvp_ray.data.decode import decode_rgb
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.selection import Candidates, CandidateScores, choose_views, score_views
 from hvp_ray.stream.device import DeviceHandOver
-from hvp_ray.stream.render_batch import build_render_context, read_images, render_batch
+from hvp_ray.stream.reading import read_images
+from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.choosing import candidates_of

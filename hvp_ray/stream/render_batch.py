@@ -1,16 +1,16 @@
-"""A batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
+"""Make a batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
 
-This is all that a view worker does. It knows no Ray: `InlineBatches` calls it in the trainer's own process. The work can
-also be cut in two, `decode_batch` here and `finish_batch` beside the trainer, with the same bits as `render_batch`.
+View workers call this; it knows no Ray, and `InlineBatches` calls it in the trainer's process. `decode_batch` and
+`finish_batch` split the work between two processes, with the same bits as `render_batch`.
 """
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,13 @@ from hvp_ray.records import (
     BatchFacts,
     BatchRequest,
     DecodedImages,
-    EncodedBatch,
     Replacement,
     ViewBatch,
     ViewPlan,
     Views,
 )
 from hvp_ray.stream.quarantine import CRASHES_DECODER, DECODER, failures_apart
+from hvp_ray.stream.reading import read_images
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
@@ -41,31 +41,21 @@ from hvp_ray.views.renderer import RenderedBatch, Renderer, build_renderer
 
 logger = logging.getLogger(__name__)
 
-READ_ATTEMPTS = 4
-"""An I/O error is retried this often, with pauses of 0.1, 0.4 and 1.6 s, and then stops the run."""
-
-SAMPLE_IMAGES = 64
-"""Images that say what the others are like."""
-
-_SAMPLE_RUNS = 4
-_SAMPLE_PART = 8
-"""Images of a sample that are read at a time."""
-_SAMPLE_BYTES = 256 * 2**20
 _REPLACEMENT_ATTEMPTS = 1000
 
 _NOT_BY_CHANCE = 1e-9
-"""Data is given up if no image was readable so far and damage within the limit is less likely than this to explain it."""
+"""A batch fails if no image was readable so far and damage within the limit explains that with a lower probability."""
 
 _Made = TypeVar("_Made", RenderedBatch, DecodedImages)
-"""What is made of the images of a batch: their views, or the pixels to render them from."""
+"""What a batch is made into: views, or the pixels to render them from."""
 
 _Make = Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made]
-"""(encoded images, their plans) -> what is made of them."""
+"""Maps encoded images and their global and local plans to what is made of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderContext:
-    """What stays the same for all batches of a run."""
+    """What all batches of a run share."""
 
     seed: int
     source: Source
@@ -80,7 +70,7 @@ def build_render_context(config: RunConfig, dataset: Dataset, renderer: Renderer
     """Return the context of a run in the process that renders.
 
     Raises:
-        ConfigError: the renderer cannot be had here.
+        ConfigError: the renderer is not available on this machine.
     """
     return RenderContext(
         seed=config.run.seed,
@@ -104,12 +94,12 @@ def open_render_context(
 
     Args:
         config_values: of the run.
-        renderer: the resolved one.
+        renderer: the resolved renderer.
         data_fingerprint: see `open_dataset`.
 
     Raises:
-        DataError: the source cannot be opened from here, or is not the run's any more.
-        ConfigError: the renderer cannot be had here.
+        DataError: the source cannot be opened here, or its images have changed since the run was started.
+        ConfigError: the renderer is not available on this machine.
     """
     config = config_from_dict(config_values)
     return build_render_context(config, open_dataset(config.data, fingerprint=data_fingerprint), renderer)
@@ -194,7 +184,7 @@ def find_crashing_ids(context: RenderContext, request: BatchRequest, *, decoder:
 
 
 def finish_batch(renderer: CpuRenderer, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
-    """Do the second half: render the views of what `decode_batch` returned."""
+    """Render the views of what `decode_batch` returned."""
     watch = _Watch()
     rendered = renderer.render_decoded(decoded, draft.global_plan, draft.local_plan)
     cpu_seconds, seconds = watch.read()
@@ -220,7 +210,7 @@ def _with_views(draft: BatchDraft, rendered: RenderedBatch, *, decoded_bytes: in
 
 
 class _Watch:
-    """CPU time of this process and wall time, in seconds since it was made."""
+    """Measures CPU time of this process and wall time, in seconds since its construction."""
 
     def __init__(self) -> None:
         self._cpu, self._wall = time.process_time(), time.perf_counter()
@@ -229,69 +219,7 @@ class _Watch:
         return time.process_time() - self._cpu, time.perf_counter() - self._wall
 
 
-def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
-    """Read the encoded images, with retries.
-
-    Raises:
-        DataError: the storage failed `READ_ATTEMPTS` times.
-    """
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            images = source.read(sample_ids)
-            return EncodedBatch(images=images, sample_ids=np.asarray(sample_ids, dtype=np.int64))
-        except OSError as error:
-            if attempt == READ_ATTEMPTS - 1:
-                first = source.describe(sample_ids[0])
-                raise DataError(
-                    f"reading {len(sample_ids)} images from {first} on failed {READ_ATTEMPTS} times: {error}; "
-                    f"check the storage, then start the run again with its name to go on"
-                ) from error
-            logger.warning("reading failed (%s), attempt %d of %d", error, attempt + 1, READ_ATTEMPTS)
-            time.sleep(0.1 * 4**attempt)
-    raise AssertionError("unreachable")
-
-
-def read_sample(
-    source: Source,
-    sample_ids: NDArray[np.int64],
-    num_images: int = SAMPLE_IMAGES,
-    *,
-    max_bytes: int = _SAMPLE_BYTES,
-) -> Iterator[bytes]:
-    """Yield encoded images spread over `sample_ids`, a few of them read at a time; the same ones at every call.
-
-    Of sources that read whole blocks they are a few runs of neighbours.
-
-    Args:
-        source: of the images.
-        sample_ids: [N], some are chosen of these.
-        num_images: how many at most.
-        max_bytes: when so many are read, the sample ends; it has 8 images or more.
-
-    Raises:
-        DataError: the storage failed repeatedly.
-    """
-    num_images = min(num_images, len(sample_ids))
-    num_runs = min(_SAMPLE_RUNS, num_images) if source.reads_whole_blocks else num_images
-    if not num_runs:
-        return
-    length = num_images // num_runs
-    starts = np.linspace(0, len(sample_ids) - length, num_runs).astype(np.int64)
-    # A sample that ends early is spread too: 0, 1/2, 1/4, 3/4, 1/8, ... of all (bits of the index, reversed).
-    num_bits = num_runs.bit_length()
-    order = sorted(range(num_runs), key=lambda index: f"{index:0{num_bits}b}"[::-1])
-    rows = (starts[order, None] + np.arange(length)).ravel()
-    num_bytes = 0
-    for first in range(0, len(rows), _SAMPLE_PART):
-        images = read_images(source, sample_ids[rows[first : first + _SAMPLE_PART]].tolist()).images
-        num_bytes += sum(map(len, images))
-        yield from images
-        if num_bytes >= max_bytes:
-            return
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Purposes:
+class _Purposes(NamedTuple):
     """The random streams that the plans of a batch are drawn from."""
 
     global_views: Purpose
@@ -299,12 +227,8 @@ class _Purposes:
     masks: Purpose
 
 
-_FIRST_CHOICE = _Purposes(global_views=Purpose.GLOBAL_VIEWS, local_views=Purpose.LOCAL_VIEWS, masks=Purpose.MASKS)
-_REPLACEMENT = _Purposes(
-    global_views=Purpose.REPLACEMENT_VIEWS,
-    local_views=Purpose.REPLACEMENT_LOCAL_VIEWS,
-    masks=Purpose.REPLACEMENT_MASKS,
-)
+_FIRST_CHOICE = _Purposes(Purpose.GLOBAL_VIEWS, Purpose.LOCAL_VIEWS, Purpose.MASKS)
+_REPLACEMENT = _Purposes(Purpose.REPLACEMENT_VIEWS, Purpose.REPLACEMENT_LOCAL_VIEWS, Purpose.REPLACEMENT_MASKS)
 
 
 class _Assembly(Generic[_Made]):

@@ -81,7 +81,7 @@ class ViewWorker(_RenderingActor):
         """Do everything but the rendering of one batch; the results are the arguments of `ViewFinisher.finish`."""
         note_step(request.step)
         draft, decoded = decode_batch(self._context, request, worker=self._name)
-        self._rendered.take_draft(draft)
+        self._rendered.take(draft)
         return draft, decoded
 
 

@@ -66,8 +66,9 @@ def test_evaluation_pixels_are_resize_and_centre_crop_of_torchvision(
         (tmp_path / "class" / f"{number:02d}.png").write_bytes(image)
     group = ViewGroupConfig(size_px=17)
     views = ViewsConfig(global_views=group, evaluation_resize_px=20, evaluation_interpolation=interpolation)
-    source = open_source(str(tmp_path), DataConfig(source=str(tmp_path)))
-    pixels, kept = load_evaluation_pixels(source, np.arange(len(sizes)), views, max_image_pixels=10**6)
+    data = DataConfig(source=str(tmp_path))
+    source = open_source(str(tmp_path), data)
+    pixels, kept = load_evaluation_pixels(source, np.arange(len(sizes)), views, data)
     assert kept.tolist() == list(range(len(sizes)))
     for row, sample_id in enumerate(kept.tolist()):
         image = torch.from_numpy(decode_rgb(source.read([sample_id])[0], max_pixels=10**6)).permute(2, 0, 1)
