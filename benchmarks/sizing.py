@@ -89,8 +89,7 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
     stream = ViewStream(
         pool.workers,
         requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={}),
-        first_step=0,
-        end_step=warm_up + steps,
+        range(warm_up + steps),
         cluster=config.cluster,
         hand_over=DeviceHandOver(torch.device("cpu")),
         finishers=beside,

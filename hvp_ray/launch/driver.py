@@ -479,12 +479,10 @@ def _trainer_main(settings: dict[str, Any]) -> None:
         stream = ViewStream(
             pool.workers,
             request_of,
-            first_step=first_step,
-            end_step=end_step,
+            range(first_step, end_step),
             cluster=config.cluster,
             hand_over=hand_over,
-            rank=world.rank,
-            num_ranks=world.num_ranks,
+            world=world,
             finishers=finishers,
         )
         publisher.watch(stream.numbers)

@@ -81,7 +81,7 @@ def failures_apart(
             except _MachineError as fault:
                 if pause is None:
                     raise StageError(
-                        f"the process that looks for images that crash the decoder {fault}; check memory and packages of "
+                        f"the process that searches for images that crash the decoder {fault}; check memory and packages of "
                         f"this node, then start the run again with its name"
                     ) from fault
                 time.sleep(pause)

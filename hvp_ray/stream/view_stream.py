@@ -30,6 +30,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 
 from hvp_ray.config import ClusterConfig
+from hvp_ray.distributed.world import World
 from hvp_ray.errors import HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import RequestOf
@@ -44,6 +45,7 @@ _POLL_SECONDS = 0.25
 """Time between two checks for late batches and dead workers. (Every 0.05 s they took 0.6 % of a CPU.) Results are received at
 once, except for requests submitted during the wait, which are for later steps."""
 _PROBE_SECONDS = 0.5
+_ONE_RANK = World()
 _RETRIED = (RayActorError, ObjectLostError, GetTimeoutError, WorkerCrashedError)
 
 
@@ -80,21 +82,19 @@ class ViewStream:
         self,
         workers: list[ActorHandle[Any]],
         request_of: RequestOf,
+        steps: range,
         *,
-        first_step: int,
-        end_step: int,
         cluster: ClusterConfig,
         hand_over: DeviceHandOver,
-        rank: int = 0,
-        num_ranks: int = 1,
+        world: World = _ONE_RANK,
         finishers: Sequence[ActorHandle[Any]] = (),
     ) -> None:
         self.stats = StreamStats()
-        self._teams = [Team("view worker", workers, rank=rank, num_ranks=num_ranks)]
+        self._teams = [Team("view worker", workers, rank=world.rank, num_ranks=world.num_ranks)]
         if finishers:
             self._teams.append(Team("view finisher", finishers))
         self._request_of = request_of
-        self._end_step = end_step
+        self._end_step = steps.stop
         self._cluster = cluster
         self._max_in_flight = cluster.num_batches_in_flight(len(workers))
         self._hand_over = hand_over
@@ -108,7 +108,7 @@ class ViewStream:
         self._quarantined_ids: tuple[int, ...] = ()
         self._cannot_search: list[Member] = []
         self._ready: dict[int, DeviceBatch] = {}
-        self._next_to_request = self._next_to_copy = self._next_to_take = first_step
+        self._next_to_request = self._next_to_copy = self._next_to_take = steps.start
         self._error: BaseException | None = None
         self._is_closed = False
         self._started_at = time.perf_counter()
@@ -251,7 +251,7 @@ class ViewStream:
         self._submit_waiting()
 
     def _submit_waiting(self) -> None:
-        """Submit the requests that nobody serves, in step order, as far as actors are up."""
+        """Submit the requests that no actor serves, in step order, as far as actors are up."""
         served = {call.request.step for call in self._calls.values()}
         for step, pending in self._pending.items():
             if pending.batch is None and step not in served:
@@ -306,7 +306,7 @@ class ViewStream:
         self._changed.notify_all()
 
     def _fail(self, call: _Call, error: Exception) -> None:
-        """Note who failed. The request is submitted again when this thread looks for waiting ones.
+        """Note who failed. `_submit_waiting` submits the request again.
 
         Raises:
             HvpRayError: a retry does not help.

@@ -61,8 +61,7 @@ def _stream(
     return ViewStream(
         workers,
         request_of or _requests(),
-        first_step=0,
-        end_step=end_step,
+        range(end_step),
         cluster=settings,
         hand_over=hand_over or DeviceHandOver(CPU),
         finishers=finishers,

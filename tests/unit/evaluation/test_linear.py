@@ -1,4 +1,4 @@
-"""Probes against scikit-learn and torch, and what they must not look at."""
+"""Probes agree with scikit-learn and torch, and choose nothing by test images."""
 
 import numpy as np
 import pytest

@@ -50,7 +50,7 @@ def test_what_a_library_prints_is_no_sign_of_life() -> None:
 
 
 def test_image_at_which_a_stranger_killed_the_process_is_innocent(tmp_path: Path) -> None:
-    """The out-of-memory killer may come twice in a row, also while the image is decoded alone."""
+    """The out-of-memory killer may strike twice in a row, also while the image is decoded alone."""
     counter = tmp_path / "kills"
     counter.touch()
     assert _crashing([b"fine", b"twice:" + os.fsencode(counter), b"crash"]) == [2]
@@ -64,7 +64,7 @@ def test_image_at_which_a_stranger_killed_the_process_is_innocent(tmp_path: Path
         ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
     ],
 )
-def test_child_that_dies_while_it_starts_condemns_nobody(
+def test_child_that_dies_while_it_starts_condemns_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
 ) -> None:
     (tmp_path / "broken_decoder.py").write_text(program)
@@ -73,13 +73,13 @@ def test_child_that_dies_while_it_starts_condemns_nobody(
         _crashing([b"fine", b"fine"], decoder="broken_decoder:decode")
 
 
-def test_child_that_cannot_be_made_condemns_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_that_cannot_be_made_condemns_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(StageError, match="could not start.*No such file"):
         _crashing([b"fine"])
 
 
-def test_child_that_is_asked_to_end_condemns_nobody() -> None:
+def test_child_that_is_terminated_condemns_no_image() -> None:
     with pytest.raises(StageError, match="was ended from outside.*SIGTERM"):
         _crashing([b"fine", b"ended"])
 
@@ -122,7 +122,7 @@ def test_crashing_images_of_a_batch_are_found_and_nothing_else_is() -> None:
 
 
 def test_crashing_image_that_would_replace_a_damaged_one_is_found() -> None:
-    """It is in nobody's batch; after its quarantine the next one in line takes the place, which crashes too."""
+    """It is not in the batch. After its quarantine the next candidate takes the place and crashes too."""
     damaged = _context(damaged=(2, 5))
     replaced_by = {r.index: r.replacement_id for r in render_batch(damaged, _request()).replacements}
     first = replaced_by[5]
