@@ -274,7 +274,7 @@ class ViewStream:
         request = replace(pending.request, quarantined_ids=self._quarantined_ids, search_crashing=pending.needs_search)
         worker, *finishers = chain
         if finishers:
-            reference = finishers[0].handle.finish.remote(*worker.handle.decode.remote(request))
+            reference = finishers[0].handle.finish.remote(worker.handle.decode.remote(request))
         else:
             reference = worker.handle.render.remote(request)
         self._calls[reference] = _Call(request, tuple(chain), time.perf_counter())

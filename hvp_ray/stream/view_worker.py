@@ -76,9 +76,8 @@ class ViewWorker(_RenderingActor):
         self._rendered.take(batch)
         return batch
 
-    @ray.method(num_returns=2)
     def decode(self, request: BatchRequest) -> tuple[BatchDraft, DecodedImages]:
-        """Do everything but the rendering of one batch; the results are the arguments of `ViewFinisher.finish`."""
+        """Do everything but the rendering of one batch; the result is the argument of `ViewFinisher.finish`."""
         note_step(request.step)
         draft, decoded = decode_batch(self._context, request, worker=self._name)
         self._rendered.take(draft)
@@ -93,10 +92,11 @@ class ViewFinisher(_RenderingActor):
         config = config_from_dict(config_values)
         self._renderer = CpuRenderer(config.views, max_image_pixels=config.data.max_image_pixels)
 
-    def finish(self, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
+    def finish(self, decoded: tuple[BatchDraft, DecodedImages]) -> ViewBatch:
         """Render the views of one batch."""
+        draft, images = decoded
         note_step(draft.step)
-        batch = finish_batch(self._renderer, draft, decoded)
+        batch = finish_batch(self._renderer, draft, images)
         here = dataclasses.replace(
             batch,
             replacements=(),  # counted by the view worker

@@ -6,8 +6,6 @@ import signal
 import time
 from typing import Any
 
-import ray
-
 from hvp_ray.errors import StageError
 from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
 from hvp_ray.stream.view_worker import ViewFinisher, ViewWorker
@@ -34,9 +32,9 @@ class SlowFinisher(ViewFinisher):
         super().__init__(values, name)
         self._seconds = seconds
 
-    def finish(self, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
+    def finish(self, decoded: tuple[BatchDraft, DecodedImages]) -> ViewBatch:
         time.sleep(self._seconds)
-        return super().finish(draft, decoded)
+        return super().finish(decoded)
 
 
 class PoisonedWorker(ViewWorker):
@@ -54,7 +52,6 @@ class PoisonedWorker(ViewWorker):
         batch = super().render(self._survive(request))
         return dataclasses.replace(batch, crashing_ids=self._found(request))
 
-    @ray.method(num_returns=2)
     def decode(self, request: BatchRequest) -> tuple[BatchDraft, DecodedImages]:
         draft, decoded = super().decode(self._survive(request))
         return dataclasses.replace(draft, crashing_ids=self._found(request)), decoded
