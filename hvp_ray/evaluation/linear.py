@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 import torch
@@ -204,17 +205,15 @@ def linear_probe(
         raise ConfigError(f"{epochs=} and {images_per_step=} must be 1 or more")
     if not learning_rates or min(learning_rates) <= 0.0:
         raise ConfigError(f"{learning_rates=} is not allowed: one or more positive rates")
-    training = _SgdTraining(
-        features=data.features, labels=data.labels, epochs=epochs, images_per_step=images_per_step, seed=seed
-    )
+    train = partial(_train_sgd, data, epochs=epochs, images_per_step=images_per_step, seed=seed)
 
     def accuracies(kept: NDArray[np.int64], held_out: NDArray[np.int64]) -> list[float]:
         rows = torch.from_numpy(held_out).to(data.features.device)
-        is_correct = _correct(*training.train(learning_rates, kept), data.features[rows], data.labels[rows])
+        is_correct = _correct(*train(learning_rates, kept), data.features[rows], data.labels[rows])
         return is_correct.double().mean(dim=1).tolist()
 
     chosen, held_out_accuracies = _sweep(learning_rates, data.labels, accuracies, held_out_fraction, seed)
-    weights, bias = training.train((chosen,), np.arange(len(data.labels), dtype=np.int64))
+    weights, bias = train((chosen,), np.arange(len(data.labels), dtype=np.int64))
     return LinearProbe(
         correct=_correct(weights, bias, data.test_features, data.test_labels)[0].cpu().numpy(),
         learning_rate=chosen,
@@ -224,46 +223,42 @@ def linear_probe(
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _SgdTraining:
-    features: Float[Tensor, "train dim"]
-    labels: Int64[Tensor, " train"]
-    epochs: int
-    images_per_step: int
-    seed: int
-
-    def train(
-        self, rates: tuple[float, ...], rows: NDArray[np.int64]
-    ) -> tuple[Float[Tensor, "rates dim classes"], Float[Tensor, "rates classes"]]:
-        """Train a classifier for each rate on these rows; return weights and biases."""
-        device, dtype = self.features.device, torch.promote_types(self.features.dtype, torch.float32)
-        num_classes = int(self.labels.max()) + 1
-        torch_seed = draw_torch_seed(seed=self.seed, purpose=Purpose.PROBE, step=ProbePart.INITIAL_WEIGHTS, rank=0)
-        generator = torch.Generator().manual_seed(torch_seed)
-        initial = torch.randn(self.features.shape[1], num_classes, generator=generator) * INITIAL_DEVIATION
-        weights_LDC = initial.to(device, dtype).expand(len(rates), -1, -1).clone()
-        bias_LC = torch.zeros(len(rates), num_classes, device=device, dtype=dtype)
-        weights_velocity, bias_velocity = torch.zeros_like(weights_LDC), torch.zeros_like(bias_LC)
-        base = torch.tensor(rates, device=device, dtype=dtype) * (self.images_per_step / 256)
-        num_steps = self.epochs * math.ceil(len(rows) / self.images_per_step)
-        step = 0
-        for epoch in range(self.epochs):
-            words = draw_stream(
-                seed=self.seed, purpose=Purpose.PROBE, index=epoch, epoch=ProbePart.ORDER, num_words=len(rows)
-            )
-            order = torch.from_numpy(rows[permutation_from_words(words)]).to(device)
-            for batch in order.split(self.images_per_step):
-                inputs_BD = self.features[batch].to(dtype)
-                errors_LBC = (inputs_BD @ weights_LDC + bias_LC[:, None]).softmax(dim=-1)
-                errors_LBC -= F.one_hot(self.labels[batch], num_classes)
-                errors_LBC /= len(batch)  # the gradient of the mean cross-entropy by the logits
-                weights_velocity.mul_(MOMENTUM).add_(inputs_BD.T @ errors_LBC)
-                bias_velocity.mul_(MOMENTUM).add_(errors_LBC.sum(dim=1))
-                rate = base * (0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
-                weights_LDC -= rate[:, None, None] * weights_velocity
-                bias_LC -= rate[:, None] * bias_velocity
-                step += 1
-        return weights_LDC, bias_LC
+def _train_sgd(
+    data: ProbeData,
+    rates: tuple[float, ...],
+    rows: NDArray[np.int64],
+    *,
+    epochs: int,
+    images_per_step: int,
+    seed: int,
+) -> tuple[Float[Tensor, "rates dim classes"], Float[Tensor, "rates classes"]]:
+    """Train a classifier for each rate on these training rows; return weights and biases."""
+    device, dtype = data.features.device, torch.promote_types(data.features.dtype, torch.float32)
+    num_classes = int(data.labels.max()) + 1
+    torch_seed = draw_torch_seed(seed=seed, purpose=Purpose.PROBE, step=ProbePart.INITIAL_WEIGHTS, rank=0)
+    generator = torch.Generator().manual_seed(torch_seed)
+    initial = torch.randn(data.features.shape[1], num_classes, generator=generator) * INITIAL_DEVIATION
+    weights_LDC = initial.to(device, dtype).expand(len(rates), -1, -1).clone()
+    bias_LC = torch.zeros(len(rates), num_classes, device=device, dtype=dtype)
+    weights_velocity, bias_velocity = torch.zeros_like(weights_LDC), torch.zeros_like(bias_LC)
+    base = torch.tensor(rates, device=device, dtype=dtype) * (images_per_step / 256)
+    num_steps = epochs * math.ceil(len(rows) / images_per_step)
+    step = 0
+    for epoch in range(epochs):
+        words = draw_stream(seed=seed, purpose=Purpose.PROBE, index=epoch, epoch=ProbePart.ORDER, num_words=len(rows))
+        order = torch.from_numpy(rows[permutation_from_words(words)]).to(device)
+        for batch in order.split(images_per_step):
+            inputs_BD = data.features[batch].to(dtype)
+            errors_LBC = (inputs_BD @ weights_LDC + bias_LC[:, None]).softmax(dim=-1)
+            errors_LBC -= F.one_hot(data.labels[batch], num_classes)
+            errors_LBC /= len(batch)  # the gradient of the mean cross-entropy by the logits
+            weights_velocity.mul_(MOMENTUM).add_(inputs_BD.T @ errors_LBC)
+            bias_velocity.mul_(MOMENTUM).add_(errors_LBC.sum(dim=1))
+            rate = base * (0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
+            weights_LDC -= rate[:, None, None] * weights_velocity
+            bias_LC -= rate[:, None] * bias_velocity
+            step += 1
+    return weights_LDC, bias_LC
 
 
 def _correct(

@@ -1,4 +1,4 @@
-"""The stream against real actors: order, bounds, retries, quarantine, waiting, spilling."""
+"""Test the stream with real actors: order, bounds, retries, quarantine, waiting, spilling."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What the evaluation after training allocates: no copy of all images as floats, no second copy of their bytes."""
+"""The evaluation after training copies neither all images to floats nor their bytes a second time."""
 
 import dataclasses
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Features in this process: order, cache, errors. `tests/ray/test_feature_pool.py` has the same under Ray."""
+"""Test order, cache and errors of features in this process. `tests/ray/test_feature_pool.py` tests them under Ray."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def request_of_digits(tmp_path: Path) -> FeatureRequest:
 
 
 def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let every chunk that is really extracted be written down."""
+    """Record the size of every chunk that is extracted rather than cached."""
     extract, seen = feature_pool._extract_chunk, []
 
     def counting(weights: np.ndarray, request: FeatureRequest, sample_ids: np.ndarray, device: str) -> object:

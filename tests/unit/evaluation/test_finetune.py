@@ -1,4 +1,4 @@
-"""Fine-tuning on coloured squares; crops against torchvision."""
+"""Fine-tuning learns coloured squares; crops are torchvision's."""
 
 import dataclasses
 
@@ -66,7 +66,7 @@ def test_crop_of_everything_changes_nothing_and_flip_is_a_flip() -> None:
 
 
 def test_crop_is_that_of_torchvision() -> None:
-    """A quarter of a 16 px image is a box of 8 px; it lies where the uniform numbers say."""
+    """A quarter of a 16 px image is a box of 8 px; the uniform numbers give its position."""
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     image = torch.stack([x, y, x * y / 16])[None]
     quarter = dataclasses.replace(NEUTRAL, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0))

@@ -1,4 +1,4 @@
-"""k-NN against a loop, and the features' preprocessing against torchvision."""
+"""k-NN equals a loop, and the preprocessing of features is torchvision's."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_few_shots_are_fixed_draws_of_as_many_images_per_class(generator: np.ran
 def test_evaluation_pixels_are_resize_and_centre_crop_of_torchvision(
     generator: np.random.Generator, tmp_path: Path, interpolation: Literal["bilinear", "bicubic"]
 ) -> None:
-    """Sizes whose longer side ends in a fraction of a pixel, and crops whose margin is odd."""
+    """Covers sizes whose longer side ends in a fraction of a pixel, and crops with an odd margin."""
     sizes = [(50, 50), (41, 50), (50, 43), (47, 90), (31, 33), (100, 37), (64, 48), (75, 100), (20, 20), (21, 29)]
     (tmp_path / "class").mkdir()
     for number, (height, width) in enumerate(sizes):

@@ -19,7 +19,7 @@ Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _clusters(generator: np.random.Generator, *, spread: float = 1.0, num_train: int = 300) -> Arrays:
-    """Four clouds in eight dimensions: features, labels, test features, test labels."""
+    """Return features, labels, test features and test labels of four clouds in eight dimensions."""
     centres = generator.normal(size=(4, 8)) * 1.2
     labels, truth = np.arange(num_train) % 4, generator.integers(0, 4, 200)
     features = centres[labels] + generator.normal(size=(num_train, 8)) * spread

@@ -1,4 +1,4 @@
-"""The publisher: seldom, complete, harmless; and the names."""
+"""The publisher publishes rarely and completely, and its failures never reach training; names follow Prometheus."""
 
 import math
 import re
@@ -30,7 +30,7 @@ ALL = TRAINER_METRICS | WORKER_METRICS
 
 
 class _Recorded:
-    """Takes the values of all metrics."""
+    """Records the values of all metrics."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = defaultdict(list)
