@@ -46,8 +46,8 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.sizing import ServiceTimes, measure_service_times, sample_images
-from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.stream.view_worker import start_finishers
 
 POOLS = ((1, 0), (2, 0), (1, 1))
 """View workers, view finishers."""
@@ -89,8 +89,7 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
     stream = ViewStream(
         pool.workers,
         requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={}),
-        first_step=0,
-        end_step=warm_up + steps,
+        range(warm_up + steps),
         cluster=config.cluster,
         hand_over=CopyToDevice(torch.device("cpu")),
         finishers=beside,

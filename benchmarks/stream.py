@@ -186,8 +186,7 @@ def _with_pool(
     stream = ViewStream(
         pool.workers,
         requests_of(setting.config),
-        first_step=0,
-        end_step=steps,
+        range(steps),
         cluster=setting.config.cluster,
         hand_over=CopyToDevice(training.CPU),
     )

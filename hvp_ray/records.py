@@ -193,6 +193,8 @@ class BatchFacts:
     """Wall time of reading, decoding and rendering so far."""
     worker: str
     """Name of the view worker."""
+    crashing_ids: tuple[int, ...] = ()
+    """Images that crash a decoder's process, as far as this request searched for them and found new ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +213,12 @@ class ViewBatch(BatchFacts):
     local_views: Views | None
     decoded_bytes: int = 0
     """Bytes of decoded pixels that were shipped instead of views; 0: the views were shipped."""
+
+    @property
+    def num_rendered_views(self) -> int:
+        """Views of all images, of both resolutions."""
+        groups = [group.plan for group in (self.global_views, self.local_views) if group is not None]
+        return sum(plan.num_views * plan.num_images for plan in groups)
 
     @property
     def num_bytes(self) -> int:
@@ -240,4 +248,6 @@ class BatchRequest:
     known_replacements: tuple[Replacement, ...] = ()
     """Decisions of an earlier attempt at this step on unreadable images; they are replayed."""
     quarantined_ids: tuple[int, ...] = ()
-    """Images that crash the decoder; they are never decoded."""
+    """Images that crash a decoder's process; they are never decoded."""
+    search_crashing: bool = False
+    """Whether to search for such images before decoding any in the worker's own process."""

@@ -307,10 +307,11 @@ class Evaluation:
                 yield self._fine_tune()
             else:
                 assert features is not None
-                yield from self._probe(protocol, *features)
+                yield from self._probe(protocol, features)
 
-    def _extract(self, workers: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _extract(self, workers: Any) -> Any:
         from hvp_ray.evaluation.feature_pool import FeatureCache, FeatureRequest, pool_features
+        from hvp_ray.evaluation.linear import ProbeData
 
         found = []
         for part, images in (("training", self.training), ("test", self.test)):
@@ -324,16 +325,14 @@ class Evaluation:
                     sample_ids=images.sample_ids,
                     last_blocks=self.options.last_blocks,
                 ),
-                num_workers=workers.num_workers,
-                device=workers.device,
-                gpus_per_worker=workers.gpus_per_worker,
+                workers,
                 cache=None if self.options.no_cache else FeatureCache(self.cache_dir),
                 report_progress=progress,
             )
             self._warn_of_unreadable(part, images, result.sample_ids)
             found += [torch.from_numpy(result.features), torch.from_numpy(images.labels(result.sample_ids))]
         device = "cuda" if self.options.device != "cpu" and torch.cuda.is_available() else "cpu"
-        return found[0].to(device), found[1].to(device), found[2].to(device), found[3].to(device)
+        return ProbeData(*(array.to(device) for array in found))
 
     def _warn_of_unreadable(self, part: str, images: Images, readable: NDArray[np.int64]) -> None:
         lost = np.setdiff1d(images.sample_ids, readable)
@@ -342,32 +341,31 @@ class Evaluation:
                 f"{len(lost)} {part} image(s) unreadable and left out, the first {images.source.describe(int(lost[0]))}"
             )
 
-    def _probe(
-        self, protocol: str, bank: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, truth: torch.Tensor
-    ) -> Iterator[Row]:
+    def _probe(self, protocol: str, data: Any) -> Iterator[Row]:
         from hvp_ray.evaluation.knn import knn_correct
         from hvp_ray.evaluation.linear import few_label_probe, linear_probe, logistic_probe
 
-        seed, arrays = self.options.seed, (bank, labels, queries, truth)
+        seed = self.options.seed
         match protocol:
             case "knn":
-                width = bank.shape[1] // self.options.last_blocks  # the last block is at the end
+                width = data.features.shape[1] // self.options.last_blocks  # the last block is at the end
+                bank, queries = data.features[:, -width:], data.test_features[:, -width:]
                 for neighbours in sorted({min(k, len(bank)) for k in self.options.neighbours}):
-                    correct = knn_correct(bank[:, -width:], labels, queries[:, -width:], truth, neighbours=neighbours)
+                    correct = knn_correct(bank, data.labels, queries, data.test_labels, neighbours=neighbours)
                     yield row("knn", correct.cpu().numpy(), {"k": neighbours})
             case "linear":
                 epochs = self.options.epochs or _LINEAR_EPOCHS
-                linear = linear_probe(*arrays, epochs=epochs, seed=seed)
+                linear = linear_probe(data, epochs=epochs, seed=seed)
                 yield row("linear", linear.correct, {"learning_rate": linear.learning_rate, "epochs": epochs})
             case "logistic":
-                logistic = logistic_probe(*arrays, seed=seed)
+                logistic = logistic_probe(data, seed=seed)
                 details: dict[str, Any] = {"C": logistic.inverse_regularisation}
                 yield row(
                     "logistic", logistic.correct, details | ({} if logistic.has_converged else {"converged": False})
                 )
             case "few-label":
                 for shots in SHOTS:
-                    few = few_label_probe(*arrays, shots=shots)
+                    few = few_label_probe(data, shots=shots)
                     spread = float(few.draw_accuracies.std(ddof=1))
                     yield row(
                         "few-label", few.mean_correct, {"per_class": shots, "deviation_of_draws": round(spread, 4)}
@@ -375,42 +373,27 @@ class Evaluation:
             case _:
                 raise ConfigError(f"unknown protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
 
-    def _load_pixels(self, part: str, images: Images) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def _load_pixels(self, part: str, images: Images) -> Any:
         from hvp_ray.evaluation.features import load_evaluation_pixels
+        from hvp_ray.evaluation.finetune import LabelledPixels
 
         try:
-            pixels, readable = load_evaluation_pixels(
-                images.source,
-                images.sample_ids,
-                self.views,
-                max_image_pixels=self.data.max_image_pixels,
-                intensity_range=self.data.intensity_range,
-            )
+            pixels, readable = load_evaluation_pixels(images.source, images.sample_ids, self.views, self.data)
         except OSError as error:
             raise DataError(f"the {part} images cannot be read: {error}") from error
         self._warn_of_unreadable(part, images, readable)
-        return pixels, images.labels(readable)
+        return LabelledPixels(pixels, images.labels(readable))
 
     def _fine_tune(self) -> Row:
-        from hvp_ray.evaluation.finetune import fine_tune
+        from hvp_ray.evaluation.finetune import FineTuneSettings, fine_tune
 
-        pixels, labels = self._load_pixels("training", self.training)
-        test_pixels, test_labels = self._load_pixels("test", self.test)
+        training, test = self._load_pixels("training", self.training), self._load_pixels("test", self.test)
         use_gpu = self.options.device != "cpu" and torch.cuda.is_available()
         epochs = self.options.epochs or _FINE_TUNING_EPOCHS
         rate = self.options.learning_rate or _FINE_TUNING_RATE
-        result = fine_tune(
-            self.backbone,
-            pixels,
-            labels,
-            test_pixels,
-            test_labels,
-            self.views,
-            device=torch.device("cuda" if use_gpu else "cpu"),
-            epochs=epochs,
-            learning_rate_per_256=rate,
-            seed=self.options.seed,
-        )
+        settings = FineTuneSettings(epochs=epochs, learning_rate_per_256=rate, seed=self.options.seed)
+        device = torch.device("cuda" if use_gpu else "cpu")
+        result = fine_tune(self.backbone, training, test, self.views, settings, device)
         details = {"learning_rate": rate, "epochs": epochs, "training_loss": round(result.losses[-1], 4)}
         return row("finetune", result.correct, details)
 

@@ -208,7 +208,7 @@ def _stream(pool: Any, config: RunConfig, request_of: RequestOf, steps: int, che
     # Every worker has two batches in hand at least.
     cluster = dataclasses.replace(config.cluster, batches_in_flight=max(6, 2 * len(pool.workers)))
     hand_over = CopyToDevice(torch.device(check.device))
-    stream = ViewStream(pool.workers, request_of, first_step=0, end_step=steps, cluster=cluster, hand_over=hand_over)
+    stream = ViewStream(pool.workers, request_of, range(steps), cluster=cluster, hand_over=hand_over)
     try:
         yield stream
     finally:

@@ -100,8 +100,7 @@ def _stream(workers: list[Any], setting: Setting, steps: int) -> Iterator[ViewSt
     stream = ViewStream(
         workers,
         requests_of(setting.config),
-        first_step=0,
-        end_step=steps,
+        range(steps),
         cluster=setting.config.cluster,
         hand_over=CopyToDevice(CPU),
     )

@@ -1,8 +1,8 @@
-"""Features of many images, by tasks on a Ray cluster or in this process, kept on disk.
+"""Extract features of many images by tasks on a Ray cluster, or in this process, and cache them on disk.
 
-A task reads, decodes and forwards a chunk of sample ids. Its process opens the data and builds the encoder once; the
-encoder's weights come through the object store, so nodes share the data's path only. Without Ray the same function runs
-here. `pipelines/evaluate.py` calls this; nothing in it knows about classifiers.
+A task reads, decodes and forwards a chunk of sample ids. Its process opens the data and builds the encoder once. The
+encoder's weights travel through the object store, so nodes share only the path of the data. Without Ray, the same function
+runs in this process.
 """
 
 import contextlib
@@ -39,28 +39,28 @@ from hvp_ray.stream.connect import connect_ray, end_ray, joins_cluster
 logger = logging.getLogger(__name__)
 
 IMAGES_PER_TASK = 512
-"""Images of a chunk; the pixels of a chunk of 224 px take 77 MB."""
+"""Size of a chunk; at 224 px its pixels take 77 MB."""
 
 _CACHE_FORMAT = 2
 
 Part = Literal["training", "test"]
 
 ReportProgress = Callable[[int, int], None]
-"""(images done, images in all), after every chunk."""
+"""Receives (images done, all images) after every chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FeatureRequest:
-    """Which features of which images."""
+    """Names the features of a set of images."""
 
     backbone_path: Path
-    """A file that `export_backbone` wrote; read here, in the calling process."""
+    """A file that `export_backbone` wrote; the calling process reads it."""
     data: DataConfig
-    """Paths must be absolute, and visible on all nodes, where Ray does the work."""
+    """With Ray, paths must be absolute and visible on all nodes."""
     views: ViewsConfig
     """Size, centre crop, mean and standard deviation."""
     part: Part
-    """Whether ids are of `Dataset.source` or of `Dataset.test_source`."""
+    """Source of the ids: `Dataset.source` or `Dataset.test_source`."""
     sample_ids: NDArray[np.int64]
     last_blocks: int = 1
     """See `extract_features`."""
@@ -68,22 +68,41 @@ class FeatureRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageFeatures:
-    """Features of the images that could be read."""
+    """Features of the readable images."""
 
     features: NDArray[np.float32]
     """[M, D]."""
     sample_ids: NDArray[np.int64]
-    """[M], in the order of the request."""
+    """[M], in request order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workers:
+    """Resources of `pool_features`."""
+
+    num_workers: int = 1
+    """Chunks in flight. Ray is used if it is initialised; otherwise this process does the work."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where encoders run."""
+    gpus_per_worker: float = 0.0
+    """Share of a GPU that Ray reserves for a task."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError(f"num_workers={self.num_workers} is not allowed: 1 or more")
+
+
+ONE_WORKER = Workers()
 
 
 class FeatureCache:
-    """Features as .npz files, one for each request, named by a digest of everything that they depend on."""
+    """Stores features as .npz files, one per request, named by a digest of everything that they depend on."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, key: str) -> ImageFeatures | None:
-        """Return what was stored under `key`; None: nothing, or a file that cannot be read."""
+        """Return what was stored under `key`; None if there is nothing, or the file cannot be read."""
         path = self._folder / f"{key}.npz"
         try:
             check_stored_archive(path, num_bytes=path.stat().st_size)
@@ -99,7 +118,7 @@ class FeatureCache:
             return None
 
     def write(self, key: str, found: ImageFeatures) -> None:
-        """Store under `key`, at once or not at all.
+        """Store features under `key` atomically.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -115,15 +134,15 @@ class FeatureCache:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise ConfigError(
-                f"features cannot be kept in {self._folder}: {error.strerror or error}; free some space, make it "
-                "writable, or do without the cache"
+                f"features cannot be written to {self._folder}: {error.strerror or error}; free some space, make it "
+                "writable, or run without the cache"
             ) from error
 
 
 def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, content: str, device: str) -> str:
     """Return a digest of everything that features depend on: weights, images, how they are cropped, and torch.
 
-    A fingerprint covers names and sizes only. The key has the place of the images and `sample_digest` (`content`) too.
+    A fingerprint covers only names and sizes, so the key also includes the images' place and `sample_digest` (`content`).
     """
     views, data = request.views, request.data
     parts = {
@@ -150,26 +169,21 @@ def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, co
 
 def pool_features(
     request: FeatureRequest,
+    workers: Workers = ONE_WORKER,
     *,
-    num_workers: int = 1,
-    device: Literal["cpu", "cuda"] = "cpu",
-    gpus_per_worker: float = 0.0,
     cache: FeatureCache | None = None,
-    report_progress: ReportProgress | None = None,
+    report_progress: ReportProgress = lambda _done, _total: None,
 ) -> ImageFeatures:
-    """Return the features of the readable images, in the order of the request.
+    """Return the features of the readable images, in request order.
 
-    Chunks are the same for any number of workers, so the result is the same up to rounding, and bit for bit where
-    workers and this process have the same processor and number of threads. A task whose process dies is repeated by Ray
-    three times.
+    Chunks do not depend on the number of workers, so results agree up to rounding. They agree bit for bit if workers and
+    this process have the same processor and number of threads. Ray retries a task whose process dies three times.
 
     Args:
         request: which features of which images.
-        num_workers: chunks under way at once. Ray is used where it is initialised; otherwise this process does the work.
-        device: what encoders run on.
-        gpus_per_worker: share of a GPU that Ray reserves for a task.
-        cache: where to look first, and to keep the result; None: nowhere.
-        report_progress: called after every chunk; not where the result is found in the cache. None: nobody is told.
+        workers: which resources to use.
+        cache: read first, and written with the result; None: no cache.
+        report_progress: called after every chunk, unless the cache has the result.
 
     Raises:
         CheckpointError: the encoder cannot be read.
@@ -177,68 +191,66 @@ def pool_features(
         DataError: the data cannot be opened or read, or no image of the request is readable.
         StageError: tasks failed for another reason.
     """
-    if num_workers < 1:
-        raise ConfigError(f"{num_workers=} is not allowed: 1 or more")
     try:
         weights = request.backbone_path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{request.backbone_path} cannot be read: {error.strerror or error}") from error
-    key = None
-    if cache is not None:
-        source = _source(_open_data(request.data), request.part)
-        try:
-            content = sample_digest(source)
-        except OSError as error:
-            raise DataError(f"the {request.part} images cannot be read: {first_line(error)}") from error
-        key = feature_key(request, weights, fingerprint=source.fingerprint(), content=content, device=device)
-        found = cache.load(key)
-        if found is not None:
-            return found
-    report_progress = report_progress or (lambda _done, _total: None)
-    num_chunks = max(1, -(-len(request.sample_ids) // IMAGES_PER_TASK))
-    chunks = np.array_split(request.sample_ids, num_chunks)
+    if cache is None:
+        return _extract(request, weights, workers, report_progress)
+    source = _source(_open_data(request.data), request.part)
+    try:
+        content = sample_digest(source)
+    except OSError as error:
+        raise DataError(f"the {request.part} images cannot be read: {first_line(error)}") from error
+    key = feature_key(request, weights, fingerprint=source.fingerprint(), content=content, device=workers.device)
+    found = cache.load(key)
+    if found is None:
+        found = _extract(request, weights, workers, report_progress)
+        cache.write(key, found)
+    return found
+
+
+def _extract(
+    request: FeatureRequest, weights: bytes, workers: Workers, report_progress: ReportProgress
+) -> ImageFeatures:
+    num_images = len(request.sample_ids)
+    chunks = np.array_split(request.sample_ids, max(1, -(-num_images // IMAGES_PER_TASK)))
+    content = np.frombuffer(weights, np.uint8)  # an array: the processes of a node share one copy
     if ray.is_initialized():
-        parts = _extract_by_tasks(request, weights, chunks, num_workers, device, gpus_per_worker, report_progress)
+        parts = _extract_by_tasks(request, content, chunks, workers, report_progress)
     else:
         parts = []
         for chunk in chunks:
-            parts.append(_extract_chunk(np.frombuffer(weights, np.uint8), request, chunk, device))
-            report_progress(sum(map(len, chunks[: len(parts)])), len(request.sample_ids))
+            parts.append(_extract_chunk(content, request, chunk, workers.device))
+            report_progress(sum(map(len, chunks[: len(parts)])), num_images)
     readable = [part for part in parts if len(part.sample_ids)]
     if not readable:
-        raise DataError(
-            f"none of the {len(request.sample_ids)} {request.part} images of {request.data.source!r} could be read"
-        )
-    result = ImageFeatures(
+        raise DataError(f"none of the {num_images} {request.part} images of {request.data.source!r} could be read")
+    return ImageFeatures(
         features=np.concatenate([part.features for part in readable]),
         sample_ids=np.concatenate([part.sample_ids for part in readable]),
     )
-    if cache is not None and key is not None:
-        cache.write(key, result)
-    return result
 
 
 def _extract_by_tasks(
     request: FeatureRequest,
-    weights: bytes,
+    weights: NDArray[np.uint8],
     chunks: list[NDArray[np.int64]],
-    num_workers: int,
-    device: str,
-    gpus_per_worker: float,
+    workers: Workers,
     report_progress: ReportProgress,
 ) -> list[ImageFeatures]:
-    task = ray.remote(num_cpus=1, num_gpus=gpus_per_worker, max_retries=3)(_extract_in_task)
-    weights_ref = ray.put(np.frombuffer(weights, np.uint8))  # an array: processes of a node share one copy
+    task = ray.remote(num_cpus=1, num_gpus=workers.gpus_per_worker, max_retries=3)(_extract_in_task)
+    weights_ref = ray.put(weights)
     parts: dict[int, ImageFeatures] = {}
-    under_way: dict[Any, int] = {}
+    in_flight: dict[Any, int] = {}
     waiting = list(enumerate(chunks))[::-1]
     try:
-        while waiting or under_way:
-            while waiting and len(under_way) < num_workers:
+        while waiting or in_flight:
+            while waiting and len(in_flight) < workers.num_workers:
                 index, chunk = waiting.pop()
-                under_way[task.remote(weights_ref, request, chunk, device)] = index
-            ready, _ = ray.wait(list(under_way), num_returns=1)
-            parts[under_way.pop(ready[0])] = ray.get(ready[0])
+                in_flight[task.remote(weights_ref, request, chunk, workers.device)] = index
+            ready, _ = ray.wait(list(in_flight), num_returns=1)
+            parts[in_flight.pop(ready[0])] = ray.get(ready[0])
             report_progress(sum(len(chunks[index]) for index in parts), len(request.sample_ids))
     except RayTaskError as error:
         if isinstance(error.cause, HvpRayError):
@@ -250,7 +262,7 @@ def _extract_by_tasks(
             "see Ray's logs, or use fewer workers"
         ) from error
     finally:
-        for reference in under_way:
+        for reference in in_flight:
             ray.cancel(reference, force=True)
     return [parts[index] for index in range(len(chunks))]
 
@@ -258,7 +270,7 @@ def _extract_by_tasks(
 def _extract_in_task(
     weights: NDArray[np.uint8], request: FeatureRequest, sample_ids: NDArray[np.int64], device: str
 ) -> ImageFeatures:
-    """Do `_extract_chunk` on the one CPU that the task has reserved."""
+    """Call `_extract_chunk` on the one CPU that the task reserves."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     return _extract_chunk(weights, request, sample_ids, device)
@@ -270,13 +282,7 @@ def _extract_chunk(
     """Read, decode and forward a chunk."""
     source = _source(_open_data(request.data), request.part)
     backbone = _build_backbone(_Weights(weights), device)
-    pixels, kept = load_evaluation_pixels(
-        source,
-        sample_ids,
-        request.views,
-        max_image_pixels=request.data.max_image_pixels,
-        intensity_range=request.data.intensity_range,
-    )
+    pixels, kept = load_evaluation_pixels(source, sample_ids, request.views, request.data)
     features = extract_features(
         backbone, pixels, request.views, device=torch.device(device), last_blocks=request.last_blocks
     )
@@ -284,7 +290,7 @@ def _extract_chunk(
 
 
 class _Weights:
-    """The bytes of an exported encoder, equal where their digests are."""
+    """The bytes of an exported encoder, compared by their digest."""
 
     def __init__(self, content: NDArray[np.uint8]) -> None:
         self.content = content
@@ -316,31 +322,22 @@ def _source(dataset: Dataset, part: Part) -> Source:
     return dataset.source if part == "training" else dataset.test_source
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Workers:
-    """What `pool_features` may use."""
-
-    num_workers: int
-    device: Literal["cpu", "cuda"]
-    gpus_per_worker: float
-
-
 @contextlib.contextmanager
 def start_workers(num_workers: int | Literal["auto"], device: Literal["auto", "cpu", "cuda"]) -> Iterator[Workers]:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray for more than one worker; end it afterwards.
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray for more than one worker, and end it afterwards.
 
     Call `prepare_ray_environment` before this module is imported.
 
     Args:
-        num_workers: auto: all CPUs that are free, at most 64.
-        device: auto: cuda where Ray, or this process without Ray, has a GPU.
+        num_workers: auto: all free CPUs, at most 64.
+        device: auto: cuda if Ray, or without Ray this process, has a GPU.
 
     Raises:
-        ConfigError: no cluster answers, this machine is too small, or no GPU although `device` is cuda.
+        ConfigError: no cluster answers, this machine is too small, or `device` is cuda and there is no GPU.
     """
     wanted = num_workers if num_workers != "auto" else num_auto_workers(this_machine())
     if not joins_cluster() and wanted == 1:
-        yield Workers(num_workers=1, device=_resolve(device, float(torch.cuda.device_count())), gpus_per_worker=0.0)
+        yield Workers(device=_resolve(device, float(torch.cuda.device_count())))
         return
     connect_ray(lambda: plan_local_tasks(wanted, this_machine()))
     try:

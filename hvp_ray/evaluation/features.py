@@ -1,4 +1,4 @@
-"""Images -> centre crops -> features, without augmentation."""
+"""Turn images into centre crops and features, without augmentation."""
 
 import numpy as np
 import torch
@@ -8,24 +8,18 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from hvp_ray.config import ViewsConfig
+from hvp_ray.config import DataConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
-from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, UnreadableImageError
-from hvp_ray.stream.render_batch import read_images
+from hvp_ray.stream.reading import read_images
 from hvp_ray.views.normalise import normalise_views
 
 
 def load_evaluation_pixels(
-    source: Source,
-    sample_ids: NDArray[np.int64],
-    views: ViewsConfig,
-    *,
-    max_image_pixels: int,
-    intensity_range: IntensityRange | None = None,
+    source: Source, sample_ids: NDArray[np.int64], views: ViewsConfig, data: DataConfig
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return ([N, S, S, 3], readable ids): shorter side resized to `evaluation_resize_px`, centre cut out.
+    """Return ([N, S, S, 3], readable ids): resize the shorter side to `evaluation_resize_px` and crop the centre.
 
     Unreadable images are left out.
 
@@ -33,13 +27,13 @@ def load_evaluation_pixels(
         DataError: the storage failed repeatedly.
     """
     size_px = views.global_views.size_px
-    # Filled in place, because a list of crops would be a second copy.
+    # Filled in place: a list of crops would be a second copy.
     crops = np.empty((len(sample_ids), size_px, size_px, 3), np.uint8)
     kept: list[int] = []
     for sample_id in sample_ids.tolist():
         try:
             image = read_images(source, [sample_id]).images[0]
-            pixels = decode_rgb(image, max_pixels=max_image_pixels, intensity_range=intensity_range)
+            pixels = decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
         except UnreadableImageError:
             continue
         crops[len(kept)] = _centre_crop(pixels, views)
@@ -48,7 +42,7 @@ def load_evaluation_pixels(
 
 
 def _centre_crop(pixels: NDArray[np.uint8], views: ViewsConfig) -> NDArray[np.uint8]:
-    """Do what torchvision's Resize and CenterCrop do: the longer side is truncated, the margin rounded half to even."""
+    """Resize and crop as torchvision's Resize and CenterCrop: truncate the longer side, round the margin half to even."""
     resize_px, size_px = views.evaluation_resize_px, views.global_views.size_px
     height, width = pixels.shape[:2]
     shorter = min(height, width)
@@ -62,16 +56,16 @@ def _centre_crop(pixels: NDArray[np.uint8], views: ViewsConfig) -> NDArray[np.ui
 
 
 def check_last_blocks(backbone: nn.Module, last_blocks: int) -> None:
-    """Check that the encoder has so many blocks with a class token.
+    """Check that the encoder has this many blocks with a class token.
 
     Raises:
-        ConfigError: more than one block of a network that is no Vision Transformer, or more than it has.
+        ConfigError: more than one block of a network without class tokens, or more blocks than it has.
     """
     if last_blocks == 1:
         return
     if not isinstance(backbone, VisionTransformer) or not backbone.has_class_token:
         raise ConfigError(
-            f"{last_blocks=} is not allowed: {type(backbone).__name__} has no class token behind every block; use 1"
+            f"{last_blocks=} is not allowed: {type(backbone).__name__} has no class token after every block; use 1"
         )
     if not 1 <= last_blocks <= len(backbone.blocks):
         raise ConfigError(f"{last_blocks=} is not allowed: 1 to {len(backbone.blocks)}, the encoder's depth")
@@ -92,8 +86,8 @@ def extract_features(
         pixels: [N, S, S, 3].
         views: mean and standard deviation of the channels.
         device: where the encoder is.
-        last_blocks: Vision Transformers: class tokens of so many last blocks, each behind the final norm, concatenated
-            with the last block at the end (DINO's linear protocol takes 4 of a ViT-S, 1 of a ViT-B).
+        last_blocks: above 1, concatenate the class tokens of this many last blocks of a Vision Transformer, each after the
+            final norm, the last block at the end (DINO's linear protocol takes 4 of a ViT-S, 1 of a ViT-B).
 
     Raises:
         ConfigError: see `check_last_blocks`.

@@ -1,10 +1,10 @@
-"""How sure a number is: over test images (bootstrap), and over seeds (Student's t)."""
+"""Confidence intervals over test images (bootstrap) and over seeds (Student's t)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
+from scipy.stats import ttest_rel
 
 from hvp_ray.errors import ConfigError, ShapeError
 
@@ -30,26 +30,26 @@ class PairedDifference:
     interval: Interval
     standard_error: float
     p_value: float
-    """Two-sided, of the hypothesis that the mean difference is 0. 1.0 where all differences are 0."""
+    """Two-sided, of the hypothesis that the mean difference is 0; 1.0 if all differences are 0."""
     num_seeds: int
 
 
 def bootstrap_interval(
     correct: NDArray[np.bool_] | NDArray[np.float64], *, level: float = 0.95, num_draws: int = 10_000, seed: int = 0
 ) -> Interval:
-    """Return the percentile bootstrap interval of a mean over test images, [M]; an accuracy where `correct` is bool.
+    """Return the percentile bootstrap interval of a mean over test images, [M]; of an accuracy if `correct` is bool.
 
-    It covers one thing: that other test images could have been drawn from the same distribution. The encoder, its seed,
-    the classifier and the training images are held fixed, so it says nothing about whether another pretraining run would
-    give the same; for that see `paired_difference`. Two arms on the same test images may differ significantly although
-    their intervals overlap. With no or all images correct it has no width, which understates the doubt (3 / M is the
-    usual upper limit of the error rate then); below some 30 images in either class it is too narrow.
+    It covers the choice of test images from their distribution. The encoder, its seed, the classifier and the training
+    images are fixed, so it does not cover another pretraining run; for that see `paired_difference`. Two arms on the same
+    test images may differ significantly although their intervals overlap. With no or all images correct it has no width
+    and understates the uncertainty (3 / M is then the usual upper limit of the error rate). Below about 30 correct or 30
+    wrong images it is too narrow.
 
-    Images of equal value are drawn together, by one multinomial number for each distinct value: the same distribution as
-    drawing M images with replacement. The same input gives the same interval (with the same version of NumPy).
+    Images of equal value are drawn together, by one multinomial number per distinct value. This has the distribution of
+    drawing M images with replacement. The interval is deterministic for one version of NumPy.
 
     Raises:
-        ConfigError: level or number of draws out of range.
+        ConfigError: the level or the number of draws is out of range.
         ShapeError: no images.
     """
     _check_level(level)
@@ -76,32 +76,31 @@ def paired_difference(
 ) -> PairedDifference:
     """Compare two arms over seeds, [S] each, row s of both from the same seed; return second - first with a t interval.
 
-    It covers the seeds: initial weights, order and views of pretraining, under the assumption that the differences are
-    normally distributed, which so few seeds cannot show. It does not cover the test set: all seeds are measured on the
-    same images, so an advantage on these images only would not be noticed. With 2 or 3 seeds the interval is wide
-    (t = 12.7 and 4.3 standard errors), and rightly so.
+    It covers the seeds: initial weights, order and views of pretraining. It assumes normally distributed differences, which
+    a few seeds cannot show. It does not cover the test set: all seeds share the test images, so an advantage on these images
+    only goes unnoticed. With 2 or 3 seeds the interval is wide (t = 12.7 and 4.3 standard errors), and rightly so.
 
     Raises:
         ConfigError: the level is out of range.
-        ShapeError: fewer than two seeds, or other lengths.
+        ShapeError: fewer than two seeds, or arms of different lengths.
     """
     _check_level(level)
     if first.ndim != 1 or first.shape != second.shape or len(first) < 2:
         raise ShapeError(f"expected two arms of the same two or more seeds, got {first.shape} and {second.shape}")
     differences = np.asarray(second, dtype=np.float64) - first
-    num_seeds = len(differences)
     mean = float(differences.mean())
-    error = float(differences.std(ddof=1) / np.sqrt(num_seeds))
-    half = float(student_t.ppf((1.0 + level) / 2, num_seeds - 1)) * error
-    p_value = 1.0 if mean == 0.0 else 0.0  # where all differences are equal
+    error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
+    low, high, p_value = mean, mean, 0.0 if mean else 1.0  # if all differences are equal
     if error > 0.0:
-        p_value = 2.0 * float(student_t.sf(abs(mean) / error, num_seeds - 1))
+        test = ttest_rel(second, first)
+        low, high = test.confidence_interval(level)
+        p_value = float(test.pvalue)
     return PairedDifference(
         mean=mean,
-        interval=Interval(low=mean - half, high=mean + half, level=level),
+        interval=Interval(low=float(low), high=float(high), level=level),
         standard_error=error,
         p_value=p_value,
-        num_seeds=num_seeds,
+        num_seeds=len(differences),
     )
 
 

@@ -1,4 +1,4 @@
-"""k-NN classification of frozen features: the protocol of Wu et al. (CVPR 2018) that the HVP authors use.
+"""Classify frozen features by k-NN: the protocol of Wu et al. (CVPR 2018) that the HVP authors use.
 
 Legend: N bank images, M query images, D features, C classes.
 """
@@ -16,7 +16,7 @@ TEMPERATURE = 0.07
 _SIMILARITIES_AT_ONCE = 2**26
 """256 MiB in float32: 1,024 queries against a bank of up to 65,536 images."""
 FEW_SHOT_DRAWS = 20
-"""Fixed draws of labelled images over which few-label results are averaged."""
+"""Number of fixed draws of labelled images; few-label results average over them."""
 
 
 def knn_correct(
@@ -28,9 +28,9 @@ def knn_correct(
     neighbours: int,
     are_normalised: bool = False,
 ) -> Bool[Tensor, " queries"]:
-    """Tell for each query whether it is classified correctly: cosine similarity, votes weighted by exp(similarity / 0.07).
+    """Tell for each query whether it is classified correctly, by votes weighted with exp(cosine similarity / 0.07).
 
-    `neighbours` is cut to the size of the bank. Features that are normalised already are not copied.
+    `neighbours` is limited to the size of the bank. Normalised features are not copied.
     """
     if not are_normalised:
         bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
@@ -69,8 +69,8 @@ def few_shot_knn_accuracy(
 ) -> float:
     """Return the mean accuracy over `FEW_SHOT_DRAWS` fixed draws of `shots` labelled images per class.
 
-    All drawn images vote (`neighbours` = shots): with so few labels a larger k would let other classes outvote.
-    Classes with fewer than `shots` images give what they have.
+    `neighbours` equals `shots`: with few labels a larger k would let other classes outvote. Classes with fewer than `shots`
+    images contribute all of them.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     accuracies = []
@@ -84,7 +84,7 @@ def few_shot_knn_accuracy(
 
 
 def draw_shots(labels: NDArray[np.int64], shots: int, draw: int) -> NDArray[np.int64]:
-    """Return the rows, ascending, of the images of fixed draw number `draw`: `shots` per class, or all where fewer."""
+    """Return the rows, ascending, of the images in fixed draw number `draw`: `shots` per class, or all of a smaller class."""
     words = draw_stream(seed=0, purpose=Purpose.PROBE, index=draw, epoch=0, num_words=len(labels))
     shuffled = permutation_from_words(words)
     rows = [shuffled[labels[shuffled] == label][:shots] for label in np.unique(labels)]

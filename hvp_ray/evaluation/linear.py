@@ -1,15 +1,17 @@
 """Linear classifiers on frozen features: SGD as in the papers, logistic regression, and few labels.
 
-What is chosen (learning rate, C) is chosen on a held-out part of the training features; the test features are looked at
-once, by the final classifier. Nothing here draws from a global generator.
+Hyperparameters (learning rate, C) are chosen on a held-out part of the training features. Only the final classifier sees the
+test features. No global random generator is used.
 
 Legend: D features, C classes, L learning rates, B images of a step.
 """
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,17 +28,18 @@ from hvp_ray.evaluation.knn import FEW_SHOT_DRAWS, draw_shots
 from hvp_ray.randomness import Purpose, draw_stream, draw_torch_seed, permutation_from_words
 
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-"""Rates per 256 images of the sweep. The papers' fixed rates lie inside: 0.1 (SimSiam, SimCLR on ImageNet), 30 (SimSiam's
-CIFAR-10 config), and DINO's 0.001 for tokens of a Vision Transformer is close to its edge."""
+"""Rates of the sweep, per 256 images. They include the papers' fixed rates: 0.1 (SimSiam, SimCLR on ImageNet) and 30
+(SimSiam's CIFAR-10 config). DINO's 0.001 for tokens of a Vision Transformer is close to the edge."""
 
 INVERSE_REGULARISATIONS = (1e-2, 1e-1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5)
 """C of scikit-learn, for features of `_centre_and_scale`: the factor of the summed loss beside half the squared norm of
 the weights."""
 
 FEW_LABEL_INVERSE_REGULARISATION = 100.0
-"""C with few labels. Measured on scanned digits (10 labels per class, 10 draws) with C = 1, 100, 10,000: 0.886, 0.895,
-0.891 of the raw pixels, 0.32, 0.53, 0.59 of an encoder of 60 steps, whose features vary along few directions. That was
-on the test part of the digits, so few-label numbers on digits are not blind to this constant; on other data they are."""
+"""C with few labels. Accuracies on scanned digits (10 labels per class, 10 draws) with C = 1, 100, 10,000: 0.886, 0.895,
+0.891 of the raw pixels, 0.32, 0.53, 0.59 of an encoder of 60 steps, whose features vary along few directions. They were
+measured on the test part of the digits, so few-label results on digits are not blind to this constant. On other data they
+are."""
 
 MOMENTUM = 0.9
 INITIAL_DEVIATION = 0.01
@@ -44,7 +47,7 @@ _MAX_ITERATIONS = 2000
 
 
 class ProbePart(IntEnum):
-    """Second word of the address of random numbers with `Purpose.PROBE`; 0 are the draws of few labels."""
+    """Second word of the address of random numbers with `Purpose.PROBE`."""
 
     SHOTS = 0
     HELD_OUT = 1
@@ -53,35 +56,66 @@ class ProbePart(IntEnum):
     FINE_TUNING = 4
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LinearProbe:
-    """Result of `linear_probe`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class ProbeData:
+    """Features and labels of training and test images; everything is computed on their device.
 
-    accuracy: float
-    """Top-1 on the test features, in [0, 1], behind the last epoch."""
+    A class that occurs among the test images only is never predicted.
+
+    Raises:
+        ShapeError: nothing to train or test on, or a negative label.
+    """
+
+    features: Float[Tensor, "train dim"]
+    labels: Int64[Tensor, " train"]
+    test_features: Float[Tensor, "test dim"]
+    test_labels: Int64[Tensor, " test"]
+
+    def __post_init__(self) -> None:
+        sides = (("features", self.features, self.labels), ("test_features", self.test_features, self.test_labels))
+        for name, rows, truth in sides:
+            if not len(rows) or len(rows) != len(truth):
+                raise ShapeError(
+                    f"{name}: expected one or more rows and as many labels, got {len(rows)} and {len(truth)}"
+                )
+            if int(truth.min()) < 0:
+                raise ShapeError(
+                    f"labels of {name}: expected 0 or more, got {int(truth.min())}; leave unlabelled images out"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ProbeResult:
+    """What the final classifier does on the test images."""
+
     correct: NDArray[np.bool_]
     """[M], for each test image."""
+    held_out_accuracies: tuple[float, ...]
+    """Of every setting of the sweep, in its order; empty if there was one setting."""
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, in [0, 1]."""
+        return float(self.correct.mean())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LinearProbe(ProbeResult):
+    """Result of `linear_probe`, after the last epoch."""
+
     learning_rate: float
     """Chosen rate per 256 images."""
-    held_out_accuracies: tuple[float, ...]
-    """Of every rate of the sweep, in its order; empty where there was one rate."""
     weights: Float[Tensor, "dim classes"]
     """Of the final classifier, on the CPU."""
     bias: Float[Tensor, " classes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LogisticProbe:
+class LogisticProbe(ProbeResult):
     """Result of `logistic_probe`."""
 
-    accuracy: float
-    """Top-1 on the test features, in [0, 1]."""
-    correct: NDArray[np.bool_]
-    """[M], for each test image."""
     inverse_regularisation: float
     """Chosen C."""
-    held_out_accuracies: tuple[float, ...]
-    """Of every C of the sweep, in its order; empty where there was one."""
     has_converged: bool
     """Whether the final fit reached its tolerance."""
 
@@ -102,7 +136,7 @@ class FewLabelProbe:
 
     @property
     def draw_accuracies(self) -> NDArray[np.float64]:
-        """[draws]: how much the result depends on which images are labelled."""
+        """[draws]: accuracy of each draw; their spread shows how much the choice of labelled images matters."""
         return self.correct.mean(axis=1)
 
     @property
@@ -114,9 +148,9 @@ class FewLabelProbe:
 def hold_out(
     labels: NDArray[np.int64], fraction: float, *, seed: int = 0
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split rows into (kept, held out), both ascending: `fraction` of every class, a fixed pseudo-random choice.
+    """Split rows into (kept, held out), both ascending. Hold out `fraction` of every class, a fixed pseudo-random choice.
 
-    A class of two or more gives at least one row to either side; a class of one gives none away.
+    A class of two or more has at least one row on either side; a class of one is kept.
 
     Raises:
         ConfigError: the fraction is not between 0 and 1.
@@ -136,10 +170,7 @@ def hold_out(
 
 
 def linear_probe(
-    features: Float[Tensor, "train dim"],
-    labels: Int64[Tensor, " train"],
-    test_features: Float[Tensor, "test dim"],
-    test_labels: Int64[Tensor, " test"],
+    data: ProbeData,
     *,
     epochs: int = 100,
     learning_rates: tuple[float, ...] = LEARNING_RATES,
@@ -150,15 +181,12 @@ def linear_probe(
     """Train a linear classifier by SGD on frozen features; sweep its learning rate on held-out training features.
 
     Momentum 0.9, no weight decay, cosine to 0 over all steps, weights from N(0, 0.01), bias 0. All rates are trained at
-    once, from the same weights and on the same batches; equal held-out accuracies go to the smallest rate. The chosen
-    rate is then trained again, on all training features, and tested behind the last epoch. Features are taken as they
-    are, neither standardised nor normalised, as in the papers: the sweep finds the rate that fits their scale.
+    once, from the same weights and on the same batches; on a tie the smallest rate wins. The chosen rate is then trained on
+    all training features. Features are neither standardised nor normalised, as in the papers: the sweep finds the rate that
+    fits their scale.
 
     Args:
-        features: of the training images; the device is where everything is computed.
-        labels: 0 or more. A class that occurs among the test images only is never predicted.
-        test_features: of the test images.
-        test_labels: see `labels`.
+        data: features and labels.
         epochs: passes over the training features.
         learning_rates: rates per 256 images of a step.
         images_per_step: B; the last step of an epoch takes what is left.
@@ -168,79 +196,69 @@ def linear_probe(
     Raises:
         ConfigError: a setting is out of range.
         DataError: no class has two images, so that no rate can be chosen.
-        ShapeError: nothing to train or test on, or a negative label.
 
     Source: HVP paper and automl/hvp eval_linear.py (SGD 0.9, no decay, cosine, N(0, 0.01)).
     Differs: no augmentation of the training images (features are computed once); the reference reports the best epoch on
         the test set and has one fixed rate per data set; here neither is chosen on test images.
     """
-    _check_labels(features, labels, test_features, test_labels)
     if epochs < 1 or images_per_step < 1:
         raise ConfigError(f"{epochs=} and {images_per_step=} must be 1 or more")
     if not learning_rates or min(learning_rates) <= 0.0:
         raise ConfigError(f"{learning_rates=} is not allowed: one or more positive rates")
-    training = _SgdTraining(features=features, labels=labels, epochs=epochs, images_per_step=images_per_step, seed=seed)
-    accuracies: tuple[float, ...] = ()
-    chosen = learning_rates[0]
-    if len(learning_rates) > 1:
-        kept, held_out = _hold_out_or_raise(labels, held_out_fraction, seed)
-        weights, bias = training.train(learning_rates, kept)
-        rows = torch.from_numpy(held_out).to(features.device)
-        is_correct = _correct(weights, bias, features[rows], labels[rows])
-        accuracies = tuple(is_correct.double().mean(dim=1).tolist())
-        chosen = _smallest_of_best(learning_rates, accuracies)
-    weights, bias = training.train((chosen,), np.arange(len(labels), dtype=np.int64))
-    correct = _correct(weights, bias, test_features, test_labels)[0].cpu().numpy()
+    train = partial(_train_sgd, data, epochs=epochs, images_per_step=images_per_step, seed=seed)
+
+    def accuracies(kept: NDArray[np.int64], held_out: NDArray[np.int64]) -> list[float]:
+        rows = torch.from_numpy(held_out).to(data.features.device)
+        is_correct = _correct(*train(learning_rates, kept), data.features[rows], data.labels[rows])
+        return is_correct.double().mean(dim=1).tolist()
+
+    chosen, held_out_accuracies = _sweep(learning_rates, data.labels, accuracies, held_out_fraction, seed)
+    weights, bias = train((chosen,), np.arange(len(data.labels), dtype=np.int64))
     return LinearProbe(
-        accuracy=float(correct.mean()),
-        correct=correct,
+        correct=_correct(weights, bias, data.test_features, data.test_labels)[0].cpu().numpy(),
         learning_rate=chosen,
-        held_out_accuracies=accuracies,
+        held_out_accuracies=held_out_accuracies,
         weights=weights[0].cpu(),
         bias=bias[0].cpu(),
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _SgdTraining:
-    features: Float[Tensor, "train dim"]
-    labels: Int64[Tensor, " train"]
-    epochs: int
-    images_per_step: int
-    seed: int
-
-    def train(
-        self, rates: tuple[float, ...], rows: NDArray[np.int64]
-    ) -> tuple[Float[Tensor, "rates dim classes"], Float[Tensor, "rates classes"]]:
-        """Train a classifier for each rate on these rows; return weights and biases."""
-        device, dtype = self.features.device, torch.promote_types(self.features.dtype, torch.float32)
-        num_classes = int(self.labels.max()) + 1
-        torch_seed = draw_torch_seed(seed=self.seed, purpose=Purpose.PROBE, step=ProbePart.INITIAL_WEIGHTS, rank=0)
-        generator = torch.Generator().manual_seed(torch_seed)
-        initial = torch.randn(self.features.shape[1], num_classes, generator=generator) * INITIAL_DEVIATION
-        weights_LDC = initial.to(device, dtype).expand(len(rates), -1, -1).clone()
-        bias_LC = torch.zeros(len(rates), num_classes, device=device, dtype=dtype)
-        weights_velocity, bias_velocity = torch.zeros_like(weights_LDC), torch.zeros_like(bias_LC)
-        base = torch.tensor(rates, device=device, dtype=dtype) * (self.images_per_step / 256)
-        num_steps = self.epochs * math.ceil(len(rows) / self.images_per_step)
-        step = 0
-        for epoch in range(self.epochs):
-            words = draw_stream(
-                seed=self.seed, purpose=Purpose.PROBE, index=epoch, epoch=ProbePart.ORDER, num_words=len(rows)
-            )
-            order = torch.from_numpy(rows[permutation_from_words(words)]).to(device)
-            for batch in order.split(self.images_per_step):
-                inputs_BD = self.features[batch].to(dtype)
-                errors_LBC = (inputs_BD @ weights_LDC + bias_LC[:, None]).softmax(dim=-1)
-                errors_LBC -= F.one_hot(self.labels[batch], num_classes)
-                errors_LBC /= len(batch)  # the gradient of the mean cross-entropy by the logits
-                weights_velocity.mul_(MOMENTUM).add_(inputs_BD.T @ errors_LBC)
-                bias_velocity.mul_(MOMENTUM).add_(errors_LBC.sum(dim=1))
-                rate = base * (0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
-                weights_LDC -= rate[:, None, None] * weights_velocity
-                bias_LC -= rate[:, None] * bias_velocity
-                step += 1
-        return weights_LDC, bias_LC
+def _train_sgd(
+    data: ProbeData,
+    rates: tuple[float, ...],
+    rows: NDArray[np.int64],
+    *,
+    epochs: int,
+    images_per_step: int,
+    seed: int,
+) -> tuple[Float[Tensor, "rates dim classes"], Float[Tensor, "rates classes"]]:
+    """Train a classifier for each rate on these training rows; return weights and biases."""
+    device, dtype = data.features.device, torch.promote_types(data.features.dtype, torch.float32)
+    num_classes = int(data.labels.max()) + 1
+    torch_seed = draw_torch_seed(seed=seed, purpose=Purpose.PROBE, step=ProbePart.INITIAL_WEIGHTS, rank=0)
+    generator = torch.Generator().manual_seed(torch_seed)
+    initial = torch.randn(data.features.shape[1], num_classes, generator=generator) * INITIAL_DEVIATION
+    weights_LDC = initial.to(device, dtype).expand(len(rates), -1, -1).clone()
+    bias_LC = torch.zeros(len(rates), num_classes, device=device, dtype=dtype)
+    weights_velocity, bias_velocity = torch.zeros_like(weights_LDC), torch.zeros_like(bias_LC)
+    base = torch.tensor(rates, device=device, dtype=dtype) * (images_per_step / 256)
+    num_steps = epochs * math.ceil(len(rows) / images_per_step)
+    step = 0
+    for epoch in range(epochs):
+        words = draw_stream(seed=seed, purpose=Purpose.PROBE, index=epoch, epoch=ProbePart.ORDER, num_words=len(rows))
+        order = torch.from_numpy(rows[permutation_from_words(words)]).to(device)
+        for batch in order.split(images_per_step):
+            inputs_BD = data.features[batch].to(dtype)
+            errors_LBC = (inputs_BD @ weights_LDC + bias_LC[:, None]).softmax(dim=-1)
+            errors_LBC -= F.one_hot(data.labels[batch], num_classes)
+            errors_LBC /= len(batch)  # the gradient of the mean cross-entropy by the logits
+            weights_velocity.mul_(MOMENTUM).add_(inputs_BD.T @ errors_LBC)
+            bias_velocity.mul_(MOMENTUM).add_(errors_LBC.sum(dim=1))
+            rate = base * (0.5 * (1.0 + math.cos(math.pi * step / num_steps)))
+            weights_LDC -= rate[:, None, None] * weights_velocity
+            bias_LC -= rate[:, None] * bias_velocity
+            step += 1
+    return weights_LDC, bias_LC
 
 
 def _correct(
@@ -258,27 +276,21 @@ def _correct(
 
 
 def logistic_probe(
-    features: Float[Tensor, "train dim"],
-    labels: Int64[Tensor, " train"],
-    test_features: Float[Tensor, "test dim"],
-    test_labels: Int64[Tensor, " test"],
+    data: ProbeData,
     *,
     inverse_regularisations: tuple[float, ...] = INVERSE_REGULARISATIONS,
     held_out_fraction: float = 0.1,
     seed: int = 0,
 ) -> LogisticProbe:
-    """Fit scikit-learn's logistic regression; choose C on held-out training features; for small sets, on the CPU.
+    """Fit scikit-learn's logistic regression on the CPU; choose C on held-out training features. For small sets.
 
     The problem is convex, so no rate, order or length of training matters: a check on `linear_probe`, and better than it
-    with few images. Equal held-out accuracies go to the smallest C. Features are moved and scaled as a whole (mean of the
-    training features 0, mean squared length 1): the set of classifiers stays the same, and C means the same for every
-    encoder. One thread: several were up to 100 times slower on a machine with other work.
+    with few images. On a tie the smallest C wins. Features are centred and scaled as a whole (`_centre_and_scale`): the set
+    of classifiers stays the same, and C means the same for every encoder. BLAS has one thread: several were up to 100 times
+    slower on a busy machine.
 
     Args:
-        features: of the training images.
-        labels: 0 or more.
-        test_features: of the test images.
-        test_labels: see `labels`.
+        data: features and labels.
         inverse_regularisations: the values of C that are compared.
         held_out_fraction: share of every class that they are compared on.
         seed: of the held-out part.
@@ -286,38 +298,28 @@ def logistic_probe(
     Raises:
         ConfigError: a setting is out of range.
         DataError: fewer than two classes, or no class has two images.
-        ShapeError: nothing to train or test on, or a negative label.
     """
-    _check_labels(features, labels, test_features, test_labels)
     if not inverse_regularisations or min(inverse_regularisations) <= 0.0:
         raise ConfigError(f"{inverse_regularisations=} is not allowed: one or more positive values")
-    inputs, test_inputs = _centre_and_scale(features, test_features)
-    truth = labels.cpu().numpy()
-    accuracies: tuple[float, ...] = ()
-    chosen = inverse_regularisations[0]
-    if len(inverse_regularisations) > 1:
-        kept, held_out = _hold_out_or_raise(labels, held_out_fraction, seed)
-        accuracies = tuple(
-            float(np.mean(_fit_logistic(inputs[kept], truth[kept], c)[0].predict(inputs[held_out]) == truth[held_out]))
-            for c in inverse_regularisations
-        )
-        chosen = _smallest_of_best(inverse_regularisations, accuracies)
+    inputs, test_inputs = _centre_and_scale(data)
+    truth = data.labels.cpu().numpy()
+
+    def accuracies(kept: NDArray[np.int64], held_out: NDArray[np.int64]) -> list[float]:
+        fitted = (_fit_logistic(inputs[kept], truth[kept], c)[0] for c in inverse_regularisations)
+        return [float(np.mean(classifier.predict(inputs[held_out]) == truth[held_out])) for classifier in fitted]
+
+    chosen, held_out_accuracies = _sweep(inverse_regularisations, data.labels, accuracies, held_out_fraction, seed)
     classifier, has_converged = _fit_logistic(inputs, truth, chosen)
-    correct = classifier.predict(test_inputs) == test_labels.cpu().numpy()
     return LogisticProbe(
-        accuracy=float(correct.mean()),
-        correct=correct,
+        correct=classifier.predict(test_inputs) == data.test_labels.cpu().numpy(),
         inverse_regularisation=chosen,
-        held_out_accuracies=accuracies,
+        held_out_accuracies=held_out_accuracies,
         has_converged=has_converged,
     )
 
 
 def few_label_probe(
-    features: Float[Tensor, "train dim"],
-    labels: Int64[Tensor, " train"],
-    test_features: Float[Tensor, "test dim"],
-    test_labels: Int64[Tensor, " test"],
+    data: ProbeData,
     *,
     shots: int,
     num_draws: int = FEW_SHOT_DRAWS,
@@ -325,21 +327,18 @@ def few_label_probe(
 ) -> FewLabelProbe:
     """Fit logistic regression to `shots` labelled images per class, for each of `num_draws` fixed draws.
 
-    C is fixed, as with a label or two there is nothing left to choose it on; features are moved and scaled as a whole by
-    the mean and the mean squared length of all training features (no label is needed for that), so that it means the same
-    for every encoder. Classes with fewer than `shots` images give what they have. The draws are those of
-    `few_shot_knn_accuracy`.
+    C is fixed, because one or two labels leave nothing to choose it on. Features are centred and scaled by statistics of all
+    training features, which needs no labels, so that C means the same for every encoder. Classes with fewer than `shots`
+    images contribute all of them. The draws are those of `few_shot_knn_accuracy`.
 
     Raises:
         ConfigError: a setting is out of range.
         DataError: fewer than two classes.
-        ShapeError: nothing to train or test on, or a negative label.
     """
-    _check_labels(features, labels, test_features, test_labels)
     if shots < 1 or num_draws < 1 or inverse_regularisation <= 0.0:
         raise ConfigError(f"{shots=} and {num_draws=} must be 1 or more, {inverse_regularisation=} positive")
-    inputs, test_inputs = _centre_and_scale(features, test_features)
-    truth, test_truth = labels.cpu().numpy(), test_labels.cpu().numpy()
+    inputs, test_inputs = _centre_and_scale(data)
+    truth, test_truth = data.labels.cpu().numpy(), data.test_labels.cpu().numpy()
     correct = []
     for draw in range(num_draws):
         rows = draw_shots(truth, shots, draw)
@@ -361,43 +360,31 @@ def _fit_logistic(
     return classifier, bool(np.max(classifier.n_iter_) < _MAX_ITERATIONS)
 
 
-def _centre_and_scale(
-    features: Float[Tensor, "train dim"], test_features: Float[Tensor, "test dim"]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Move and scale both so that the training features have mean 0 and mean squared length 1."""
-    inputs, test_inputs = features.double().cpu().numpy(), test_features.double().cpu().numpy()
+def _centre_and_scale(data: ProbeData) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Move and scale training and test features so that the training features have mean 0 and mean squared length 1."""
+    inputs, test_inputs = data.features.double().cpu().numpy(), data.test_features.double().cpu().numpy()
     mean = inputs.mean(axis=0)
     scale = float(np.sqrt(np.square(inputs - mean).sum(axis=1).mean())) or 1.0
     return (inputs - mean) / scale, (test_inputs - mean) / scale
 
 
-def _smallest_of_best(settings: tuple[float, ...], accuracies: tuple[float, ...]) -> float:
-    best = max(accuracies)
-    return min(value for value, accuracy in zip(settings, accuracies, strict=True) if accuracy == best)
-
-
-def _hold_out_or_raise(
-    labels: Int64[Tensor, " train"], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _sweep(
+    settings: tuple[float, ...],
+    labels: Int64[Tensor, " train"],
+    accuracies_of: Callable[[NDArray[np.int64], NDArray[np.int64]], list[float]],
+    fraction: float,
+    seed: int,
+) -> tuple[float, tuple[float, ...]]:
+    """Return the smallest setting with the best held-out accuracy, and all accuracies; a single setting is not tested."""
+    if len(settings) == 1:
+        return settings[0], ()
     kept, held_out = hold_out(labels.cpu().numpy(), fraction, seed=seed)
     if not len(held_out):
         raise DataError(
             f"none of the {len(labels)} labelled training images can be held out: no class has two; "
             "use more images, or give one value instead of a sweep"
         )
-    return kept, held_out
-
-
-def _check_labels(
-    features: Float[Tensor, "train dim"],
-    labels: Int64[Tensor, " train"],
-    test_features: Float[Tensor, "test dim"],
-    test_labels: Int64[Tensor, " test"],
-) -> None:
-    for name, rows, truth in (("features", features, labels), ("test_features", test_features, test_labels)):
-        if not len(rows) or len(rows) != len(truth):
-            raise ShapeError(f"{name}: expected one or more rows and as many labels, got {len(rows)} and {len(truth)}")
-        if int(truth.min()) < 0:
-            raise ShapeError(
-                f"labels of {name}: expected 0 or more, got {int(truth.min())}; leave unlabelled images out"
-            )
+    accuracies = accuracies_of(kept, held_out)
+    best = max(accuracies)
+    chosen = min(value for value, accuracy in zip(settings, accuracies, strict=True) if accuracy == best)
+    return chosen, tuple(accuracies)

@@ -1,8 +1,7 @@
-"""The k-NN at the end of a run: trained encoder against untrained encoder and raw pixels."""
+"""Evaluate an encoder, or raw pixels as a baseline, by k-NN on the images of a run."""
 
 import logging
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 SHOTS = 5
 _IMAGES_AT_ONCE = 256
 PIXEL_BASELINE_PX = 32
-"""The baseline of raw pixels scales larger images down to this: as floats, 20,000 images of 224 px would take 12 GB."""
+"""Largest image size of the raw-pixel baseline. As floats, 20,000 images of 224 px would take 12 GB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,9 +39,9 @@ class KnnData:
 
 
 def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
-    """Load bank and queries, at most `tracking.knn_images` each; None: no usable labels, or no test images.
+    """Load bank and queries, at most `tracking.knn_images` each; None if there are no usable labels or images.
 
-    `check_knn_labels` reports before training why there are no labels.
+    `check_knn_labels` reports the reason before training.
 
     Raises:
         DataError: see `match_labels`.
@@ -53,14 +52,8 @@ def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
         return None
     bank_ids = _choose(labels.training_ids, config.tracking.knn_images)
     query_ids = _choose(labels.test_ids, config.tracking.knn_images)
-    load = partial(
-        load_evaluation_pixels,
-        views=config.views,
-        max_image_pixels=config.data.max_image_pixels,
-        intensity_range=config.data.intensity_range,
-    )
-    bank, bank_ids = load(dataset.source, bank_ids)
-    queries, query_ids = load(dataset.test_source, query_ids)
+    bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, config.data)
+    queries, query_ids = load_evaluation_pixels(dataset.test_source, query_ids, config.views, config.data)
     if not len(bank_ids) or not len(query_ids):
         logger.warning("no k-NN: none of its %s images is readable", "test" if len(bank_ids) else "training")
         return None
@@ -73,7 +66,7 @@ def load_knn_data(config: RunConfig, dataset: Dataset) -> KnnData | None:
 
 
 def check_knn_labels(config: RunConfig, dataset: Dataset) -> list[str]:
-    """Return what a person should know before training about the labels that the k-NN will use; a sentence each.
+    """Return remarks for the user, a sentence each, about the labels that the k-NN will use.
 
     Raises:
         DataError: training and test images have labels that cannot be matched.
@@ -89,7 +82,7 @@ def check_knn_labels(config: RunConfig, dataset: Dataset) -> list[str]:
 
 
 def _choose(sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """Return at most `limit` ids: a fixed pseudo-random choice."""
+    """Return at most `limit` ids, a fixed pseudo-random choice."""
     words = draw_stream(seed=0, purpose=Purpose.SUBSET, index=1, epoch=0, num_words=len(sample_ids))
     return np.sort(sample_ids[permutation_from_words(words)[:limit]])
 
@@ -97,24 +90,24 @@ def _choose(sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
 def evaluate_encoder(
     backbone: nn.Module, knn_data: KnnData, config: RunConfig, device: torch.device
 ) -> dict[str, float]:
-    """Return knn_top1 and knn5shot_top1 of an encoder's features."""
+    """Return top1 and 5shot, the k-NN accuracies of an encoder's features."""
     bank = extract_features(backbone, knn_data.bank, config.views, device=device)
     queries = extract_features(backbone, knn_data.queries, config.views, device=device)
     return _both(bank, queries, knn_data, config)
 
 
 def evaluate_pixels(knn_data: KnnData, config: RunConfig) -> dict[str, float]:
-    """Return these metrics for raw pixels, at most `PIXEL_BASELINE_PX` wide: what a feature must beat."""
+    """Return the metrics of `evaluate_encoder` for raw pixels, at most `PIXEL_BASELINE_PX` wide: the baseline of features."""
     return _both(_small_pixels(knn_data.bank), _small_pixels(knn_data.queries), knn_data, config)
 
 
 def title_of_pixels(size_px: int) -> str:
-    """Return what the baseline of raw pixels is called for images of this size."""
+    """Return the name of the raw-pixel baseline for images of this size."""
     return "raw pixels" if size_px <= PIXEL_BASELINE_PX else f"raw pixels ({PIXEL_BASELINE_PX} px)"
 
 
 def _small_pixels(images: NDArray[np.uint8]) -> Float[Tensor, "images values"]:
-    """Return the values of each image as one row; images above `PIXEL_BASELINE_PX` are scaled down."""
+    """Return the values of each image as one row; scale images above `PIXEL_BASELINE_PX` down."""
     size_px = min(images.shape[1], PIXEL_BASELINE_PX)
     rows = torch.empty(len(images), size_px * size_px * 3)
     for start in range(0, len(images), _IMAGES_AT_ONCE):

@@ -1,4 +1,4 @@
-"""k-NN of encoders while they are trained: snapshots of weights in, accuracies out. Knows neither Ray nor the trainer."""
+"""Evaluate snapshots of an encoder by k-NN during training. Knows neither Ray nor the trainer."""
 
 import dataclasses
 
@@ -20,9 +20,13 @@ def snapshot_encoder(encoder: nn.Module) -> bytes:
 
 
 class SnapshotKnn:
-    """Evaluates snapshots of one run; images are read and cut once, at the first one.
+    """Evaluates snapshots of one run. The first snapshot loads and crops the images.
 
-    `fingerprint` and `test_data` are those of the run: see `open_dataset`.
+    Args:
+        config: the run.
+        device: where to evaluate.
+        fingerprint: of the run's data, see `open_dataset`.
+        test_data: of the run's test images, see `open_dataset`.
     """
 
     def __init__(
@@ -41,11 +45,11 @@ class SnapshotKnn:
         self._knn_data: KnnData | None = None
 
     def evaluate(self, snapshot: bytes) -> dict[str, float]:
-        """Return knn_top1 and knn5shot_top1 of a snapshot; nothing where the data has no labels or no test images.
+        """Return the k-NN metrics of a snapshot; an empty dict if the data has no labels or no test images.
 
         Raises:
-            CheckpointError: no snapshot, or one of another encoder.
-            DataError: the images are others than when the run was prepared.
+            CheckpointError: not a snapshot, or one of another encoder.
+            DataError: the images have changed since the run was prepared.
         """
         if self._encoder is None:
             dataset = open_dataset(self._config.data, fingerprint=self._fingerprint, test_data=self._test_data)
@@ -59,7 +63,7 @@ class SnapshotKnn:
         except (SafetensorError, RuntimeError, ValueError) as error:
             raise CheckpointError(
                 f"a snapshot for the k-NN during training holds no weights of this encoder ({first_line(error)}); delete "
-                f"the folder knn_pending of the run to go on without what is in it"
+                f"the folder knn_pending of the run to continue without its snapshots"
             ) from error
         results = evaluate_encoder(self._encoder, self._knn_data, self._config, self._device)
         return {"eval/knn_top1": results["top1"], "eval/knn5shot_top1": results["5shot"]}

@@ -57,8 +57,8 @@ from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.sizing import mean_decoded_bytes
-from hvp_ray.stream.view_finisher import start_finishers
 from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.stream.view_worker import start_finishers
 
 logger = logging.getLogger(__name__)
 
@@ -479,12 +479,10 @@ def _trainer_main(settings: dict[str, Any]) -> None:
         stream = ViewStream(
             pool.workers,
             request_of,
-            first_step=first_step,
-            end_step=end_step,
+            range(first_step, end_step),
             cluster=config.cluster,
             hand_over=hand_over,
-            rank=world.rank,
-            num_ranks=world.num_ranks,
+            world=world,
             finishers=finishers,
         )
         publisher.watch(stream.numbers)

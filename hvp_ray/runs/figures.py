@@ -14,7 +14,8 @@ from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.runs.storage import with_local_weights
 from hvp_ray.selection import Candidates, CandidateScores, candidates_of, choose_views, score_views
 from hvp_ray.stream.device import CopyToDevice
-from hvp_ray.stream.render_batch import build_render_context, read_images, render_batch
+from hvp_ray.stream.reading import read_images
+from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.training.pixel_views import PixelViews

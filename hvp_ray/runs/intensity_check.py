@@ -16,7 +16,7 @@ from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import read_intensities
 from hvp_ray.data.intensity import Intensities, IntensityRange
 from hvp_ray.errors import ConfigError, UnreadableImageError
-from hvp_ray.stream.render_batch import read_sample
+from hvp_ray.stream.reading import read_sample
 
 _VALUES_OF_AN_IMAGE = 4_096
 """At most this many values of each image, evenly spaced, enter the percentiles."""

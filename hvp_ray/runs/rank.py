@@ -29,7 +29,7 @@ from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_kn
 from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.remote_files import place_in, write_file
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
-from hvp_ray.stream.isolation import CRASHES_DECODER
+from hvp_ray.stream.quarantine import CRASHES_DECODER
 from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.journal import Journal, UnreadableLog, read_journal, truncate_journal

@@ -1,4 +1,4 @@
-"""Where a trainer gets its batches: the interface of all streams, the requests, and rendering in the own process."""
+"""The interface of all batch streams, the requests of a rank, and a stream that renders in the trainer's process."""
 
 import time
 from collections.abc import Callable
@@ -12,21 +12,21 @@ from hvp_ray.stream.render_batch import RenderContext, render_batch
 from hvp_ray.stream.stats import StreamStats
 
 RequestOf = Callable[[int], BatchRequest]
-"""step -> request of this rank."""
+"""Maps a step to this rank's request."""
 
 
 @runtime_checkable
 class BatchStream(Protocol):
-    """Batches of one rank, in the order of the steps."""
+    """Yields the batches of one rank, in step order."""
 
     stats: StreamStats
 
     def next_batch(self) -> DeviceBatch:
-        """Return the batch of the next step; waits for it."""
+        """Wait for the batch of the next step and return it."""
         ...
 
     def close(self) -> None:
-        """Stop asking for batches."""
+        """Stop requesting batches."""
         ...
 
 
@@ -44,7 +44,7 @@ def requests_of_rank(
         config: the run.
         order: which samples each step visits.
         rank: this rank.
-        num_ranks: trainers.
+        num_ranks: number of trainers.
         known_replacements: step -> decisions on unreadable images from an earlier attempt.
     """
     per_rank = order.images_per_step // num_ranks
@@ -64,7 +64,7 @@ def requests_of_rank(
 
 
 class InlineBatches:
-    """Renders in the trainer's own process, when asked: for one process, torchrun, and as a baseline."""
+    """Renders each batch on demand in the trainer's process: for one process, torchrun, and as a baseline."""
 
     def __init__(
         self, context: RenderContext, request_of: RequestOf, *, first_step: int, hand_over: CopyToDevice
@@ -86,4 +86,4 @@ class InlineBatches:
         return device_batch
 
     def close(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no request is in flight."""

@@ -1,4 +1,4 @@
-"""The pool of view workers: made by the driver, so that it survives a restart of the trainers."""
+"""Start the pool of view workers. The driver owns it, so it survives a restart of the trainers."""
 
 import logging
 import time
@@ -16,23 +16,20 @@ from hvp_ray.errors import ConfigError, StageError
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 300.0
-_ASK_AGAIN_SECONDS = 0.5
+_RETRY_SECONDS = 0.5
 _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class ViewWorkerPool:
-    """Handles of the workers. Ray starts a dead worker again; `stream.view_stream` repeats what it had in hand."""
+    """Handles of the workers. Ray restarts a dead worker; `view_stream` retries its requests."""
 
     workers: list[ActorHandle[Any]]
 
     def num_restarts(self) -> int:
-        """Return how often workers were started again since the pool was made."""
-        restarts = 0
-        for worker in self.workers:
-            record = ray._private.state.actors(worker._actor_id.hex())
-            restarts += int(record.get("NumRestarts", 0))
-        return restarts
+        """Return how often Ray restarted workers since the pool was made."""
+        records = [ray._private.state.actors(worker._actor_id.hex()) for worker in self.workers]
+        return sum(int(record.get("NumRestarts", 0)) for record in records)
 
     def close(self) -> None:
         """End the workers."""
@@ -51,20 +48,20 @@ def start_pool(
 ) -> ViewWorkerPool:
     """Start the workers and wait until one of them is up; the others may follow.
 
-    A worker that cannot start (its node lacks a package, or does not see the data) is left out, with a warning, where
-    another one can.
+    If another worker can start, one that cannot (its node lacks a package, or does not see the data) is left out with a
+    warning.
 
     Args:
         config: the run.
-        renderer: what they render with.
-        num_workers: how many.
+        renderer: its resolved renderer.
+        num_workers: how many to start.
         resources: Ray resource -> amount that one worker reserves.
         data_fingerprint: expected fingerprint; a worker that opens other data fails. None: no check.
-        must_stop: polled; True ends the waiting.
+        must_stop: polled; if it returns True, the wait ends.
 
     Raises:
-        ConfigError: no worker could open the data or make its renderer; or none came up in time.
-        StageError: `must_stop`.
+        ConfigError: no worker could open the data or make its renderer, or none was up in time.
+        StageError: `must_stop` returned True.
     """
     from hvp_ray.stream.view_worker import ViewWorkerActor
 
@@ -88,34 +85,34 @@ def start_pool(
 def _wait_for_one(
     workers: list[ActorHandle[Any]], resources: Mapping[str, float], must_stop: Callable[[], bool]
 ) -> dict[int, str]:
-    """Wait until a worker is up; return why others could not start, by index, as far as it is known by then."""
+    """Wait until a worker is up; return index -> reason for those that are known by then to have failed."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     reasons: dict[int, str] = {}
     dying: dict[int, str] = {}
-    asked = {worker.process_id.remote(): index for index, worker in enumerate(workers)}
-    while asked:
-        patience = deadline - time.monotonic()
-        ready, _ = ray.wait(list(asked), num_returns=1, timeout=min(_POLL_SECONDS, max(0.0, patience)))
+    calls = {worker.process_id.remote(): index for index, worker in enumerate(workers)}
+    while calls:
+        seconds_left = deadline - time.monotonic()
+        ready, _ = ray.wait(list(calls), num_returns=1, timeout=min(_POLL_SECONDS, max(0.0, seconds_left)))
         if must_stop():
             raise StageError("stopped before a view worker was up")
-        if not ready and patience > 0.0:
+        if not ready and seconds_left > 0.0:
             continue
         if not ready or (dying and time.monotonic() > deadline):
             known = "; ".join(f"view worker {index}: {why}" for index, why in sorted((reasons | dying).items()))
             raise ConfigError(
-                f"no view worker came up within {START_TIMEOUT_SECONDS:.0f} s; "
-                + (f"what is known: {known}; " if known else "")
-                + f"the cluster has {ray.available_resources()} free and each worker needs {dict(resources)}: see "
+                f"no view worker was up within {START_TIMEOUT_SECONDS:.0f} s; "
+                + (f"known so far: {known}; " if known else "")
+                + f"the cluster has {ray.available_resources()} free and each worker needs {dict(resources)}. See "
                 "`ray status` and `ray logs`, or lower cluster.num_view_workers"
             )
-        index = asked.pop(ready[0])
+        index = calls.pop(ready[0])
         try:
             ray.get(ready[0])
             return reasons
-        except ActorUnavailableError:  # Ray starts another process
+        except ActorUnavailableError:  # Ray restarts the process
             dying[index] = "its process died while it started"
-            time.sleep(_ASK_AGAIN_SECONDS)
-            asked[workers[index].process_id.remote()] = index
+            time.sleep(_RETRY_SECONDS)
+            calls[workers[index].process_id.remote()] = index
         except RayError as error:
             reasons[index] = str(error).strip().splitlines()[-1]
     raise ConfigError(f"a view worker could not start: {'; '.join(dict.fromkeys(reasons.values()))}")

@@ -1,16 +1,16 @@
-"""A batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
+"""Make a batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
 
-This is all that a view worker does. It knows no Ray: `InlineBatches` calls it in the trainer's own process. The work can
-also be cut in two, `decode_batch` here and `finish_batch` beside the trainer, with the same bits as `render_batch`.
+View workers call this; it knows no Ray, and `InlineBatches` calls it in the trainer's process. `decode_batch` and
+`finish_batch` split the work between two processes, with the same bits as `render_batch`.
 """
 
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +26,13 @@ from hvp_ray.records import (
     BatchFacts,
     BatchRequest,
     DecodedImages,
-    EncodedBatch,
     Replacement,
     ViewBatch,
     ViewPlan,
     Views,
 )
-from hvp_ray.stream.isolation import CRASHES_DECODER
+from hvp_ray.stream.quarantine import CRASHES_DECODER, DECODER, failures_apart
+from hvp_ray.stream.reading import read_images
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.masks import draw_masks
 from hvp_ray.views.plan import draw_plan
@@ -41,28 +41,21 @@ from hvp_ray.views.renderer import RenderedBatch, Renderer, build_renderer
 
 logger = logging.getLogger(__name__)
 
-READ_ATTEMPTS = 4
-"""An I/O error is retried this often, with pauses of 0.1, 0.4 and 1.6 s, and then stops the run."""
-
-SAMPLE_IMAGES = 64
-"""Images that say what the others are like."""
-
-_SAMPLE_RUNS = 4
-_SAMPLE_PART = 8
-"""Images of a sample that are read at a time."""
-_SAMPLE_BYTES = 256 * 2**20
 _REPLACEMENT_ATTEMPTS = 1000
 
 _NOT_BY_CHANCE = 1e-9
-"""Data is given up if no image was readable so far and damage within the limit is less likely than this to explain it."""
+"""A batch fails if no image was readable so far and damage within the limit explains that with a lower probability."""
 
 _Made = TypeVar("_Made", RenderedBatch, DecodedImages)
-"""What is made of the images of a batch: their views, or the pixels to render them from."""
+"""What a batch is made into: views, or the pixels to render them from."""
+
+_Make = Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made]
+"""Maps encoded images and their global and local plans to what is made of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderContext:
-    """What stays the same for all batches of a run."""
+    """What all batches of a run share."""
 
     seed: int
     source: Source
@@ -77,7 +70,7 @@ def build_render_context(config: RunConfig, dataset: Dataset, renderer: Renderer
     """Return the context of a run in the process that renders.
 
     Raises:
-        ConfigError: the renderer cannot be had here.
+        ConfigError: the renderer is not available on this machine.
     """
     return RenderContext(
         seed=config.run.seed,
@@ -101,12 +94,12 @@ def open_render_context(
 
     Args:
         config_values: of the run.
-        renderer: the resolved one.
+        renderer: the resolved renderer.
         data_fingerprint: see `open_dataset`.
 
     Raises:
-        DataError: the source cannot be opened from here, or is not the run's any more.
-        ConfigError: the renderer cannot be had here.
+        DataError: the source cannot be opened here, or its images have changed since the run was started.
+        ConfigError: the renderer is not available on this machine.
     """
     config = config_from_dict(config_values)
     return build_render_context(config, open_dataset(config.data, fingerprint=data_fingerprint), renderer)
@@ -115,40 +108,83 @@ def open_render_context(
 def render_batch(context: RenderContext, request: BatchRequest, *, worker: str = "inline") -> ViewBatch:
     """Return the batch that `request` addresses; the same bits for the same request, on any worker.
 
-    An image that cannot be decoded is replaced by another one, drawn from (seed, epoch, position, attempt), which gets a
-    view stream of its own. It is not in the batch yet, unless all other readable images are: then the batch has an image
-    twice, with other views.
+    An image that cannot be decoded is replaced by another one, drawn from (seed, epoch, position, attempt), with a view
+    stream of its own. The replacement is new to the batch, unless the batch already has all other readable images. Then it
+    repeats an image with other views.
 
     Raises:
         DataError: the storage failed repeatedly, or no image is readable.
+        StageError: the search for crashing images failed, see `find_crashing_ids`.
     """
-    watch = _Watch()
-    assembly = _Assembly(context, request, context.renderer.render)
-    rendered = assembly.fill()
-    return _with_views(assembly.draft(watch, worker), rendered)
+    draft, rendered = _assemble(context, request, context.renderer.render, worker)
+    return _with_views(draft, rendered)
 
 
 def decode_batch(
     context: RenderContext, request: BatchRequest, *, worker: str = "inline"
 ) -> tuple[BatchDraft, DecodedImages]:
-    """Do the first half of `render_batch`: everything but the views, and the pixels that they are rendered from.
+    """Return everything of `render_batch` but the views, and the pixels to render them from.
 
     Raises:
-        DataError: as `render_batch`.
+        DataError: see `render_batch`.
+        StageError: see `render_batch`.
     """
+    data = context.data
+    decode = partial(decode_used, max_image_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+    return _assemble(context, request, decode, worker)
+
+
+def _assemble(
+    context: RenderContext, request: BatchRequest, make: _Make[_Made], worker: str
+) -> tuple[BatchDraft, _Made]:
     watch = _Watch()
-    decode = partial(
-        decode_used,
-        max_image_pixels=context.data.max_image_pixels,
-        intensity_range=context.data.intensity_range,
+    crashing_ids: tuple[int, ...] = ()
+    if request.search_crashing:
+        crashing_ids = find_crashing_ids(context, request)
+        request = dataclasses.replace(request, quarantined_ids=(*request.quarantined_ids, *crashing_ids))
+    assembly = _Assembly(context, request, make)
+    made = assembly.fill()
+    cpu_seconds, seconds = watch.read()
+    draft = BatchDraft(
+        step=request.step,
+        epoch=request.epoch,
+        sample_ids=assembly.sample_ids,
+        heights=assembly.heights,
+        widths=assembly.widths,
+        global_plan=assembly.global_plan,
+        local_plan=assembly.local_plan,
+        replacements=tuple(assembly.replacements),
+        render_cpu_seconds=cpu_seconds,
+        render_seconds=seconds,
+        worker=worker,
+        crashing_ids=crashing_ids,
     )
-    assembly = _Assembly(context, request, decode)
-    decoded = assembly.fill()
-    return assembly.draft(watch, worker), decoded
+    return draft, made
+
+
+def find_crashing_ids(context: RenderContext, request: BatchRequest, *, decoder: str = DECODER) -> tuple[int, ...]:
+    """Return the sample ids that crash a decoder's process and that `request` would decode, also as replacements.
+
+    Ids that are quarantined already are left out.
+
+    Raises:
+        DataError: see `render_batch`.
+        StageError: see `quarantine.failures_apart`.
+    """
+
+    def decode_apart(images: Sequence[bytes], _global: ViewPlan, _local: ViewPlan | None) -> DecodedImages:
+        failures = failures_apart(images, context.data, decoder=decoder)
+        boxes = np.zeros((len(images), 4), np.int32)
+        return DecodedImages(pixels=np.zeros(0, np.uint8), boxes=boxes, failures=failures)
+
+    assembly = _Assembly(context, request, decode_apart)
+    assembly.fill()
+    found = {r.unreadable_id for r in assembly.replacements if r.reason == CRASHES_DECODER}
+    return tuple(sorted(found.difference(request.quarantined_ids)))
 
 
 def finish_batch(renderer: CpuRenderer, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
-    """Do the second half: render the views of what `decode_batch` returned."""
+    """Render the views of what `decode_batch` returned."""
     watch = _Watch()
     rendered = renderer.render_decoded(decoded, draft.global_plan, draft.local_plan)
     cpu_seconds, seconds = watch.read()
@@ -174,7 +210,7 @@ def _with_views(draft: BatchDraft, rendered: RenderedBatch, *, decoded_bytes: in
 
 
 class _Watch:
-    """CPU time of this process and wall time, in seconds since it was made."""
+    """Measures CPU time of this process and wall time, in seconds since its construction."""
 
     def __init__(self) -> None:
         self._cpu, self._wall = time.process_time(), time.perf_counter()
@@ -183,82 +219,16 @@ class _Watch:
         return time.process_time() - self._cpu, time.perf_counter() - self._wall
 
 
-def read_images(source: Source, sample_ids: Sequence[int]) -> EncodedBatch:
-    """Read the encoded images, with retries.
-
-    Raises:
-        DataError: the storage failed `READ_ATTEMPTS` times.
-    """
-    for attempt in range(READ_ATTEMPTS):
-        try:
-            images = source.read(sample_ids)
-            return EncodedBatch(images=images, sample_ids=np.asarray(sample_ids, dtype=np.int64))
-        except OSError as error:
-            if attempt == READ_ATTEMPTS - 1:
-                first = source.describe(sample_ids[0])
-                raise DataError(
-                    f"reading {len(sample_ids)} images from {first} on failed {READ_ATTEMPTS} times: {error}; "
-                    f"check the storage, then start the run again with its name to go on"
-                ) from error
-            logger.warning("reading failed (%s), attempt %d of %d", error, attempt + 1, READ_ATTEMPTS)
-            time.sleep(0.1 * 4**attempt)
-    raise AssertionError("unreachable")
-
-
-def read_sample(
-    source: Source,
-    sample_ids: NDArray[np.int64],
-    num_images: int = SAMPLE_IMAGES,
-    *,
-    max_bytes: int = _SAMPLE_BYTES,
-) -> Iterator[bytes]:
-    """Yield encoded images spread over `sample_ids`, a few of them read at a time; the same ones at every call.
-
-    Of sources that read whole blocks they are a few runs of neighbours.
-
-    Args:
-        source: of the images.
-        sample_ids: [N], some are chosen of these.
-        num_images: how many at most.
-        max_bytes: when so many are read, the sample ends; it has 8 images or more.
-
-    Raises:
-        DataError: the storage failed repeatedly.
-    """
-    num_images = min(num_images, len(sample_ids))
-    num_runs = min(_SAMPLE_RUNS, num_images) if source.reads_whole_blocks else num_images
-    if not num_runs:
-        return
-    length = num_images // num_runs
-    starts = np.linspace(0, len(sample_ids) - length, num_runs).astype(np.int64)
-    # A sample that ends early is spread too: 0, 1/2, 1/4, 3/4, 1/8, ... of all (bits of the index, reversed).
-    num_bits = num_runs.bit_length()
-    order = sorted(range(num_runs), key=lambda index: f"{index:0{num_bits}b}"[::-1])
-    rows = (starts[order, None] + np.arange(length)).ravel()
-    num_bytes = 0
-    for first in range(0, len(rows), _SAMPLE_PART):
-        images = read_images(source, sample_ids[rows[first : first + _SAMPLE_PART]].tolist()).images
-        num_bytes += sum(map(len, images))
-        yield from images
-        if num_bytes >= max_bytes:
-            return
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Purposes:
-    """The streams that the plans of a batch are drawn from."""
+class _Purposes(NamedTuple):
+    """The random streams that the plans of a batch are drawn from."""
 
     global_views: Purpose
     local_views: Purpose
     masks: Purpose
 
 
-_FIRST_CHOICE = _Purposes(global_views=Purpose.GLOBAL_VIEWS, local_views=Purpose.LOCAL_VIEWS, masks=Purpose.MASKS)
-_REPLACEMENT = _Purposes(
-    global_views=Purpose.REPLACEMENT_VIEWS,
-    local_views=Purpose.REPLACEMENT_LOCAL_VIEWS,
-    masks=Purpose.REPLACEMENT_MASKS,
-)
+_FIRST_CHOICE = _Purposes(Purpose.GLOBAL_VIEWS, Purpose.LOCAL_VIEWS, Purpose.MASKS)
+_REPLACEMENT = _Purposes(Purpose.REPLACEMENT_VIEWS, Purpose.REPLACEMENT_LOCAL_VIEWS, Purpose.REPLACEMENT_MASKS)
 
 
 class _Assembly(Generic[_Made]):
@@ -267,75 +237,38 @@ class _Assembly(Generic[_Made]):
     Args:
         context: of the run.
         request: which batch.
-        make: makes what is wanted of each image (its views, or its pixels) from encoded images and plans.
+        make: makes the views, or the pixels to render them from.
     """
 
-    def __init__(
-        self,
-        context: RenderContext,
-        request: BatchRequest,
-        make: Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made],
-    ) -> None:
+    def __init__(self, context: RenderContext, request: BatchRequest, make: _Make[_Made]) -> None:
         self._context = context
         self._request = request
-        self._make: Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made] = make
+        self._make: _Make[_Made] = make
         self.sample_ids = request.sample_ids.copy()
+        self.heights = np.ones(len(self.sample_ids), np.int32)
+        self.widths = np.ones(len(self.sample_ids), np.int32)
         self.replacements: list[Replacement] = []
-        self._tried: set[int] = {*self.sample_ids.tolist(), *request.quarantined_ids}
+        known = request.known_replacements
+        self._drawn = {replacement.replacement_id for replacement in known}
+        """Images that were drawn for the batch, readable or not."""
+        self._tried = {*self.sample_ids.tolist(), *request.quarantined_ids, *self._drawn}
         """Images of the batch, and all that were drawn for it."""
-        self._drawn: set[int] = set()
-        """Images that were drawn for it, readable or not."""
-        self._unreadable: dict[int, str] = {}
+        self._unreadable = {replacement.unreadable_id: replacement.reason for replacement in known}
         """Images that failed -> why."""
-
-    def draft(self, watch: _Watch, worker: str) -> BatchDraft:
-        """Return everything but pixels, once it is filled."""
-        cpu_seconds, seconds = watch.read()
-        return BatchDraft(
-            step=self._request.step,
-            epoch=self._request.epoch,
-            sample_ids=self.sample_ids,
-            heights=self.heights,
-            widths=self.widths,
-            global_plan=self.global_plan,
-            local_plan=self.local_plan,
-            replacements=tuple(self.replacements),
-            render_cpu_seconds=cpu_seconds,
-            render_seconds=seconds,
-            worker=worker,
-        )
 
     def fill(self) -> _Made:
         """Make everything; replace until nothing fails."""
-        request = self._request
-        known = {r.index: r for r in request.known_replacements}
-        for replacement in request.known_replacements:
-            self._tried.add(replacement.replacement_id)
-            self._drawn.add(replacement.replacement_id)
-            self._unreadable[replacement.unreadable_id] = replacement.reason
-        images = read_images(self._context.source, self.sample_ids.tolist()).images
-        failures: dict[int, str] = {}
-        self.heights = np.ones(len(images), np.int32)
-        self.widths = np.ones(len(images), np.int32)
-        for index, sample_id in enumerate(self.sample_ids.tolist()):
-            if index in known:
-                failures[index] = known[index].reason
-            elif sample_id in request.quarantined_ids:
-                failures[index] = CRASHES_DECODER
-            else:
-                failure = self._measure(index, images[index])
-                if failure is not None:
-                    failures[index] = failure
-        # What failed on its header is rendered as an empty image: it fails there at once, and is replaced below.
-        readable = [b"" if index in failures else image for index, image in enumerate(images)]
-        self.global_plan, self.local_plan = self._draw_plans(self.sample_ids, self.heights, self.widths, _FIRST_CHOICE)
-        made = self._make(readable, self.global_plan, self.local_plan)
-        failures = made.failures | failures
+        known = {replacement.index: replacement for replacement in self._request.known_replacements}
+        ids = self.sample_ids.tolist()
+        failures = {index: CRASHES_DECODER for index, i in enumerate(ids) if i in self._request.quarantined_ids}
+        failures |= {index: replacement.reason for index, replacement in known.items()}
+        rows = np.arange(len(ids))
+        made, failures, self.global_plan, self.local_plan = self._make_rows(rows, failures, _FIRST_CHOICE)
         is_any_readable = False
         while failures:
             for index, reason in sorted(failures.items()):
                 self._unreadable.setdefault(int(self.sample_ids[index]), reason)
-            is_any_readable = is_any_readable or len(failures) < len(images)
+            is_any_readable = is_any_readable or len(failures) < len(ids)
             # Replacements are drawn independently: n of them fail with a probability of max_unreadable_fraction ** n.
             chance = self._context.data.max_unreadable_fraction ** len(self._drawn)
             if not is_any_readable and chance < _NOT_BY_CHANCE:
@@ -344,50 +277,42 @@ class _Assembly(Generic[_Made]):
             known = {}
         return made
 
-    def _nothing_readable(self) -> DataError:
-        first, reason = next(iter(self._unreadable.items()))
-        return DataError(
-            f"no readable image was found, {len(self._unreadable)} were tried; the first, "
-            f"{self._context.source.describe(first)}: {reason}. Check data.source, then start the run again"
-        )
+    def _make_rows(
+        self, rows: NDArray[np.int64], failures: dict[int, str], purposes: _Purposes
+    ) -> tuple[_Made, dict[int, str], ViewPlan, ViewPlan | None]:
+        """Read, measure, plan and make the images at `rows`, except those that have failed.
 
-    def _measure(self, index: int, image: bytes) -> str | None:
-        try:
-            size = read_size(image, max_pixels=self._context.data.max_image_pixels)
-        except UnreadableImageError as error:
-            return str(error)
-        self.heights[index], self.widths[index] = size
-        return None
+        Returns:
+            What was made of them, all failures by index in the batch, and their plans.
+        """
+        failures = dict(failures)
+        images = read_images(self._context.source, self.sample_ids[rows].tolist()).images
+        for index, image in zip(rows.tolist(), images, strict=True):
+            if index not in failures:
+                try:
+                    size = read_size(image, max_pixels=self._context.data.max_image_pixels)
+                    self.heights[index], self.widths[index] = size
+                except UnreadableImageError as error:
+                    failures[index] = str(error)
+        global_plan, local_plan = self._draw_plans(rows, purposes)
+        # What has failed is passed on as an empty image, which fails at once.
+        readable = [b"" if i in failures else image for i, image in zip(rows.tolist(), images, strict=True)]
+        made = self._make(readable, global_plan, local_plan)
+        failures = {int(rows[place]): reason for place, reason in made.failures.items()} | failures
+        return made, failures, global_plan, local_plan
 
-    def _draw_plans(
-        self,
-        sample_ids: NDArray[np.int64],
-        heights: NDArray[np.int32],
-        widths: NDArray[np.int32],
-        purposes: "_Purposes",
-    ) -> tuple[ViewPlan, ViewPlan | None]:
-        views, request = self._context.views, self._request
-
-        def draw(purpose: Purpose, num_views: int, *, local: bool) -> ViewPlan:
-            group = views.local_views if local else views.global_views
-            assert group is not None
-            return draw_plan(
-                seed=self._context.seed,
-                purpose=purpose,
-                epoch=request.epoch,
-                sample_ids=sample_ids,
-                heights=heights,
-                widths=widths,
-                num_views=num_views,
-                group=group,
-            )
-
-        global_plan, local_plan = draw(purposes.global_views, request.num_views, local=False), None
+    def _draw_plans(self, rows: NDArray[np.int64], purposes: _Purposes) -> tuple[ViewPlan, ViewPlan | None]:
+        views, request, seed = self._context.views, self._request, self._context.seed
+        sample_ids, heights, widths = self.sample_ids[rows], self.heights[rows], self.widths[rows]
+        draw = partial(draw_plan, seed=seed, epoch=request.epoch, sample_ids=sample_ids, heights=heights, widths=widths)
+        global_plan = draw(purpose=purposes.global_views, num_views=request.num_views, group=views.global_views)
+        local_plan = None
         if request.num_local_views:
-            local_plan = draw(purposes.local_views, request.num_local_views, local=True)
+            assert views.local_views is not None
+            local_plan = draw(purpose=purposes.local_views, num_views=request.num_local_views, group=views.local_views)
         if views.masks is not None:
             mask = draw_masks(
-                seed=self._context.seed,
+                seed=seed,
                 purpose=purposes.masks,
                 epoch=request.epoch,
                 sample_ids=sample_ids,
@@ -401,50 +326,36 @@ class _Assembly(Generic[_Made]):
     def _replace(
         self, made: _Made, failures: dict[int, str], known: dict[int, Replacement]
     ) -> tuple[_Made, dict[int, str]]:
-        """Replace the failed indices by other images; return what is made now, and those that failed again."""
-        indices = sorted(failures)
-        for index in indices:
-            unreadable_id = int(self.sample_ids[index])
-            if index in known:
-                new_id = known[index].replacement_id
-                unreadable_id = known[index].unreadable_id
-            else:
-                drawn = self._draw_replacement(index)
-                if drawn is None:
-                    raise self._nothing_readable()
-                new_id = drawn
-            reason, place = failures[index], self._context.source.describe(unreadable_id)
-            self.replacements.append(
-                Replacement(index=index, unreadable_id=unreadable_id, replacement_id=new_id, reason=reason, place=place)
-            )
-            logger.warning(
-                "step %d: %s is unreadable (%s); %s takes its place",
-                self._request.step,
-                place,
-                reason,
-                self._context.source.describe(new_id),
-            )
-            self.sample_ids[index] = new_id
-        rows = np.array(indices, dtype=np.int64)
-        images = read_images(self._context.source, self.sample_ids[rows].tolist()).images
-        failed_again: dict[int, str] = {}
-        for row, image in zip(indices, images, strict=True):
-            failure = self._measure(row, image)
-            if failure is not None:
-                failed_again[row] = failure
-        global_plan, local_plan = self._draw_plans(
-            self.sample_ids[rows],
-            self.heights[rows],
-            self.widths[rows],
-            _REPLACEMENT,
-        )
-        readable = [b"" if row in failed_again else image for row, image in zip(indices, images, strict=True)]
-        made = made.with_images(rows, self._make(readable, global_plan, local_plan))
+        """Replace the failed images by others; return what is made now, and which images failed again."""
+        for index, reason in sorted(failures.items()):
+            self._replace_id(index, reason, known.get(index))
+        rows = np.array(sorted(failures), dtype=np.int64)
+        others, failures, global_plan, local_plan = self._make_rows(rows, {}, _REPLACEMENT)
         self.global_plan = self.global_plan.with_images(rows, global_plan)
         if self.local_plan is not None:
             assert local_plan is not None
             self.local_plan = self.local_plan.with_images(rows, local_plan)
-        return made, made.failures | failed_again
+        return made.with_images(rows, others), failures
+
+    def _replace_id(self, index: int, reason: str, known: Replacement | None) -> None:
+        """Put another image at an index of the batch: the known replacement, or a drawn one."""
+        source = self._context.source
+        unreadable_id = int(self.sample_ids[index]) if known is None else known.unreadable_id
+        new_id = self._draw_replacement(index) if known is None else known.replacement_id
+        if new_id is None:
+            raise self._nothing_readable()
+        place = source.describe(unreadable_id)
+        self.replacements.append(
+            Replacement(index=index, unreadable_id=unreadable_id, replacement_id=new_id, reason=reason, place=place)
+        )
+        logger.warning(
+            "step %d: %s is unreadable (%s) and is replaced by %s",
+            self._request.step,
+            place,
+            reason,
+            source.describe(new_id),
+        )
+        self.sample_ids[index] = new_id
 
     def _draw_replacement(self, index: int) -> int | None:
         """Draw an image for an index of the batch; None: no image is readable."""
@@ -457,7 +368,7 @@ class _Assembly(Generic[_Made]):
         )
         training_ids = self._context.training_ids
         candidates = training_ids[words % np.uint64(len(training_ids))].tolist()
-        # An image that is new to the batch; else one that was not drawn for it yet; else any, which repeats views too.
+        # Prefer an image that is new to the batch, then one that was not drawn for it yet, then any readable one.
         unreadable = {*self._unreadable, *self._request.quarantined_ids}
         for excluded in (self._tried, self._drawn | unreadable, unreadable):
             for candidate in candidates:
@@ -466,3 +377,10 @@ class _Assembly(Generic[_Made]):
                     self._drawn.add(candidate)
                     return candidate
         return None
+
+    def _nothing_readable(self) -> DataError:
+        first, reason = next(iter(self._unreadable.items()))
+        return DataError(
+            f"no readable image was found, {len(self._unreadable)} were tried; the first, "
+            f"{self._context.source.describe(first)}: {reason}. Check data.source, then start the run again"
+        )

@@ -28,7 +28,7 @@ from hvp_ray.errors import UnreadableImageError
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import ViewPlan
 from hvp_ray.stream.capacity import batch_bytes
-from hvp_ray.stream.render_batch import SAMPLE_IMAGES, read_sample
+from hvp_ray.stream.reading import SAMPLE_IMAGES, read_sample
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer

@@ -1,4 +1,4 @@
-"""Whom to ask: the actors that can do the same, and which of them is next. Knows no Ray."""
+"""Choose the actor that serves a trainer's next request. Knows no Ray."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,25 +13,24 @@ class Member:
     name: str
     is_up: bool = True
     num_calls: int = 0
-    """Calls of this trainer that it has not answered."""
-    probe: Any = None
-    """Reference of a call that tells when a dead one is back."""
+    """Requests of this trainer that it serves now."""
     probe_after: float = 0.0
+    """When to probe it next while it is down, in seconds of `time.perf_counter`."""
     lost: str | None = None
-    """Why it never comes back; None: it may."""
+    """Why it never recovers; None: it may."""
 
 
 class Team:
-    """Actors that can do the same.
+    """Interchangeable actors, used in turn.
 
-    Trainers do not know of each other's calls. So each begins at a place of its own, spread evenly over the members, and goes
-    round: trainers that run in step then ask everybody equally often, and nobody in bursts.
+    Trainers do not know each other's calls. Each starts at its own member, evenly spread, and goes round. So trainers that
+    run in step load all members equally, without bursts.
 
     Args:
         title: of one member.
         handles: of the members.
-        rank: the trainer that asks.
-        num_ranks: trainers that ask the same members.
+        rank: this trainer.
+        num_ranks: trainers that share the members.
     """
 
     def __init__(self, title: str, handles: Sequence[Any], *, rank: int = 0, num_ranks: int = 1) -> None:
@@ -40,7 +39,7 @@ class Team:
         self._turn = rank * len(handles) // num_ranks
 
     def num_up(self) -> int:
-        """Return how many answer."""
+        """Return how many members are up."""
         return sum(member.is_up for member in self.members)
 
     def describe(self) -> str:
@@ -49,7 +48,7 @@ class Team:
         return f"{self.num_up()} of {len(self.members)} {self.title}s are up" + (f" ({lost})" if lost else "")
 
     def least_busy(self, *, other_than: Collection[Member] = ()) -> Member | None:
-        """Choose the one with the fewest calls of this trainer, in turn; None: no other one is up."""
+        """Return the member with the fewest calls of this trainer, in turn; None if no other member is up."""
         count = len(self.members)
         in_turn = [self.members[(self._turn + offset) % count] for offset in range(count)]
         up = [member for member in in_turn if member.is_up and member not in other_than]

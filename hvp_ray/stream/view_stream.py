@@ -1,35 +1,36 @@
-"""The trainer's side of the pool: a bounded look-ahead, in order, that survives the death of workers.
+"""A trainer's stream of batches from a pool of view workers.
 
 What it promises:
-- Success: batches come in the order of the steps, each exactly once; at most `batches_in_flight` are asked for and
-  not yet taken. Of those that have arrived one is copied to the device ahead of its step; the others wait in the object
-  store. So the device holds two: this one, and the one in use, which the trainer drops before it takes the next.
-- A worker dies, cannot be reached, loses an object, or is late: the same request goes to another worker. Requests
-  are pure addresses, so the repeated batch has the same bits.
-- The constructor of a worker raises (its code is missing, the data has changed): Ray does not start it again. A warning
-  says why, others go on, and without others `next_batch` raises `StageError` with the reason.
-- A worker reports an error of the data or of the program: it is raised by `next_batch`, not repeated.
-- A position that was in flight at three deaths is taken apart (`isolation.py`); images that crash a decoder on their
-  own are quarantined for all steps to come, all others go on. A worker whose machine cannot do this is passed over.
-- With view finishers (`cluster.ship=pixels`) a batch takes two calls: a worker decodes, then a finisher beside the trainer
-  renders. Each is repeated on its own; decoded pixels that are lost are decoded again.
-- Nothing arrives for `stall_seconds`: `next_batch` raises `StageError` with the numbers.
-- `close` returns at once; what is under way is dropped.
+- Order: `next_batch` returns the batches in step order, each exactly once.
+- Back-pressure: at most `batches_in_flight` requests are submitted and not yet taken. One batch is copied to the device
+  ahead of its step; other finished batches wait in the object store. So the device holds two batches, the next one and the
+  one in use, which the trainer drops before it takes the next.
+- One reference per request: with view finishers (`cluster.ship=pixels`) a worker decodes and a finisher beside the trainer
+  renders. The calls are chained, and only the result of the last one is watched.
+- Retries: if an actor dies, is unavailable or late, or an object is lost, the whole request is submitted again, to other
+  actors if any are up. A request is a pure address, so the retried batch has the same bits.
+- Lost actors: if the constructor of an actor raises (its code is missing, the data has changed), Ray does not restart it. The
+  stream warns and uses the others. Without others `next_batch` raises `StageError` with the reason.
+- Errors of the data or of the program are raised by `next_batch` and not retried.
+- Quarantine: a request that was in flight at three deaths of workers is submitted as a search for images that crash the
+  decoder (`quarantine.py`). The images found are never decoded again. A worker whose machine cannot search is passed over.
+- Stall: if no batch arrives for `stall_seconds`, `next_batch` raises `StageError` with the numbers.
+- `close` returns at once; results of calls in flight are dropped.
 """
 
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
 
 from hvp_ray.config import ClusterConfig
+from hvp_ray.distributed.world import World
 from hvp_ray.errors import HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import RequestOf
@@ -39,40 +40,39 @@ from hvp_ray.stream.team import Member, Team
 
 logger = logging.getLogger(__name__)
 
-DEATHS_BEFORE_ISOLATION = 3
+DEATHS_BEFORE_SEARCH = 3
 _POLL_SECONDS = 0.25
-"""Between two looks for late batches and dead workers. What arrives is heard at once: a call that is asked while the thread
-waits for others is for a later step than theirs. (At 0.05 s looking took 0.6 % of a CPU.)"""
+"""Time between two checks for late batches and dead workers. (Every 0.05 s they took 0.6 % of a CPU.) Results are received at
+once, except for requests submitted during the wait, which are for later steps."""
 _PROBE_SECONDS = 0.5
-_REPEATABLE = (RayActorError, ObjectLostError, GetTimeoutError, WorkerCrashedError)
-
-
-_Kind = Literal["render", "decode", "finish", "isolate"]
+_ONE_RANK = World()
+_RETRIED = (RayActorError, ObjectLostError, GetTimeoutError, WorkerCrashedError)
 
 
 @dataclass(slots=True)
-class _Call:
-    """One request under way at one worker or finisher."""
+class _Pending:
+    """A step that was requested and is not on the device yet."""
 
-    step: int
-    worker: Member
-    asked_at: float
-    kind: _Kind
-    decoded: "_Decoded | None" = None
-    """Of kind decode: what it will return; of kind finish: what it was given."""
+    request: BatchRequest
+    num_submissions: int = 0
+    num_deaths: int = 0
+    """Deaths of workers while they served this request."""
+    batch: ViewBatch | None = None
+    """The result, once it has arrived."""
+
+    @property
+    def needs_search(self) -> bool:
+        return self.num_deaths >= DEATHS_BEFORE_SEARCH
 
 
 @dataclass(frozen=True, slots=True)
-class _Decoded:
-    """The first half of a batch, in the object store; read by the finisher only."""
+class _Call:
+    """One submission of a request."""
 
-    draft: Any
-    """Reference of a BatchDraft."""
-    images: Any
-    """Reference of DecodedImages."""
-    worker: Member
-    """Who decoded it."""
-    asked_at: float
+    request: BatchRequest
+    members: tuple[Member, ...]
+    """The chain of actors: a worker, then a finisher if there are any."""
+    submitted_at: float
 
 
 class ViewStream:
@@ -82,44 +82,38 @@ class ViewStream:
         self,
         workers: list[ActorHandle[Any]],
         request_of: RequestOf,
+        steps: range,
         *,
-        first_step: int,
-        end_step: int,
         cluster: ClusterConfig,
         hand_over: CopyToDevice,
-        rank: int = 0,
-        num_ranks: int = 1,
+        world: World = _ONE_RANK,
         finishers: Sequence[ActorHandle[Any]] = (),
     ) -> None:
         self.stats = StreamStats()
-        self._workers = Team("view worker", workers, rank=rank, num_ranks=num_ranks)
-        self._finishers = Team("view finisher", finishers)
+        self._teams = [Team("view worker", workers, rank=world.rank, num_ranks=world.num_ranks)]
+        if finishers:
+            self._teams.append(Team("view finisher", finishers))
         self._request_of = request_of
-        self._end_step = end_step
+        self._end_step = steps.stop
         self._cluster = cluster
-        self._num_ahead = cluster.num_batches_in_flight(len(workers))
+        self._max_in_flight = cluster.num_batches_in_flight(len(workers))
         self._hand_over = hand_over
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition(threading.RLock())
+        """Guards everything below."""
+        self._pending: dict[int, _Pending] = {}
         self._calls: dict[Any, _Call] = {}
-        self._requests: dict[int, BatchRequest] = {}
-        self._deaths: Counter[int] = Counter()
+        """By reference of the result."""
+        self._probes: dict[Any, Member] = {}
+        """Calls that end when a member that is down has recovered, by reference."""
         self._quarantined_ids: tuple[int, ...] = ()
-        self._cannot_isolate: list[Member] = []
-        """Workers whose machine failed to look for crashing images."""
-        self._unassigned: deque[int] = deque()
-        self._unfinished: dict[int, _Decoded] = {}
-        """step -> decoded images for which no finisher was up."""
-        self._arrived: dict[int, ViewBatch] = {}
+        self._cannot_search: list[Member] = []
         self._ready: dict[int, DeviceBatch] = {}
-        self._next_to_ask = first_step
-        self._next_to_hand_over = first_step
-        self._next_to_take = first_step
+        self._next_to_request = self._next_to_copy = self._next_to_take = steps.start
         self._error: BaseException | None = None
-        self._closed = False
+        self._is_closed = False
         self._started_at = time.perf_counter()
-        with self._lock:
-            self._ask_ahead()
+        with self._changed:
+            self._request_ahead()
         self._threads = [
             threading.Thread(target=self._run, args=(work,), name=f"view-stream-{name}", daemon=True)
             for name, work in (("watch", self._watch), ("copy", self._copy_ahead))
@@ -128,11 +122,11 @@ class ViewStream:
             thread.start()
 
     def next_batch(self) -> DeviceBatch:
-        """Return the next step's batch, on its way to the device. The caller has dropped the one before.
+        """Return the next step's batch, whose copy to the device has started. The caller has dropped the one before.
 
         Raises:
-            StageError: no batch came for `stall_seconds`.
-            HvpRayError: a worker reported an error that repeating does not mend.
+            StageError: no batch arrived for `stall_seconds`.
+            HvpRayError: a worker reported an error that a retry does not fix.
             StopIteration: all steps were taken.
         """
         if self._next_to_take >= self._end_step:
@@ -149,22 +143,23 @@ class ViewStream:
                 self._changed.wait(timeout=0.5)
             batch = self._ready.pop(self._next_to_take)
             self._next_to_take += 1
+            self._request_ahead()
             self._changed.notify_all()  # the next one may be copied
-            self._ask_ahead()
         now = time.perf_counter()
         self.stats.record_wait(now - start, since_start=now - self._started_at)
         return batch
 
     def numbers(self) -> dict[str, float]:
-        """Return what `stream.metrics` publishes of this stream; any thread may ask."""
+        """Return the stream's metrics, named as in `stream.metrics`; any thread may call it."""
         stats = self.stats
-        with self._lock:
-            ready, asked = len(self._ready) + len(self._arrived), self._next_to_ask - self._next_to_take
-            up = self._workers.num_up()
+        with self._changed:
+            ready = len(self._ready) + sum(pending.batch is not None for pending in self._pending.values())
+            requested = self._next_to_request - self._next_to_take
+            num_up = self._teams[0].num_up()
         return {
             "hvp_ray_ready_batches": float(ready),
-            "hvp_ray_under_way_batches": float(asked - ready),
-            "hvp_ray_up_workers": float(up),
+            "hvp_ray_under_way_batches": float(requested - ready),
+            "hvp_ray_up_workers": float(num_up),
             "hvp_ray_first_batch_seconds": stats.first_batch_seconds,
             "hvp_ray_wait_seconds_total": stats.wait_seconds,
             "hvp_ray_batches_total": float(stats.num_batches),
@@ -176,57 +171,17 @@ class ViewStream:
         }
 
     def close(self) -> None:
-        """Stop watching; calls under way end unheard."""
+        """Stop watching, and drop the results of calls in flight."""
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(timeout=10.0)
-        for held in (self._calls, self._unfinished, self._arrived, self._ready):
+        for held in (self._calls, self._probes, self._pending, self._ready):
             held.clear()
 
-    # Everything below holds the lock, except the waiting itself.
-
-    def _ask_ahead(self) -> None:
-        while self._next_to_ask < min(self._end_step, self._next_to_take + self._num_ahead):
-            step = self._next_to_ask
-            self._requests[step] = replace(self._request_of(step), quarantined_ids=self._quarantined_ids)
-            self._next_to_ask += 1
-            self._unassigned.append(step)
-        self._assign()
-
-    def _assign(self) -> None:
-        for step in sorted(self._unfinished):
-            finisher = self._finishers.least_busy()
-            if finisher is None:
-                break
-            self._finish(step, self._unfinished.pop(step), finisher)
-        while self._unassigned:
-            is_isolated = self._deaths[self._unassigned[0]] >= DEATHS_BEFORE_ISOLATION
-            worker = self._workers.least_busy(other_than=self._cannot_isolate if is_isolated else ())
-            if worker is None:
-                return
-            self._ask(self._unassigned.popleft(), worker)
-
-    def _ask(self, step: int, worker: Member) -> None:
-        request, now = self._requests[step], time.perf_counter()
-        worker.num_calls += 1
-        if self._deaths[step] >= DEATHS_BEFORE_ISOLATION:
-            self._calls[worker.handle.find_crashing_ids.remote(request)] = _Call(step, worker, now, "isolate")
-        elif self._finishers.members:
-            draft, images = worker.handle.decode.options(num_returns=2).remote(request)
-            self._calls[draft] = _Call(step, worker, now, "decode", _Decoded(draft, images, worker, now))
-        else:
-            self._calls[worker.handle.render.remote(request)] = _Call(step, worker, now, "render")
-        self._changed.notify_all()  # the thread may wait for something to do
-
-    def _finish(self, step: int, decoded: _Decoded, finisher: Member) -> None:
-        reference = finisher.handle.finish.remote(decoded.draft, decoded.images)
-        finisher.num_calls += 1
-        self._calls[reference] = _Call(step, finisher, time.perf_counter(), "finish", decoded)
-
     def _run(self, work: Callable[[], None]) -> None:
-        """Do the work of a thread; what it raises is raised by `next_batch`."""
+        """Do the work of a thread; `next_batch` raises what it raises."""
         try:
             work()
         except BaseException as error:
@@ -237,226 +192,205 @@ class ViewStream:
                 raise
 
     def _watch(self) -> None:
-        while not self._closed:
-            with self._lock:
-                references = list(self._calls)
-                probes = {w.probe: w for w in self._workers.members + self._finishers.members if w.probe is not None}
-            if references or probes:
-                done, _ = ray.wait([*references, *probes], num_returns=1, timeout=_POLL_SECONDS, fetch_local=True)
-            else:
-                done = []
-                with self._changed:
-                    if not self._calls and not self._closed:
-                        self._changed.wait(timeout=_POLL_SECONDS)
-            for reference in done:
-                if reference in probes:
-                    self._hear_probe(probes[reference], reference)
-                else:
-                    self._hear(reference)
-            # The batches' memory in the store must not hang on local names while this thread waits.
-            del references, done
+        while not self._is_closed:
+            self._receive_one()
             with self._changed:
-                self._probe_workers()
-                self._repeat_late()
-                self._assign()
+                self._probe_down()
+                self._retry_late()
+                self._submit_waiting()
 
     def _copy_ahead(self) -> None:
-        """Keep one batch on the device, or on its way to it, beside the one that the trainer uses."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._may_copy())
-                if self._closed:
-                    return
+        """Keep one batch on the device, or on its way there, beside the one that the trainer uses."""
+        while not self._is_closed:
             self._copy_next()
 
-    def _may_copy(self) -> bool:
-        return len(self._ready) < BATCHES_ON_DEVICE - 1 and self._next_to_hand_over in self._arrived
-
     def _copy_next(self) -> None:
-        step = self._next_to_hand_over
-        device_batch = self._hand_over(self._arrived[step])
         with self._changed:
-            if self._closed:
-                return
-            del self._arrived[step]
-            self._requests.pop(step)
-            self._unfinished.pop(step, None)
-            self._ready[step] = device_batch
-            self._next_to_hand_over += 1
+            self._changed.wait_for(lambda: self._is_closed or self._batch_to_copy() is not None)
+            batch = self._batch_to_copy()
+        if batch is None:
+            return
+        device_batch = self._hand_over(batch)
+        with self._changed:
+            self._pending.pop(self._next_to_copy, None)
+            self._ready[self._next_to_copy] = device_batch
+            self._next_to_copy += 1
             self._changed.notify_all()
 
-    def _hear(self, reference: Any) -> None:
-        """Take the answer of a call that has ended."""
-        with self._lock:
-            call = self._calls.pop(reference)
-            call.worker.num_calls -= 1
-        try:
-            answer = ray.get(reference, timeout=self._cluster.late_seconds)
-        except RayTaskError as error:
-            cause = error.cause
-            if call.kind == "isolate" and isinstance(cause, StageError):
+    def _receive_one(self) -> None:
+        """Wait for a call or probe to end, for a short time, and take its result."""
+        with self._changed:
+            references = [*self._calls, *self._probes]
+            if not references:
+                self._changed.wait(timeout=_POLL_SECONDS)
+                return
+        for reference in ray.wait(references, num_returns=1, timeout=_POLL_SECONDS)[0]:
+            if reference in self._probes:
                 with self._changed:
-                    self._pass_over(call, cause)
-                return
-            if not isinstance(cause, ObjectLostError):
-                raise (cause if isinstance(cause, HvpRayError) else error) from None
-            with self._changed:
-                self._lose(call, cause)  # what a finisher was to render went with the node that held it
-            return
-        except _REPEATABLE as error:
-            with self._changed:
-                self._lose(call, error)
-            return
-        if call.kind == "isolate":
-            with self._changed:
-                self._quarantine(call.step, answer)
-            return
-        with self._changed:
-            if call.step < self._next_to_hand_over or call.step in self._arrived:
-                return  # a late twin of a batch that is here already
-            if call.kind == "decode":
-                assert call.decoded is not None
-                if not self._is_being_finished(call.step):
-                    self._unfinished[call.step] = call.decoded
-                    self._assign()
-                return
-            self._arrived[call.step] = answer
-            asked_at = call.asked_at if call.decoded is None else call.decoded.asked_at
-            self.stats.record_arrival(answer, time.perf_counter() - asked_at)
-            self._changed.notify_all()
+                    self._end_probe(reference)
+                continue
+            try:
+                batch = ray.get(reference, timeout=self._cluster.late_seconds)
+            except (*_RETRIED, RayTaskError) as error:
+                with self._changed:
+                    self._fail(self._end_call(reference), error)
+            else:
+                with self._changed:
+                    self._arrive(self._end_call(reference), batch)
 
-    def _is_being_finished(self, step: int) -> bool:
-        """Tell whether a finisher works on a step and is not late with it."""
-        typical, now = self.stats.typical_seconds(), time.perf_counter()
-        since = [call.asked_at for call in self._calls.values() if call.step == step and call.kind == "finish"]
-        return bool(since) and (typical is None or now - max(since) <= self._late_limit(typical))
+    # Everything below holds the lock.
 
-    def _lose(self, call: _Call, error: BaseException) -> None:
-        """Put a step back that a worker could not answer."""
-        worker = call.worker
-        if isinstance(error, RayActorError):
-            self.stats.num_worker_deaths += 1
-            decoded_nothing = call.kind == "finish" or error.actor_init_failed  # so no image has killed it
-            self._deaths[call.step] += not decoded_nothing
-            if worker.is_up:
-                logger.warning("%s is gone (%s); its batches go to others", worker.name, _line(error))
-            worker.is_up = False
-            worker.probe_after = time.perf_counter() + _PROBE_SECONDS
-        under_way = any(other.step == call.step for other in self._calls.values())
-        here = call.step < self._next_to_hand_over or call.step in self._arrived
-        if under_way or here or call.step in self._unfinished:
-            return
-        self.stats.num_retries += 1
-        if call.kind == "finish" and isinstance(error, RayActorError):
-            assert call.decoded is not None
-            self._unfinished[call.step] = call.decoded
+    def _batch_to_copy(self) -> ViewBatch | None:
+        pending = self._pending.get(self._next_to_copy)
+        return pending.batch if pending is not None and len(self._ready) < BATCHES_ON_DEVICE - 1 else None
+
+    def _request_ahead(self) -> None:
+        while self._next_to_request < min(self._end_step, self._next_to_take + self._max_in_flight):
+            self._pending[self._next_to_request] = _Pending(self._request_of(self._next_to_request))
+            self._next_to_request += 1
+        self._submit_waiting()
+
+    def _submit_waiting(self) -> None:
+        """Submit the requests that no actor serves, in step order, as far as actors are up."""
+        served = {call.request.step for call in self._calls.values()}
+        for step, pending in self._pending.items():
+            if pending.batch is None and step not in served:
+                self._submit(pending)
+
+    def _submit(self, pending: _Pending, *, late: Collection[Member] = ()) -> bool:
+        """Submit a request to the least busy actors, avoiding those that are late with it.
+
+        Returns:
+            False if no actor is up that can do it and is not late.
+        """
+        excluded = self._cannot_search if pending.needs_search else []
+        members = [
+            team.least_busy(other_than=[*excluded, *late]) or team.least_busy(other_than=excluded)
+            for team in self._teams
+        ]
+        chain = [member for member in members if member is not None]
+        if len(chain) < len(self._teams) or all(member in late for member in chain):
+            return False
+        request = replace(pending.request, quarantined_ids=self._quarantined_ids, search_crashing=pending.needs_search)
+        worker, *finishers = chain
+        if finishers:
+            reference = finishers[0].handle.finish.remote(worker.handle.decode.remote(request))
         else:
-            self._unassigned.appendleft(call.step)
-            self._unassigned = deque(sorted(self._unassigned))
+            reference = worker.handle.render.remote(request)
+        self._calls[reference] = _Call(request, tuple(chain), time.perf_counter())
+        for member in chain:
+            member.num_calls += 1
+        self.stats.num_retries += pending.num_submissions > 0
+        pending.num_submissions += 1
+        self._changed.notify_all()  # the watching thread may be idle
+        return True
 
-    def _quarantine(self, step: int, crashing_ids: list[int]) -> None:
-        if step not in self._requests or step in self._arrived:
-            return  # another worker has rendered it in the meantime
-        self.stats.num_isolations += 1
-        self._deaths[step] = 0
-        if crashing_ids:
-            logger.error("step %d: images %s crash the decoder and are quarantined", step, crashing_ids)
-        self._quarantined_ids = tuple(sorted({*self._quarantined_ids, *crashing_ids}))
-        for asked, request in self._requests.items():
-            self._requests[asked] = replace(request, quarantined_ids=self._quarantined_ids)
-        self._unassigned.appendleft(step)
+    def _end_call(self, reference: Any) -> _Call:
+        call = self._calls.pop(reference)
+        for member in call.members:
+            member.num_calls -= 1
+        return call
 
-    def _pass_over(self, call: _Call, error: StageError) -> None:
-        """Look for crashing images at another worker: this one's machine is at fault.
+    def _arrive(self, call: _Call, batch: ViewBatch) -> None:
+        pending = self._pending.get(call.request.step)
+        if pending is None or pending.batch is not None:
+            return  # another call was faster
+        pending.batch = batch
+        self.stats.record_arrival(batch, time.perf_counter() - call.submitted_at)
+        self.stats.num_isolations += call.request.search_crashing
+        if batch.crashing_ids:
+            logger.error(
+                "step %d: images %s crash the decoder and are quarantined", batch.step, list(batch.crashing_ids)
+            )
+            self._quarantined_ids = tuple(sorted({*self._quarantined_ids, *batch.crashing_ids}))
+        self._changed.notify_all()
+
+    def _fail(self, call: _Call, error: Exception) -> None:
+        """Note who failed. `_submit_waiting` submits the request again.
 
         Raises:
-            StageError: no worker can do it.
+            HvpRayError: a retry does not help.
         """
-        self._cannot_isolate.append(call.worker)
-        if all(worker in self._cannot_isolate for worker in self._workers.members):
-            raise error
-        logger.warning("%s cannot look for crashing images, another one does: %s", call.worker.name, error)
-        self._lose(call, error)
+        # Ray raises the error of the last actor of a chain as it is, and wraps that of an earlier one.
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        worker, last = call.members[0], call.members[-1]
+        if isinstance(cause, RayActorError):
+            member = last if cause is error else worker
+            self.stats.num_worker_deaths += 1
+            pending = self._pending.get(call.request.step)
+            if pending is not None and member is worker and not cause.actor_init_failed:
+                pending.num_deaths += 1  # an image may have caused it
+            if member.is_up:
+                logger.warning("%s died (%s); its requests are reassigned", member.name, _line(cause))
+            member.is_up = False
+            member.probe_after = time.perf_counter() + _PROBE_SECONDS
+        elif isinstance(cause, StageError) and call.request.search_crashing:
+            self._cannot_search.append(worker)
+            if all(member in self._cannot_search for member in self._teams[0].members):
+                raise cause
+            logger.warning("%s cannot search for crashing images, another worker does: %s", worker.name, cause)
+        elif not isinstance(cause, _RETRIED):
+            raise (cause if isinstance(cause, HvpRayError) else error) from None
 
-    def _probe_workers(self) -> None:
-        """Ask dead workers whether they are back; Ray starts them again."""
+    def _probe_down(self) -> None:
+        """Call members that are down; Ray restarts them."""
         now = time.perf_counter()
-        for worker in self._workers.members + self._finishers.members:
-            if not worker.is_up and worker.lost is None and worker.probe is None and now >= worker.probe_after:
-                worker.probe = worker.handle.process_id.remote()
+        probed = list(self._probes.values())
+        for member in (member for team in self._teams for member in team.members):
+            if not member.is_up and member.lost is None and member not in probed and now >= member.probe_after:
+                self._probes[member.handle.process_id.remote()] = member
 
-    def _hear_probe(self, worker: Member, reference: Any) -> None:
+    def _end_probe(self, reference: Any) -> None:
+        member = self._probes.pop(reference)
         try:
             ray.get(reference, timeout=1.0)
-            is_up = True
-            failure = None
-        except (*_REPEATABLE, RayTaskError) as error:
-            is_up, failure = False, error
-        with self._changed:
-            worker.probe = None
-            worker.is_up = is_up
-            worker.probe_after = time.perf_counter() + _PROBE_SECONDS
-            if is_up:
-                logger.warning("%s is back", worker.name)
-            if isinstance(failure, RayActorError) and failure.actor_init_failed:
-                self._give_up(worker, failure)
+        except (*_RETRIED, RayTaskError) as error:
+            member.probe_after = time.perf_counter() + _PROBE_SECONDS
+            if isinstance(error, RayActorError) and error.actor_init_failed:
+                self._give_up(member, error)
+            return
+        member.is_up = True
+        logger.warning("%s has recovered", member.name)
 
-    def _give_up(self, worker: Member, error: RayActorError) -> None:
-        """Note that the constructor of an actor raised, after which Ray does not start it again.
+    def _give_up(self, member: Member, error: RayActorError) -> None:
+        """Note that the constructor of an actor raised, after which Ray does not restart it.
 
         Raises:
             StageError: it was the last one.
         """
-        worker.lost = _line(error)
-        logger.warning("%s is lost for the run: %s", worker.name, worker.lost)
-        team = self._workers if worker in self._workers.members else self._finishers
-        if all(member.lost is not None for member in team.members):
-            raise StageError(f"no {team.title} is left: {worker.lost}")
+        member.lost = _line(error)
+        logger.warning("%s is lost for the run: %s", member.name, member.lost)
+        for team in self._teams:
+            if all(other.lost is not None for other in team.members):
+                raise StageError(f"no {team.title} is left: {member.lost}")
 
-    def _repeat_late(self) -> None:
+    def _retry_late(self) -> None:
+        """Submit a request again if its newest call takes much longer than usual."""
         typical = self.stats.typical_seconds()
         if typical is None:
             return
-        limit, now = self._late_limit(typical), time.perf_counter()
+        limit = max(self._cluster.late_seconds, self._cluster.late_factor * typical)
         calls_of_step: dict[int, list[_Call]] = {}
         for call in self._calls.values():
-            if call.step >= self._next_to_hand_over and call.step not in self._arrived:
-                calls_of_step.setdefault(call.step, []).append(call)
+            calls_of_step.setdefault(call.request.step, []).append(call)
         for step, calls in calls_of_step.items():
-            newest = max(calls, key=lambda call: call.asked_at)
-            seconds = now - newest.asked_at
-            if seconds <= limit:
+            pending = self._pending.get(step)
+            seconds = time.perf_counter() - max(call.submitted_at for call in calls)
+            if pending is None or pending.batch is not None or seconds <= limit:
                 continue
-            burdened = [call.worker for call in calls]
-            finisher = None
-            if newest.kind == "finish" and newest.decoded is not None:
-                burdened.append(newest.decoded.worker)
-                finisher = self._finishers.least_busy(other_than=burdened)
-            # Where all finishers wait for these pixels, the way to them is slow: another worker decodes them again.
-            other = finisher or self._workers.least_busy(other_than=burdened)
-            if other is None:
-                continue
-            logger.warning("step %d is late (%.1f s); asked again", step, seconds)
-            self.stats.num_retries += 1
-            if finisher is not None and newest.decoded is not None:
-                self._finish(step, newest.decoded, finisher)
-            else:
-                self._ask(step, other)
-
-    def _late_limit(self, typical_seconds: float) -> float:
-        return max(self._cluster.late_seconds, self._cluster.late_factor * typical_seconds)
+            if self._submit(pending, late=[member for call in calls for member in call.members]):
+                logger.warning("step %d is late (%.1f s) and was submitted again", step, seconds)
 
     def _describe_stall(self) -> str:
-        up = ", ".join(team.describe() for team in (self._workers, self._finishers) if team.members)
         return (
             f"no batch for step {self._next_to_take} within cluster.stall_seconds={self._cluster.stall_seconds:.0f}: "
-            f"{up}, {len(self._calls)} calls under way, "
-            f"{self.stats.num_retries} repeated, {self.stats.num_worker_deaths} calls lost to deaths; "
-            f"see the workers' logs (`ray logs`), then start the run again with its name to go on"
+            f"{', '.join(team.describe() for team in self._teams)}, {len(self._calls)} calls in flight, "
+            f"{self.stats.num_retries} retries, {self.stats.num_worker_deaths} calls lost to deaths; "
+            f"see the workers' logs (`ray logs`), then start the run again with its name"
         )
 
 
-def _line(error: BaseException) -> str:
-    if isinstance(error, RayActorError) and error.actor_init_failed:
+def _line(error: RayActorError) -> str:
+    if error.actor_init_failed:
         return f"it could not start: {str(error).strip().splitlines()[-1]}"
     return type(error).__name__

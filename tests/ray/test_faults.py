@@ -111,7 +111,7 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
     assert summary["num_worker_restarts"] == 4
     assert summary["num_batches_repeated"] >= 3  # rendering, stored, late
     assert any("is late" in message for message in messages)
-    assert any("is gone" in message for message in messages)
+    assert any("died" in message for message in messages)
     assert summary["spilled_bytes"] >= 50 * MIB
     assert summary["num_quarantined_images"] == 0
 

@@ -9,7 +9,7 @@ import pytest
 from hvp_ray.config import BackboneConfig, DataConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation import feature_pool
-from hvp_ray.evaluation.feature_pool import FeatureRequest, pool_features
+from hvp_ray.evaluation.feature_pool import FeatureRequest, Workers, pool_features
 from hvp_ray.methods.backbones import build_backbone, export_backbone
 from tests.helpers import views_config
 
@@ -34,11 +34,11 @@ def test_tasks_give_the_features_of_this_process(
         expected = pool_features(asked)
     request.getfixturevalue("ray_session")
     seen: list[int] = []
-    found = pool_features(asked, num_workers=2, report_progress=lambda done, total: seen.append(done))
+    found = pool_features(asked, Workers(num_workers=2), report_progress=lambda done, total: seen.append(done))
     assert np.array_equal(found.sample_ids, expected.sample_ids)
     assert np.allclose(found.features, expected.features, atol=1e-5)
     assert len(seen) == 4
     assert seen == sorted(seen)
     assert seen[-1] == 50
     with pytest.raises(ConfigError, match="last_blocks=2"):
-        pool_features(dataclasses.replace(asked, last_blocks=2), num_workers=2)
+        pool_features(dataclasses.replace(asked, last_blocks=2), Workers(num_workers=2))

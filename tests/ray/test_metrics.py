@@ -97,12 +97,12 @@ def test_metrics_port_and_logs_tell_what_the_summary_and_the_journal_tell(tmp_pa
     matches = [LINE.fullmatch(line) for line in lines]
     assert all(matches), lines
     assert {match[3] for match in matches if match} == {"rank=0", "worker=view-worker-0", "worker=view-worker-1"}
-    gone = [line for line in lines if "is gone" in line]
+    gone = [line for line in lines if "died" in line]
     assert gone
-    warning = r"WARNING run=watched rank=0 step=\d+ hvp_ray.stream.view_stream: view worker \d is gone"
+    warning = r"WARNING run=watched rank=0 step=\d+ hvp_ray.stream.view_stream: view worker \d died"
     assert all(re.search(warning, line) for line in gone)
     short = [f"warning: {line.split(': ', 1)[1]}" for line in gone]
-    assert [message for message in messages if "is gone" in message] == short
+    assert [message for message in messages if "died" in message] == short
 
 
 def test_view_worker_publishes_what_it_rendered() -> None:

@@ -1,4 +1,4 @@
-"""The stream against real actors: order, bounds, retries, isolation, waiting, spilling."""
+"""Test the stream with real actors: order, bounds, retries, quarantine, waiting, spilling."""
 
 import dataclasses
 import os
@@ -23,10 +23,9 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.pool import start_pool
-from hvp_ray.stream.render_batch import render_batch
-from hvp_ray.stream.view_finisher import ViewFinisher, start_finishers
+from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.stream.view_stream import ViewStream
-from hvp_ray.stream.view_worker import ViewWorker, open_render_context
+from hvp_ray.stream.view_worker import ViewFinisher, ViewWorker, start_finishers
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import processes_titled
 from tests.ray.view_worker_processes import wait_until
@@ -62,8 +61,7 @@ def _stream(
     return ViewStream(
         workers,
         request_of or _requests(),
-        first_step=0,
-        end_step=end_step,
+        range(end_step),
         cluster=settings,
         hand_over=hand_over or CopyToDevice(CPU),
         finishers=finishers,
@@ -210,10 +208,14 @@ def test_late_workers_are_overtaken_by_another() -> None:
     _kill([fast, *slow])
 
 
-def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_is() -> None:
+@pytest.mark.parametrize("num_finishers", [0, 1])
+def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_is(num_finishers: int) -> None:
+    """With a finisher the error that the trainer sees is the finisher's; still the worker is down, and not the finisher."""
     poison_id = int(_requests()(1).sample_ids[5])
-    workers = _start(PoisonedWorker, 2, poison_id)
-    stream = _stream(workers, end_step=4)
+    workers, finishers = _start(PoisonedWorker, 2, poison_id), _start(ViewFinisher, num_finishers)
+    ray.get([actor.process_id.remote() for actor in (*workers, *finishers)])
+    pids = [ray.get(finisher.process_id.remote()) for finisher in finishers]
+    stream = _stream(workers, end_step=4, finishers=finishers)
     batches = [stream.next_batch() for _ in range(4)]
     assert stream.stats.num_isolations >= 1
     assert stream.stats.num_worker_deaths >= 3
@@ -225,8 +227,9 @@ def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_i
         healthy = np.flatnonzero(same)
         assert np.array_equal(batch.global_views.pixels[:, healthy], expected.global_views.pixels[:, healthy])
     assert [r.unreadable_id for r in batches[1].replacements] == [poison_id]
+    assert [ray.get(finisher.process_id.remote()) for finisher in finishers] == pids
     stream.close()
-    _kill(workers)
+    _kill([*workers, *finishers])
 
 
 def test_random_kills_of_workers_quarantine_nobody() -> None:
@@ -249,7 +252,7 @@ def test_stall_is_an_error_with_the_numbers() -> None:
     workers = _start(SlowWorker, 1, 30.0)
     ray.get(workers[0].process_id.remote())
     stream = _stream(workers, end_step=2, stall_seconds=1.5)
-    with pytest.raises(StageError, match=r"step 0.*stall_seconds.*1 of 1 view workers are up, 2 calls under way"):
+    with pytest.raises(StageError, match=r"step 0.*stall_seconds.*1 of 1 view workers are up, 2 calls in flight"):
         stream.next_batch()
     stream.close()
     _kill(workers)

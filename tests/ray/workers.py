@@ -1,5 +1,6 @@
 """View workers with faults. A file of its own, and light, because each actor's process imports it."""
 
+import dataclasses
 import os
 import signal
 import time
@@ -7,8 +8,7 @@ from typing import Any
 
 from hvp_ray.errors import StageError
 from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
-from hvp_ray.stream.view_finisher import ViewFinisher
-from hvp_ray.stream.view_worker import ViewWorker
+from hvp_ray.stream.view_worker import ViewFinisher, ViewWorker
 
 
 class SlowWorker(ViewWorker):
@@ -32,28 +32,38 @@ class SlowFinisher(ViewFinisher):
         super().__init__(values, name)
         self._seconds = seconds
 
-    def finish(self, draft: BatchDraft, decoded: DecodedImages) -> ViewBatch:
+    def finish(self, decoded: tuple[BatchDraft, DecodedImages]) -> ViewBatch:
         time.sleep(self._seconds)
-        return super().finish(draft, decoded)
+        return super().finish(decoded)
 
 
 class PoisonedWorker(ViewWorker):
-    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images.
+    """A view worker that one image kills, as a bug in a decoder would; and reports it when it searches for such images.
 
-    The first one's machine cannot start the process that looks.
+    The first one's machine cannot start the process that searches.
     """
 
     def __init__(self, values: dict[str, Any], name: str, poison_id: int) -> None:
         super().__init__(values, "cpu", name)
         self._poison_id = poison_id
-        self._cannot_look = name == "worker-0"
+        self._cannot_search = name == "worker-0"
 
     def render(self, request: BatchRequest) -> ViewBatch:
-        if self._poison_id in request.sample_ids.tolist() and self._poison_id not in request.quarantined_ids:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().render(request)
+        batch = super().render(self._survive(request))
+        return dataclasses.replace(batch, crashing_ids=self._found(request))
 
-    def find_crashing_ids(self, request: BatchRequest) -> list[int]:
-        if self._cannot_look:
+    def decode(self, request: BatchRequest) -> tuple[BatchDraft, DecodedImages]:
+        draft, decoded = super().decode(self._survive(request))
+        return dataclasses.replace(draft, crashing_ids=self._found(request)), decoded
+
+    def _found(self, request: BatchRequest) -> tuple[int, ...]:
+        return (self._poison_id,) if request.search_crashing else ()
+
+    def _survive(self, request: BatchRequest) -> BatchRequest:
+        """Die of the image, or search for it."""
+        if request.search_crashing and self._cannot_search:
             raise StageError("no memory for another process")
-        return [i for i in request.sample_ids.tolist() if i == self._poison_id]
+        quarantined_ids = (*request.quarantined_ids, *self._found(request))
+        if self._poison_id in request.sample_ids.tolist() and self._poison_id not in quarantined_ids:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return dataclasses.replace(request, quarantined_ids=quarantined_ids, search_crashing=False)

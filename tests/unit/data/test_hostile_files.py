@@ -25,7 +25,7 @@ from hvp_ray.data.folder import FolderSource
 from hvp_ray.data.parquet_limits import read_small_table
 from hvp_ray.data.source import open_source
 from hvp_ray.errors import DataError, UnreadableImageError
-from hvp_ray.stream.render_batch import read_images
+from hvp_ray.stream.reading import read_images
 from tests.helpers import encode, photograph_like
 from tests.unit.data import bombs
 

@@ -21,7 +21,7 @@ from hvp_ray.data.packing import verify_shards
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.remote_files import join_uri
-from hvp_ray.stream.render_batch import read_images
+from hvp_ray.stream.reading import read_images
 from tests.s3_server import s3_server
 from tests.unit.data.hub import Hub
 from tests.unit.data.made import (

@@ -19,7 +19,8 @@ from hvp_ray.data.shards import ShardSource
 from hvp_ray.data.source import UNLABELLED
 from hvp_ray.errors import DataError, LabelError
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.stream.render_batch import RenderContext, read_images, render_batch
+from hvp_ray.stream.reading import read_images
+from hvp_ray.stream.render_batch import RenderContext, render_batch
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import views_config
 from tests.unit.data.made import (

@@ -1,4 +1,4 @@
-"""What evaluate.py knows of the images that a run was trained on. `tests/end_to_end/test_evaluate.py` runs it."""
+"""evaluate.py recognises the images that a run was trained on. `tests/end_to_end/test_evaluate.py` runs it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the evaluation after training allocates: no copy of all images as floats, no second copy of their bytes."""
+"""The evaluation after training copies neither all images to floats nor their bytes a second time."""
 
 import dataclasses
 import tracemalloc
@@ -66,11 +66,12 @@ def test_similarities_of_a_large_bank_come_in_small_parts() -> None:
 
 def test_crops_are_held_once() -> None:
     views = ViewsConfig(global_views=ViewGroupConfig(size_px=128), evaluation_resize_px=128)
-    source = open_source("digits", DataConfig(source="digits"))
+    data = DataConfig(source="digits")
+    source = open_source("digits", data)
     ids = np.arange(200, dtype=np.int64)
-    load_evaluation_pixels(source, ids[:1], views, max_image_pixels=10**6)
+    load_evaluation_pixels(source, ids[:1], views, data)
     tracemalloc.start()
-    pixels, _ = load_evaluation_pixels(source, ids, views, max_image_pixels=10**6)
+    pixels, _ = load_evaluation_pixels(source, ids, views, data)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1.2 * pixels.nbytes

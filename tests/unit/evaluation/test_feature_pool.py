@@ -1,4 +1,4 @@
-"""Features in this process: order, cache, errors. `tests/ray/test_feature_pool.py` has the same under Ray."""
+"""Test order, cache and errors of features in this process. `tests/ray/test_feature_pool.py` tests them under Ray."""
 
 import dataclasses
 import json
@@ -15,7 +15,14 @@ from hvp_ray.config import BackboneConfig, DataConfig
 from hvp_ray.data.source import open_source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.evaluation import feature_pool
-from hvp_ray.evaluation.feature_pool import FeatureCache, FeatureRequest, feature_key, pool_features, start_workers
+from hvp_ray.evaluation.feature_pool import (
+    FeatureCache,
+    FeatureRequest,
+    Workers,
+    feature_key,
+    pool_features,
+    start_workers,
+)
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import export_backbone, load_exported_backbone
 from tests.helpers import ProgramInAPickle, encode, photograph_like, views_config
@@ -40,7 +47,7 @@ def request_of_digits(tmp_path: Path) -> FeatureRequest:
 
 
 def _count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Let every chunk that is really extracted be written down."""
+    """Record the size of every chunk that is extracted rather than cached."""
     extract, seen = feature_pool._extract_chunk, []
 
     def counting(weights: np.ndarray, request: FeatureRequest, sample_ids: np.ndarray, device: str) -> object:
@@ -60,7 +67,7 @@ def test_features_are_those_of_the_images_in_the_order_asked_for(
     assert seen == [(14, 40), (27, 40), (40, 40)]
     assert found.sample_ids.tolist() == list(range(40, 0, -1))
     source = open_source("digits", request_of_digits.data)
-    pixels, _ = load_evaluation_pixels(source, found.sample_ids, request_of_digits.views, max_image_pixels=10**6)
+    pixels, _ = load_evaluation_pixels(source, found.sample_ids, request_of_digits.views, request_of_digits.data)
     backbone = load_exported_backbone(request_of_digits.backbone_path)
     expected = extract_features(backbone, pixels, request_of_digits.views, device=torch.device("cpu"))
     assert np.allclose(found.features, expected.numpy(), atol=1e-5)
@@ -182,10 +189,10 @@ def test_errors_say_what_is_wrong(request_of_digits: FeatureRequest, tmp_path: P
     with pytest.raises(ConfigError, match="last_blocks=2"):
         pool_features(dataclasses.replace(request_of_digits, last_blocks=2))
     (tmp_path / "file").write_text(json.dumps({}))
-    with pytest.raises(ConfigError, match="cannot be kept"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         pool_features(request_of_digits, cache=FeatureCache(tmp_path / "file"))
     with pytest.raises(ConfigError, match="num_workers=0"):
-        pool_features(request_of_digits, num_workers=0)
+        pool_features(request_of_digits, Workers(num_workers=0))
 
 
 def test_one_worker_needs_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:

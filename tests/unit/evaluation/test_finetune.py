@@ -1,4 +1,4 @@
-"""Fine-tuning on coloured squares; crops against torchvision."""
+"""Fine-tuning learns coloured squares; crops are torchvision's."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import torchvision.transforms.v2.functional as T
 
 from hvp_ray.config import BackboneConfig
 from hvp_ray.errors import ConfigError, ShapeError
-from hvp_ray.evaluation.finetune import FineTuneResult, crop_and_flip, fine_tune
+from hvp_ray.evaluation.finetune import FineTuneResult, FineTuneSettings, LabelledPixels, crop_and_flip, fine_tune
 from hvp_ray.methods.backbones import build_backbone
 from tests.helpers import NEUTRAL, views_config
 
@@ -30,9 +30,9 @@ def _backbone() -> torch.nn.Module:
 
 def _tune(backbone: torch.nn.Module, **options: object) -> FineTuneResult:
     generator = np.random.default_rng(0)
-    train, test = _squares(generator, 96), _squares(generator, 60)
+    train, test = LabelledPixels(*_squares(generator, 96)), LabelledPixels(*_squares(generator, 60))
     settings = {"epochs": 12, "images_per_step": 32, "learning_rate_per_256": 0.05} | options
-    return fine_tune(backbone, *train, *test, VIEWS, device=CPU, **settings)  # type: ignore[arg-type]
+    return fine_tune(backbone, train, test, VIEWS, FineTuneSettings(**settings), CPU)  # type: ignore[arg-type]
 
 
 def test_fine_tuning_learns_and_leaves_the_encoder_and_the_generator_alone() -> None:
@@ -66,7 +66,7 @@ def test_crop_of_everything_changes_nothing_and_flip_is_a_flip() -> None:
 
 
 def test_crop_is_that_of_torchvision() -> None:
-    """A quarter of a 16 px image is a box of 8 px; it lies where the uniform numbers say."""
+    """A quarter of a 16 px image is a box of 8 px; the uniform numbers give its position."""
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     image = torch.stack([x, y, x * y / 16])[None]
     quarter = dataclasses.replace(NEUTRAL, crop_scale=(0.25, 0.25), crop_ratio=(1.0, 1.0))
@@ -86,9 +86,10 @@ def test_crop_is_that_of_torchvision() -> None:
 
 def test_wrong_input_is_refused() -> None:
     backbone, (pixels, labels) = _backbone(), _squares(np.random.default_rng(0), 6)
+    images, settings = LabelledPixels(pixels, labels), FineTuneSettings()
     with pytest.raises(ShapeError, match="expected two training images"):
-        fine_tune(backbone, pixels[:1], labels[:1], pixels, labels, VIEWS, device=CPU)
+        fine_tune(backbone, LabelledPixels(pixels[:1], labels[:1]), images, VIEWS, settings, CPU)
     with pytest.raises(ShapeError, match="unlabelled"):
-        fine_tune(backbone, pixels, labels - 1, pixels, labels, VIEWS, device=CPU)
+        fine_tune(backbone, LabelledPixels(pixels, labels - 1), images, VIEWS, settings, CPU)
     with pytest.raises(ConfigError, match="epochs=0"):
-        fine_tune(backbone, pixels, labels, pixels, labels, VIEWS, device=CPU, epochs=0)
+        FineTuneSettings(epochs=0)

@@ -1,4 +1,4 @@
-"""Intervals against theory: the binomial distribution, and scipy's paired t."""
+"""Intervals agree with theory: the binomial distribution, the paired t-test, and a case by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""k-NN against a loop, and the features' preprocessing against torchvision."""
+"""k-NN equals a loop, and the preprocessing of features is torchvision's."""
 
 import math
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_few_shots_are_fixed_draws_of_as_many_images_per_class(generator: np.ran
 def test_evaluation_pixels_are_resize_and_centre_crop_of_torchvision(
     generator: np.random.Generator, tmp_path: Path, interpolation: Literal["bilinear", "bicubic"]
 ) -> None:
-    """Sizes whose longer side ends in a fraction of a pixel, and crops whose margin is odd."""
+    """Covers sizes whose longer side ends in a fraction of a pixel, and crops with an odd margin."""
     sizes = [(50, 50), (41, 50), (50, 43), (47, 90), (31, 33), (100, 37), (64, 48), (75, 100), (20, 20), (21, 29)]
     (tmp_path / "class").mkdir()
     for number, (height, width) in enumerate(sizes):
@@ -66,8 +66,9 @@ def test_evaluation_pixels_are_resize_and_centre_crop_of_torchvision(
         (tmp_path / "class" / f"{number:02d}.png").write_bytes(image)
     group = ViewGroupConfig(size_px=17)
     views = ViewsConfig(global_views=group, evaluation_resize_px=20, evaluation_interpolation=interpolation)
-    source = open_source(str(tmp_path), DataConfig(source=str(tmp_path)))
-    pixels, kept = load_evaluation_pixels(source, np.arange(len(sizes)), views, max_image_pixels=10**6)
+    data = DataConfig(source=str(tmp_path))
+    source = open_source(str(tmp_path), data)
+    pixels, kept = load_evaluation_pixels(source, np.arange(len(sizes)), views, data)
     assert kept.tolist() == list(range(len(sizes)))
     for row, sample_id in enumerate(kept.tolist()):
         image = torch.from_numpy(decode_rgb(source.read([sample_id])[0], max_pixels=10**6)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""The k-NN at the end of a run judges test images by the names of their classes."""
+"""The k-NN of a run matches training and test images by the names of their classes."""
 
 import json
 from pathlib import Path

@@ -12,8 +12,9 @@ from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_di
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.stream.quarantine import find_crashing_ids
-from hvp_ray.stream.render_batch import decode_batch, finish_batch, open_render_context, read_sample, render_batch
+from hvp_ray.stream.render_batch import find_crashing_ids
+from hvp_ray.stream.reading import read_sample
+from hvp_ray.stream.render_batch import decode_batch, finish_batch, open_render_context, render_batch
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -156,7 +157,7 @@ def _batches(config: RunConfig) -> dict[str, ViewBatch]:
     contexts = {name: open_render_context(config_to_dict(config), name) for name in ("cpu", "dali-cpu")}
     finisher = CpuRenderer(config.views, max_image_pixels=config.data.max_image_pixels)
     found = {name: render_batch(context, request) for name, context in contexts.items()}
-    assert find_crashing_ids(contexts["cpu"], request) == []
+    assert find_crashing_ids(contexts["cpu"], request) == ()
     return found | {"in two halves": finish_batch(finisher, *decode_batch(contexts["cpu"], request))}
 
 

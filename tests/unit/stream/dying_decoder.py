@@ -1,13 +1,36 @@
-"""A decoder with a bug. A file of its own, and light, because each child process of `isolation` imports it."""
+"""Decoders with a bug. A file of its own, and light, because each child process of `quarantine` imports it."""
 
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 from hvp_ray.data.decode import decode_rgb
 
 
-def decode_or_die(image: bytes, *, max_pixels: int) -> None:
+def decode_or_die(image: bytes, **options: Any) -> None:
     """Decode as the real one does; an image that ends in this word kills the process."""
     if image.endswith(b"crash"):
         os.kill(os.getpid(), signal.SIGKILL)
-    decode_rgb(image, max_pixels=max_pixels)
+    decode_rgb(image, **options)
+
+
+def decode_by_word(image: bytes, **_options: object) -> None:
+    """A decoder with a bug: some bytes kill the process, some only raise."""
+    kind, _, counter = image.partition(b":")
+    if kind.startswith(b"crash"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == b"exit":
+        os._exit(1)  # as libjpeg does by default
+    if kind == b"ended":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if kind == b"raise":
+        raise ValueError("ordinary damage")
+    if kind == b"chatter":
+        os.write(1, b"a library's message")
+    if kind == b"hang":
+        signal.pause()
+    if kind == b"twice" and len(Path(os.fsdecode(counter)).read_bytes()) < 2:
+        with open(counter, "ab") as file:
+            file.write(b".")
+        os.kill(os.getpid(), signal.SIGKILL)

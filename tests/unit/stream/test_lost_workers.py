@@ -1,4 +1,4 @@
-"""View workers that Ray does not start again, because their constructor raised: the trainer says why, and does not wait."""
+"""If a worker's constructor raises, Ray does not restart it: the trainer reports the reason and does not wait."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ def _end(_status: int) -> None:
 def test_worker_that_starts_again_gives_up_on_changed_data_only(
     source: str, fingerprint: str | None, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Storage that is away may come back, so the process ends, and Ray tries again."""
+    """Unreachable storage may recover, so the process ends and Ray restarts it."""
     again = SimpleNamespace(was_current_actor_reconstructed=True)
     monkeypatch.setattr(view_worker.ray, "get_runtime_context", lambda: again)
     monkeypatch.setattr(view_worker, "MetricsPublisher", lambda *_: SimpleNamespace(watch=lambda _: None))
@@ -51,7 +51,7 @@ def test_worker_that_starts_again_gives_up_on_changed_data_only(
 
 
 def _worker() -> Any:
-    """An actor that dies with its first batch; then Ray knows it as one whose constructor raised."""
+    """Return an actor that dies with its first batch; its constructor raises when Ray restarts it."""
     cause = RayTaskError("__init__", f"Traceback\n{REASON}", ChangedDataError(REASON), "worker", 1, "127.0.0.1")
     return Mock(
         spec=ActorHandle,
@@ -72,8 +72,7 @@ def test_last_worker_that_cannot_start_again_ends_the_stream_with_its_reason(
     stream = ViewStream(
         [_worker(), _worker()],
         lambda step: BatchRequest(step=step, epoch=0, first_position=0, sample_ids=np.arange(4), num_views=2),
-        first_step=0,
-        end_step=2,
+        range(2),
         cluster=ClusterConfig(batches_in_flight=2),
         hand_over=CopyToDevice(device("cpu")),
     )

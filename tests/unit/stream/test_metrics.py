@@ -1,4 +1,4 @@
-"""The publisher: seldom, complete, harmless; and the names."""
+"""The publisher publishes rarely and completely, and its failures never reach training; names follow Prometheus."""
 
 import math
 import re
@@ -18,9 +18,9 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.metrics import (
     TRAINER_METRICS,
     WORKER_METRICS,
-    Instrument,
     Metric,
     MetricsPublisher,
+    Publish,
     RenderedNumbers,
 )
 from hvp_ray.stream.render_batch import open_render_context, render_batch
@@ -30,25 +30,20 @@ ALL = TRAINER_METRICS | WORKER_METRICS
 
 
 class _Recorded:
-    """Takes the values of all metrics."""
+    """Records the values of all metrics."""
 
     def __init__(self) -> None:
         self.values: dict[str, list[float]] = defaultdict(list)
         self.tags: set[tuple[tuple[str, str], ...]] = set()
 
-    def open(self, name: str, metric: Metric, tags: Mapping[str, str]) -> Instrument:
+    def open(self, name: str, metric: Metric, tags: Mapping[str, str]) -> Publish:
         self.tags.add(tuple(tags.items()))
-        values = self.values[name]
-
-        class _Values:
-            add = set = observe = staticmethod(values.append)
-
-        return _Values()
+        return self.values[name].append
 
 
 def _publisher(recorded: _Recorded, interval_seconds: float) -> MetricsPublisher:
     tags = {"run": "r", "rank": "0"}
-    return MetricsPublisher(ALL, tags, open_instrument=recorded.open, interval_seconds=interval_seconds)
+    return MetricsPublisher(ALL, tags, open_metric=recorded.open, interval_seconds=interval_seconds)
 
 
 def _wait_for(condition: Callable[[], object]) -> None:
@@ -117,18 +112,18 @@ def test_trouble_is_said_once_and_stays_in_the_publisher(trouble: str, caplog: p
             raise RuntimeError("dictionary changed size during iteration")
         return {"hvp_ray_no_such_total" if trouble == "unknown name" else "hvp_ray_steps_total": 1.0}
 
-    def open_instrument(name: str, metric: Metric, tags: Mapping[str, str]) -> Instrument:
+    def open_metric(name: str, metric: Metric, tags: Mapping[str, str]) -> Publish:
         if trouble == "instrument" and name == "hvp_ray_steps_total":
             raise ValueError("no agent")
         return recorded.open(name, metric, tags)
 
-    publisher = MetricsPublisher(ALL, {}, open_instrument=open_instrument, interval_seconds=0.01)
+    publisher = MetricsPublisher(ALL, {}, open_metric=open_metric, interval_seconds=0.01)
     publisher.watch(read)
     publisher.watch(lambda: {"hvp_ray_loss": 1.0})
     _wait_for(lambda: len(recorded.values["hvp_ray_loss"]) >= 3)
     publisher.close()
     assert len(caplog.records) == 1
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
 
 
 def test_close_does_not_wait_for_numbers_that_hang() -> None:

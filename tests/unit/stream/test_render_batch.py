@@ -1,4 +1,4 @@
-"""Replacement of unreadable images: deterministic, complete, never a neighbour's copy; and its journal."""
+"""Replacement of unreadable images is deterministic, complete, journalled, and never copies a neighbour."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -112,7 +112,7 @@ def test_damaged_images_are_replaced_by_others_and_neighbours_do_not_change() ->
     healthy, batch = _render(_images(), ids), _render(_images(damaged=(2, 5)), ids)
     assert [r.index for r in batch.replacements] == [2, 5]
     assert [r.unreadable_id for r in batch.replacements] == [2, 5]
-    assert len(set(batch.sample_ids.tolist())) == 8  # nobody twice
+    assert len(set(batch.sample_ids.tolist())) == 8  # no image twice
     assert not {2, 5} & set(batch.sample_ids.tolist())
     kept = [0, 1, 3, 4, 6, 7]
     assert np.array_equal(batch.global_views.pixels[:, kept], healthy.global_views.pixels[:, kept])
@@ -168,7 +168,7 @@ def _arrays(batch: ViewBatch) -> dict[str, NDArray[np.generic]]:
 def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
     generator: np.random.Generator, recipe: str, damaged: tuple[int, ...]
 ) -> None:
-    """Photographs of all sizes, grey, turned by EXIF; damaged ones, replayed decisions, a quarantined one."""
+    """Covers photographs of all sizes, grey ones, EXIF rotation, damage, replayed decisions and a quarantined image."""
     config = get_recipe(recipe)
     images = []
     for index in range(40):
@@ -223,7 +223,7 @@ def test_batch_of_one_readable_image_is_filled_with_it() -> None:
 
 @pytest.mark.parametrize("num_images", [10, 4_000])
 def test_nothing_readable_is_an_error_with_the_first_image_and_its_reason(num_images: int) -> None:
-    """The end comes after one round of replacements, not after a look at every image."""
+    """It is raised after one round of replacements, without reading every image."""
     context = _context([b"no image"] * num_images)
     with pytest.raises(DataError, match="no readable image was found.*the first, image 3: not an image.*data.source"):
         render_batch(context, _request([3, 4, 5, 6]))

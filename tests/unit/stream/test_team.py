@@ -1,4 +1,4 @@
-"""Whom a trainer asks: the least busy, in turn; and trainers that run in step burden all workers alike."""
+"""A trainer chooses the least busy actor, in turn; trainers that run in step load all workers equally."""
 
 from collections import Counter
 
@@ -7,15 +7,15 @@ import pytest
 from hvp_ray.stream.team import Team
 
 
-def test_least_busy_is_asked_in_turn_and_the_dead_are_not() -> None:
+def test_least_busy_is_chosen_in_turn_and_the_dead_are_not() -> None:
     team = Team("view worker", ["a", "b", "c"])
-    asked = []
+    called = []
     for _ in range(4):
         member = team.least_busy()
         assert member is not None
         member.num_calls += 1
-        asked.append(member.handle)
-    assert asked == ["a", "b", "c", "a"]
+        called.append(member.handle)
+    assert called == ["a", "b", "c", "a"]
     team.members[0].num_calls = 0
     team.members[2].is_up = False
     first = team.least_busy()
@@ -30,14 +30,14 @@ def test_least_busy_is_asked_in_turn_and_the_dead_are_not() -> None:
 
 
 @pytest.mark.parametrize(("num_workers", "num_trainers"), [(256, 64), (12, 4), (3, 3), (7, 1), (4, 8)])
-def test_trainers_that_run_in_step_burden_all_workers_alike(num_workers: int, num_trainers: int) -> None:
-    """Each trainer asks once a step. However long one looks, no worker was asked more than its share and one call."""
+def test_trainers_that_run_in_step_load_all_workers_equally(num_workers: int, num_trainers: int) -> None:
+    """Each trainer makes one call a step. At any time no worker has had more than its share and one call."""
     teams = [Team("view worker", range(num_workers), rank=r, num_ranks=num_trainers) for r in range(num_trainers)]
-    asked: Counter[int] = Counter()
+    called: Counter[int] = Counter()
     for step in range(1, 2 * num_workers):
         for team in teams:
             member = team.least_busy()
             assert member is not None
-            asked[member.handle] += 1
+            called[member.handle] += 1
         share = step * num_trainers / num_workers
-        assert max(asked.values()) <= share + 1.0
+        assert max(called.values()) <= share + 1.0
