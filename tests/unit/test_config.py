@@ -29,18 +29,11 @@ from hvp_ray.config import (
 from hvp_ray.config.checks import describe, hints_of
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.methods.configs import SimSiamConfig
-from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.prepare import mlflow_location
 from pipelines.command_line import parse_run
 from pipelines.evaluate import read_config
 from tests.helpers import tiny_config
-
-
-@pytest.mark.parametrize("name", list(RECIPES))
-def test_recipe_survives_json_and_knows_its_name(name: str) -> None:
-    config = get_recipe(name)
-    assert config.recipe == name
-    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
