@@ -64,7 +64,7 @@ class Limits(Range):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Allowed paths and URIs: not empty, and without credentials (`hvp_ray.credentials`)."""
+    """Allowed paths and URIs: not empty."""
 
     meaning: str = "a path or a URI"
 
@@ -124,21 +124,21 @@ def deferred_checks() -> Iterator[None]:
 
 
 def check(section: Checked, prefix: str) -> None:
-    """Check a section and the sections in it.
+    """Check a section and the sections in it. No text of a config may be a URI with credentials.
 
     Args:
         section: a frozen dataclass.
         prefix: what stands before the names of its fields in messages, for instance `views.`.
 
     Raises:
-        ConfigError: a value does not fit its field.
+        ConfigError: a value does not fit its field, or carries credentials.
     """
     for name, hint in hints_of(type(section)).items():
         value, path = getattr(section, name), f"{prefix}{name}"
         if isinstance(value, Checked) and _fits(hint, value):
             check(value, f"{path}.")
             continue
-        if isinstance(value, str) and any(isinstance(part, Location) for part in _metadata(hint)):
+        if isinstance(value, str):
             refuse_credentials(path, value)
         require(_fits(hint, value), path, value, describe(hint))
     section.check_together(prefix)
@@ -164,7 +164,7 @@ def describe(hint: Any) -> str:
     """Describe what a field of this type allows, for instance `1 or more, or None`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return ", ".join(map(str, hint.__metadata__))
+        return ", ".join(map(str, _rules(hint))) or describe(arguments[0])
     if origin in (Union, UnionType):
         return ", or ".join(map(describe, sorted(arguments, key=lambda member: member is NoneType)))
     if origin is Literal:
@@ -179,7 +179,7 @@ def _fits(hint: Any, value: Any) -> bool:
     """Return whether a value has a type and is in its range. Types that this cannot judge accept any value."""
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if origin is Annotated:
-        return _fits(arguments[0], value) and all(part.allows(value) for part in hint.__metadata__)
+        return _fits(arguments[0], value) and all(rule.allows(value) for rule in _rules(hint))
     if origin in (Union, UnionType):
         return any(_fits(member, value) for member in arguments)
     if origin is Literal:
@@ -192,7 +192,6 @@ def _fits(hint: Any, value: Any) -> bool:
     return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
 
 
-def _metadata(hint: Any) -> tuple[Any, ...]:
-    """Return the ranges of a type, and of the members of a union."""
-    own: tuple[Any, ...] = getattr(hint, "__metadata__", ())
-    return own + tuple(part for member in get_args(hint) for part in _metadata(member))
+def _rules(hint: Any) -> list[Range | Location]:
+    """Return the ranges of an `Annotated` type, without what others read from it (tyro, beartype)."""
+    return [part for part in hint.__metadata__ if isinstance(part, Range | Location)]

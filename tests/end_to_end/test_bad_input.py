@@ -75,7 +75,7 @@ def sources(tmp_path: Path) -> Iterator[Path]:
         (["ibot-digits", "--views.masks.patch_px", "8"], "the encoder's patches have 4 px"),
         (["ibot-digits", "--method.backbone.channels", "1", "2", "3", "4"], "does not fit vit_tiny_patch16_224"),
         (["--training.accumulation_steps", "5"], "training.accumulation_steps=5 is not allowed: a divisor"),
-        (["no.module:recipe"], "cannot be had"),
+        (["no.module:recipe"], "cannot be imported"),
         (["--training.images_per_step", "63", "--cluster.num_trainers", "2"], "a multiple of cluster.num_trainers=2"),
         (["--recipe", "other"], "--recipe is set by the first argument"),
         (["--method.backbone.name", "resnet19"], "not known to timm"),

@@ -63,12 +63,12 @@ def test_page_includes_the_file() -> None:
 
 
 def test_what_is_no_recipe_or_no_method_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="cannot be imported"):
         get_recipe("byol:nothing")
     for name in ("byol:ByolConfig", "byol:Byol", "time:time"):
         with pytest.raises(ConfigError, match="gives a RunConfig"):
             get_recipe(name)
-    with pytest.raises(ConfigError, match="cannot be had"):
+    with pytest.raises(ConfigError, match="cannot be imported"):
         get_recipe(":x")
     nested = config_to_dict(get_recipe("simsiam-digits"))
     nested["method"]["type"] = "os:system"
