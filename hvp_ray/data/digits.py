@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hvp_ray.data.listing import LeftOut
+from hvp_ray.data.source import Source
 
 DIGITS_SIZE_PX = 32
 
 
-class DigitsSource:
-    """See the module; implements `Source`."""
+class DigitsSource(Source):
+    """Serve the digits as PNG files."""
 
     kind = "scikit-learn's digits"
-    """See `Source`."""
-    left_out: tuple[LeftOut, ...] = ()
-    """See `Source`."""
+    num_samples = 1_797
+    num_bytes = 673 * 1_797
+    has_labels = True
 
     def __init__(self) -> None:
         digits = load_digits()
@@ -33,21 +33,6 @@ class DigitsSource:
         self._labels = np.asarray(digits.target, dtype=np.int64)
         self._encoded: dict[int, bytes] = {}
 
-    @property
-    def num_samples(self) -> int:
-        """1,797."""
-        return len(self._images)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the PNG files, about."""
-        return 673 * len(self._images)
-
-    @property
-    def has_labels(self) -> bool:
-        """True."""
-        return True
-
     def load_labels(self) -> NDArray[np.int64]:
         """Return the digits."""
         return self._labels
@@ -55,16 +40,6 @@ class DigitsSource:
     def load_class_names(self) -> tuple[str, ...]:
         """Return "0" to "9"."""
         return tuple("0123456789")
-
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        """None: in memory."""
-        return None
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """False: in memory."""
-        return False
 
     def fingerprint(self) -> str:
         """Digest of the pixels."""

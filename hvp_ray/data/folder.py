@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.data.files import StorageError
 from hvp_ray.data.listing import NO_FILE, Leftovers, walk_files
-from hvp_ray.data.source import UNLABELLED
+from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,13 @@ _PROBES = 32
 """Files that are opened to tell a missing file from missing storage."""
 
 
-class FolderSource:
-    """Images in class folders; the class is the first folder below the root. Implements `Source`.
+class FolderSource(Source):
+    """Images in class folders; the class is the first folder below the root.
 
     Ids follow the relative paths, sorted by their bytes, which are kept as one column. `listing.py` says which files count.
     """
 
     kind = "images in a folder"
-    """See `Source`."""
 
     def __init__(self, root: Path, *, max_image_bytes: int) -> None:
         """Find the images.
@@ -68,7 +67,6 @@ class FolderSource:
         leftovers = Leftovers()
         paths, sizes = _collect(_find_images(str(root), leftovers))
         self.left_out = leftovers.entries()
-        """See `Source`."""
         if leftovers.count(NO_FILE):
             logger.warning(
                 "%d entries of %s are no files (broken links, loops, pipes, devices) and are left out, the first: %s",
@@ -95,25 +93,12 @@ class FolderSource:
                 max_image_bytes // 2**20,
                 self._path(int(large[0])),
             )
-        self._labels, self.class_names = _classes(self._paths)
-        _refuse_splits(root, self._paths, self.class_names)
+        self.num_samples, self.num_bytes = len(self._paths), int(self._sizes.sum())
+        self._labels, self._class_names = _classes(self._paths)
+        self.has_labels = bool(self._class_names)
+        _refuse_splits(root, self._paths, self._class_names)
         del paths, sizes, order
         pa.default_memory_pool().release_unused()  # what sorting took
-
-    @property
-    def num_samples(self) -> int:
-        """Number of image files."""
-        return len(self._paths)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files."""
-        return int(self._sizes.sum())
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there are class folders."""
-        return bool(self.class_names)
 
     def load_labels(self) -> NDArray[np.int64]:
         """Return the index of each image's class folder.
@@ -121,23 +106,13 @@ class FolderSource:
         Raises:
             LabelError: there are no class folders.
         """
-        if not self.class_names:
+        if not self._class_names:
             raise LabelError(f"{self._root} has no labels: all images lie in it directly, none in a class folder")
         return self._labels.astype(np.int64)
 
     def load_class_names(self) -> tuple[str, ...]:
         """Return the names of the class folders, sorted."""
-        return tuple(self.class_names)
-
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        """None: files are opened one by one."""
-        return None
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """False: files are opened one by one."""
-        return False
+        return tuple(self._class_names)
 
     def fingerprint(self) -> str:
         """Digest of relative paths and sizes."""
@@ -157,8 +132,10 @@ class FolderSource:
         """
         return [self._read_file(os.path.join(self._root, self._path(sample_id))) for sample_id in sample_ids]
 
-    def shares_files_with(self, other: "FolderSource") -> bool:
-        """Tell whether one of the two folders lies in the other one, and its images are among those of the other one."""
+    def shares_files_with(self, other: Source) -> bool:
+        """Tell whether one of the two folders lies in the other one, which counts its images as its own."""
+        if not isinstance(other, FolderSource):
+            return False
         roots = [os.path.realpath(source._root) for source in (self, other)]
         for (outer, root), inner in (((self, roots[0]), roots[1]), ((other, roots[1]), roots[0])):
             if Path(inner).is_relative_to(root):

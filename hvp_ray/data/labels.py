@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.dataset import Dataset, have_same_images
-from hvp_ray.data.folder import FolderSource
-from hvp_ray.data.parquet import ParquetSource
 from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError, first_line
 
@@ -74,7 +72,7 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
 def _check_other_images(source: Source, test_source: Source) -> None:
     try:
         are_same = have_same_images(source, test_source)
-        share_files = not are_same and _share_files(source, test_source)
+        share_files = not are_same and source.shares_files_with(test_source)
     except OSError as error:
         raise DataError(f"training and test images cannot be compared: {first_line(error)}") from error
     if are_same:
@@ -89,14 +87,6 @@ def _check_other_images(source: Source, test_source: Source) -> None:
             "the nearest neighbour of each would be itself. Move the test images out of data.source, or leave "
             "data.test_source out to hold out data.test_fraction. To train without evaluation, set --tracking.knn_images 0"
         )
-
-
-def _share_files(source: Source, test_source: Source) -> bool:
-    if isinstance(source, FolderSource) and isinstance(test_source, FolderSource):
-        return source.shares_files_with(test_source)
-    if isinstance(source, ParquetSource) and isinstance(test_source, ParquetSource):
-        return source.shares_files_with(test_source)
-    return False
 
 
 def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tuple[str, ...]]:

@@ -25,10 +25,11 @@ from hvp_ray.data.shard_format import (
     LABELS,
     MANIFEST,
     MAX_BLOCK_ROWS,
+    UNREADABLE,
     ShardEntry,
     manifest_from_json,
 )
-from hvp_ray.data.source import MAX_LABEL, UNLABELLED
+from hvp_ray.data.source import MAX_LABEL, UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError
 
 _MAX_MANIFEST_BYTES = 2**28
@@ -62,11 +63,10 @@ class _Range:
     sample_id: int
 
 
-class ShardSource:
-    """Images in packed shards; ids count them in the order of their source. Implements `Source`."""
+class ShardSource(Source):
+    """Images in packed shards; ids count them in the order of their source."""
 
     kind = "packed shards"
-    """See `Source`."""
 
     def __init__(self, files: FileSet, *, cache_bytes: int, max_image_bytes: int) -> None:
         """Read manifest and table of blocks.
@@ -97,15 +97,17 @@ class ShardSource:
         )
         self._starts = np.concatenate([[0], np.cumsum(self._blocks["rows"], dtype=np.int64)])
         self._check_blocks(manifest.shards)
+        self.num_samples, self.block_starts = int(self._starts[-1]), self._starts[:-1]
+        self.num_bytes = int(self._blocks["data_bytes"].sum())
+        self.has_labels = manifest.num_labelled > 0
         self._labels_sha256 = manifest.labels_sha256
-        self._num_labelled = manifest.num_labelled
         self._labels: NDArray[np.int64] | None = None
         self._fingerprint = hashlib.sha256(
             "".join(f"{shard.sha256} {shard.rows}\n" for shard in manifest.shards).encode()
         ).hexdigest()
-        self.class_names = list(manifest.class_names)
-        self.num_unreadable = manifest.num_unreadable
-        """Images of the source that were left out when it was packed."""
+        self.class_names = manifest.class_names
+        if count := manifest.num_unreadable:
+            self.left_out = (LeftOut(reason="unreadable when packed", count=count, example=UNREADABLE),)
         self._heads: OrderedDict[int, _Head] = OrderedDict()
         self._cache: BlockCache | None = None
         if files.is_remote and cache_bytes >= self.num_bytes:
@@ -113,31 +115,9 @@ class ShardSource:
         self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "shards") if files.is_remote else None
 
     @property
-    def num_samples(self) -> int:
-        """Images of all shards."""
-        return int(self._starts[-1])
-
-    @property
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """What could not be decoded when the source was packed."""
-        if not self.num_unreadable:
-            return ()
-        return (LeftOut(reason="unreadable when packed", count=self.num_unreadable, example="unreadable.jsonl"),)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all images."""
-        return int(self._blocks["data_bytes"].sum())
-
-    @property
     def num_bytes_read(self) -> int:
         """Bytes that the storage has handed out to this process."""
         return self._files.num_bytes_read
-
-    @property
-    def has_labels(self) -> bool:
-        """See `Source`."""
-        return self._num_labelled > 0
 
     def load_labels(self) -> NDArray[np.int64]:
         """Return the labels that the source had.
@@ -167,17 +147,7 @@ class ShardSource:
 
     def load_class_names(self) -> tuple[str, ...]:
         """Return the names that the source had, as the manifest keeps them."""
-        return tuple(self.class_names)
-
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        """Record batches of the shards."""
-        return self._starts[:-1]
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """False: an image costs its own bytes."""
-        return False
+        return self.class_names
 
     def fingerprint(self) -> str:
         """Digest of the shards' digests: of every byte."""

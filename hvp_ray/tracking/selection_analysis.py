@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvp_ray.data.parquet_limits import read_small_table
 from hvp_ray.errors import DataError
-from hvp_ray.tracking.selection_log import MAX_PART_BYTES
 from hvp_ray.views.geometry import crop_iou
 
 LOG_FORMAT = 1
@@ -328,8 +327,8 @@ def read_selection_log(run_dir: Path) -> SelectionLog:
 def _read_part(path: Path) -> SelectionLog | None:
     """Return one file of the log; None: it has no rows."""
     try:
-        table = read_small_table(path, max_bytes=MAX_PART_BYTES)
-    except DataError as error:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} cannot be read as a selection log ({error}); delete this file to go without it"
         ) from error

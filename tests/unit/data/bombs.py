@@ -300,6 +300,19 @@ def write_labels_bomb(path: Path, num_rows: int) -> Path:
     return path
 
 
+def write_page_bomb(path: Path, *, page_bytes: int, num_pages: int) -> Path:
+    """One page of zeros, repeated, in a column that claims 1,000 bytes."""
+    footer = Footer(write_parquet(path, pa.table({"image": pa.array([bytes(page_bytes)])}), write_statistics=False))
+    chunk = footer.chunk(0)
+    start = field(chunk, CHUNK_START)[2]
+    footer.data = footer.data[:start] + footer.data[start : start + field(chunk, CHUNK_COMPRESSED)[2]] * num_pages
+    field(chunk, CHUNK_COMPRESSED)[2] *= num_pages
+    field(chunk, CHUNK_DECOMPRESSED)[2] = 1_000
+    for entry in (field(chunk, CHUNK_VALUES), field(footer.row_group(), GROUP_ROWS), field(footer.fields, FILE_ROWS)):
+        entry[2] = num_pages
+    return footer.write()
+
+
 Fields = list[list[Any]]
 """A Thrift struct as [id, type, value] of each field; of a list, value is [type, elements]."""
 

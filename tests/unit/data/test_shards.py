@@ -62,7 +62,7 @@ def test_shards_give_the_images_that_were_packed(
     some = generator.integers(0, NUM_IMAGES, 300).tolist()  # in any order, some twice
     assert source.read(some) == [images[index] for index in some]
     assert source.load_labels().tolist() == [index * 3 // NUM_IMAGES for index in range(NUM_IMAGES)]
-    assert source.class_names == ["class-0", "class-1", "class-2"]
+    assert source.load_class_names() == ("class-0", "class-1", "class-2")
     assert source.block_starts is not None
     assert np.diff(source.block_starts).max() <= 256
 
