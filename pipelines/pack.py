@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, w
 
 from hvp_ray.config import DataConfig
 from hvp_ray.errors import HvpRayError
-from hvp_ray.remote_files import place_in
+from hvp_ray.files import place_in
 
 _LINE_SECONDS = 10.0
 _MIB = 2**20

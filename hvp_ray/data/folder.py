@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hvp_ray.data.files import StorageError
 from hvp_ray.data.listing import NO_FILE, Leftovers, walk_files
 from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError
+from hvp_ray.files import StorageError
 
 logger = logging.getLogger(__name__)
 

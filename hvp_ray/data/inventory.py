@@ -13,7 +13,7 @@ from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.data.source import Source
 from hvp_ray.errors import HvpRayError
-from hvp_ray.remote_files import is_uri
+from hvp_ray.files import is_uri
 
 _SHOWN = 6
 _STARTS = {b"\xff\xd8\xff": (".jpg", "a JPEG"), b"\x89PNG\r\n\x1a\n": (".png", "a PNG")}

@@ -23,7 +23,7 @@ _MLFLOW_STORE = "mlflow.db"
 _MAX_SUFFIXES = 256
 _FILES = " files"
 _WITHOUT_SUFFIX = "files without a suffix"
-_MAX_JSON_BYTES = 4 * 2**20
+MAX_MARK_BYTES = 4 * 2**20
 _MARKS = {"config.json": "run_identity", "comparison.json": "costs"}
 """File name -> a key in this file. Such a file marks the folder of a run or of a comparison."""
 
@@ -96,9 +96,10 @@ def suffix_of(path: str) -> str:
     return found[0] if found else ""
 
 
-def is_hidden(name: str) -> bool:
-    """Tell whether a file, or a folder that it is in, is hidden; `name` is relative to the source."""
-    return any(part.startswith(".") for part in name.split("/"))
+def hidden_part(name: str) -> str:
+    """Return the hidden file or folder on the way to `name`, which is relative to the source. Empty: there is none."""
+    parts = name.split("/")
+    return next(("/".join(parts[: depth + 1]) for depth, part in enumerate(parts) if part.startswith(".")), "")
 
 
 def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
@@ -181,7 +182,7 @@ def is_mark(name: str, content: bytes) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES:
+        if path.is_file() and path.stat().st_size <= MAX_MARK_BYTES:
             return path.read_bytes()
     except OSError:
         pass

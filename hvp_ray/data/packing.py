@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.decode import check_decodes
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,
     BLOCKS,
@@ -39,7 +39,7 @@ from hvp_ray.data.shard_format import (
 from hvp_ray.data.shards import ShardSource
 from hvp_ray.data.source import PLAN, UNLABELLED, Source, open_source
 from hvp_ray.errors import ConfigError, DataError, UnreadableImageError, first_line
-from hvp_ray.remote_files import RemoteFolder, is_uri
+from hvp_ray.files import Folder, is_uri
 
 _NOTE = "task-{:06d}.json"
 _IMAGES_AT_ONCE = 32
@@ -117,7 +117,7 @@ class Target:
         path = Path(location).expanduser()
         if not is_uri(location) and path.exists() and not path.is_dir():
             raise ConfigError(f"TARGET {location} is a file; expected a folder that is new or empty")
-        self.folder = RemoteFolder(location if is_uri(location) else path.absolute().as_uri(), option="TARGET")
+        self.folder = Folder(location if is_uri(location) else str(path), option="TARGET")
 
     def begin(self, plan: PackingPlan) -> Manifest | None:
         """Claim the folder for a plan, or go on with the same; return the manifest if all is done.

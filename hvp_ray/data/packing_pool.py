@@ -32,7 +32,7 @@ from hvp_ray.data.packing import (
 from hvp_ray.data.shard_format import Manifest
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, DataError, LabelError, first_line
-from hvp_ray.remote_files import is_uri
+from hvp_ray.files import is_uri
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.parquet_footer import (
     REQUESTS_AT_ONCE,
     ColumnNames,
@@ -31,7 +31,7 @@ from hvp_ray.data.parquet_footer import (
 from hvp_ray.data.parquet_labels import listed_names, merge_names, read_numbers
 from hvp_ray.data.source import MAX_LABEL, UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError
-from hvp_ray.remote_files import retried
+from hvp_ray.files import retried
 
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
@@ -150,7 +150,7 @@ class ParquetSource(Source):
                 raise DataError(found.image_problem)
             used = np.flatnonzero(found.group_rows)
             file_rows.append(int(found.group_rows.sum()))
-            self._check_rows(self._files.shown(name), file_rows[-1], self._files.num_bytes_of(name))
+            self._check_rows(self._files.shown(name), file_rows[-1], self._files.sizes[name])
             for group in used.tolist():
                 self._check_bytes(self._files.shown(name), group, int(found.images[group, 2]))
             group_rows.append(found.group_rows[used])
@@ -160,7 +160,7 @@ class ParquetSource(Source):
                 self._label_problems.append(found.label_problem)
             else:
                 labels.append(found.labels[used])
-            digest.update(_digested(name, self._files.num_bytes_of(name), found))
+            digest.update(_digested(name, self._files.sizes[name], found))
         self._file_starts = np.cumsum([0, *file_rows])
         self._file_of_group = np.repeat(np.arange(len(file_rows), dtype=np.int32), [len(rows) for rows in group_rows])
         self._groups = np.concatenate(group_numbers)
@@ -173,7 +173,7 @@ class ParquetSource(Source):
         if not len(self._groups):
             one, some = f"{first} has no rows", f"none of {len(file_rows)} files of {self._files.location} has rows"
             raise DataError(one if len(file_rows) == 1 else some)
-        num_bytes = sum(map(self._files.num_bytes_of, self._names))
+        num_bytes = sum(self._files.sizes[name] for name in self._names)
         self._check_rows(first + " and others" * (len(file_rows) > 1), sum(file_rows), num_bytes)
         self.num_bytes = int(self._images[:, 2].sum())
         self._fingerprint = digest.hexdigest()

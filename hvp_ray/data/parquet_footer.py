@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvp_ray.data.files import FileSet, OpenFile, StorageError
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.limited_process import CrashError, LimitedProcess, limited_memory
 from hvp_ray.data.parquet_labels import label_problem
 from hvp_ray.errors import DataError, first_line
-from hvp_ray.remote_files import retried
+from hvp_ray.files import OpenFile, StorageError, retried
 
 REQUESTS_AT_ONCE = 16
 
@@ -92,7 +92,7 @@ def read_summaries(files: FileSet, names: Sequence[str], columns: ColumnNames) -
                 yield footer
                 continue
             try:
-                yield process.call(footer, files.num_bytes_of(name), shown, columns)
+                yield process.call(footer, files.sizes[name], shown, columns)
             except DataError as error:
                 yield error
             except CrashError as error:

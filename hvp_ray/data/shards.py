@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,

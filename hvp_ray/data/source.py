@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.errors import DataError, first_line
-from hvp_ray.remote_files import is_uri
+from hvp_ray.files import is_uri
 
 UNLABELLED = -1
 """Label of an image without one."""
@@ -108,7 +108,7 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
 
 
 def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
-    from hvp_ray.data.files import FileSet
+    from hvp_ray.data.file_set import FileSet
     from hvp_ray.data.folder import IMAGE_SUFFIXES, FolderSource
     from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, may_hold_images
     from hvp_ray.data.shard_format import MANIFEST

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvp_ray.config import DataConfig
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.parquet import ParquetSource
 from hvp_ray.data.source import Source, open_source
 from hvp_ray.errors import ConfigError, DataError
