@@ -1,7 +1,7 @@
-"""The embedded data set: scikit-learn's scanned digits, so that the first command works without a network.
+"""The embedded data set: scikit-learn's scanned digits. The first command needs no network.
 
-1,797 grey images of 8 x 8 px, enlarged to 32 x 32 and encoded as PNG. A smoke test, not evidence: k-NN on raw
-pixels reaches 0.98 with all labels.
+1,797 grey images of 8 x 8 px, enlarged to 32 x 32 and encoded as PNG. It serves as a smoke test only: k-NN on raw pixels
+reaches 0.98 with all labels.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class DigitsSource(Source):
 
     def __init__(self) -> None:
         digits = load_digits()
-        # Values are 0 to 16 (counts of dark cells); 16 becomes 255.
+        # Values are counts of dark cells, 0 to 16.
         self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         self._labels = np.asarray(digits.target, dtype=np.int64)
         self._encoded: dict[int, bytes] = {}
@@ -42,7 +42,7 @@ class DigitsSource(Source):
         return tuple("0123456789")
 
     def fingerprint(self) -> str:
-        """Digest of the pixels."""
+        """Return a digest of the pixels."""
         return hashlib.sha256(self._images.tobytes()).hexdigest()
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
@@ -50,7 +50,7 @@ class DigitsSource(Source):
         return [self._encode(sample_id) for sample_id in sample_ids]
 
     def describe(self, sample_id: int) -> str:
-        """Name the digit."""
+        """Return the digit's index."""
         return f"digits[{sample_id}]"
 
     def _encode(self, sample_id: int) -> bytes:

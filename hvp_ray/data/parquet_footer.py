@@ -109,7 +109,7 @@ def summarise(footer: bytes, file_bytes: int, shown: str, columns: ColumnNames) 
         columns: that will be read.
 
     Raises:
-        DataError: the footer is damaged, or cannot be true.
+        DataError: the footer is damaged, or contradicts itself.
     """
     try:
         file = _parse(footer)

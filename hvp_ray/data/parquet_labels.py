@@ -1,7 +1,7 @@
-"""The labels of Parquet files: which columns can hold them, how they are read in bounded memory, and what they mean.
+"""Labels in Parquet files: which columns can hold them, and what their values mean.
 
 Integers, booleans and floats without a fraction are numbers. Strings and categories are names, and so are the integers of a
-`datasets.ClassLabel`, whose names Hugging Face keeps in the schema's metadata. `parquet.py` decides when to read.
+`datasets.ClassLabel`, whose names Hugging Face stores in the schema's metadata. `parquet.py` reads the columns.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from hvp_ray.data.source import MAX_LABEL, UNLABELLED
 from hvp_ray.errors import LabelError
 
 _MAX_NAMES_BYTES = 64 * 2**20
-"""Of all distinct names of a file together; a column with more holds texts, not classes."""
+"""Bound on all distinct names of a file. A column with more holds texts, not classes."""
 
 
 def label_problem(schema: pa.Schema, column: str) -> str:
@@ -66,15 +66,15 @@ def listed_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
 def merge_names(
     labels: NDArray[np.int64], starts: Sequence[int], names: Sequence[tuple[str, ...]], *, are_listed: bool
 ) -> tuple[str, ...]:
-    """Give the labels of all files one meaning, in place; return the names of the classes.
+    """Renumber the labels of all files in one numbering, in place; return the class names.
 
-    Lists that are alike stay as they are. Other names are united and sorted.
+    Equal lists stay as they are. Other names are merged and sorted.
 
     Args:
-        labels: [N], of all files; numbers where no file has names, else places in the names of its file.
+        labels: [N], of all files: numbers if no file has names, else indices into the names of its file.
         starts: first label of each file, and N.
         names: of each file.
-        are_listed: all names come from `listed_names`, so the order of a list has a meaning.
+        are_listed: all names come from `listed_names`, so their order matters.
 
     Raises:
         LabelError: some files have names and others only numbers.
@@ -93,7 +93,9 @@ def merge_names(
     merged = tuple(sorted(set().union(*names)))
     index = {name: label for label, name in enumerate(merged)}
     for own, part in zip(names, of_files, strict=True):
-        places = np.array([*(index[name] for name in own), UNLABELLED], np.int64)  # UNLABELLED points to the last one
+        places = np.array(
+            [*(index[name] for name in own), UNLABELLED], np.int64
+        )  # UNLABELLED, -1, indexes the last entry
         part[:] = places[part]
     return merged
 
@@ -114,7 +116,7 @@ def _numbers(part: pa.Array, shown: str) -> NDArray[np.int64]:
     if pa.types.is_dictionary(part.type):
         part = part.dictionary_decode()
     if not pa.types.is_floating(part.type):
-        # Too large for int64: negative, and refused like all numbers that are no labels.
+        # A number too large for int64 becomes negative, and is refused as no label.
         whole = part.cast(pa.int64(), safe=False).fill_null(UNLABELLED)
         return np.asarray(whole.to_numpy(zero_copy_only=False), np.int64)
     values = part.cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -133,4 +135,4 @@ def _places(part: pa.Array, names: dict[str, int], shown: str) -> NDArray[np.int
     if len(names) > MAX_LABEL + 1 or sum(map(len, names)) > _MAX_NAMES_BYTES:
         raise LabelError(f"{shown} holds {len(names):,} different texts or more; expected names of classes")
     indices = part.indices.cast(pa.int64()).fill_null(UNLABELLED).to_numpy(zero_copy_only=False)
-    return np.array([*places, UNLABELLED], np.int64)[indices]  # UNLABELLED points to the last one
+    return np.array([*places, UNLABELLED], np.int64)[indices]  # UNLABELLED, -1, indexes the last entry

@@ -1,8 +1,8 @@
-"""Packed shards (see `shard_format.py`) on this machine or behind a URI, read image by image.
+"""Packed shards (`shard_format.py`) on this machine or behind a URI, read image by image.
 
-Opening reads the manifest and the table of blocks (under one byte for each image of a usual size), and looks whether all
-shards are there. An image costs its own bytes and a share of its block's offsets, so many workers may read side by side and
-nothing is read twice. Sets behind a URI that fit into the cache of the node are read by whole blocks instead: fewer requests.
+Opening reads the manifest and the table of blocks (under one byte per image of usual size), and checks that all shards exist.
+An image costs its own bytes and a share of its block's offsets, so parallel workers read nothing twice. A set behind a URI
+that fits into the node's cache is read by whole blocks instead, in fewer requests.
 """
 
 import hashlib
@@ -34,19 +34,19 @@ from hvp_ray.errors import DataError, LabelError
 
 _MAX_MANIFEST_BYTES = 2**28
 _HEADS_IN_MEMORY = 16_384
-"""Offsets and checksums of so many blocks are kept: at most 2 KiB each."""
+"""Blocks whose offsets and checksums stay in memory, at most 2 KiB each."""
 _REQUESTS_AT_ONCE = 32
 _GAP_BYTES = 16_384
-"""Behind a URI, images of a batch that lie so close together come with one request."""
+"""Behind a URI, one request fetches images of a batch that are at most this far apart."""
 _VERIFY_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Head:
-    """Where the images of a block are, and their checksums."""
+    """Offsets and checksums of the images of a block."""
 
     offsets: NDArray[np.int64]
-    """[rows + 1], in the block's data."""
+    """[rows + 1], relative to the block's data."""
     crc32: NDArray[np.uint32]
 
 
@@ -64,16 +64,16 @@ class _Range:
 
 
 class ShardSource(Source):
-    """Images in packed shards; ids count them in the order of their source."""
+    """Images in packed shards; ids keep the order of the packed source."""
 
     kind = "packed shards"
 
     def __init__(self, files: FileSet, *, cache_bytes: int, max_image_bytes: int) -> None:
-        """Read manifest and table of blocks.
+        """Read the manifest and the table of blocks.
 
         Args:
-            files: those of the folder.
-            cache_bytes: disk of this node for the blocks of a set behind a URI that fits into it. 0: none.
+            files: of the folder.
+            cache_bytes: disk of this node for blocks, used if the files are behind a URI and all images fit. 0: none.
             max_image_bytes: larger images are returned as no bytes.
 
         Raises:
@@ -116,14 +116,14 @@ class ShardSource(Source):
 
     @property
     def num_bytes_read(self) -> int:
-        """Bytes that the storage has handed out to this process."""
+        """Bytes that the storage has returned to this process."""
         return self._files.num_bytes_read
 
     def load_labels(self) -> NDArray[np.int64]:
-        """Return the labels that the source had.
+        """Return the labels of the packed source.
 
         Raises:
-            LabelError: it had none, or they are damaged.
+            LabelError: it had no labels, or they are damaged.
             DataError: they cannot be read.
         """
         if not self.has_labels:
@@ -146,18 +146,18 @@ class ShardSource(Source):
         return self._labels
 
     def load_class_names(self) -> tuple[str, ...]:
-        """Return the names that the source had, as the manifest keeps them."""
+        """Return the class names of the packed source."""
         return self.class_names
 
     def fingerprint(self) -> str:
-        """Digest of the shards' digests: of every byte."""
+        """Return a digest of the shards' digests, which cover every byte."""
         return self._fingerprint
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the images' bytes; larger than allowed: no bytes, which counts as unreadable.
+        """Return the images' bytes. No bytes: an image is larger than allowed, and counts as unreadable.
 
         Raises:
-            DataError: an image is not what was packed.
+            DataError: an image is not the one that was packed.
             StorageError: the storage failed.
         """
         blocks = np.searchsorted(self._starts, np.asarray(sample_ids), side="right") - 1
@@ -188,7 +188,7 @@ class ShardSource(Source):
         return images
 
     def describe(self, sample_id: int) -> str:
-        """Name shard and row."""
+        """Return shard and row."""
         block = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         shard = int(self._blocks["shard"][block])
         first = int(self._starts[np.searchsorted(self._blocks["shard"], shard)])
@@ -207,11 +207,11 @@ class ShardSource(Source):
             digest.update(file.read_at(start, min(_VERIFY_BYTES, entry.bytes - start)))
         if digest.hexdigest() != entry.sha256:
             raise DataError(
-                f"{file.shown} is damaged: its SHA-256 is not that of the manifest; copy it again, or pack again"
+                f"{file.shown} is damaged: its SHA-256 differs from the manifest; copy it again, or pack again"
             )
 
     def verify_labels(self) -> bytes:
-        """Read the labels, compare their digest, and return them as they are in the file.
+        """Read the labels, compare their digest, and return the content of their file.
 
         Raises:
             DataError: they are damaged.
@@ -228,13 +228,11 @@ class ShardSource(Source):
             )
         content = self._files.read(name, max_bytes=num_bytes)
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(
-                f"{where} is damaged: its SHA-256 is not that of the manifest; copy it again, or pack again"
-            )
+            raise DataError(f"{where} is damaged: its SHA-256 differs from the manifest; copy it again, or pack again")
         return content
 
     def _check_blocks(self, shards: Sequence[ShardEntry]) -> None:
-        """Check that blocks are of possible sizes, inside of their shards, and in order."""
+        """Check that blocks have possible sizes, lie inside their shards, and are in order."""
         blocks = self._blocks
         limit = 2**31 - 1  # offsets have 32 bits
         good = len(blocks) > 0 and self._starts[-1] == sum(shard.rows for shard in shards)
@@ -254,7 +252,7 @@ class ShardSource(Source):
             good = good and [int(n) for n in in_shards] == [shard.rows for shard in shards]
             good = good and rows.min() > 0 and rows.max() <= MAX_BLOCK_ROWS and blocks["data_bytes"].max() <= limit
         if not good:
-            raise DataError(f"{self._files.shown(BLOCKS)} cannot be true: blocks outside of their shards; pack again")
+            raise DataError(f"{self._files.shown(BLOCKS)} is damaged: it has blocks outside their shards; pack again")
 
     def _shown(self, shard: int) -> str:
         return self._files.shown(self._shards[shard].decode())
@@ -263,7 +261,7 @@ class ShardSource(Source):
         return self._files.open(self._shards[shard].decode()).read_at(start, num_bytes)
 
     def _fetch_heads(self, blocks: list[int]) -> None:
-        """Have the heads of these blocks in memory."""
+        """Load the heads of these blocks into memory."""
         missing = [block for block in blocks if block not in self._heads]
         heads = map(self._read_head, missing) if self._pool is None else self._pool.map(self._read_head, missing)
         self._heads.update(zip(missing, heads, strict=True))
@@ -279,7 +277,7 @@ class ShardSource(Source):
         rows, shard = int(entry["rows"]), int(entry["shard"])
         begin, offsets_at = int(entry["crc32_at"]), int(entry["offsets_at"])
         size = offsets_at + 4 * rows + 4 - begin
-        if 4 * rows <= offsets_at - begin <= 4 * rows + 64:  # one behind the other, as they are packed
+        if 4 * rows <= offsets_at - begin <= 4 * rows + 64:  # adjacent, as they are packed
             both = self._read_at(shard, begin, size)
             checksums, offsets = both[: 4 * rows], both[offsets_at - begin :]
         else:
@@ -291,14 +289,14 @@ class ShardSource(Source):
         return _Head(offsets=found, crc32=np.frombuffer(checksums, "<u4").astype(np.uint32))
 
     def _runs(self, ranges: list[_Range]) -> list[list[_Range]]:
-        """Put images together that one request may bring: the same, or close to each other in their shard."""
+        """Group images that one request fetches: equal ones, or ones close to each other in their shard."""
         runs: list[list[_Range]] = []
         gap = _GAP_BYTES if self._pool is not None else -1
         for image in sorted(ranges, key=lambda r: (r.shard, r.start, r.end)):
             last = runs[-1] if runs else None
             if last is not None and last[-1].shard == image.shard:
                 used = sum(r.end - r.start for r in last) + image.end - image.start
-                # What is read in vain stays below a fifth of what is used.
+                # Unused bytes stay below a fifth of the used ones.
                 fits = image.start - last[-1].end <= gap and image.end - last[0].start <= 1.2 * used
                 if image.start < last[-1].end or fits:
                     last.append(image)
@@ -314,12 +312,12 @@ class ShardSource(Source):
     def _checked(self, content: bytes, image: _Range) -> bytes:
         if zlib.crc32(content) != image.crc32:
             raise DataError(
-                f"{self.describe(image.sample_id)} is damaged: its bytes are not those that were packed; {_WHAT_TO_DO}"
+                f"{self.describe(image.sample_id)} is damaged: its bytes differ from the packed ones; {_WHAT_TO_DO}"
             )
         return content
 
     def _read_blocks(self, sample_ids: Sequence[int], blocks: NDArray[np.int64]) -> list[bytes]:
-        """Read by whole blocks through the cache of the node."""
+        """Read whole blocks through the node's cache."""
         assert self._cache is not None and self._pool is not None
         images: list[bytes] = [b""] * len(sample_ids)
 
@@ -341,7 +339,7 @@ class ShardSource(Source):
         for row, (start, length) in enumerate(zip(head.offsets.tolist(), lengths.tolist(), strict=False)):
             if zlib.crc32(content[start : start + length]) != int(head.crc32[row]):
                 where = self.describe(int(self._starts[block]) + row)
-                raise DataError(f"{where} is damaged: its bytes are not those that were packed; {_WHAT_TO_DO}")
+                raise DataError(f"{where} is damaged: its bytes differ from the packed ones; {_WHAT_TO_DO}")
         lengths[lengths > self._max_image_bytes] = 0
         return EncodedBlock(entries=np.stack([head.offsets[:-1], lengths], axis=1), data=[memoryview(content)])
 

@@ -130,7 +130,9 @@ def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
     if files.names(*PARQUET_SUFFIXES) and (not has_images or may_hold_images(files, config)):
         return ParquetSource(files, config, cache_bytes=cache_bytes)
     if PLAN in files.sizes or (path is not None and (path / PLAN).is_file()):
-        raise DataError(f"data.source={source!r} is not packed to its end; give the command of pipelines/pack.py again")
+        raise DataError(
+            f"data.source={source!r} is not packed completely; give the command of pipelines/pack.py again to continue"
+        )
     if path is None:
         raise DataError(
             f"data.source={source!r} has no Parquet files and no packed shards ({len(files.sizes)} files of other kinds). "

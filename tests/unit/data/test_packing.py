@@ -77,7 +77,9 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
     done = {path.name: path.stat().st_mtime_ns for path in target.glob("shard-*.arrow")}
     assert done
     assert not (target / "manifest.json").exists()
-    with pytest.raises(DataError, match="is not packed to its end; give the command of pipelines/pack.py again"):
+    with pytest.raises(
+        DataError, match="is not packed completely; give the command of pipelines/pack.py again to continue"
+    ):
         open_any(target)
     noted = [json.loads(path.read_bytes())["shards"][0]["name"] for path in target.glob("task-*.json")]
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -105,7 +107,7 @@ def test_interrupted_it_ends_at_once_with_a_sentence(folder: Path, tmp_path: Pat
         os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of its processes
         _, said = program.communicate(timeout=30)
     assert program.returncode == 130
-    assert said == "stopped; the same command goes on\n"
+    assert said == "stopped; give the same command again to continue\n"
 
 
 def test_shard_that_was_half_written_is_written_again(
@@ -216,7 +218,7 @@ def test_target_of_something_else_is_refused(folder: Path, images: list[bytes], 
         pack_here(small, small / "class-0" / "00000.png")
     claim = os.open(tmp_path / "shards", os.O_RDONLY)
     fcntl.flock(claim, fcntl.LOCK_EX)
-    with pytest.raises(ConfigError, match="another pack.py is at work there"):
+    with pytest.raises(ConfigError, match="another pack.py is packing there"):
         pack_here(small, tmp_path / "shards")
     os.close(claim)
 
@@ -253,7 +255,7 @@ def test_process_that_dies_is_reported_with_what_it_had_in_hand(
         [sys.executable, script, folder, target], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
     )
     assert "a process was killed" in died.stderr
-    assert "these were in hand: " in died.stderr
+    assert "these images were in flight: " in died.stderr
     pack_here(folder, target)
     assert content_of(target) == undisturbed
 
