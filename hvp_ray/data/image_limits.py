@@ -7,6 +7,7 @@ notice it. Called by `decode.py`.
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -35,12 +36,12 @@ _MAX_TILE_PIXELS = 2**22
 _MAX_JPEG2000_PARTS = 500_000
 _MAX_JPEG2000_SEGMENTS = 10_000
 
-_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_EOI, _SOS = 0xD9, 0xDA
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_LS_FRAME = 0xF7
 _SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
-_WITHOUT_LENGTH = frozenset({0x01, _SOI, *range(0xD0, 0xD8)})
-_NEXT_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])")
+_NEXT_SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+"""Marker of a segment with a length. Bytes before it are fill bytes, pixels or markers without a length."""
 _LATE_METADATA = frozenset({b"eXIf", b"iTXt", b"tEXt", b"zTXt"})
 _JPEG2000_SIZE = re.compile(rb"\xff\x4f\xff\x51(?=.{20})", re.DOTALL)
 _CODING_STYLE = re.compile(rb"\xff[\x52\x53]\x00[\x09-\x2f]")
@@ -66,41 +67,45 @@ def read_jpeg_header(image: bytes) -> JpegHeader | None:
     """
     if len(image) < _SMALL_JPEG_BYTES and b"Exif\x00\x00" not in image and image.count(b"\xff\xda") <= _FEW_SCANS:
         return JpegHeader(first_scan=2, exif=None, has_few_scans=True)  # fast path for thumbnails
-    position, num_segments, num_exif, gap_bytes, num_components = 2, 0, 0, 0, -1
+    end, gap_bytes, num_exif, num_components = 2, 0, 0, -1
     exif: int | None = None
     is_sequential = False
-    while True:
-        start = image.find(b"\xff", position)
-        if start < 0:
-            return None
-        marker_at = start + 1
-        while marker_at < len(image) and image[marker_at] == 0xFF and marker_at - position <= _MAX_JPEG_GAP_BYTES:
-            marker_at += 1
-        gap_bytes += marker_at - position - 1
-        if gap_bytes > _MAX_JPEG_GAP_BYTES:
-            raise UnreadableImageError(f"a JPEG with more than {_MAX_JPEG_GAP_BYTES} bytes between its segments")
-        if marker_at + 3 >= len(image):
-            return None
-        marker, position = image[marker_at], marker_at + 1
-        if marker == 0x00 or marker in _WITHOUT_LENGTH:
-            gap_bytes += 2
-            continue
-        if marker == _EOI:
+    for number, (marker, start, content) in enumerate(_segments(image, end), 1):
+        gap_bytes += start - end
+        _check_gap(gap_bytes)
+        if marker == _EOI or content + 2 >= len(image):
             return None
         if marker == _SOS:
-            has_one_scan = is_sequential and num_components == image[position + 2]
-            return JpegHeader(first_scan=marker_at - 1, exif=exif, has_few_scans=has_one_scan)
-        if marker in _FRAMES and position + 7 < len(image):
-            is_sequential, num_components = marker in _SEQUENTIAL_FRAMES, image[position + 7]
-        if marker == 0xE1 and image[position + 2 : position + 8] == b"Exif\x00\x00":
-            exif = position + 8 if exif is None else exif
+            has_one_scan = is_sequential and num_components == image[content + 2]
+            return JpegHeader(first_scan=start, exif=exif, has_few_scans=has_one_scan)
+        if marker in _FRAMES and content + 7 < len(image):
+            is_sequential, num_components = marker in _SEQUENTIAL_FRAMES, image[content + 7]
+        if marker == 0xE1 and image[content + 2 : content + 8] == b"Exif\x00\x00":
+            exif = content + 8 if exif is None else exif
             num_exif += 1
-        num_segments += 1
-        if num_segments > _MAX_JPEG_SEGMENTS or num_exif > _MAX_EXIF_SEGMENTS:
+        if number > _MAX_JPEG_SEGMENTS or num_exif > _MAX_EXIF_SEGMENTS:
             raise UnreadableImageError(
                 f"a JPEG with more than {_MAX_JPEG_SEGMENTS} segments, or {_MAX_EXIF_SEGMENTS} of EXIF, before its pixels"
             )
-        position += max(2, int.from_bytes(image[position : position + 2], "big"))
+        end = content + _length(image, content)
+    _check_gap(gap_bytes + len(image) - end)
+    return None
+
+
+def _segments(image: bytes, position: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker of each segment from `position` on, and the offsets of the marker and of the content."""
+    while found := _NEXT_SEGMENT.search(image, position):
+        yield found[1][0], found.start(), found.end()
+        position = found.end() + _length(image, found.end())
+
+
+def _length(image: bytes, content: int) -> int:
+    return max(2, int.from_bytes(image[content : content + 2], "big"))
+
+
+def _check_gap(num_bytes: int) -> None:
+    if num_bytes > _MAX_JPEG_GAP_BYTES:
+        raise UnreadableImageError(f"a JPEG with more than {_MAX_JPEG_GAP_BYTES} bytes between its segments")
 
 
 def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels: int) -> None:
@@ -115,14 +120,15 @@ def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels
     # Data after the image (a second image, a film) may contain the marker's two bytes by chance.
     if image.count(b"\xff\xda", header.first_scan) <= limit:
         return
-    position, num_scans, num_segments = header.first_scan, 0, 0
-    while num_scans <= limit and num_segments <= _MAX_SEGMENTS_OF_SCANS:
-        found = _NEXT_SEGMENT.search(image, position)
-        if found is None or found[1][0] == _EOI:
+    num_scans = 0
+    for number, (marker, _, _) in enumerate(_segments(image, header.first_scan)):
+        num_scans += marker == _SOS
+        if num_scans > limit or number > _MAX_SEGMENTS_OF_SCANS:
+            break
+        if marker == _EOI:
             return
-        num_scans += found[1][0] == _SOS
-        num_segments += 1
-        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+    else:
+        return
     raise UnreadableImageError(
         f"a JPEG of more than {limit} scans: at most {MAX_SCANS}, and {MAX_SCANNED_PIXELS_FACTOR} x data.max_image_pixels "
         f"in all scans together"
@@ -131,14 +137,11 @@ def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels
 
 def jpeg_frame(image: bytes) -> tuple[int, int] | None:
     """Return the frame's marker and bits per channel; None: the first segments have no complete frame."""
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        found = _NEXT_SEGMENT.search(image, position)
-        if found is None or found.end() + 3 > len(image) or found[1][0] in (_SOS, _EOI):
+    for marker, _, content in islice(_segments(image, 2), _MAX_JPEG_SEGMENTS):
+        if content + 3 > len(image) or marker in (_SOS, _EOI):
             return None
-        if found[1][0] in _FRAMES or found[1][0] == _JPEG_LS_FRAME:
-            return found[1][0], image[found.end() + 2]
-        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+        if marker in _FRAMES or marker == _JPEG_LS_FRAME:
+            return marker, image[content + 2]
     return None
 
 

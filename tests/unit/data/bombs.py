@@ -195,6 +195,11 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: jpeg_of_scans(200, 200, 150, between=b"\xff\xc4\x00\x02" * 10_000),
         "scans",
     ),
+    "JPEG of scans and runs of fill bytes": (
+        lambda: jpeg_of_scans(200, 200, 150, between=b"\xff" * 20_000 + b"\x00"),
+        "scans",
+    ),
+    "JPEG of pairs of zero": (lambda: b"\xff\xd8\xff\xe0\x00\x02" + b"\xff\x00" * 10**7, "between its segments"),
     "JPEG of a million EXIF segments": (
         lambda: jpeg(16, 16, front=_segment(0xE1, b"Exif\x00\x00x") * 10**6),
         "16 of EXIF",
