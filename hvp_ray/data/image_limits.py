@@ -189,15 +189,13 @@ def has_late_metadata(image: bytes) -> bool:
 def check_opened(opened: Image.Image, image: bytes) -> None:
     """Check an image that Pillow has opened and not decoded.
 
+    Refuses TIFF tiles far larger than the image (libtiff decodes whole tiles), and JPEG strips of many scans.
+
     Raises:
         UnreadableImageError: the image would cost much more than its size says.
     """
-    if isinstance(opened, TiffImagePlugin.TiffImageFile):
-        _check_tiff(opened, image)
-
-
-def _check_tiff(opened: TiffImagePlugin.TiffImageFile, image: bytes) -> None:
-    """Refuse tiles far larger than the image (libtiff decodes whole tiles), and JPEG strips of many scans."""
+    if not isinstance(opened, TiffImagePlugin.TiffImageFile):
+        return
     tags = opened.tag_v2
     tile_width, tile_height = _number(tags.get(322)), _number(tags.get(323))
     if tile_width * tile_height > max(_MAX_TILE_PIXELS, 4 * opened.width * opened.height):

@@ -9,8 +9,9 @@ import hashlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
@@ -81,7 +82,8 @@ class ParquetSource(Source):
         self._labels: NDArray[np.int64] | None = None
         self._class_names: tuple[str, ...] = ()
         self._label_problems: list[str] = []
-        self._summarise_files()
+        with closing(read_summaries(files, self._names, _columns(config))) as summaries:
+            self._gather(summaries)
         self.has_labels = not self._label_problems
         self.num_samples, self.block_starts = int(self._starts[-1]), self._starts[:-1]
         # Files of the same names and sizes need not have the same images, so place and time are part of the key.
@@ -136,14 +138,12 @@ class ParquetSource(Source):
         file_index = int(np.searchsorted(self._file_starts, sample_id, side="right")) - 1
         return f"{self._files.shown(self._names[file_index])} row {sample_id - int(self._file_starts[file_index])}"
 
-    def _summarise_files(self) -> None:
-        """Read the footers; keep arrays only."""
+    def _gather(self, summaries: Iterable[FileSummary | DataError]) -> None:
+        """Check what the footers say, and keep it as arrays over all files."""
         digest = hashlib.sha256()
         file_rows: list[int] = []
         group_rows, group_numbers, images, labels = [], [], [], []
-        for name, found in zip(
-            self._names, read_summaries(self._files, self._names, _columns(self._config)), strict=True
-        ):
+        for name, found in zip(self._names, summaries, strict=True):
             if isinstance(found, DataError):
                 raise found
             if found.images is None:

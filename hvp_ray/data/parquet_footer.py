@@ -7,9 +7,9 @@ error names its file. Bytes are fetched before Arrow parses them, so a storage f
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,9 +22,11 @@ from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.limited_process import CrashError, LimitedProcess, limited_memory
 from hvp_ray.data.parquet_labels import label_problem
 from hvp_ray.errors import DataError, first_line
-from hvp_ray.files import OpenFile, StorageError, retried
+from hvp_ray.files import OpenFile, retried
 
 REQUESTS_AT_ONCE = 16
+_FOOTERS_AT_ONCE = 128
+"""Footers behind a URI that are in memory at a time."""
 
 _MAX_FOOTER_BYTES = 64 * 2**20
 _FIRST_TAIL_BYTES = 65_536
@@ -67,7 +69,9 @@ class FileSummary:
     """Whether it has bytes in the column of images, or a struct of bytes, as Hugging Face's images are, in any column."""
 
 
-def read_summaries(files: FileSet, names: Sequence[str], columns: ColumnNames) -> Iterator[FileSummary | DataError]:
+def read_summaries(
+    files: FileSet, names: Sequence[str], columns: ColumnNames
+) -> Generator[FileSummary | DataError, None, None]:
     """Yield what the footer of each file says; an error: the file is damaged, no Parquet, or made to take much memory.
 
     Raises:
@@ -82,11 +86,14 @@ def read_summaries(files: FileSet, names: Sequence[str], columns: ColumnNames) -
         except DataError as error:
             return error
 
+    at_once = _FOOTERS_AT_ONCE if files.is_remote else 1
     with (
-        ThreadPoolExecutor(REQUESTS_AT_ONCE if files.is_remote else 1) as pool,
+        ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool,
         LimitedProcess(f"{__name__}:summarise", memory_bytes=_FOOTER_MEMORY_BYTES) as process,
     ):
-        for name, footer in zip(names, pool.map(fetch, names), strict=True):
+        parts = (names[start : start + at_once] for start in range(0, len(names), at_once))
+        footers = itertools.chain.from_iterable((pool.map if files.is_remote else map)(fetch, part) for part in parts)
+        for name, footer in zip(names, footers, strict=True):
             shown = files.shown(name)
             if isinstance(footer, DataError):
                 yield footer
@@ -222,11 +229,13 @@ class ParquetFile:
         rows = max(1, min(_MAX_ROWS_AT_ONCE, max_bytes // max(1, num_bytes))) if may_repeat else _MAX_ROWS_AT_ONCE
         self._window.hold(start, self._opened.read_at(start, end - start))
         try:
-            with limited_memory(2 * max_bytes + _ARROW_MEMORY_BYTES), _naming(self.path, f"row group {group}"):
+            with limited_memory(2 * max_bytes + _ARROW_MEMORY_BYTES):
                 batches = self._arrow.iter_batches(rows, row_groups=[group], columns=[path], use_threads=False)
                 return [convert(batch.column(0)) for batch in batches]
         except MemoryError as error:
             raise DataError(self._too_large(path, group, 2 * max_bytes, max_bytes)) from error
+        except _ARROW_ERRORS as error:
+            raise DataError(f"{self.path}: row group {group} is damaged: {first_line(error)}") from error
         finally:
             self._window.hold(0, b"")
 
@@ -275,17 +284,6 @@ def _has_bytes(kind: pa.DataType) -> bool:
 
 def _refusal(shown: str) -> str:
     return f"{shown} cannot be read as Parquet"
-
-
-@contextmanager
-def _naming(path: str, part: str) -> Iterator[None]:
-    """Turn Arrow's errors into a sentence with the name of the file; MemoryError passes."""
-    try:
-        yield
-    except (StorageError, MemoryError):
-        raise
-    except _ARROW_ERRORS as error:
-        raise DataError(f"{path}: {part} is damaged: {first_line(error)}") from error
 
 
 def _parse(footer: bytes) -> pq.ParquetFile:

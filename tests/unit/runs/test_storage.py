@@ -309,7 +309,7 @@ def test_containers_and_anonymous_access_are_no_credentials() -> None:
 
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_starts(s3: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="NO_SUCH_BUCKET.*must be there, reachable.*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ConfigError, match="NO_SUCH_BUCKET.*must exist and be reachable.*AWS_ACCESS_KEY_ID"):
         check_writable(s3.format("").replace("//bucket/", "//other-bucket/"), option="run.output")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be used"):

@@ -270,18 +270,6 @@ def test_damaged_and_newer_logs_are_named(tmp_path: Path) -> None:
         read_selection_log(tmp_path / "damaged")
 
 
-def test_log_that_is_larger_inside_than_outside_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "selection").mkdir()
-    path = tmp_path / "selection" / "part-00000001-00000002.parquet"
-    rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000, np.int32)), pa.array([bytes(2**20)], pa.binary()))
-    pq.write_table(pa.table({"step": rows}), path, compression="zstd", dictionary_pagesize_limit=2**30)
-    assert path.stat().st_size < 10_000
-    with pytest.raises(
-        DataError, match=r"part-00000001-00000002.parquet decodes to more than 1024 MiB.*delete this file"
-    ):
-        read_selection_log(tmp_path)
-
-
 def test_other_layouts_are_left_out_and_repeated_steps_counted_once(tmp_path: Path) -> None:
     plan, other = _plan(100), _plan(20, num_views=3)
     views = {name: getattr(plan, name).T.tolist() for name in VIEW_TYPES}
