@@ -72,23 +72,22 @@ def open_dataset(config: DataConfig, *, fingerprint: str | None = None, test_dat
         ChangedDataError: the source, or the test source, has other images than when the run was prepared.
     """
     source = open_source(config.source, config)
-    if fingerprint is not None and source.fingerprint() != fingerprint:
-        raise ChangedDataError(
-            f"data.source={config.source!r} has changed since the run was started: it has {source.num_samples} images now, "
-            f"with other names or sizes. Put back what is gone and remove what is new, then start the run again with its name"
-        )
+    _check_unchanged(f"data.source={config.source!r}", source, fingerprint)
     training_ids, test_ids = split_source(config, source)
     if config.test_source is None:
         return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
     test_source = open_source(config.test_source, config)
-    if test_data is not None and test_source.fingerprint() != test_data:
-        raise ChangedDataError(
-            f"data.test_source={config.test_source!r} has changed since the run was started: it has "
-            f"{test_source.num_samples} images now, with other names or sizes. Put back what is gone and remove what is "
-            f"new, then start the run again with its name"
-        )
+    _check_unchanged(f"data.test_source={config.test_source!r}", test_source, test_data)
     test_ids = np.arange(test_source.num_samples, dtype=np.int64)
     return Dataset(source=source, training_ids=training_ids, test_source=test_source, test_ids=test_ids)
+
+
+def _check_unchanged(setting: str, source: Source, fingerprint: str | None) -> None:
+    if fingerprint is not None and source.fingerprint() != fingerprint:
+        raise ChangedDataError(
+            f"{setting} has changed since the run was started: it has {source.num_samples} images now, with other names or "
+            f"sizes. Restore removed files and remove new ones, then start the run again with its name"
+        )
 
 
 def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

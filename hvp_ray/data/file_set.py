@@ -1,4 +1,4 @@
-"""The files of a data set, on this machine or behind a URI: listed once, read in ranges of bytes.
+"""The files of a data set, on this machine or at a URI: listed once, read in ranges of bytes.
 
 Paths and URIs both go through pyarrow.fs, so sources have one code for both. A read returns exactly the bytes asked for, or
 raises StorageError, and the caller of a source retries. Every byte read is counted.

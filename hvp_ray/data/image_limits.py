@@ -1,8 +1,8 @@
 """Refuse small files that would take minutes or gigabytes to decode, before a library reads them.
 
 `data.max_image_pixels` bounds the cost of ordinary images. These checks cover the other ways to be slow, found format by
-format with Pillow 13 and libjpeg-turbo. Neither library limits them, and a slow decoder does not crash, so no isolation would
-notice it. Called by `decode.py`.
+format with Pillow 13 and libjpeg-turbo, which limit none of them. A slow decoder does not crash, so isolation does not find
+it. A limit on time would make refusals, and so the bits of a run, depend on the machine. Called by `decode.py`.
 """
 
 import re

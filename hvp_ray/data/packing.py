@@ -5,6 +5,7 @@ any number of processes, killed and restarted any number of times, write the sam
 `pipelines/pack.py` is the program.
 """
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -64,9 +65,7 @@ class PackingPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as the manifest stores them. Without `task_starts`, which follow from the rest."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        del values["task_starts"]
-        return values
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "task_starts"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,6 @@
 """Parquet in the Hugging Face image layout: a column `image: struct<bytes, path>` and a column of labels.
 
-The files lie on this machine or behind a URI. An image costs reading its row group. So the processes of a node share a cache
+The files lie on this machine or at a URI. An image costs reading its row group. So the processes of a node share a cache
 of row groups (`block_cache.py`), and `data.order` sorts samples so that neighbouring steps read few row groups. Opening reads
 footers only and keeps a few numbers for each row group (`parquet_footer.py`).
 """

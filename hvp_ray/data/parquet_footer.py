@@ -26,7 +26,7 @@ from hvp_ray.files import OpenFile, retried
 
 REQUESTS_AT_ONCE = 16
 _FOOTERS_AT_ONCE = 128
-"""Footers behind a URI that are in memory at a time."""
+"""Footers at a URI that are in memory at a time."""
 
 _MAX_FOOTER_BYTES = 64 * 2**20
 _FIRST_TAIL_BYTES = 65_536

@@ -11,6 +11,7 @@ offsets in `blocks.bin`, so an image costs its own bytes only. Everything that i
 CRC-32, the small files a SHA-256. `pack.py --verify` compares the SHA-256 of shards.
 """
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -94,21 +95,9 @@ class Manifest:
 
 def manifest_to_json(manifest: Manifest) -> bytes:
     """Return the content of the manifest's file, one line per shard."""
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "num_images": manifest.num_images,
-        "num_blocks": manifest.num_blocks,
-        "num_labelled": manifest.num_labelled,
-        "num_unreadable": manifest.num_unreadable,
-        "class_names": list(manifest.class_names),
-        "blocks_sha256": manifest.blocks_sha256,
-        "labels_sha256": manifest.labels_sha256,
-        "plan": manifest.plan,
-    }
-    lines = [
-        json.dumps({"name": s.name, "rows": s.rows, "bytes": s.bytes, "sha256": s.sha256}) for s in manifest.shards
-    ]
+    fields = dataclasses.asdict(manifest)
+    lines = [json.dumps(shard) for shard in fields.pop("shards")]
+    head = {"format": FORMAT, "version": VERSION} | fields
     text = json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
     return text.encode()
 

@@ -1,7 +1,7 @@
-"""Packed shards (`shard_format.py`) on this machine or behind a URI, read image by image.
+"""Packed shards (`shard_format.py`) on this machine or at a URI, read image by image.
 
 Opening reads the manifest and the table of blocks (under one byte per image of usual size), and checks that all shards exist.
-An image costs its own bytes and a share of its block's offsets, so parallel workers read nothing twice. A set behind a URI
+An image costs its own bytes and a share of its block's offsets, so parallel workers read nothing twice. A set at a URI
 that fits into the node's cache is read by whole blocks instead, in fewer requests.
 """
 
@@ -73,7 +73,7 @@ class ShardSource(Source):
 
         Args:
             files: of the folder.
-            cache_bytes: disk of this node for blocks, used if the files are behind a URI and all images fit. 0: none.
+            cache_bytes: disk of this node for blocks, used if the files are at a URI and all images fit. 0: none.
             max_image_bytes: larger images are returned as no bytes.
 
         Raises:
