@@ -62,10 +62,12 @@ class PackingPlan:
     max_image_mib: int
     task_starts: tuple[int, ...]
     """First sample id of each task, and the number of samples."""
+    root: str
+    """Prefix that is removed from the images' names."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as the manifest stores them. Without `task_starts`, which follow from the rest."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "task_starts"}
+        """Return the fields that the manifest stores. Tasks follow from them, and the source may move."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("task_starts", "root")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +83,7 @@ class PackResult:
     """Whether there was nothing to do."""
 
 
-def plan_packing(source: Source, config: DataConfig, *, shard_mib: int) -> PackingPlan:
+def plan_packing(source: Source, config: DataConfig, *, shard_mib: int, root: str) -> PackingPlan:
     """Split the samples into tasks of about `shard_mib`, at block boundaries if the source reads whole blocks."""
     per_image = max(1.0, source.num_bytes / source.num_samples)
     per_task = max(1, int(shard_mib * 2**20 / per_image))
@@ -100,6 +102,7 @@ def plan_packing(source: Source, config: DataConfig, *, shard_mib: int) -> Packi
         max_image_pixels=config.max_image_pixels,
         max_image_mib=config.max_image_mib,
         task_starts=(*cuts.tolist(), source.num_samples),
+        root=root,
     )
 
 
@@ -193,7 +196,6 @@ def pack_task(
     number: int,
     *,
     labels: NDArray[np.int64] | None,
-    root: str,
     is_strict: bool,
     report: Callable[[int, int], None] = lambda _images, _sample_id: None,
 ) -> tuple[int, int]:
@@ -205,7 +207,6 @@ def pack_task(
         target: of the shards.
         number: of the task.
         labels: of this task's samples. None: there are no labels.
-        root: prefix that is removed from the images' names.
         is_strict: stop at the first unreadable image.
         report: called with the number of images done since the last call, and the next id.
 
@@ -220,7 +221,7 @@ def pack_task(
         part = ids[begin : begin + _IMAGES_AT_ONCE]
         for sample_id, image in zip(part, source.read(part), strict=True):
             report(0, sample_id)
-            name = source.describe(sample_id).removeprefix(root).lstrip("/")
+            name = source.describe(sample_id).removeprefix(plan.root).lstrip("/")
             try:
                 check_decodes(image, max_pixels=max_pixels)
             except UnreadableImageError as error:

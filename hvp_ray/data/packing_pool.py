@@ -69,7 +69,7 @@ def pack(
         DataError: the source cannot be used, too many images are unreadable, or a process died.
     """
     source, root = open_for_packing(location, config)
-    plan = plan_packing(source, config, shard_mib=shard_mib)
+    plan = plan_packing(source, config, shard_mib=shard_mib, root=root)
     target = Target(target_location)
     try:
         with _claimed(target_location):
@@ -79,9 +79,7 @@ def pack(
                 return _result(manifest, was_complete=True)
             labels, class_names = _load_labels(source)
             done = target.finished_tasks()
-            job = _Job(
-                location=location, target=target_location, config=config, plan=plan, root=root, is_strict=is_strict
-            )
+            job = _Job(location=location, target=target_location, config=config, plan=plan, is_strict=is_strict)
             _run_tasks(job, source, labels, done, num_workers, show)
             manifest = commit(
                 plan,
@@ -142,7 +140,6 @@ class _Job:
     target: str
     config: DataConfig
     plan: PackingPlan
-    root: str
     is_strict: bool
 
 
@@ -234,7 +231,6 @@ def _do_task(number: int, labels: NDArray[np.int64] | None) -> tuple[int, int]:
         _state["target"],
         number,
         labels=labels,
-        root=job.root,
         is_strict=job.is_strict,
         report=report,
     )

@@ -237,11 +237,10 @@ class ParquetSource(Source):
             parts: list[NDArray[np.int64]] = []
             for place in range(*first_groups[file_index : file_index + 2]):
                 group, chunk = int(self._groups[place]), self._label_chunks[place]
+                limit = self._max_row_group_bytes
                 try:
-                    parts += file.read_column(
-                        column, group, chunk, max_bytes=self._max_row_group_bytes, convert=convert
-                    )
-                except DataError as error:
+                    parts += file.read_column(column, group, chunk, max_bytes=limit, convert=convert)
+                except DataError as error:  # the images can be used without labels
                     raise LabelError(str(error)) from error
             if sum(map(len, parts)) != end - start:
                 raise LabelError(f"{file.path} has more or fewer labels than images; the file is damaged")

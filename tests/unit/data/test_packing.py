@@ -191,11 +191,11 @@ def test_nothing_readable_is_an_error_for_few_images_too(tmp_path: Path) -> None
 def test_file_that_goes_away_while_it_is_packed_is_left_out(images: list[bytes], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", images[:9])
     source, root = open_for_packing(str(folder), DataConfig(source=str(folder)))
-    plan = plan_packing(source, DataConfig(source=str(folder)), shard_mib=1)
+    plan = plan_packing(source, DataConfig(source=str(folder)), shard_mib=1, root=root)
     target = Target(str(tmp_path / "shards"))
     target.begin(plan)
     Path(source.describe(4)).unlink()
-    assert pack_task(source, plan, target, 0, labels=None, root=root, is_strict=False) == (8, 1)
+    assert pack_task(source, plan, target, 0, labels=None, is_strict=False) == (8, 1)
     commit(plan, target, class_names=(), max_unreadable_fraction=0.01)
     assert open_any(tmp_path / "shards").read(range(8)) == [*images[:4], *images[5:9]]
     left_out = json.loads((tmp_path / "shards" / "unreadable.jsonl").read_text())
