@@ -39,6 +39,7 @@ def limited_memory(num_bytes: int) -> Iterator[None]:
 
     Counts private writable memory of all threads (RLIMIT_DATA), not shared memory such as Ray's object store. Memory that an
     allocator has reserved before does not count: Arrow's allocator reserves 1 GiB. One thread of a process enters at a time.
+    A process that another thread starts meanwhile inherits the limit.
     """
     statm = Path("/proc/self/statm")
     with _one_at_a_time:

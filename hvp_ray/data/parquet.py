@@ -139,7 +139,7 @@ class ParquetSource(Source):
         return f"{self._files.shown(self._names[file_index])} row {sample_id - int(self._file_starts[file_index])}"
 
     def _gather(self, summaries: Iterable[FileSummary | DataError]) -> None:
-        """Check what the footers say, and keep it as arrays over all files."""
+        """Check the summaries, and keep them as arrays over all files."""
         digest = hashlib.sha256()
         file_rows: list[int] = []
         group_rows, group_numbers, images, labels = [], [], [], []
@@ -209,8 +209,8 @@ class ParquetSource(Source):
 
     def _check_bytes(self, path: str, group: int, num_bytes: int) -> None:
         if num_bytes > self._max_row_group_bytes:
-            where = f"{path}: row group {group}"
-            raise DataError(too_large(where, self._config.image_column, num_bytes, self._max_row_group_bytes))
+            limit = self._max_row_group_bytes
+            raise DataError(too_large(path, group, self._config.image_column, num_bytes, limit))
 
     def _check_rows(self, path: str, num_rows: int, num_bytes: int) -> None:
         if num_rows > max(_UNCHECKED_ROWS, num_bytes // _MIN_BYTES_PER_ROW):
@@ -274,7 +274,7 @@ def _columns(config: DataConfig) -> ColumnNames:
 
 
 def _digested(name: str, num_bytes: int, summary: FileSummary) -> bytes:
-    """Return what the fingerprint covers of a file."""
+    """Return the content of a file's footer that the fingerprint covers."""
     rows, group_bytes = summary.group_rows.tolist(), summary.group_bytes.tolist()
     lines = [f"{name.rpartition('/')[2]}\0{num_bytes}\0{sum(rows)}\n"]
     return "".join([*lines, *(f"{own} {of_all}\n" for own, of_all in zip(rows, group_bytes, strict=True))]).encode()

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.limited_process import CrashError, LimitedProcess, limited_memory
-from hvp_ray.data.parquet_labels import label_problem
+from hvp_ray.data.parquet_labels import label_problem, missing_column
 from hvp_ray.errors import DataError, first_line
 from hvp_ray.files import OpenFile, retried
 
@@ -53,26 +53,26 @@ class ColumnNames:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FileSummary:
-    """What a footer says about one file; checked to be possible."""
+    """Checked contents of one file's footer."""
 
     group_rows: NDArray[np.int64]
     """[groups]"""
     group_bytes: NDArray[np.int64]
     """[groups], all columns, decompressed."""
     images: NDArray[np.int64] | None
-    """[groups, 4], see `_describe_chunks`. None: the file has no column of images, and `image_problem` says why."""
+    """[groups, 4], see `_describe_chunks`. None: the file has no images, for the reason `image_problem`."""
     image_problem: str
     labels: NDArray[np.int64] | None
-    """[groups, 4]. None: the file has no labels, and `label_problem` says why."""
+    """[groups, 4]. None: the file has no labels, for the reason `label_problem`."""
     label_problem: str
     may_hold_images: bool
-    """Whether it has bytes in the column of images, or a struct of bytes, as Hugging Face's images are, in any column."""
+    """Whether the column of images has bytes, or any column has a struct of bytes, like Hugging Face's images."""
 
 
 def read_summaries(
     files: FileSet, names: Sequence[str], columns: ColumnNames
 ) -> Generator[FileSummary | DataError, None, None]:
-    """Yield what the footer of each file says; an error: the file is damaged, no Parquet, or made to take much memory.
+    """Yield a summary of each footer, or an error: the file is damaged, no Parquet, or made to take much memory.
 
     Raises:
         StorageError: a footer cannot be read.
@@ -210,7 +210,7 @@ class ParquetFile:
     ) -> list[T]:
         """Read one column of a row group in parts; return what `convert` makes of each.
 
-        A part has at most `max_bytes`, if the footer is true. If it is not, reading stops at twice as much and 1 GiB.
+        If the footer is true, a part has at most `max_bytes`. If it lies, reading stops at 2 x `max_bytes` + 1 GiB.
 
         Args:
             path: of the column, such as `image.bytes`.
@@ -225,7 +225,7 @@ class ParquetFile:
         """
         start, end, num_bytes, may_repeat = chunk.tolist()
         if end - start > max_bytes:
-            raise DataError(self._too_large(path, group, end - start, max_bytes))
+            raise DataError(too_large(self.path, group, path, end - start, max_bytes))
         rows = max(1, min(_MAX_ROWS_AT_ONCE, max_bytes // max(1, num_bytes))) if may_repeat else _MAX_ROWS_AT_ONCE
         self._window.hold(start, self._opened.read_at(start, end - start))
         try:
@@ -233,20 +233,17 @@ class ParquetFile:
                 batches = self._arrow.iter_batches(rows, row_groups=[group], columns=[path], use_threads=False)
                 return [convert(batch.column(0)) for batch in batches]
         except MemoryError as error:
-            raise DataError(self._too_large(path, group, 2 * max_bytes, max_bytes)) from error
+            raise DataError(too_large(self.path, group, path, 2 * max_bytes, max_bytes)) from error
         except _ARROW_ERRORS as error:
             raise DataError(f"{self.path}: row group {group} is damaged: {first_line(error)}") from error
         finally:
             self._window.hold(0, b"")
 
-    def _too_large(self, path: str, group: int, num_bytes: int, max_bytes: int) -> str:
-        return too_large(f"{self.path}: row group {group}", path, num_bytes, max_bytes)
 
-
-def too_large(where: str, column: str, num_bytes: int, max_bytes: int) -> str:
+def too_large(shown: str, group: int, column: str, num_bytes: int, max_bytes: int) -> str:
     """Return the sentence about a row group that takes more memory than a setting allows."""
     return (
-        f"{where} has {num_bytes / 2**20:.0f} MiB or more of column {column!r}, but "
+        f"{shown}: row group {group} has {num_bytes / 2**20:.0f} MiB or more of column {column!r}, but "
         f"data.max_row_group_mib={max_bytes // 2**20}; write the file with smaller row groups, or raise the limit if all "
         f"workers have the memory"
     )
@@ -254,12 +251,8 @@ def too_large(where: str, column: str, num_bytes: int, max_bytes: int) -> str:
 
 def image_problem(schema: pa.Schema, column: str) -> str:
     """Return why a column holds no images, as the end of a sentence about the file; empty: it does."""
-    if (count := schema.names.count(column)) != 1:
-        shown = f"{schema.names[:20]}{' and more' if len(schema.names) > 20 else ''}"
-        return (
-            f" has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {shown}. Name the column of images by "
-            f"--data.image_column"
-        )
+    if schema.names.count(column) != 1:
+        return f"{missing_column(schema, column)}. Name the column of images by --data.image_column"
     kind = schema.field(column).type
     if _is_binary(kind) or _has_bytes(kind):
         return ""

@@ -21,12 +21,8 @@ _MAX_NAMES_BYTES = 64 * 2**20
 
 def label_problem(schema: pa.Schema, column: str) -> str:
     """Return why a file has no labels, as the end of a sentence about it. Empty: it has."""
-    if (count := schema.names.count(column)) != 1:
-        shown = f"{schema.names[:20]}{' and more' if len(schema.names) > 20 else ''}"
-        return (
-            f" has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {shown}. Name the column of labels by "
-            f"--data.label_column"
-        )
+    if schema.names.count(column) != 1:
+        return f"{missing_column(schema, column)}. Name the column of labels by --data.label_column"
     kind = schema.field(column).type
     if pa.types.is_null(kind):
         return f": column {column!r} is empty"
@@ -36,6 +32,13 @@ def label_problem(schema: pa.Schema, column: str) -> str:
             f"without a fraction. Name another column by --data.label_column"
         )
     return ""
+
+
+def missing_column(schema: pa.Schema, column: str) -> str:
+    """Return that a file has no column of this name, or several, as a part of a sentence about it."""
+    count = schema.names.count(column)
+    shown = f"{schema.names[:20]}{' and more' if len(schema.names) > 20 else ''}"
+    return f" has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {shown}"
 
 
 def read_numbers(part: pa.Array, names: dict[str, int], shown: str) -> NDArray[np.int64]:
