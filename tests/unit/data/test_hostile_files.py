@@ -1,4 +1,4 @@
-"""Files made to hang a run, to take its memory or its control: each is refused quickly, in little memory, with a reason.
+"""Files that would hang a run, fill its memory or crash it are refused quickly, in bounded memory, with a reason.
 
 The bombs go off in child processes, whose peak memory is measured and limited, so that a failure kills no machine. What
 "quickly" means depends on the machine: time is counted in units of a fixed piece of work, measured beside each file.
@@ -111,7 +111,7 @@ def _file_name(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What became of every image in one process."""
+    """Decode every image in one process; return the outcomes."""
     folder = tmp_path_factory.mktemp("images")
     for name, (make, _) in [*bombs.IMAGES.items(), *bombs.HARMLESS.items()]:
         (folder / _file_name(name)).write_bytes(make())
@@ -165,12 +165,12 @@ def test_damaged_bytes_of_every_format_raise_one_type_of_error(generator: np.ran
 
 LIMITS = {"max_row_group_mib": 16, "max_image_mib": 1}
 MAX_LYING_MIB = 2 * LIMITS["max_row_group_mib"] + 2 * 1_024 + 100
-"""Twice the limit and 1 GiB, and what Arrow's allocator reserved before."""
+"""Twice the limit and 1 GiB, and the memory that Arrow's allocator has reserved before."""
 LARGE = "MiB or more of column '.*', but data.max_row_group_mib=16"
 
 
 class _Bombs:
-    """Files in a folder, and what is said about each."""
+    """Writes files into a folder, and collects the expected message of each."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -359,7 +359,7 @@ def test_large_images_count_as_unreadable(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_hang() -> Iterator[None]:
-    """Whatever waits longer than ten seconds is interrupted."""
+    """Interrupt a test that waits longer than ten seconds."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise TimeoutError("it hangs")

@@ -1,4 +1,4 @@
-"""Packing: the same bytes for any number of processes and kills; what cannot be read is left out, listed and counted."""
+"""Packing gives the same bytes for any number of processes and kills. Unreadable images are left out, listed and counted."""
 
 import fcntl
 import json

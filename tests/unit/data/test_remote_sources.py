@@ -1,4 +1,4 @@
-"""Parquet and shards behind a URI are what they are on a disk: S3, the hub's protocol, fsspec; and storages that fail."""
+"""Parquet and shards at a URI (S3, the hub's protocol, fsspec) equal those on a disk, also if the storage fails."""
 
 import os
 import re
@@ -234,7 +234,7 @@ def test_hub_gives_what_is_there_in_ranges_of_bytes(
 
 
 def test_a_run_goes_on_when_its_data_move_to_a_bucket(s3: str, local: Path) -> None:
-    """The fingerprint and the order do not know where the files are."""
+    """Fingerprint and order do not depend on the location of the files."""
     here, there = (
         open_dataset(DataConfig(source=uri, test_fraction=0.1)) for uri in (str(local / "shards"), s3.format("/shards"))
     )

@@ -1,4 +1,4 @@
-"""Packed shards: they give what was packed, to the bit, and nothing else; whatever somebody put into them."""
+"""Packed shards return exactly the packed bytes. Damaged or hostile shards are refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Sources: folders, Parquet, digits; and what is said when they cannot be used."""
+"""Sources (folders, Parquet, digits), and the messages if they cannot be used."""
 
 import contextlib
 import os
