@@ -1,6 +1,6 @@
 """Passwords, keys and tokens never stand in a URI of a run: it is written to config.json, to logs and to MLflow.
 
-Called for every setting that may be a URI (`config/`), and for every URI that is opened (`remote_files.py`).
+Called for every setting that may be a URI (`config/`), and for every URI that is opened (`files.py`).
 """
 
 import re

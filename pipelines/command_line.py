@@ -105,9 +105,9 @@ def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
     """
     if "://" not in name:
         return
-    from hvp_ray.remote_files import RemoteFolder
+    from hvp_ray.files import Folder
 
-    remote = RemoteFolder(name, option="RUN")
+    remote = Folder(name, option="RUN")
     for path in paths:
         if path.is_relative_to(run_dir):
             try:

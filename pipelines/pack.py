@@ -1,11 +1,11 @@
-"""Pack images into shards: few large files instead of millions of small ones, checked, read image by image.
+"""Pack images into shards: a few large, checked files instead of millions of small ones, still read image by image.
 
 python pipelines/pack.py SOURCE TARGET [--workers N] ...
 python pipelines/pack.py --verify TARGET
 
 SOURCE is a folder of class folders or Parquet (a path, hf://, s3://, gs://); TARGET a new folder (a path, s3://, gs://).
-Every image is decoded once; those that cannot be are left out and listed in TARGET/unreadable.jsonl. Order and bytes of the
-images stay. Stopped or killed, the same command goes on. Then train with --data.source TARGET.
+Every image is decoded once. Images that cannot be decoded are left out and listed in TARGET/unreadable.jsonl. Images keep
+their order and bytes. If packing was stopped or killed, the same command continues. Then train with --data.source TARGET.
 """
 
 import argparse
@@ -15,46 +15,44 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from any working folder
 
 from hvp_ray.config import DataConfig
 from hvp_ray.errors import HvpRayError
-from hvp_ray.remote_files import place_in
+from hvp_ray.files import place_in
 
 _LINE_SECONDS = 10.0
 _MIB = 2**20
 
 
 def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Return the options; end with a message where they are wrong."""
+    """Return the options, or exit with a message if they are wrong."""
     defaults = DataConfig(source="-")
     parser = argparse.ArgumentParser(
         prog="pack.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="SOURCE", help="images; see above")
-    add("target", nargs="?", metavar="TARGET", help="folder for the shards: new, empty, or begun by the same command")
-    add(
-        "--verify", metavar="TARGET", help="read all shards of TARGET and compare them with their digests; nothing else"
-    )
+    add("target", nargs="?", metavar="TARGET", help="folder for the shards: new, empty, or started by the same command")
+    add("--verify", metavar="TARGET", help="only read all shards of TARGET and compare their digests")
     add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes; the shards do not depend on it (default: the CPUs of this process, %(default)s)")  # fmt: skip
     add("--shard-mib", type=_positive, default=128, metavar="N",
-        help="a shard is closed at so many MiB of images; a process takes twice that (default: %(default)s)")  # fmt: skip
+        help="a shard is closed at this many MiB of images; a process needs twice that (default: %(default)s)")  # fmt: skip
     add("--strict", action="store_true", help="stop at the first unreadable image instead of leaving it out")
     add("--max-unreadable-fraction", type=float, default=defaults.max_unreadable_fraction, metavar="F",
-        help="stop if more of the images are unreadable; judged after 1,000 images (default: %(default)s)")  # fmt: skip
+        help="stop if a larger fraction is unreadable, checked after 1,000 images (default: %(default)s)")  # fmt: skip
     add("--image-column", default=defaults.image_column, help="Parquet: column of images (default: %(default)s)")
     add("--label-column", default=defaults.label_column, help="Parquet: column of labels (default: %(default)s)")
     add("--max-image-pixels", type=_positive, default=defaults.max_image_pixels, metavar="N",
-        help="images with more are unreadable (default: %(default)s)")  # fmt: skip
+        help="larger images count as unreadable (default: %(default)s)")  # fmt: skip
     add("--max-image-mib", type=_positive, default=defaults.max_image_mib, metavar="N",
-        help="encoded images of more are unreadable (default: %(default)s)")  # fmt: skip
+        help="larger encoded images count as unreadable (default: %(default)s)")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.verify is not None and options.source is not None:
-        parser.error("--verify TARGET stands alone")
+        parser.error("--verify TARGET takes no other argument")
     if options.verify is None and options.target is None:
-        parser.error("SOURCE and TARGET are needed, or --verify TARGET")
+        parser.error("give SOURCE and TARGET, or --verify TARGET")
     return options
 
 
@@ -75,7 +73,7 @@ class Display:
         self._is_terminal = sys.stderr.isatty()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Show the progress."""
         if self._is_terminal:
             if self._bar is None:
                 from tqdm import tqdm
@@ -94,15 +92,15 @@ class Display:
 
 
 def say(text: str) -> None:
-    """Print at once."""
+    """Print and flush."""
     print(text, flush=True)
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Pack, or go on packing.
+    """Pack, or continue packing.
 
     Raises:
-        HvpRayError: with a sentence for the user.
+        HvpRayError: the message is for the user.
     """
     from hvp_ray.data.inventory import inventory_of
     from hvp_ray.data.packing import open_for_packing
@@ -144,10 +142,10 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def verify(location: str) -> None:
-    """Read everything and compare.
+    """Read all shards and compare their digests.
 
     Raises:
-        HvpRayError: with a sentence for the user.
+        HvpRayError: the message is for the user.
     """
     from hvp_ray.data.packing import verify_shards
 
@@ -171,7 +169,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr, flush=True)
+        print("stopped; give the same command again to continue", file=sys.stderr, flush=True)
         return 130
     return 0
 

@@ -90,7 +90,7 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
         size_px: of the evaluated images.
     """
     from hvp_ray.evaluation.report import title_of_pixels
-    from hvp_ray.remote_files import place_in
+    from hvp_ray.files import place_in
 
     lines = [
         "",
@@ -149,7 +149,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
         prepare_ray_environment()
-        from hvp_ray.remote_files import place_in
+        from hvp_ray.files import place_in
         from hvp_ray.runs.prepare import finished_summary, local_output, mlflow_location, output_location
 
         summary = finished_summary(config)

@@ -1,8 +1,7 @@
 """Blocks of encoded images on the disk of a node, decompressed once and shared by all processes there.
 
-Where an image costs the reading of its whole block (a row group of a Parquet file), every view worker of a node would
-otherwise read every block, because the batches of an epoch go round. Files below the folder for temporary files (TMPDIR);
-the operating system keeps what is in use in memory. Nothing in it is needed: it may be deleted at any time.
+If an image costs reading its whole block (a Parquet row group), every view worker of a node would otherwise read every block.
+The files lie below TMPDIR, and the operating system keeps recently used ones in memory. The cache may be deleted at any time.
 """
 
 import contextlib
@@ -29,22 +28,22 @@ logger = logging.getLogger(__name__)
 _IN_USE = "in-use"
 _HEADER_BYTES = 8
 _ENTRY_BYTES = 16
-"""A block's file: number of rows, `entries`, `data`."""
+"""Layout of a block's file: number of rows, `entries`, `data`."""
 _TIDYING = 2**61
-"""Locks of bytes of one file: byte b while block b is made, this one while files are deleted."""
+"""Byte of the lock file that is locked while files are deleted. Byte b is locked while block b is written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class EncodedBlock:
-    """Encoded images as they were read, in memory."""
+    """Encoded images in memory."""
 
     entries: NDArray[np.int64]
-    """[rows, 2]: first byte of each image in `data`, taken together, and its length in bytes; 0 where there is no image."""
+    """[rows, 2]: offset of each image in the concatenated `data`, and its length in bytes; 0 for a missing image."""
     data: Sequence[memoryview]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all images."""
+        """Size of all images."""
         return sum(map(len, self.data))
 
     def image(self, row: int) -> bytes:
@@ -58,14 +57,14 @@ class EncodedBlock:
 
 
 class BlockCache:
-    """A bounded cache of blocks. Where the disk refuses, the last block is kept in memory, and that is said once."""
+    """A bounded cache of blocks. If the disk fails, it warns once and keeps only the last block, in memory."""
 
     def __init__(self, key: str, *, max_bytes: int) -> None:
         """Join the cache of this node.
 
         Args:
-            key: what the blocks are blocks of: sources of the same key share them.
-            max_bytes: of all blocks of this key on the node, about. 0: the last block in memory only.
+            key: identifies the content. Sources with the same key share blocks.
+            max_bytes: approximate bound on all blocks of this key on the node. 0: keep the last block only, in memory.
         """
         self._max_bytes = max_bytes
         self._added_bytes = 0
@@ -81,14 +80,14 @@ class BlockCache:
                 self._give_up(error)
 
     def read(self, block: int, rows: Sequence[int], make: Callable[[], EncodedBlock]) -> list[bytes]:
-        """Return images of a block, which `make` reads if no process of this node has it."""
+        """Return images of a block. `make` reads the block if it is not cached."""
         if self._folder is not None:
             file = self._open(block)
             if file is None:
                 file = self._make(block, make)
             if file is not None:
                 try:
-                    os.utime(file)  # the least recently used go first
+                    os.utime(file)  # the least recently used are deleted first
                     (num_rows,) = np.frombuffer(os.pread(file, _HEADER_BYTES, 0), np.int64).tolist()
                     return [_read_image(file, row, num_rows) for row in rows]
                 finally:
@@ -99,7 +98,7 @@ class BlockCache:
         return [last[1].image(row) for row in rows]
 
     def holds(self, block: int) -> bool:
-        """Tell whether a block is there now."""
+        """Tell whether a block is cached now."""
         return self._folder is not None and (self._folder / str(block)).exists()
 
     def _open(self, block: int) -> int | None:
@@ -110,7 +109,7 @@ class BlockCache:
             return None
 
     def _make(self, block: int, make: Callable[[], EncodedBlock]) -> int | None:
-        """Make a block, unless another process just does; return the open file. None: it is the last one in memory."""
+        """Read and store a block, unless another process has; return the open file. None: it is only in memory."""
         fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, block)
         try:
             file = self._open(block)
@@ -148,7 +147,7 @@ class BlockCache:
         return file
 
     def _tidy(self) -> None:
-        """Delete the least recently used blocks until the rest is well below the bound."""
+        """Delete the least recently used blocks until the cache is an eighth below its bound."""
         assert self._folder is not None
         self._has_tidied, self._added_bytes = True, 0
         fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, _TIDYING)
@@ -172,8 +171,8 @@ class BlockCache:
 
     def _give_up(self, error: OSError) -> None:
         logger.warning(
-            "blocks of images cannot be kept in %s (%s): every process reads them for itself, which is slow; give TMPDIR a "
-            "folder with room for data.block_cache_mib",
+            "blocks of images cannot be cached in %s (%s), so every process reads them itself, which is slow; set TMPDIR to "
+            "a folder with room for data.block_cache_mib",
             tempfile.gettempdir(),
             first_line(error),
         )
@@ -186,13 +185,13 @@ def _read_image(file: int, row: int, num_rows: int) -> bytes:
 
 
 def _join(key: str) -> tuple[Path, int]:
-    """Return the folder of a key, and a file descriptor whose lock says that the folder is in use."""
+    """Return the folder of a key, and a file descriptor whose lock marks the folder as in use."""
     root = Path(tempfile.gettempdir()) / f"hvp_ray-blocks-{os.getuid()}"
     root.mkdir(mode=0o700, exist_ok=True)
     status = root.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise PermissionError(f"{root} is not a folder of this user alone")
-    # What was not yet on the disk when the power went must not be taken for images.
+    # A power failure may leave files without their content, so a cache is valid for one boot only.
     boot = Path("/proc/sys/kernel/random/boot_id")
     boot_id = boot.read_text() if boot.exists() else ""
     folder = root / hashlib.sha256(f"{key}\n{boot_id}".encode()).hexdigest()[:32]
@@ -204,7 +203,7 @@ def _join(key: str) -> tuple[Path, int]:
         try:
             claim = os.open(folder / _IN_USE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
-            continue  # the last user has just deleted it
+            continue  # its last user has just deleted it
         fcntl.flock(claim, fcntl.LOCK_SH)
         try:
             if os.path.samestat(os.fstat(claim), (folder / _IN_USE).stat()):
@@ -221,7 +220,7 @@ def _leave(folder: Path, claim: int, locks: int) -> None:
 
 
 def _delete_if_unused(folder: Path) -> None:
-    """Delete a folder that no process uses: the last one of a run does, and what was killed is swept by the next."""
+    """Delete a folder that no process uses. The last process of a run does so, or the next run after a kill."""
     try:
         claim = os.open(folder / _IN_USE, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

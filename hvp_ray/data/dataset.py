@@ -1,4 +1,4 @@
-"""Which samples of which source are trained on, and which are evaluated: `DataConfig` resolved."""
+"""Resolve `DataConfig`: which samples of which source to train on, and which to evaluate."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ from hvp_ray.errors import ChangedDataError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
-    """The data of a run."""
+    """Sources and sample ids of a run."""
 
     source: Source
     training_ids: NDArray[np.int64]
-    """[N], ascending: sample ids of `source` that are trained on."""
+    """[N], ascending: sample ids of `source` to train on."""
     test_source: Source
     test_ids: NDArray[np.int64]
     """[M], ascending: sample ids of `test_source`; may be empty."""
 
     def shuffle_window_images(self, config: DataConfig) -> int:
-        """Return how many images `SampleOrder` shuffles together: as many as the settings allow for this source."""
+        """Return the number of images that `SampleOrder` shuffles together."""
         if not self.source.reads_whole_blocks:
             return config.shuffle_window_images
         per_image = max(1.0, self.source.num_bytes / self.source.num_samples)
         return max(1, min(config.shuffle_window_images, int(config.shuffle_window_mib * 2**20 / per_image)))
 
     def fingerprint(self) -> str:
-        """Digest of the images that are trained on."""
+        """Return the digest of the training source."""
         return self.source.fingerprint()
 
     def training_parts(self, config: DataConfig) -> dict[str, str]:
-        """Return the parts of the identity that describe the training images and their order, by name.
+        """Return the parts of the run's identity that describe the training images and their order, by name.
 
-        The order also depends on the seed and on the images per step, which are settings. No epoch is built.
+        The order also depends on the seed and on the images per step, which are settings. Computes no epoch.
         """
         block_starts, order = self.source.block_starts, "one permutation"
         if block_starts is not None:
@@ -51,7 +51,7 @@ class Dataset:
         }
 
     def test_parts(self) -> dict[str, str]:
-        """Return what an evaluation depends on, by name: the images of the test set, and which of them."""
+        """Return what an evaluation depends on, by name: the test source, and the test images."""
         is_split = self.test_source is self.source
         return {
             "test data": "held out of the training data" if is_split else self.test_source.fingerprint(),
@@ -60,39 +60,38 @@ class Dataset:
 
 
 def open_dataset(config: DataConfig, *, fingerprint: str | None = None, test_data: str | None = None) -> Dataset:
-    """Open the sources and split off what is held out.
+    """Open the sources and split off the held-out images.
 
     Args:
         config: names the sources.
-        fingerprint: `Dataset.fingerprint` when the run was prepared, for a process that joins it later. None: no check.
-        test_data: the same of the test images: the "test data" of `Dataset.test_parts`. None: no check.
+        fingerprint: `Dataset.fingerprint` when the run was prepared. None: no check.
+        test_data: "test data" of `Dataset.test_parts` when the run was prepared. None: no check.
 
     Raises:
         DataError: a source cannot be used, or has fewer images than asked for.
         ChangedDataError: the source, or the test source, has other images than when the run was prepared.
     """
     source = open_source(config.source, config)
-    if fingerprint is not None and source.fingerprint() != fingerprint:
-        raise ChangedDataError(
-            f"data.source={config.source!r} has changed since the run was started: it has {source.num_samples} images now, "
-            f"with other names or sizes. Put back what is gone and remove what is new, then start the run again with its name"
-        )
+    _check_unchanged(f"data.source={config.source!r}", source, fingerprint)
     training_ids, test_ids = split_source(config, source)
     if config.test_source is None:
         return Dataset(source=source, training_ids=training_ids, test_source=source, test_ids=test_ids)
     test_source = open_source(config.test_source, config)
-    if test_data is not None and test_source.fingerprint() != test_data:
-        raise ChangedDataError(
-            f"data.test_source={config.test_source!r} has changed since the run was started: it has "
-            f"{test_source.num_samples} images now, with other names or sizes. Put back what is gone and remove what is "
-            f"new, then start the run again with its name"
-        )
+    _check_unchanged(f"data.test_source={config.test_source!r}", test_source, test_data)
     test_ids = np.arange(test_source.num_samples, dtype=np.int64)
     return Dataset(source=source, training_ids=training_ids, test_source=test_source, test_ids=test_ids)
 
 
+def _check_unchanged(setting: str, source: Source, fingerprint: str | None) -> None:
+    if fingerprint is not None and source.fingerprint() != fingerprint:
+        raise ChangedDataError(
+            f"{setting} has changed since the run was started: it has {source.num_samples} images now, with other names or "
+            f"sizes. Restore removed files and remove new ones, then start the run again with its name"
+        )
+
+
 def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the ids of `source` that are trained on and that are held out, both ascending; the rest is not used.
+    """Return the training ids and the held-out ids of `source`, both ascending. Other ids are unused.
 
     Raises:
         DataError: the source has fewer images than asked for.
@@ -103,9 +102,9 @@ def split_source(config: DataConfig, source: Source) -> tuple[NDArray[np.int64],
 
 
 def have_same_images(one: Source, other: Source) -> bool:
-    """Tell whether two sources hold the same images: by their fingerprints, and by the bytes of three images.
+    """Tell whether two sources hold the same images, by their fingerprints and the bytes of three images.
 
-    A fingerprint covers names and sizes only. Numbered files of equal size share it, whatever they show.
+    A fingerprint covers names and sizes only, so numbered files of equal size share it.
 
     Raises:
         OSError: the storage failed.

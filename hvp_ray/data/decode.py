@@ -1,9 +1,9 @@
-"""Encoded bytes -> upright RGB pixels, and the header before that.
+"""Decode image bytes to upright RGB pixels, and read sizes from headers.
 
-JPEG goes through libjpeg-turbo (simplejpeg), everything else, and every JPEG that it does not take, through PIL.
-Orientation tags are applied; alpha is dropped; palettes, grey and CMYK become 8-bit RGB; of an animation the first frame is
-taken. Images with more than 8 bits a channel are scaled by a range of intensities (`intensity.py`), and refused without
-one. Anything that cannot be decoded raises `UnreadableImageError`.
+libjpeg-turbo (simplejpeg) decodes JPEGs, and PIL everything else, also JPEGs that libjpeg-turbo refuses. Orientation tags are
+applied, alpha is dropped, and palettes, grey and CMYK become 8-bit RGB. Animations give their first frame. Images with more
+than 8 bits per channel are scaled by `data.intensity_range` (`intensity.py`) and refused without one. Bytes that cannot be
+decoded raise `UnreadableImageError`.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _EXIF = b"Exif\x00\x00"
 _MAX_EXIF_BYTES = 65_536
 _ROWS_PER_BLOCK_PIXELS = 2**20
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
-"""Formats that PIL may open: plain images only, none that runs another program."""
+"""Formats that PIL may open: images only, and none that runs another program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +46,14 @@ class _Header:
     width: int
     is_plain_jpeg: bool
     image: bytes
-    """What to decode: the bytes, without an EXIF block that has too many entries."""
+    """Bytes to decode, without an EXIF block of too many entries."""
 
 
 def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
-    """Return (height, width) in px of the upright image, from the header alone.
+    """Return (height, width) in px of the upright image, from its header alone.
 
     Raises:
-        UnreadableImageError: no image, more than `max_pixels` pixels, or one that costs far more than its pixels.
+        UnreadableImageError: no image, more than `max_pixels` pixels, or far slower to decode than its size.
     """
     header = _read_header(image, max_pixels)
     return header.height, header.width
@@ -65,11 +65,11 @@ def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange
     Args:
         image: encoded.
         max_pixels: images with more are refused.
-        intensity_range: black and white of images with more than 8 bits a channel (`data.intensity_range`). None: such
-            images are decoded and then refused. The search for images that crash a decoder relies on that.
+        intensity_range: black and white of images with more than 8 bits per channel (`data.intensity_range`). None: such
+            images are decoded and then refused. The search for images that crash the decoder relies on that.
 
     Raises:
-        UnreadableImageError: the bytes are no image, are damaged, or the image is too large or too costly.
+        UnreadableImageError: the bytes are no image or damaged, or the image is too large or too slow to decode.
     """
     decoded = _decode(image, max_pixels)
     if not isinstance(decoded, Intensities):
@@ -82,7 +82,7 @@ def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange
 
 
 def read_intensities(image: bytes, *, max_pixels: int) -> Intensities | None:
-    """Decode an image with more than 8 bits a channel, in its own units; None: it has 8 bits or fewer, by its header.
+    """Decode an image with more than 8 bits per channel, in its own units; None: its header says 8 bits or fewer.
 
     Raises:
         UnreadableImageError: as `decode_rgb`.
@@ -97,7 +97,7 @@ def read_intensities(image: bytes, *, max_pixels: int) -> Intensities | None:
 
 
 def check_decodes(image: bytes, *, max_pixels: int) -> None:
-    """Decode an image to see that it can be; which intensities are black and white does not matter.
+    """Check that an image can be decoded, with any intensity range.
 
     Raises:
         UnreadableImageError: as `decode_rgb`.
@@ -119,7 +119,7 @@ def _decode(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
 
 
 def is_plain_jpeg(image: bytes) -> bool:
-    """Tell whether the image is an upright grey or colour JPEG of 8 bits, which every JPEG decoder treats alike."""
+    """Tell whether the image is an upright grey or colour JPEG of 8 bits, which all JPEG decoders treat alike."""
     try:
         jpeg = _read_jpeg_header(image)
     except UnreadableImageError:
@@ -155,7 +155,7 @@ def _has_excessive_exif(image: bytes, header: JpegHeader) -> bool:
 
 
 def _jpeg_size(image: bytes, header: JpegHeader) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG that simplejpeg may decode; None: PIL decides."""
+    """Return (height, width) of a JPEG that simplejpeg may decode; None: PIL decodes it."""
     if header.exif is not None and _has_orientation(image):
         return None
     try:
@@ -169,7 +169,7 @@ def _has_orientation(image: bytes) -> bool:
     try:
         with _quiet_pil(), Image.open(io.BytesIO(image), formats=("JPEG",)) as opened:
             return opened.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1)
-    except Exception:  # noqa: BLE001 (PIL's parsers raise many types; the decoder will say what is wrong)
+    except Exception:  # noqa: BLE001 (PIL's parsers raise many types; decoding reports the problem)
         return False
 
 
@@ -177,13 +177,13 @@ def _decode_plain_jpeg(image: bytes) -> NDArray[np.uint8] | None:
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(image, colorspace="RGB")
     except ValueError:
-        return None  # PIL decides: it takes JPEGs with harmless defects and refuses truncated ones
+        return None  # PIL accepts JPEGs with harmless defects and refuses truncated ones
     return pixels
 
 
 @contextmanager
 def _quiet_pil() -> Iterator[None]:
-    """Silence PIL: a hostile file can make it warn thousands of times, and the limit on pixels is ours."""
+    """Silence PIL: a hostile file can make it warn thousands of times, and we limit pixels ourselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -214,16 +214,16 @@ def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
 def _pil_size(image: bytes, max_pixels: int) -> tuple[int, int]:
     with _quiet_pil(), _open(image, max_pixels) as opened:
         width, height = opened.size
-        if height * width > max_pixels:  # before anything is decoded for the sake of its metadata
+        if height * width > max_pixels:  # check first: reading metadata may decode
             raise UnreadableImageError(f"{width} x {height} px is more than data.max_image_pixels={max_pixels}")
         orientation = _orientation(opened, image)
     return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
 
 
 def _orientation(opened: ImageFile.ImageFile, image: bytes) -> int:
-    """Return the orientation tag that decoding does not apply by itself; 1: upright, or no tag that can be read."""
+    """Return the orientation tag that decoding does not apply; 1: upright, or no readable tag."""
     if isinstance(opened, TiffImagePlugin.TiffImageFile) and ExifTags.Base.Orientation in opened.tag_v2:
-        return 1  # the size is that of the upright image already
+        return 1  # PIL applies it, and its size is upright
     try:
         if opened.format == "PNG" and has_late_metadata(image):
             opened.load()
@@ -231,7 +231,7 @@ def _orientation(opened: ImageFile.ImageFile, image: bytes) -> int:
             block = opened.info.get(name)
             if block and has_too_many_entries(block if isinstance(block, bytes) else _from_hex(block)):
                 del opened.info[name]
-        # PIL's own `PngImageFile.getexif` would decode every PNG without EXIF.
+        # `PngImageFile.getexif` would decode every PNG without EXIF.
         exif = Image.Image.getexif(opened) if opened.format == "PNG" else opened.getexif()
         orientation: int = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 (a damaged EXIF block does not make pixels unreadable)
@@ -240,7 +240,7 @@ def _orientation(opened: ImageFile.ImageFile, image: bytes) -> int:
 
 
 def _from_hex(profile: str) -> bytes:
-    """Return the block of a PNG's text chunk: three lines, then hexadecimal digits."""
+    """Return the EXIF block of a PNG's text chunk: three lines, then hexadecimal digits."""
     return bytes.fromhex("".join(profile.split("\n")[3:]))
 
 
@@ -251,7 +251,7 @@ def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Inten
             if kind is not None:
                 return decode_intensities(opened, image, kind, orientation=_orientation(opened, image))
             opened.load()
-            _orientation(opened, image)  # drops EXIF that would be slow to read
+            _orientation(opened, image)  # drops EXIF that is slow to read
             ImageOps.exif_transpose(opened, in_place=True)
             return _to_rgb(opened)
         except UnreadableImageError:
@@ -262,7 +262,7 @@ def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Inten
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert to [H, W, 3], some rows at a time, so that a large image is not held in every form at once."""
+    """Convert to [H, W, 3] in blocks of rows, so that a large image is never in memory in several modes."""
     num_rows = max(1, _ROWS_PER_BLOCK_PIXELS // max(1, image.width))
     if image.height <= num_rows:
         return _block_to_rgb(image)

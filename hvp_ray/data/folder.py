@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from hvp_ray.data.files import StorageError
 from hvp_ray.data.listing import NO_FILE, Leftovers, walk_files
-from hvp_ray.data.source import UNLABELLED
+from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError
+from hvp_ray.files import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -38,23 +38,22 @@ _FAULTS_OF_ONE_FILE = (
     errno.EPERM,
     errno.ENXIO,  # it has become a socket
 )
-"""Errors of opening one file that is gone or forbidden, although the storage works."""
+"""Errors of opening a single file that is missing or forbidden while the storage works."""
 
 _PROBES = 32
-"""Files that are opened to tell a missing file from missing storage."""
+"""Files opened to tell a missing file from a missing storage."""
 
 
-class FolderSource:
-    """Images in class folders; the class is the first folder below the root. Implements `Source`.
+class FolderSource(Source):
+    """Images in class folders; the class is the first folder below the root.
 
-    Ids follow the relative paths, sorted by their bytes, which are kept as one column. `listing.py` says which files count.
+    Ids follow the relative paths, sorted by their bytes and stored as one Arrow column. `listing.py` selects the files.
     """
 
     kind = "images in a folder"
-    """See `Source`."""
 
     def __init__(self, root: Path, *, max_image_bytes: int) -> None:
-        """Find the images.
+        """List the images.
 
         Args:
             root: the folder.
@@ -68,7 +67,6 @@ class FolderSource:
         leftovers = Leftovers()
         paths, sizes = _collect(_find_images(str(root), leftovers))
         self.left_out = leftovers.entries()
-        """See `Source`."""
         if leftovers.count(NO_FILE):
             logger.warning(
                 "%d entries of %s are no files (broken links, loops, pipes, devices) and are left out, the first: %s",
@@ -95,25 +93,12 @@ class FolderSource:
                 max_image_bytes // 2**20,
                 self._path(int(large[0])),
             )
-        self._labels, self.class_names = _classes(self._paths)
-        _refuse_splits(root, self._paths, self.class_names)
+        self.num_samples, self.num_bytes = len(self._paths), int(self._sizes.sum())
+        self._labels, self._class_names = _classes(self._paths)
+        self.has_labels = bool(self._class_names)
+        _refuse_splits(root, self._paths, self._class_names)
         del paths, sizes, order
-        pa.default_memory_pool().release_unused()  # what sorting took
-
-    @property
-    def num_samples(self) -> int:
-        """Number of image files."""
-        return len(self._paths)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all files."""
-        return int(self._sizes.sum())
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether there are class folders."""
-        return bool(self.class_names)
+        pa.default_memory_pool().release_unused()  # memory of the sort
 
     def load_labels(self) -> NDArray[np.int64]:
         """Return the index of each image's class folder.
@@ -121,26 +106,16 @@ class FolderSource:
         Raises:
             LabelError: there are no class folders.
         """
-        if not self.class_names:
+        if not self._class_names:
             raise LabelError(f"{self._root} has no labels: all images lie in it directly, none in a class folder")
         return self._labels.astype(np.int64)
 
     def load_class_names(self) -> tuple[str, ...]:
         """Return the names of the class folders, sorted."""
-        return tuple(self.class_names)
-
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        """None: files are opened one by one."""
-        return None
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """False: files are opened one by one."""
-        return False
+        return tuple(self._class_names)
 
     def fingerprint(self) -> str:
-        """Digest of relative paths and sizes."""
+        """Return a digest of relative paths and sizes."""
         digest = hashlib.sha256()
         for start in range(0, len(self._paths), _PATHS_AT_ONCE):
             paths = self._paths[start : start + _PATHS_AT_ONCE].to_pylist()
@@ -149,16 +124,18 @@ class FolderSource:
         return digest.hexdigest()
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the files' bytes; none for a file that is too large, gone or forbidden, which counts as unreadable.
+        """Return the files' bytes. No bytes: a file is too large, missing or forbidden, and counts as unreadable.
 
         Raises:
             OSError: reading failed.
-            StorageError: none of the files can be opened, so the storage is gone and not a file.
+            StorageError: no file can be opened, so the storage is missing rather than a file.
         """
         return [self._read_file(os.path.join(self._root, self._path(sample_id))) for sample_id in sample_ids]
 
-    def shares_files_with(self, other: "FolderSource") -> bool:
-        """Tell whether one of the two folders lies in the other one, and its images are among those of the other one."""
+    def shares_files_with(self, other: Source) -> bool:
+        """Tell whether one of the two folders lies in the other one, which counts its images as its own."""
+        if not isinstance(other, FolderSource):
+            return False
         roots = [os.path.realpath(source._root) for source in (self, other)]
         for (outer, root), inner in (((self, roots[0]), roots[1]), ((other, roots[1]), roots[0])):
             if Path(inner).is_relative_to(root):
@@ -189,10 +166,10 @@ class FolderSource:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size > self._max_image_bytes:
                 return b""
-            return file.read(status.st_size + 1)  # some files of the kernel's say 0 bytes and have no end
+            return file.read(status.st_size + 1)  # some kernel files report 0 bytes and never end
 
     def _has_open_files(self) -> bool:
-        """Tell whether any of some files, spread over all, can be opened."""
+        """Tell whether any of `_PROBES` files, spread over the source, can be opened."""
         spread = np.unique(np.linspace(0, self.num_samples - 1, _PROBES).astype(np.int64))
         for sample_id in spread.tolist():
             try:
@@ -204,12 +181,12 @@ class FolderSource:
 
 
 def _open_without_waiting(path: str) -> int:
-    """Open for reading; what was a file when it was found may have become a pipe."""
+    """Open for reading without blocking: a listed file may have become a pipe."""
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _collect(found: Iterator[tuple[str, int]]) -> tuple[pa.LargeBinaryArray, NDArray[np.int64]]:
-    """Return paths and sizes in bytes as columns; never are there many Python objects at a time."""
+    """Return paths and sizes in bytes as columns, with few Python objects at a time."""
     parts, sizes = [pa.array([], pa.large_binary())], [np.zeros(0, np.int64)]
     while some := list(islice(found, _PATHS_AT_ONCE)):
         parts.append(pa.array([os.fsencode(path) for path, _ in some], pa.large_binary()))
@@ -229,26 +206,26 @@ def _classes(paths: pa.LargeBinaryArray, *, skip: int = 0) -> tuple[NDArray[np.i
     names = sorted(index)
     ranks = np.empty(len(names) + 1, np.int32)
     ranks[[index[name] for name in names]] = np.arange(len(names), dtype=np.int32)
-    ranks[UNLABELLED] = UNLABELLED  # the last one, which is where -1 points
+    ranks[UNLABELLED] = UNLABELLED  # index -1 is the last entry
     return ranks[labels], [os.fsdecode(name) for name in names]
 
 
 def _find_images(root: str, leftovers: Leftovers) -> Iterator[tuple[str, int]]:
-    """Yield (path relative to `root`, size in bytes) of every image file; count what is left out."""
+    """Yield (path relative to `root`, size in bytes) of every image file; count the others."""
     for path, entry in walk_files(root, leftovers):
         if not path.lower().endswith(IMAGE_SUFFIXES):
             leftovers.add_file(path)
             continue
         try:
             num_bytes = entry.stat().st_size
-        except OSError:  # deleted in the meantime
+        except OSError:  # deleted since it was listed
             leftovers.add(NO_FILE, path)
             continue
         yield path, num_bytes
 
 
 def _refuse_splits(root: Path, paths: pa.LargeBinaryArray, class_names: list[str]) -> None:
-    """Check that the folders are classes: images of train/ and val/ are not trained on together.
+    """Refuse a folder that has train/ and val/ as if they were classes.
 
     Args:
         root: of the source.

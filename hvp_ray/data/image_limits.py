@@ -1,11 +1,13 @@
-"""What an image may cost before anything is decoded: small files that would take minutes or gigabytes are refused.
+"""Refuse small files that would take minutes or gigabytes to decode, before a library reads them.
 
-The number of pixels says what an ordinary image costs. Here are the ways to cost more than that, found format by format
-with Pillow 13 and libjpeg-turbo: they are seen in the bytes, before a library reads them. Called by `decode.py`.
+`data.max_image_pixels` bounds the cost of ordinary images. These checks cover the other ways to be slow, found format by
+format with Pillow 13 and libjpeg-turbo, which limit none of them. A slow decoder does not crash, so isolation does not find
+it. A limit on time would make refusals, and so the bits of a run, depend on the machine. Called by `decode.py`.
 """
 
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +17,7 @@ from hvp_ray.errors import UnreadableImageError
 
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS_FACTOR = 16
-"""A JPEG of several scans: scans x pixels are at most this x data.max_image_pixels (encoders write about 10 scans)."""
+"""Scans x pixels of a JPEG are at most this x data.max_image_pixels. Encoders write about 10 scans."""
 
 _SMALL_JPEG_BYTES = 8_192
 _FEW_SCANS = 16
@@ -34,12 +36,12 @@ _MAX_TILE_PIXELS = 2**22
 _MAX_JPEG2000_PARTS = 500_000
 _MAX_JPEG2000_SEGMENTS = 10_000
 
-_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_EOI, _SOS = 0xD9, 0xDA
 _FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 _JPEG_LS_FRAME = 0xF7
 _SEQUENTIAL_FRAMES = frozenset({0xC0, 0xC1})
-_WITHOUT_LENGTH = frozenset({0x01, _SOI, *range(0xD0, 0xD8)})
-_NEXT_SEGMENT = re.compile(rb"\xff+([\x02-\xcf\xd9-\xfe])")
+_NEXT_SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+"""Marker of a segment with a length. Bytes before it are fill bytes, pixels or markers without a length."""
 _LATE_METADATA = frozenset({b"eXIf", b"iTXt", b"tEXt", b"zTXt"})
 _JPEG2000_SIZE = re.compile(rb"\xff\x4f\xff\x51(?=.{20})", re.DOTALL)
 _CODING_STYLE = re.compile(rb"\xff[\x52\x53]\x00[\x09-\x2f]")
@@ -47,63 +49,67 @@ _CODING_STYLE = re.compile(rb"\xff[\x52\x53]\x00[\x09-\x2f]")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JpegHeader:
-    """What stands before the first scan of a JPEG."""
+    """Facts about a JPEG from the segments before its first scan."""
 
     first_scan: int
     """Offset of the first scan's marker, in bytes."""
     exif: int | None
-    """Offset of the first EXIF block, in bytes. None: there is none."""
+    """Offset of the first EXIF block, in bytes; None: there is no EXIF."""
     has_few_scans: bool
-    """Whether a decoder reads the first scan only (sequential, all components in one scan), or there are few anyway."""
+    """Whether decoders read one scan only (sequential, all components in it), or the file has few scans."""
 
 
 def read_jpeg_header(image: bytes) -> JpegHeader | None:
-    """Return what stands before the first scan; None: no complete header.
+    """Read the segments before the first scan; None: the header is incomplete.
 
     Raises:
-        UnreadableImageError: more metadata than any camera writes.
+        UnreadableImageError: far more metadata than cameras write.
     """
     if len(image) < _SMALL_JPEG_BYTES and b"Exif\x00\x00" not in image and image.count(b"\xff\xda") <= _FEW_SCANS:
-        return JpegHeader(first_scan=2, exif=None, has_few_scans=True)  # thumbnails: faster than walking the segments
-    position, num_segments, num_exif, gap_bytes, num_components = 2, 0, 0, 0, -1
+        return JpegHeader(first_scan=2, exif=None, has_few_scans=True)  # fast path for thumbnails
+    end, gap_bytes, num_exif, num_components = 2, 0, 0, -1
     exif: int | None = None
     is_sequential = False
-    while True:
-        start = image.find(b"\xff", position)
-        if start < 0:
-            return None
-        marker_at = start + 1
-        while marker_at < len(image) and image[marker_at] == 0xFF and marker_at - position <= _MAX_JPEG_GAP_BYTES:
-            marker_at += 1
-        gap_bytes += marker_at - position - 1
-        if gap_bytes > _MAX_JPEG_GAP_BYTES:
-            raise UnreadableImageError(f"a JPEG with more than {_MAX_JPEG_GAP_BYTES} bytes between its segments")
-        if marker_at + 3 >= len(image):
-            return None
-        marker, position = image[marker_at], marker_at + 1
-        if marker == 0x00 or marker in _WITHOUT_LENGTH:
-            gap_bytes += 2
-            continue
-        if marker == _EOI:
+    for number, (marker, start, content) in enumerate(_segments(image, end), 1):
+        gap_bytes += start - end
+        _check_gap(gap_bytes)
+        if marker == _EOI or content + 2 >= len(image):
             return None
         if marker == _SOS:
-            has_one_scan = is_sequential and num_components == image[position + 2]
-            return JpegHeader(first_scan=marker_at - 1, exif=exif, has_few_scans=has_one_scan)
-        if marker in _FRAMES and position + 7 < len(image):
-            is_sequential, num_components = marker in _SEQUENTIAL_FRAMES, image[position + 7]
-        if marker == 0xE1 and image[position + 2 : position + 8] == b"Exif\x00\x00":
-            exif = position + 8 if exif is None else exif
+            has_one_scan = is_sequential and num_components == image[content + 2]
+            return JpegHeader(first_scan=start, exif=exif, has_few_scans=has_one_scan)
+        if marker in _FRAMES and content + 7 < len(image):
+            is_sequential, num_components = marker in _SEQUENTIAL_FRAMES, image[content + 7]
+        if marker == 0xE1 and image[content + 2 : content + 8] == b"Exif\x00\x00":
+            exif = content + 8 if exif is None else exif
             num_exif += 1
-        num_segments += 1
-        if num_segments > _MAX_JPEG_SEGMENTS or num_exif > _MAX_EXIF_SEGMENTS:
+        if number > _MAX_JPEG_SEGMENTS or num_exif > _MAX_EXIF_SEGMENTS:
             raise UnreadableImageError(
                 f"a JPEG with more than {_MAX_JPEG_SEGMENTS} segments, or {_MAX_EXIF_SEGMENTS} of EXIF, before its pixels"
             )
-        position += max(2, int.from_bytes(image[position : position + 2], "big"))
+        end = content + _length(image, content)
+    _check_gap(gap_bytes + len(image) - end)
+    return None
+
+
+def _segments(image: bytes, position: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the marker of each segment from `position` on, and the offsets of the marker and of the content."""
+    while found := _NEXT_SEGMENT.search(image, position):
+        yield found[1][0], found.start(), found.end()
+        position = found.end() + _length(image, found.end())
+
+
+def _length(image: bytes, content: int) -> int:
+    return max(2, int.from_bytes(image[content : content + 2], "big"))
+
+
+def _check_gap(num_bytes: int) -> None:
+    if num_bytes > _MAX_JPEG_GAP_BYTES:
+        raise UnreadableImageError(f"a JPEG with more than {_MAX_JPEG_GAP_BYTES} bytes between its segments")
 
 
 def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels: int) -> None:
-    """Refuse a JPEG of many scans, each of which makes the decoder go over all pixels, at the price of a few bytes.
+    """Refuse a JPEG of many scans. A scan of a few bytes makes the decoder visit all pixels.
 
     Raises:
         UnreadableImageError: more than 100 scans, or scans x pixels are more than 16 x `max_pixels`.
@@ -111,17 +117,18 @@ def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels
     if header.has_few_scans:
         return
     limit = min(MAX_SCANS, MAX_SCANNED_PIXELS_FACTOR * max_pixels // max(1, num_pixels))
-    # The two bytes of a scan's marker may also stand in what is appended to a picture (a second one, a film).
+    # Data after the image (a second image, a film) may contain the marker's two bytes by chance.
     if image.count(b"\xff\xda", header.first_scan) <= limit:
         return
-    position, num_scans, num_segments = header.first_scan, 0, 0
-    while num_scans <= limit and num_segments <= _MAX_SEGMENTS_OF_SCANS:
-        found = _NEXT_SEGMENT.search(image, position)
-        if found is None or found[1][0] == _EOI:
+    num_scans = 0
+    for number, (marker, _, _) in enumerate(_segments(image, header.first_scan)):
+        num_scans += marker == _SOS
+        if num_scans > limit or number > _MAX_SEGMENTS_OF_SCANS:
+            break
+        if marker == _EOI:
             return
-        num_scans += found[1][0] == _SOS
-        num_segments += 1
-        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+    else:
+        return
     raise UnreadableImageError(
         f"a JPEG of more than {limit} scans: at most {MAX_SCANS}, and {MAX_SCANNED_PIXELS_FACTOR} x data.max_image_pixels "
         f"in all scans together"
@@ -129,20 +136,17 @@ def check_scans(image: bytes, header: JpegHeader, *, num_pixels: int, max_pixels
 
 
 def jpeg_frame(image: bytes) -> tuple[int, int] | None:
-    """Return marker and bits a channel of a JPEG's frame; None: there is no complete one among its first segments."""
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        found = _NEXT_SEGMENT.search(image, position)
-        if found is None or found.end() + 3 > len(image) or found[1][0] in (_SOS, _EOI):
+    """Return the frame's marker and bits per channel; None: the first segments have no complete frame."""
+    for marker, _, content in islice(_segments(image, 2), _MAX_JPEG_SEGMENTS):
+        if content + 3 > len(image) or marker in (_SOS, _EOI):
             return None
-        if found[1][0] in _FRAMES or found[1][0] == _JPEG_LS_FRAME:
-            return found[1][0], image[found.end() + 2]
-        position = found.end() + max(2, int.from_bytes(image[found.end() : found.end() + 2], "big"))
+        if marker in _FRAMES or marker == _JPEG_LS_FRAME:
+            return marker, image[content + 2]
     return None
 
 
 def has_too_many_entries(block: bytes) -> bool:
-    """Tell whether an EXIF block or a TIFF has more than 4,096 entries: none is written so, and each is slow to read."""
+    """Tell whether an EXIF block or a TIFF has more than 4,096 entries. Reading an entry is slow."""
     if block.startswith(b"Exif\x00\x00"):
         block = block[6:]
     order = "<" if block[:2] == b"II" else ">"
@@ -157,7 +161,7 @@ def has_too_many_entries(block: bytes) -> bool:
 
 
 def check_bytes(image: bytes, *, max_pixels: int) -> None:
-    """Check what can be seen before a library opens the image; what is no image at all passes.
+    """Check an image before a library opens it. Bytes of no known format pass.
 
     Raises:
         UnreadableImageError: the image would cost much more than its size says.
@@ -177,23 +181,21 @@ def check_bytes(image: bytes, *, max_pixels: int) -> None:
 
 
 def has_late_metadata(image: bytes) -> bool:
-    """Tell whether a PNG has metadata behind its pixels, which are to be had only by decoding it."""
+    """Tell whether a PNG has metadata after its pixels. Reading it requires decoding."""
     kinds = [kind for kind, _ in _png_chunks(image)]
     return b"IDAT" in kinds and not _LATE_METADATA.isdisjoint(kinds[kinds.index(b"IDAT") :])
 
 
 def check_opened(opened: Image.Image, image: bytes) -> None:
-    """Check what can be seen in an image that was opened and not decoded yet.
+    """Check an image that Pillow has opened and not decoded.
+
+    Refuses TIFF tiles far larger than the image (libtiff decodes whole tiles), and JPEG strips of many scans.
 
     Raises:
         UnreadableImageError: the image would cost much more than its size says.
     """
-    if isinstance(opened, TiffImagePlugin.TiffImageFile):
-        _check_tiff(opened, image)
-
-
-def _check_tiff(opened: TiffImagePlugin.TiffImageFile, image: bytes) -> None:
-    """Refuse tiles far beyond the image (libtiff decodes whole tiles), and strips of JPEG with many scans."""
+    if not isinstance(opened, TiffImagePlugin.TiffImageFile):
+        return
     tags = opened.tag_v2
     tile_width, tile_height = _number(tags.get(322)), _number(tags.get(323))
     if tile_width * tile_height > max(_MAX_TILE_PIXELS, 4 * opened.width * opened.height):
@@ -207,7 +209,7 @@ def _check_tiff(opened: TiffImagePlugin.TiffImageFile, image: bytes) -> None:
 
 
 def _number(value: object) -> int:
-    """Return a TIFF value as a number; 0: there is none."""
+    """Return a TIFF value as a number; 0: it is missing."""
     first = value[0] if isinstance(value, tuple) and value else value
     return first if isinstance(first, int) else 0
 
@@ -235,7 +237,7 @@ def _check_png(image: bytes, max_pixels: int) -> None:
 
 
 def _check_gif(image: bytes) -> None:
-    """Count the parts of comments and other extensions before the first image, as Pillow reads them."""
+    """Refuse many parts of comments and other extensions before the first image; Pillow reads each in Python."""
     if len(image) < 13:
         return
     position = 13 + (3 << ((image[10] & 7) + 1) if image[10] & 0x80 else 0)
@@ -273,7 +275,7 @@ def _check_gif(image: bytes) -> None:
 
 
 def _check_bmp(image: bytes) -> None:
-    """Refuse large run-length encoded bitmaps: Pillow decodes them in Python, byte by byte."""
+    """Refuse large run-length encoded bitmaps. Pillow decodes them in Python, byte by byte."""
     if len(image) < 34 or struct.unpack_from("<I", image, 14)[0] < 40:
         return
     width, height = struct.unpack_from("<ii", image, 18)
@@ -287,7 +289,7 @@ def _check_bmp(image: bytes) -> None:
 
 
 def _check_ppm(image: bytes) -> None:
-    """Refuse long headers, and comments between the numbers of plain files: Pillow reads both very slowly."""
+    """Refuse long headers, and many comments in plain files. Pillow reads both very slowly."""
     if len(image) <= _MAX_PPM_HEADER_BYTES:
         return
     header = re.sub(rb"#[^\r\n]*[\r\n]?", b" ", image[:_MAX_PPM_HEADER_BYTES])
@@ -299,8 +301,8 @@ def _check_ppm(image: bytes) -> None:
 
 
 def _check_jpeg2000(image: bytes) -> None:
-    """Count precincts and code blocks: the decoder keeps some hundred bytes for each, whatever is in it."""
-    # All of them, because a file may have a decoy in front.
+    """Refuse many precincts and code blocks. The decoder allocates some hundred bytes for each, even if it is empty."""
+    # Check all of them: the first may be a decoy.
     starts = [size.end() for size in islice(_JPEG2000_SIZE.finditer(image), _MAX_JPEG2000_SEGMENTS)]
     styles = [style.start() + 2 for style in islice(_CODING_STYLE.finditer(image), _MAX_JPEG2000_SEGMENTS)]
     if max(len(starts), len(styles)) >= _MAX_JPEG2000_SEGMENTS:

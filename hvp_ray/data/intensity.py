@@ -1,7 +1,7 @@
-"""Images with more than 8 bits a channel: their values in their own units, and the 8-bit levels that these become.
+"""Images with more than 8 bits per channel: decode their values in their own units, and scale them to 8-bit levels.
 
-A 16-bit file does not say which value is black and which is white: it may hold 12 bits of a camera, Hounsfield units or
-reflectances. `data.intensity_range` says it, once for all images of a set. Called by `decode.py`.
+A 16-bit file does not define black and white: it may hold 12 bits of a camera, Hounsfield units or reflectances.
+`data.intensity_range` defines them for all images of a set. Called by `decode.py`.
 """
 
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ _UNSIGNED, _SIGNED = 1, 2
 KINDS_OF_NUMBERS = {_UNSIGNED: "unsigned integers", _SIGNED: "signed integers", 3: "floating-point numbers"}
 """By the sample format of a TIFF."""
 _CMYK = 5
-"""Photometric interpretation of a TIFF. Its values are shares of ink: all bits set is full ink, and no range is needed."""
+"""Photometric interpretation of a TIFF. All bits set is full ink, so no range is needed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Intensities:
-    """The values of an image with more than 8 bits a channel."""
+    """Values of an image with more than 8 bits per channel."""
 
     values: NDArray[np.generic]
     """[H, W] or [H, W, 3], upright, of any type of number, in the units of the file."""
     kind: str
-    """What the values are, for instance "16-bit unsigned integers"."""
+    """Type of the values, for instance "16-bit unsigned integers"."""
     white_is_zero: bool = False
-    """Whether the file says that small values are bright."""
+    """Whether small values are bright."""
 
     def to_levels(self, intensity_range: IntensityRange) -> NDArray[np.uint8]:
-        """Return RGB [H, W, 3]: black to white becomes 0 to 255, rounded; values outside are clipped, NaN is black."""
+        """Return RGB [H, W, 3]: black to white becomes 0 to 255, rounded. Values outside are clipped; NaN is black."""
         black, white = intensity_range
         levels = np.empty((*self.values.shape[:2], 3), np.uint8)
         rows_at_once = max(1, _LEVELS_AT_ONCE // max(1, self.values.shape[1]))
@@ -52,13 +52,13 @@ class Intensities:
 
 
 def kind_of_intensities(opened: ImageFile.ImageFile, image: bytes) -> str | None:
-    """Return what the values of an image are, from its header; None: they are levels, integers of at most 8 bits.
+    """Return the type of an image's values, from its header; None: integers of at most 8 bits.
 
     Args:
         opened: the image, opened by Pillow and not decoded yet.
         image: its bytes.
     """
-    # What Pillow's decoder is told: the packing of the values, and the largest one of a portable anymap.
+    # Arguments of Pillow's decoder: how values are packed, and the largest value of a portable anymap.
     arguments = opened.tile[0].args if opened.tile else ()
     match opened.format:
         case "TIFF":
@@ -85,19 +85,19 @@ def decode_intensities(opened: ImageFile.ImageFile, image: bytes, kind: str, *, 
     Args:
         opened: the image, opened by Pillow and not decoded yet.
         image: its bytes.
-        kind: what the values are.
-        orientation: the EXIF orientation that decoding leaves to be applied.
+        kind: type of the values.
+        orientation: EXIF orientation that decoding does not apply.
 
     Raises:
         UnreadableImageError: no library decodes it without losing bits.
     """
     if not isinstance(opened, TiffImagePlugin.TiffImageFile):
         return Intensities(values=_upright(_read_with_opencv(image, kind), orientation), kind=kind)
-    if len(opened.getbands()) == 1:  # by Pillow, which knows more compressions than OpenCV, but no colour of 16 bits
+    if len(opened.getbands()) == 1:  # Pillow reads more compressions than OpenCV, but no colour of 16 bits
         return Intensities(
             values=_read_grey_tiff(opened), kind=kind, white_is_zero=_tag(opened, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO
         )
-    if _tag(opened, _PLANES, 1) != 1:  # OpenCV would mix them up
+    if _tag(opened, _PLANES, 1) != 1:  # OpenCV would interleave them wrongly
         raise UnreadableImageError(f"its {kind} are in separate planes; save the file with its bands interleaved")
     return Intensities(values=_upright(_read_with_opencv(image, kind), orientation), kind=kind)
 
@@ -106,7 +106,7 @@ def _read_grey_tiff(opened: TiffImagePlugin.TiffImageFile) -> NDArray[np.generic
     number_type = _number_type(opened)
     opened.load()
     values = np.asarray(opened)
-    # Pillow keeps the bits of these two types in a type of the other sign.
+    # Pillow stores these two types as the type of the other sign.
     if number_type == (32, _UNSIGNED):
         return values.view(np.uint32)
     return values.view(np.int8) if number_type == (8, _SIGNED) else values
@@ -138,7 +138,7 @@ def _upright(values: NDArray[np.generic], orientation: int) -> NDArray[np.generi
 
 
 def _jpeg2000_precision(image: bytes) -> int:
-    """Return the bits of the widest component, from the segment that has the image's size."""
+    """Return the bits of the widest component, from the size segment."""
     start = image.find(b"\xff\x4f\xff\x51") + 40
     num_components = int.from_bytes(image[start : start + 2], "big")
     precisions = image[start + 2 : start + 2 + 3 * num_components : 3]

@@ -1,4 +1,4 @@
-"""What a run found at its sources: printed before it starts, by `describe.py`, and kept in its summary."""
+"""Count what the sources of a run hold: printed before a run, by `describe.py`, and stored in the run's summary."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.data.source import Source
 from hvp_ray.errors import HvpRayError
-from hvp_ray.remote_files import is_uri
+from hvp_ray.files import is_uri
 
 _SHOWN = 6
 _STARTS = {b"\xff\xd8\xff": (".jpg", "a JPEG"), b"\x89PNG\r\n\x1a\n": (".png", "a PNG")}
@@ -21,19 +21,19 @@ _STARTS = {b"\xff\xd8\xff": (".jpg", "a JPEG"), b"\x89PNG\r\n\x1a\n": (".png", "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInventory:
-    """What one source holds, and what was left out."""
+    """Contents of one source, and what was left out."""
 
     location: str
     kind: str
     num_images: int
     num_classes: int | None
-    """None: the source has no labels, or they cannot be read."""
+    """None: the source has no readable labels."""
     num_bytes: int
-    """Of all encoded images."""
+    """Size of all encoded images."""
     left_out: tuple[LeftOut, ...]
 
     def lines(self, title: str) -> list[str]:
-        """Return one line of what there is, and one of what was left out, if anything was."""
+        """Return a line on the contents, and one on what was left out, if anything."""
         classes = "no labels" if self.num_classes is None else _counted(self.num_classes, "classes")
         found = f"{self.kind}: {_counted(self.num_images, 'images')}, {classes}, {self.num_bytes / 1e6:,.1f} MB"
         lines = [f"{title:<9}{self.location}, {found}"]
@@ -46,7 +46,7 @@ class SourceInventory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataInventory:
-    """What a run's sources hold."""
+    """Contents of a run's sources."""
 
     source: SourceInventory
     num_training_images: int
@@ -55,7 +55,7 @@ class DataInventory:
     num_test_images: int
 
     def lines(self) -> list[str]:
-        """Return what a person reads before the start: two to five lines."""
+        """Return two to five lines for the user."""
         use = f", {self.num_training_images:,} to train on"
         if self.test_source is None:
             use += f", {self.num_test_images:,} held out for evaluation"
@@ -64,17 +64,17 @@ class DataInventory:
         return [first + use, *rest, *test]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, as JSON has them: lists for tuples."""
+        """Return plain values for JSON, with lists for tuples."""
         plain = lambda fields: {name: list(value) if isinstance(value, tuple) else value for name, value in fields}
         return dataclasses.asdict(self, dict_factory=plain)
 
 
 def take_inventory(dataset: Dataset, config: DataConfig) -> DataInventory:
-    """Count images, classes and what is left out; labels are read for it.
+    """Count images, classes and what is left out. Reads the labels.
 
     Args:
         dataset: opened.
-        config: what it was opened by.
+        config: that opened it.
     """
     return DataInventory(
         source=inventory_of(dataset.source, config.source),
@@ -85,11 +85,11 @@ def take_inventory(dataset: Dataset, config: DataConfig) -> DataInventory:
 
 
 def inventory_of(source: Source, location: str) -> SourceInventory:
-    """Count what one source holds, and what is left out.
+    """Count the contents of one source, and what is left out.
 
     Args:
         source: opened.
-        location: path or URI that it was opened by.
+        location: its path or URI.
     """
     return SourceInventory(
         location=location,
@@ -107,12 +107,12 @@ def _count_classes(source: Source) -> int | None:
     try:
         labels = np.unique(source.load_labels())
     except HvpRayError:
-        return None  # who needs the labels says what is wrong with them
+        return None  # the evaluation reports the problem
     return int((labels >= 0).sum())
 
 
 def _with_note(entry: LeftOut, location: str) -> LeftOut:
-    """Add a note if a file was left out for its name although its first bytes are those of an image."""
+    """Add a note if a file was left out for its name although it starts like an image."""
     if is_uri(location) or not entry.is_by_name:
         return entry
     path = Path(location).expanduser() / entry.example

@@ -1,7 +1,7 @@
 """Labels of training and test images in one numbering, matched by the names of the classes.
 
-Every source numbers its classes on its own: a folder by its sorted names, a `ClassLabel` by its list. So a label has a
-meaning in its own source only. Every evaluation takes its labels from this module.
+Every source numbers its classes itself: a folder by its sorted names, a `ClassLabel` by its list. A label is therefore valid
+in its own source only. Every evaluation takes its labels from this module.
 """
 
 import unicodedata
@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.dataset import Dataset, have_same_images
-from hvp_ray.data.folder import FolderSource
-from hvp_ray.data.parquet import ParquetSource
 from hvp_ray.data.source import UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError, first_line
 
@@ -33,11 +31,11 @@ class MatchedLabels:
     test_ids: NDArray[np.int64]
     """[M], ascending: labelled images among `Dataset.test_ids`, of classes that the training source has."""
     of_training: NDArray[np.int64]
-    """Labels of all images of `Dataset.source`, `UNLABELLED` where an image has none."""
+    """Labels of all images of `Dataset.source`; `UNLABELLED` for an image without one."""
     of_test: NDArray[np.int64]
-    """Labels of all images of `Dataset.test_source`; `UNLABELLED` also where the training source has no such class."""
+    """Labels of all images of `Dataset.test_source`; `UNLABELLED` also for classes that the training source lacks."""
     remarks: tuple[str, ...]
-    """What a person should know of them, a sentence each."""
+    """Sentences for the user."""
 
 
 def match_labels(dataset: Dataset) -> MatchedLabels:
@@ -74,7 +72,7 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
 def _check_other_images(source: Source, test_source: Source) -> None:
     try:
         are_same = have_same_images(source, test_source)
-        share_files = not are_same and _share_files(source, test_source)
+        share_files = not are_same and source.shares_files_with(test_source)
     except OSError as error:
         raise DataError(f"training and test images cannot be compared: {first_line(error)}") from error
     if are_same:
@@ -91,16 +89,8 @@ def _check_other_images(source: Source, test_source: Source) -> None:
         )
 
 
-def _share_files(source: Source, test_source: Source) -> bool:
-    if isinstance(source, FolderSource) and isinstance(test_source, FolderSource):
-        return source.shares_files_with(test_source)
-    if isinstance(source, ParquetSource) and isinstance(test_source, ParquetSource):
-        return source.shares_files_with(test_source)
-    return False
-
-
 def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return the labels of the test source in the numbering of the training source, and what was left out."""
+    """Return the test labels in the numbering of the training source, and remarks on what was left out."""
     training, test = source.load_labels(), test_source.load_labels()
     names, test_names = source.load_class_names(), test_source.load_class_names()
     labelled = test != UNLABELLED
@@ -110,13 +100,13 @@ def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tupl
             f"the classes of training and test images cannot be matched: training has {sides[0]}, test has {sides[1]}. "
             f"{_WHAT_TO_DO}"
         )
-    if names == test_names:  # also where neither has names, and numbers mean what they mean on the other side
+    if names == test_names:  # or neither has names, so the numbers must agree
         matched = np.where(np.isin(test, training), test, UNLABELLED) if not names else test
     else:
         index = _index(names, "training")
         _index(test_names, "test")
         places = [index.get(_normal(name), UNLABELLED) for name in test_names]
-        matched = np.array([*places, UNLABELLED], np.int64)[test]  # UNLABELLED points to the last one
+        matched = np.array([*places, UNLABELLED], np.int64)[test]  # UNLABELLED, -1, indexes the last entry
     left_out = labelled & (matched == UNLABELLED)
     if labelled.any() and left_out.sum() == labelled.sum():
         raise DataError(
@@ -150,7 +140,7 @@ def _index(names: Sequence[str], side: str) -> dict[str, int]:
 
 
 def _normal(name: str) -> str:
-    # macOS decomposes accents in the names of folders.
+    # macOS decomposes accents in folder names.
     return unicodedata.normalize("NFC", name)
 
 

@@ -1,6 +1,6 @@
-"""Which files lie below a folder of this machine, and what is left out and why.
+"""List the files below a folder of this machine, and count what is left out and why.
 
-Every source lists through this file, so a fingerprint, an inventory and a second run see the same files.
+Every source uses this listing, so a fingerprint, an inventory and a second run see the same files.
 """
 
 import json
@@ -16,16 +16,16 @@ NO_FILE = "broken links, loops, pipes or devices"
 HIDDEN = "hidden"
 OF_RUNS = "entries that hvp_ray wrote"
 MLFLOW_ARTIFACTS = "mlflow-artifacts"
-"""Folder of the pictures and encoders that MLflow's default store has of runs."""
+"""Folder of figures and encoders of runs in MLflow's default store."""
 
 _SUFFIX = re.compile(r"\.[a-z0-9]{1,8}$")
 _MLFLOW_STORE = "mlflow.db"
 _MAX_SUFFIXES = 256
 _FILES = " files"
 _WITHOUT_SUFFIX = "files without a suffix"
-_MAX_JSON_BYTES = 4 * 2**20
+MAX_MARK_BYTES = 4 * 2**20
 _MARKS = {"config.json": "run_identity", "comparison.json": "costs"}
-"""File name -> a key in this file. Such a file marks the folder of a run or of a comparison."""
+"""File name -> a key in this file, which marks the folder of a run or of a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,25 +35,25 @@ class LeftOut:
     reason: str
     count: int
     example: str
-    """The first of them, relative to the source."""
+    """The first entry, relative to the source."""
     note: str = ""
-    """What is known of the first."""
+    """A remark on the first entry."""
 
     @property
     def is_by_name(self) -> bool:
-        """Whether they are files that were left out for their names alone."""
+        """Whether the entries are files that were left out only because of their names."""
         return self.reason == _WITHOUT_SUFFIX or self.reason.endswith(_FILES)
 
 
 class Leftovers:
-    """Counts what a listing leaves out; never holds more than a few names."""
+    """Counts of what a listing leaves out, with one example each."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, str]] = {}
         self._suffixes: set[str] = set()
 
     def copy(self) -> "Leftovers":
-        """Return the same counts, to be counted on."""
+        """Return a copy."""
         other = Leftovers()
         other._found, other._suffixes = dict(self._found), set(self._suffixes)
         return other
@@ -76,41 +76,41 @@ class Leftovers:
         return not self._suffixes.isdisjoint(suffixes)
 
     def count(self, reason: str) -> int:
-        """Return how many entries were left out for a reason."""
+        """Return the number of entries left out for a reason."""
         return self._found.get(reason, (0, ""))[0]
 
     @property
     def num_files(self) -> int:
-        """How many files of other kinds there are."""
+        """Number of files of other kinds."""
         return sum(entry.count for entry in self.entries() if entry.is_by_name)
 
     def entries(self) -> tuple[LeftOut, ...]:
-        """Return what was left out, most of it first."""
+        """Return what was left out, the largest count first."""
         ordered = sorted(self._found.items(), key=lambda found: (-found[1][0], found[0]))
         return tuple(LeftOut(reason=reason, count=count, example=name) for reason, (count, name) in ordered)
 
 
 def suffix_of(path: str) -> str:
-    """Return the ending of a file's name in lower case, with its dot; empty: the name has none that tells a kind."""
+    """Return the suffix of a file's name in lower case, with its dot; empty: there is none of at most 8 characters."""
     found = _SUFFIX.search(path.rpartition("/")[2].lower())
     return found[0] if found else ""
 
 
-def is_hidden(name: str) -> bool:
-    """Tell whether a file, or a folder that it is in, is hidden; `name` is relative to the source."""
-    return any(part.startswith(".") for part in name.split("/"))
+def hidden_part(name: str) -> str:
+    """Return the hidden file or folder on the way to `name`, which is relative to the source. Empty: there is none."""
+    parts = name.split("/")
+    return next(("/".join(parts[: depth + 1]) for depth, part in enumerate(parts) if part.startswith(".")), "")
 
 
 def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield (path relative to `root`, entry) of every file.
 
-    Hidden files and folders are left out. So is what hvp_ray wrote, unless it is `root`. Links are followed, also
-    out of the root, and each folder is listed once. A link to a folder that contains the root is not followed. Only the
-    JSON files of runs are opened. The walk does not stat files, so the caller reads their sizes.
+    Leaves out hidden files and folders, and what hvp_ray wrote, unless it is `root`. Follows links, also out of the root, but
+    lists each folder once and never one that contains the root. Opens only the JSON files of runs and stats no file.
 
     Args:
         root: a folder.
-        leftovers: counts what is left out here; the caller adds the files that it does not want.
+        leftovers: counts what is left out here. The caller adds the files that it rejects.
         recursive: also the files in folders of the folder.
 
     Raises:
@@ -146,7 +146,7 @@ def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> It
                 continue
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself, or to where we may not go
+            except OSError:  # a link to itself, or to a forbidden folder
                 is_folder = is_file = False
             if is_folder:
                 folders.append(path)
@@ -154,16 +154,16 @@ def walk_files(root: str, leftovers: Leftovers, *, recursive: bool = True) -> It
                 yield path, entry
             else:
                 leftovers.add(NO_FILE, path)
-        # Sorted: of two links to one folder, the same one counts on every machine.
+        # Sorted, so that of two links to one folder the same one counts on every machine.
         pending += sorted(folders, reverse=True) if recursive else []
 
 
 def is_written_by_runs(folder: str, names: list[str]) -> bool:
-    """Tell whether a folder is a run's, a comparison's, or that of MLflow's artifacts.
+    """Tell whether a folder belongs to a run, a comparison or MLflow's artifacts.
 
     Args:
         folder: its path.
-        names: what is in it.
+        names: of its entries.
     """
     if os.path.basename(folder) == MLFLOW_ARTIFACTS:
         return True
@@ -171,7 +171,7 @@ def is_written_by_runs(folder: str, names: list[str]) -> bool:
 
 
 def is_mark(name: str, content: bytes) -> bool:
-    """Tell whether a file named `config.json` or `comparison.json` is one that hvp_ray wrote."""
+    """Tell whether hvp_ray wrote a file named `config.json` or `comparison.json`."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -181,7 +181,7 @@ def is_mark(name: str, content: bytes) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.is_file() and path.stat().st_size <= _MAX_JSON_BYTES:
+        if path.is_file() and path.stat().st_size <= MAX_MARK_BYTES:
             return path.read_bytes()
     except OSError:
         pass

@@ -15,16 +15,16 @@ from hvp_ray.randomness import Purpose, draw_stream, permutation_from_words
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleOrder:
-    """Visits every sample at most once an epoch; a last part smaller than one step is dropped.
+    """Visits every sample at most once per epoch; a last part smaller than one step is dropped.
 
-    Where `block_starts` is given (row groups of a Parquet file), blocks are permuted and samples are permuted inside
-    windows of `window_images`: neighbouring steps then read few blocks, and only the window at hand is in memory. Otherwise
-    the permutation is global. (Compared by identity, so that the last windows can be cached.)
+    With `block_starts` (row groups of a Parquet file), blocks are permuted, and samples are permuted inside windows of
+    `window_images`. Neighbouring steps then read few blocks, and only the current window is in memory. Otherwise the
+    permutation is global. Orders compare by identity, so that the last windows can be cached.
     """
 
     seed: int
     sample_ids: NDArray[np.int64]
-    """[N], ascending: the samples that take part."""
+    """[N], ascending: the samples to visit."""
     images_per_step: int
     """Images of a step over all ranks."""
     block_starts: NDArray[np.int64] | None = None
@@ -72,7 +72,7 @@ class SampleOrder:
         return len(self.sample_ids) if self.block_starts is None else min(self.window_images, len(self.sample_ids))
 
     def _slice(self, epoch: int, start: int, end: int) -> NDArray[np.int64]:
-        """Return the sample ids at positions `start` to `end`; only the windows that they are in are computed."""
+        """Return the sample ids at positions `start` to `end`. Computes only their windows."""
         parts = []
         for index in range(start // self._window, -(-end // self._window)):
             first = index * self._window
@@ -88,7 +88,7 @@ class SampleOrder:
         return ids[permutation_from_words(words)]
 
     def _take_blocks(self, epoch: int, start: int, end: int) -> NDArray[np.int64]:
-        """Return the samples at `start` to `end` of the epoch's blocks, one block behind the other."""
+        """Return the samples at positions `start` to `end` of the concatenated blocks of the epoch."""
         begins, positions = _order_of_blocks(self, epoch)
         first = int(np.searchsorted(positions, start, side="right")) - 1
         last = int(np.searchsorted(positions, end, side="left"))
@@ -100,7 +100,7 @@ class SampleOrder:
         return np.concatenate(parts)
 
     def _compute_blocks(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the blocks in the epoch's order: places of their first samples in `sample_ids`, and their positions."""
+        """Return the blocks in the epoch's order: indices of their first samples in `sample_ids`, and their positions."""
         assert self.block_starts is not None
         bounds = np.searchsorted(self.sample_ids, self.block_starts)
         sizes = np.diff(np.append(bounds, len(self.sample_ids)))
@@ -122,7 +122,7 @@ def _order_of_blocks(order: SampleOrder, epoch: int) -> tuple[NDArray[np.int64],
 
 
 def choose_subset(num_samples: int, num_images: int | None) -> NDArray[np.int64]:
-    """Return the sample ids that take part, ascending: a fixed pseudo-random subset, the same for every seed.
+    """Return the sample ids to use, ascending: a fixed pseudo-random subset, equal for every seed.
 
     Raises:
         DataError: more images are asked for than there are.
@@ -136,7 +136,7 @@ def choose_subset(num_samples: int, num_images: int | None) -> NDArray[np.int64]
 
 
 def split_for_test(sample_ids: NDArray[np.int64], test_fraction: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split ids into (training, test), both ascending; fixed, the same for every seed."""
+    """Split ids into (training, test), both ascending; fixed, equal for every seed."""
     num_test = round(len(sample_ids) * test_fraction)
     words = draw_stream(seed=0, purpose=Purpose.SPLIT, index=0, epoch=0, num_words=len(sample_ids))
     shuffled = sample_ids[permutation_from_words(words)]

@@ -1,10 +1,11 @@
-"""Images of any source -> packed shards (`shard_format.py`): decoded once to see that they can be, then copied as they are.
+"""Pack the images of any source into shards (`shard_format.py`): decode each image once as a check, then copy its bytes.
 
-The samples are cut into tasks, by the source alone; a task writes its shards and then a note on them, and the note says that
-it is done. So any number of processes, killed and started again any number of times, leave the same bytes. `packing_pool.py`
-has the processes, `pipelines/pack.py` is the program.
+The source alone determines how samples are split into tasks. A task writes its shards and then a note, which commits it. So
+any number of processes, killed and restarted any number of times, write the same bytes. `packing_pool.py` runs the processes,
+`pipelines/pack.py` is the program.
 """
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.decode import check_decodes
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,
     BLOCKS,
@@ -39,7 +40,7 @@ from hvp_ray.data.shard_format import (
 from hvp_ray.data.shards import ShardSource
 from hvp_ray.data.source import PLAN, UNLABELLED, Source, open_source
 from hvp_ray.errors import ConfigError, DataError, UnreadableImageError, first_line
-from hvp_ray.remote_files import RemoteFolder, is_uri
+from hvp_ray.files import Folder, is_uri
 
 _NOTE = "task-{:06d}.json"
 _IMAGES_AT_ONCE = 32
@@ -49,46 +50,46 @@ _JUDGED_AFTER_IMAGES = 1_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackingPlan:
-    """What determines the bytes of the shards; kept beside them, and compared when the command is given again."""
+    """Everything that determines the bytes of the shards. It is stored beside them and compared when packing continues."""
 
     source_fingerprint: str
     num_samples: int
     shard_mib: int
-    """A shard is closed when it has so many MiB of images."""
+    """A shard is closed at this many MiB of images."""
     image_column: str
     label_column: str
     max_image_pixels: int
     max_image_mib: int
     task_starts: tuple[int, ...]
     """First sample id of each task, and the number of samples."""
+    root: str
+    """Prefix that is removed from the images' names."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as the manifest holds it: without the cuts, which follow from the rest."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        del values["task_starts"]
-        return values
+        """Return the fields that the manifest stores. Tasks follow from them, and the source may move."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("task_starts", "root")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackResult:
-    """What the program says at the end."""
+    """Counts that the program prints at the end."""
 
     num_images: int
     num_unreadable: int
     num_shards: int
     num_bytes: int
-    """Of all shards."""
+    """Size of all shards."""
     was_complete: bool
     """Whether there was nothing to do."""
 
 
-def plan_packing(source: Source, config: DataConfig, *, shard_mib: int) -> PackingPlan:
-    """Cut the samples into tasks of about `shard_mib`, at the borders of the source's blocks where it has some."""
+def plan_packing(source: Source, config: DataConfig, *, shard_mib: int, root: str) -> PackingPlan:
+    """Split the samples into tasks of about `shard_mib`, at block boundaries if the source reads whole blocks."""
     per_image = max(1.0, source.num_bytes / source.num_samples)
     per_task = max(1, int(shard_mib * 2**20 / per_image))
     cuts = np.arange(0, source.num_samples, per_task)
     if source.block_starts is not None and source.reads_whole_blocks:
-        # A block that two tasks share would be read twice.
+        # Two tasks would read a shared block twice.
         ends = np.append(source.block_starts, source.num_samples)
         cuts = np.unique(ends[np.searchsorted(ends, cuts)])
         cuts = cuts[cuts < source.num_samples]
@@ -101,14 +102,15 @@ def plan_packing(source: Source, config: DataConfig, *, shard_mib: int) -> Packi
         max_image_pixels=config.max_image_pixels,
         max_image_mib=config.max_image_mib,
         task_starts=(*cuts.tolist(), source.num_samples),
+        root=root,
     )
 
 
 class Target:
-    """The folder that shards are packed into, a path or a URI."""
+    """The folder of the shards, a path or a URI."""
 
     def __init__(self, location: str) -> None:
-        """Open it; nothing needs to be there.
+        """Open it. It need not exist.
 
         Raises:
             ConfigError: a URI that cannot be used.
@@ -117,10 +119,10 @@ class Target:
         path = Path(location).expanduser()
         if not is_uri(location) and path.exists() and not path.is_dir():
             raise ConfigError(f"TARGET {location} is a file; expected a folder that is new or empty")
-        self.folder = RemoteFolder(location if is_uri(location) else path.absolute().as_uri(), option="TARGET")
+        self.folder = Folder(location if is_uri(location) else str(path), option="TARGET")
 
     def begin(self, plan: PackingPlan) -> Manifest | None:
-        """Claim the folder for a plan, or go on with the same; return the manifest if all is done.
+        """Claim the folder for a plan, or continue the same plan; return the manifest if packing is complete.
 
         Raises:
             ConfigError: the folder holds something else, or shards of another source or other settings.
@@ -141,14 +143,13 @@ class Target:
             return None
         if names:
             raise ConfigError(
-                f"TARGET {self.location} is not empty ({names[0]}, ...), and nothing in it says that pack.py made it; name a "
-                f"new folder"
+                f"TARGET {self.location} is not empty ({names[0]}, ...), and pack.py did not make it; name a new folder"
             )
         self.folder.write(PLAN, json.dumps(plan.to_dict(), indent=1).encode())
         return None
 
     def finished_tasks(self) -> dict[int, tuple[int, int]]:
-        """Return the tasks whose notes are there, with all that they name: number -> images packed, images left out."""
+        """Return the tasks whose note and shards are complete: number -> images packed, images left out."""
         sizes = FileSet(self.location, recursive=False, option="TARGET").sizes
         numbers = [int(name[5:11]) for name in sizes if name.startswith("task-") and name[5:11].isdecimal()]
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
@@ -163,7 +164,7 @@ class Target:
         """Return the note on a finished task.
 
         Raises:
-            DataError: it is gone or damaged.
+            DataError: it is missing or damaged.
         """
         content = self.folder.read(_NOTE.format(number))
         try:
@@ -195,21 +196,19 @@ def pack_task(
     number: int,
     *,
     labels: NDArray[np.int64] | None,
-    root: str,
     is_strict: bool,
     report: Callable[[int, int], None] = lambda _images, _sample_id: None,
 ) -> tuple[int, int]:
-    """Read, decode and write the images of one task; return (images, unreadable images).
+    """Read, decode and write the images of one task; return the numbers of images packed and left out.
 
     Args:
-        source: where the images are.
+        source: of the images.
         plan: of the packing.
-        target: where the shards go.
+        target: of the shards.
         number: of the task.
-        labels: of the samples of this task. None: there are none.
-        root: what the names of images do not begin with.
+        labels: of this task's samples. None: there are no labels.
         is_strict: stop at the first unreadable image.
-        report: called with the number of images done since the last call, and the id of the next.
+        report: called with the number of images done since the last call, and the next id.
 
     Raises:
         DataError: an image is unreadable and `is_strict`, or the source is damaged.
@@ -222,7 +221,7 @@ def pack_task(
         part = ids[begin : begin + _IMAGES_AT_ONCE]
         for sample_id, image in zip(part, source.read(part), strict=True):
             report(0, sample_id)
-            name = source.describe(sample_id).removeprefix(root).lstrip("/")
+            name = source.describe(sample_id).removeprefix(plan.root).lstrip("/")
             try:
                 check_decodes(image, max_pixels=max_pixels)
             except UnreadableImageError as error:
@@ -238,7 +237,7 @@ def pack_task(
 
 
 class _Task:
-    """Shards of one task while they are made."""
+    """Collect the images of one task and write its shards."""
 
     def __init__(self, number: int, shard_bytes: int, target: Target) -> None:
         self._number = number
@@ -254,7 +253,7 @@ class _Task:
         self._left_out: list[dict[str, Any]] = []
 
     def add(self, image: bytes, label: int, name: str) -> None:
-        """Put an image behind the others."""
+        """Append an image."""
         self._rows.append((image, label, name))
         self._row_bytes += len(image)
         if len(self._rows) == MAX_BLOCK_ROWS or self._row_bytes >= MAX_BLOCK_BYTES:
@@ -263,11 +262,11 @@ class _Task:
                 self._close_shard()
 
     def leave_out(self, sample_id: int, name: str, reason: str) -> None:
-        """Note an image that cannot be decoded."""
+        """Record an image that cannot be decoded."""
         self._left_out.append({"source_id": sample_id, "path": name, "reason": reason})
 
     def finish(self) -> tuple[int, int]:
-        """Write what is left, and the note: the task is done."""
+        """Write the last shard, and the note that commits the task."""
         self._close_block()
         self._close_shard()
         note = {
@@ -318,7 +317,7 @@ class _Task:
 
 
 def _blocks_of(shard: pa.Buffer) -> list[list[int]]:
-    """Return, for each record batch: rows, and where its buffers lie, found by opening what was written without a copy."""
+    """Return, for each record batch, its rows and the offsets of its buffers, found by opening the shard without a copy."""
     reader = pa.ipc.open_file(shard)
     found = []
     for index in range(reader.num_record_batches):
@@ -336,10 +335,10 @@ def _blocks_of(shard: pa.Buffer) -> list[list[int]]:
 def commit(
     plan: PackingPlan, target: Target, *, class_names: Sequence[str], max_unreadable_fraction: float
 ) -> Manifest:
-    """Write the tables and, last, the manifest; then delete what only packing needed.
+    """Write the tables and, last, the manifest; then delete plan and notes.
 
     Raises:
-        DataError: too many images, or all, were left out; or a note is damaged.
+        DataError: too many images were left out, or all; or a note is damaged.
     """
     shards: list[ShardEntry] = []
     blocks, labels, left_out = [], [], []
@@ -353,7 +352,9 @@ def commit(
     sizes = FileSet(target.location, recursive=False, option="TARGET").sizes
     for shard in shards:
         if sizes.get(shard.name) != shard.bytes:
-            raise DataError(f"{target.location}/{shard.name} is not as it was written; give the same command again")
+            raise DataError(
+                f"{target.location}/{shard.name} has changed since it was written; give the same command again"
+            )
     first = f"{left_out[0]['path']}: {left_out[0]['reason']}" if left_out else None
     check_unreadable(len(left_out), plan.num_samples, max_unreadable_fraction, is_final=True, first=first)
     all_labels, all_blocks = np.concatenate(labels), np.concatenate(blocks)
@@ -388,7 +389,7 @@ def clean_up(target: Target) -> None:
 def check_unreadable(
     num_unreadable: int, num_seen: int, max_fraction: float, *, is_final: bool = False, first: str | None = None
 ) -> None:
-    """Stop if so many images are unreadable that something else is wrong; judged after 1,000 images, and at the end.
+    """Stop if too many images are unreadable. Checked after 1,000 images, and at the end.
 
     Args:
         num_unreadable: images left out.
@@ -411,14 +412,14 @@ def check_unreadable(
 
 
 def verify_shards(location: str, show: Callable[[int, int], None]) -> Manifest:
-    """Read all shards and compare them with their digests; call `show` with the bytes done and of all.
+    """Read all shards and compare their digests; call `show` with the bytes read, and of all shards.
 
     Raises:
         DataError: a shard is missing or damaged.
     """
     files = FileSet(location, recursive=False, option="TARGET")
     if MANIFEST not in files.sizes:
-        raise DataError(f"{location} has no {MANIFEST}: it is not packed, or not to its end")
+        raise DataError(f"{location} has no {MANIFEST}: it is not packed, or packing did not finish")
     try:
         source = ShardSource(files, cache_bytes=0, max_image_bytes=2**31)
         manifest = manifest_from_json(files.read(MANIFEST, max_bytes=2**28), files.shown(MANIFEST))
@@ -434,7 +435,7 @@ def verify_shards(location: str, show: Callable[[int, int], None]) -> Manifest:
 
 
 def open_for_packing(location: str, config: DataConfig) -> tuple[Source, str]:
-    """Open a source whose images will be read once, in order; return it and what names of images do not begin with.
+    """Open a source to read its images once, in order; return it and the prefix that is removed from their names.
 
     Raises:
         DataError: it cannot be used.

@@ -1,4 +1,4 @@
-"""Packing with many processes: who does which task, and what happens when one dies. What a task does is in `packing.py`."""
+"""Pack with many processes: assign tasks, report progress, survive or report the death of one. `packing.py` does a task."""
 
 import fcntl
 import logging
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,12 @@ from hvp_ray.data.packing import (
 from hvp_ray.data.shard_format import Manifest
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, DataError, LabelError, first_line
-from hvp_ray.remote_files import is_uri
+from hvp_ray.files import is_uri
 
 logger = logging.getLogger(__name__)
 
 Show = Callable[[int, int], None]
-"""Called some times a second with the number of images done, and of all."""
+"""Called a few times a second with the number of images done, and of all images."""
 
 _SHOW_SECONDS = 0.25
 
@@ -52,23 +53,23 @@ def pack(
     is_strict: bool,
     show: Show = lambda _done, _total: None,
 ) -> PackResult:
-    """Pack a source; where it was begun before, go on.
+    """Pack a source, or continue an interrupted packing.
 
     Args:
         location: of the source; see `DataConfig.source`.
         target_location: folder for the shards, a path or a URI.
         config: columns and limits.
-        shard_mib: a shard is closed when it has so many MiB of images.
-        num_workers: processes; the result does not depend on it.
+        shard_mib: a shard is closed at this many MiB of images.
+        num_workers: processes. The result does not depend on it.
         is_strict: stop at the first unreadable image.
         show: progress.
 
     Raises:
         ConfigError: the target cannot be used, or holds something else.
-        DataError: the source cannot be used, too much of it is unreadable, or a process died.
+        DataError: the source cannot be used, too many images are unreadable, or a process died.
     """
     source, root = open_for_packing(location, config)
-    plan = plan_packing(source, config, shard_mib=shard_mib)
+    plan = plan_packing(source, config, shard_mib=shard_mib, root=root)
     target = Target(target_location)
     try:
         with _claimed(target_location):
@@ -78,9 +79,8 @@ def pack(
                 return _result(manifest, was_complete=True)
             labels, class_names = _load_labels(source)
             done = target.finished_tasks()
-            jobs = _Jobs(location, target_location, config, plan, root, is_strict=is_strict)
-            # Processes open the source for themselves: what it holds is not carried to them.
-            _run_tasks(source, labels, jobs, done, num_workers, config.max_unreadable_fraction, show)
+            job = _Job(location=location, target=target_location, config=config, plan=plan, is_strict=is_strict)
+            _run_tasks(job, source, labels, done, num_workers, show)
             manifest = commit(
                 plan,
                 target,
@@ -89,13 +89,13 @@ def pack(
             )
     except OSError as error:
         raise DataError(
-            f"packing stopped: {first_line(error)}; check source and target, then give the same command again to go on"
+            f"packing stopped: {first_line(error)}; check source and target, then give the same command again to continue"
         ) from error
     return _result(manifest, was_complete=False)
 
 
 def _load_labels(source: Source) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return the labels and the names of their classes; None: there are none, and a warning says why."""
+    """Return labels and class names. None: there are no labels, and a warning says why."""
     try:
         return source.load_labels(), source.load_class_names()
     except LabelError as error:
@@ -115,7 +115,7 @@ def _result(manifest: Manifest, *, was_complete: bool) -> PackResult:
 
 @contextmanager
 def _claimed(location: str) -> Iterator[None]:
-    """Let no second process pack into the same folder; on a bucket it may: files are whole there, and the same."""
+    """Refuse a second process that packs into the same folder. Two may share a bucket: they write the same whole files."""
     if is_uri(location):
         yield
         return
@@ -126,36 +126,33 @@ def _claimed(location: str) -> Iterator[None]:
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"TARGET {location}: another pack.py is at work there; wait for it") from error
+            raise ConfigError(f"TARGET {location}: another pack.py is packing there; wait for it") from error
         yield
     finally:
         os.close(claim)
 
 
-class _Jobs:
-    """What every process needs to know."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """Arguments of `pack`, and its plan, for every process. Each opens source and target itself."""
 
-    def __init__(
-        self, location: str, target: str, config: DataConfig, plan: PackingPlan, root: str, *, is_strict: bool
-    ) -> None:
-        self.location = location
-        self.target = target
-        self.config = config
-        self.plan = plan
-        self.root = root
-        self.is_strict = is_strict
+    location: str
+    target: str
+    config: DataConfig
+    plan: PackingPlan
+    is_strict: bool
 
 
 def _run_tasks(
+    job: _Job,
     source: Source,
     labels: NDArray[np.int64] | None,
-    jobs: _Jobs,
     done: dict[int, tuple[int, int]],
     num_workers: int,
-    max_fraction: float,
     show: Show,
 ) -> None:
-    starts = jobs.plan.task_starts
+    """Run the tasks that are not `done` (number -> images packed, images left out)."""
+    starts = job.plan.task_starts
     missing = [number for number in range(len(starts) - 1) if number not in done]
     num_left_out = sum(left_out for _, left_out in done.values())
     num_seen = num_left_out + sum(packed for packed, _ in done.values())
@@ -166,9 +163,9 @@ def _run_tasks(
     turn = context.Value("i", 0)
     begun_with = num_seen
     executor = ProcessPoolExecutor(
-        min(num_workers, len(missing)), mp_context=context, initializer=_begin, initargs=(jobs, board, turn)
+        min(num_workers, len(missing)), mp_context=context, initializer=_begin, initargs=(job, board, turn)
     )
-    # What `ProcessPoolExecutor.terminate_workers` of Python 3.14 ends: the caller may have other child processes.
+    # As `ProcessPoolExecutor.terminate_workers` does in Python 3.14. The caller may have other child processes.
     processes = executor._processes
     under_way: set[Future[tuple[int, int]]] = set()
     try:
@@ -183,14 +180,14 @@ def _run_tasks(
             for future in finished:
                 packed, left_out = future.result()
                 num_seen, num_left_out = num_seen + packed + left_out, num_left_out + left_out
-            check_unreadable(num_left_out, num_seen, max_fraction)
+            check_unreadable(num_left_out, num_seen, job.config.max_unreadable_fraction)
             show(begun_with + sum(board[0::2]), source.num_samples)
         executor.shutdown()
     except BrokenProcessPool as error:
-        in_hand = ", ".join(source.describe(sample_id) for sample_id in board[1::2])
+        in_flight = ", ".join(source.describe(sample_id) for sample_id in board[1::2])
         raise DataError(
             f"a process was killed, by the system for its memory (use fewer --workers) or by an image that crashes the "
-            f"decoder; these were in hand: {in_hand}. The same command goes on"
+            f"decoder; these images were in flight: {in_flight}. Give the same command again to continue"
         ) from error
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
@@ -199,11 +196,11 @@ def _run_tasks(
 
 
 _state: dict[str, Any] = {}
-"""Of a process of the pool."""
+"""State of a pool process."""
 
 
-def _begin(jobs: _Jobs, board: Any, turn: Any) -> None:
-    """Set up a process of the pool; it ends with its parent, which also answers when the user interrupts."""
+def _begin(job: _Job, board: Any, turn: Any) -> None:
+    """Set up a pool process. It ends with its parent, which also handles the user's interrupt."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -211,16 +208,18 @@ def _begin(jobs: _Jobs, board: Any, turn: Any) -> None:
     with turn.get_lock():
         slot = turn.value
         turn.value += 1
-    _state.update(jobs=jobs, board=board, slot=slot)
+    _state.update(job=job, board=board, slot=slot)
 
 
 def _do_task(number: int, labels: NDArray[np.int64] | None) -> tuple[int, int]:
-    jobs, board, slot = _state["jobs"], _state["board"], _state["slot"]
+    job, board, slot = _state["job"], _state["board"], _state["slot"]
     if "source" not in _state:
-        source, _ = open_for_packing(jobs.location, jobs.config)
-        if source.fingerprint() != jobs.plan.source_fingerprint:
-            raise DataError(f"{jobs.location} changes while it is packed; give the command again when it is at rest")
-        _state.update(source=source, target=Target(jobs.target))
+        source, _ = open_for_packing(job.location, job.config)
+        if source.fingerprint() != job.plan.source_fingerprint:
+            raise DataError(
+                f"{job.location} changed while it was packed; give the command again when nothing writes to it"
+            )
+        _state.update(source=source, target=Target(job.target))
 
     def report(num_images: int, sample_id: int) -> None:
         board[2 * slot] += num_images
@@ -228,11 +227,10 @@ def _do_task(number: int, labels: NDArray[np.int64] | None) -> tuple[int, int]:
 
     return pack_task(
         _state["source"],
-        jobs.plan,
+        job.plan,
         _state["target"],
         number,
         labels=labels,
-        root=jobs.root,
-        is_strict=jobs.is_strict,
+        is_strict=job.is_strict,
         report=report,
     )

@@ -1,16 +1,17 @@
-"""What packed shards are on disk: `packing.py` writes it, `shards.py` reads it.
+"""The format of packed shards. `packing.py` writes it, `shards.py` reads it.
 
-    manifest.json        counts, and name, rows, bytes and SHA-256 of every shard; written last: it is the commit
-    shard-*.arrow        Arrow IPC files, not compressed; every record batch is a block of images
-    blocks.bin           a table with one entry for each block: where its parts lie in which shard
-    labels.bin           int32, little-endian, one for each image
-    unreadable.jsonl     images that were left out, with the reason (where there are any)
+    manifest.json        counts, and name, rows, bytes and SHA-256 of every shard; written last, as the commit
+    shard-*.arrow        uncompressed Arrow IPC files; every record batch is a block of images
+    blocks.bin           one entry per block: its shard, and the offsets of its buffers
+    labels.bin           int32, little-endian, one per image
+    unreadable.jsonl     images that were left out, with the reason; absent if there are none
 
-Any Arrow library reads the shards (columns crc32, image, label, path). hvp_ray itself reads the bytes of single images, by
-the numbers in `blocks.bin`, so an image costs what it weighs, wherever the shards lie. All that is read has a checksum: an
-image its CRC-32, the offsets of a block theirs, the small files their SHA-256; `pack.py --verify` compares that of shards.
+Any Arrow library reads the shards (columns crc32, image, label, path). hvp_ray reads the bytes of single images by the
+offsets in `blocks.bin`, so an image costs its own bytes only. Everything that is read has a checksum: images and offsets a
+CRC-32, the small files a SHA-256. `pack.py --verify` compares the SHA-256 of shards.
 """
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -30,9 +31,9 @@ LABELS = "labels.bin"
 UNREADABLE = "unreadable.jsonl"
 
 MAX_BLOCK_ROWS = 256
-"""Blocks are permuted and samples shuffled in windows of blocks, so small ones mix better; reads do not need large ones."""
+"""Samples are shuffled in windows of blocks, so small blocks mix better. Reads do not benefit from large ones."""
 MAX_BLOCK_BYTES = 8 * 2**20
-"""A block is closed when it has so many bytes; only its last image goes beyond."""
+"""A block is closed at this size; only its last image may exceed it."""
 
 _MAX_MANIFEST_BYTES = 256 * 2**20
 _MAX_SHARD_BYTES = 2**40
@@ -59,8 +60,8 @@ BLOCK_DTYPE = np.dtype(
         ("head_crc32", "<u4"),
     ]
 )
-"""Of a block: its shard, its rows, where in the file the three buffers begin, bytes of all images together, and the CRC-32 of
-the first two buffers one after the other. 44 bytes."""
+"""A block: its shard, its rows, the offsets of its three buffers in the file, bytes of all images, and the CRC-32 of the
+first two buffers, concatenated. 44 bytes."""
 
 LABEL_DTYPE = np.dtype("<i4")
 
@@ -84,40 +85,28 @@ class Manifest:
     num_labelled: int
     num_unreadable: int
     class_names: tuple[str, ...]
-    """By label; empty: not known."""
+    """By label; empty: unknown."""
     blocks_sha256: str
     labels_sha256: str
     plan: dict[str, Any]
-    """What it was packed from, with which settings (`packing.py`)."""
+    """Source and settings of the packing (`packing.py`)."""
     shards: tuple[ShardEntry, ...]
 
 
 def manifest_to_json(manifest: Manifest) -> bytes:
-    """Return the manifest's file, one line for each shard."""
-    head = {
-        "format": FORMAT,
-        "version": VERSION,
-        "num_images": manifest.num_images,
-        "num_blocks": manifest.num_blocks,
-        "num_labelled": manifest.num_labelled,
-        "num_unreadable": manifest.num_unreadable,
-        "class_names": list(manifest.class_names),
-        "blocks_sha256": manifest.blocks_sha256,
-        "labels_sha256": manifest.labels_sha256,
-        "plan": manifest.plan,
-    }
-    lines = [
-        json.dumps({"name": s.name, "rows": s.rows, "bytes": s.bytes, "sha256": s.sha256}) for s in manifest.shards
-    ]
+    """Return the content of the manifest's file, one line per shard."""
+    fields = dataclasses.asdict(manifest)
+    lines = [json.dumps(shard) for shard in fields.pop("shards")]
+    head = {"format": FORMAT, "version": VERSION} | fields
     text = json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
     return text.encode()
 
 
 def manifest_from_json(content: bytes, where: str) -> Manifest:
-    """Read and check a manifest that anybody may have written.
+    """Parse and check a manifest of unknown origin.
 
     Raises:
-        DataError: it is none, of another version, or it cannot be true.
+        DataError: it is no manifest, has another version, or is damaged.
     """
     refusal = f"{where} is no manifest of packed shards"
     if len(content) > _MAX_MANIFEST_BYTES:
@@ -127,7 +116,7 @@ def manifest_from_json(content: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{refusal}: {first_line(error)}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise DataError(f"{refusal}: it does not say so; pack images with pipelines/pack.py")
+        raise DataError(f"{refusal}: it lacks the format name; pack images with pipelines/pack.py")
     if values.get("version") != VERSION:
         raise DataError(
             f"{where} is of version {values.get('version')!r}, this program reads version {VERSION}; pack again"
@@ -164,24 +153,24 @@ def manifest_from_json(content: bytes, where: str) -> Manifest:
 
 def _count(value: object, largest: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= largest:
-        raise ValueError(f"{str(value)[:40]!r} in the place of a count")
+        raise ValueError(f"{str(value)[:40]!r} instead of a count")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]!r} in the place of a name")
+        raise ValueError(f"{str(value)[:40]!r} instead of a name")
     return value
 
 
 def _digest(value: object) -> str:
     if not isinstance(value, str) or not _SHA256.fullmatch(value):
-        raise ValueError(f"{str(value)[:40]!r} in the place of a SHA-256")
+        raise ValueError(f"{str(value)[:40]!r} instead of a SHA-256")
     return value
 
 
 def _shard_name(value: object) -> str:
-    # Nothing else, above all no path: it is opened.
+    # The name is opened, so no path may pass.
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         raise ValueError(f"{str(value)[:80]!r} is not the name of a shard")
     return value

@@ -1,8 +1,8 @@
-"""Packed shards (see `shard_format.py`) on this machine or behind a URI, read image by image.
+"""Packed shards (`shard_format.py`) on this machine or at a URI, read image by image.
 
-Opening reads the manifest and the table of blocks (under one byte for each image of a usual size), and looks whether all
-shards are there. An image costs its own bytes and a share of its block's offsets, so many workers may read side by side and
-nothing is read twice. Sets behind a URI that fit into the cache of the node are read by whole blocks instead: fewer requests.
+Opening reads the manifest and the table of blocks (under one byte per image of usual size), and checks that all shards exist.
+An image costs its own bytes and a share of its block's offsets, so parallel workers read nothing twice. A set at a URI
+that fits into the node's cache is read by whole blocks instead, in fewer requests.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,
@@ -25,27 +25,28 @@ from hvp_ray.data.shard_format import (
     LABELS,
     MANIFEST,
     MAX_BLOCK_ROWS,
+    UNREADABLE,
     ShardEntry,
     manifest_from_json,
 )
-from hvp_ray.data.source import MAX_LABEL, UNLABELLED
+from hvp_ray.data.source import MAX_LABEL, UNLABELLED, Source
 from hvp_ray.errors import DataError, LabelError
 
 _MAX_MANIFEST_BYTES = 2**28
 _HEADS_IN_MEMORY = 16_384
-"""Offsets and checksums of so many blocks are kept: at most 2 KiB each."""
+"""Blocks whose offsets and checksums stay in memory, at most 2 KiB each."""
 _REQUESTS_AT_ONCE = 32
 _GAP_BYTES = 16_384
-"""Behind a URI, images of a batch that lie so close together come with one request."""
+"""Behind a URI, one request fetches images of a batch that are at most this far apart."""
 _VERIFY_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Head:
-    """Where the images of a block are, and their checksums."""
+    """Offsets and checksums of the images of a block."""
 
     offsets: NDArray[np.int64]
-    """[rows + 1], in the block's data."""
+    """[rows + 1], relative to the block's data."""
     crc32: NDArray[np.uint32]
 
 
@@ -62,18 +63,17 @@ class _Range:
     sample_id: int
 
 
-class ShardSource:
-    """Images in packed shards; ids count them in the order of their source. Implements `Source`."""
+class ShardSource(Source):
+    """Images in packed shards; ids keep the order of the packed source."""
 
     kind = "packed shards"
-    """See `Source`."""
 
     def __init__(self, files: FileSet, *, cache_bytes: int, max_image_bytes: int) -> None:
-        """Read manifest and table of blocks.
+        """Read the manifest and the table of blocks.
 
         Args:
-            files: those of the folder.
-            cache_bytes: disk of this node for the blocks of a set behind a URI that fits into it. 0: none.
+            files: of the folder.
+            cache_bytes: disk of this node for blocks, used if the files are at a URI and all images fit. 0: none.
             max_image_bytes: larger images are returned as no bytes.
 
         Raises:
@@ -97,15 +97,17 @@ class ShardSource:
         )
         self._starts = np.concatenate([[0], np.cumsum(self._blocks["rows"], dtype=np.int64)])
         self._check_blocks(manifest.shards)
+        self.num_samples, self.block_starts = int(self._starts[-1]), self._starts[:-1]
+        self.num_bytes = int(self._blocks["data_bytes"].sum())
+        self.has_labels = manifest.num_labelled > 0
         self._labels_sha256 = manifest.labels_sha256
-        self._num_labelled = manifest.num_labelled
         self._labels: NDArray[np.int64] | None = None
         self._fingerprint = hashlib.sha256(
             "".join(f"{shard.sha256} {shard.rows}\n" for shard in manifest.shards).encode()
         ).hexdigest()
-        self.class_names = list(manifest.class_names)
-        self.num_unreadable = manifest.num_unreadable
-        """Images of the source that were left out when it was packed."""
+        self.class_names = manifest.class_names
+        if count := manifest.num_unreadable:
+            self.left_out = (LeftOut(reason="unreadable when packed", count=count, example=UNREADABLE),)
         self._heads: OrderedDict[int, _Head] = OrderedDict()
         self._cache: BlockCache | None = None
         if files.is_remote and cache_bytes >= self.num_bytes:
@@ -113,37 +115,15 @@ class ShardSource:
         self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "shards") if files.is_remote else None
 
     @property
-    def num_samples(self) -> int:
-        """Images of all shards."""
-        return int(self._starts[-1])
-
-    @property
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """What could not be decoded when the source was packed."""
-        if not self.num_unreadable:
-            return ()
-        return (LeftOut(reason="unreadable when packed", count=self.num_unreadable, example="unreadable.jsonl"),)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all images."""
-        return int(self._blocks["data_bytes"].sum())
-
-    @property
     def num_bytes_read(self) -> int:
-        """Bytes that the storage has handed out to this process."""
+        """Bytes that the storage has returned to this process."""
         return self._files.num_bytes_read
 
-    @property
-    def has_labels(self) -> bool:
-        """See `Source`."""
-        return self._num_labelled > 0
-
     def load_labels(self) -> NDArray[np.int64]:
-        """Return the labels that the source had.
+        """Return the labels of the packed source.
 
         Raises:
-            LabelError: it had none, or they are damaged.
+            LabelError: it had no labels, or they are damaged.
             DataError: they cannot be read.
         """
         if not self.has_labels:
@@ -166,28 +146,18 @@ class ShardSource:
         return self._labels
 
     def load_class_names(self) -> tuple[str, ...]:
-        """Return the names that the source had, as the manifest keeps them."""
-        return tuple(self.class_names)
-
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        """Record batches of the shards."""
-        return self._starts[:-1]
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """False: an image costs its own bytes."""
-        return False
+        """Return the class names of the packed source."""
+        return self.class_names
 
     def fingerprint(self) -> str:
-        """Digest of the shards' digests: of every byte."""
+        """Return a digest of the shards' digests, which cover every byte."""
         return self._fingerprint
 
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the images' bytes; larger than allowed: no bytes, which counts as unreadable.
+        """Return the images' bytes. No bytes: an image is larger than allowed, and counts as unreadable.
 
         Raises:
-            DataError: an image is not what was packed.
+            DataError: an image is not the one that was packed.
             StorageError: the storage failed.
         """
         blocks = np.searchsorted(self._starts, np.asarray(sample_ids), side="right") - 1
@@ -218,7 +188,7 @@ class ShardSource:
         return images
 
     def describe(self, sample_id: int) -> str:
-        """Name shard and row."""
+        """Return shard and row."""
         block = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         shard = int(self._blocks["shard"][block])
         first = int(self._starts[np.searchsorted(self._blocks["shard"], shard)])
@@ -237,11 +207,11 @@ class ShardSource:
             digest.update(file.read_at(start, min(_VERIFY_BYTES, entry.bytes - start)))
         if digest.hexdigest() != entry.sha256:
             raise DataError(
-                f"{file.shown} is damaged: its SHA-256 is not that of the manifest; copy it again, or pack again"
+                f"{file.shown} is damaged: its SHA-256 differs from the manifest; copy it again, or pack again"
             )
 
     def verify_labels(self) -> bytes:
-        """Read the labels, compare their digest, and return them as they are in the file.
+        """Read the labels, compare their digest, and return the content of their file.
 
         Raises:
             DataError: they are damaged.
@@ -258,13 +228,11 @@ class ShardSource:
             )
         content = self._files.read(name, max_bytes=num_bytes)
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise DataError(
-                f"{where} is damaged: its SHA-256 is not that of the manifest; copy it again, or pack again"
-            )
+            raise DataError(f"{where} is damaged: its SHA-256 differs from the manifest; copy it again, or pack again")
         return content
 
     def _check_blocks(self, shards: Sequence[ShardEntry]) -> None:
-        """Check that blocks are of possible sizes, inside of their shards, and in order."""
+        """Check that blocks have possible sizes, lie inside their shards, and are in order."""
         blocks = self._blocks
         limit = 2**31 - 1  # offsets have 32 bits
         good = len(blocks) > 0 and self._starts[-1] == sum(shard.rows for shard in shards)
@@ -284,7 +252,7 @@ class ShardSource:
             good = good and [int(n) for n in in_shards] == [shard.rows for shard in shards]
             good = good and rows.min() > 0 and rows.max() <= MAX_BLOCK_ROWS and blocks["data_bytes"].max() <= limit
         if not good:
-            raise DataError(f"{self._files.shown(BLOCKS)} cannot be true: blocks outside of their shards; pack again")
+            raise DataError(f"{self._files.shown(BLOCKS)} is damaged: it has blocks outside their shards; pack again")
 
     def _shown(self, shard: int) -> str:
         return self._files.shown(self._shards[shard].decode())
@@ -293,7 +261,7 @@ class ShardSource:
         return self._files.open(self._shards[shard].decode()).read_at(start, num_bytes)
 
     def _fetch_heads(self, blocks: list[int]) -> None:
-        """Have the heads of these blocks in memory."""
+        """Load the heads of these blocks into memory."""
         missing = [block for block in blocks if block not in self._heads]
         heads = map(self._read_head, missing) if self._pool is None else self._pool.map(self._read_head, missing)
         self._heads.update(zip(missing, heads, strict=True))
@@ -309,7 +277,7 @@ class ShardSource:
         rows, shard = int(entry["rows"]), int(entry["shard"])
         begin, offsets_at = int(entry["crc32_at"]), int(entry["offsets_at"])
         size = offsets_at + 4 * rows + 4 - begin
-        if 4 * rows <= offsets_at - begin <= 4 * rows + 64:  # one behind the other, as they are packed
+        if 4 * rows <= offsets_at - begin <= 4 * rows + 64:  # adjacent, as they are packed
             both = self._read_at(shard, begin, size)
             checksums, offsets = both[: 4 * rows], both[offsets_at - begin :]
         else:
@@ -321,14 +289,14 @@ class ShardSource:
         return _Head(offsets=found, crc32=np.frombuffer(checksums, "<u4").astype(np.uint32))
 
     def _runs(self, ranges: list[_Range]) -> list[list[_Range]]:
-        """Put images together that one request may bring: the same, or close to each other in their shard."""
+        """Group images that one request fetches: equal ones, or ones close to each other in their shard."""
         runs: list[list[_Range]] = []
         gap = _GAP_BYTES if self._pool is not None else -1
         for image in sorted(ranges, key=lambda r: (r.shard, r.start, r.end)):
             last = runs[-1] if runs else None
             if last is not None and last[-1].shard == image.shard:
                 used = sum(r.end - r.start for r in last) + image.end - image.start
-                # What is read in vain stays below a fifth of what is used.
+                # Unused bytes stay below a fifth of the used ones.
                 fits = image.start - last[-1].end <= gap and image.end - last[0].start <= 1.2 * used
                 if image.start < last[-1].end or fits:
                     last.append(image)
@@ -344,12 +312,12 @@ class ShardSource:
     def _checked(self, content: bytes, image: _Range) -> bytes:
         if zlib.crc32(content) != image.crc32:
             raise DataError(
-                f"{self.describe(image.sample_id)} is damaged: its bytes are not those that were packed; {_WHAT_TO_DO}"
+                f"{self.describe(image.sample_id)} is damaged: its bytes differ from the packed ones; {_WHAT_TO_DO}"
             )
         return content
 
     def _read_blocks(self, sample_ids: Sequence[int], blocks: NDArray[np.int64]) -> list[bytes]:
-        """Read by whole blocks through the cache of the node."""
+        """Read whole blocks through the node's cache."""
         assert self._cache is not None and self._pool is not None
         images: list[bytes] = [b""] * len(sample_ids)
 
@@ -371,7 +339,7 @@ class ShardSource:
         for row, (start, length) in enumerate(zip(head.offsets.tolist(), lengths.tolist(), strict=False)):
             if zlib.crc32(content[start : start + length]) != int(head.crc32[row]):
                 where = self.describe(int(self._starts[block]) + row)
-                raise DataError(f"{where} is damaged: its bytes are not those that were packed; {_WHAT_TO_DO}")
+                raise DataError(f"{where} is damaged: its bytes differ from the packed ones; {_WHAT_TO_DO}")
         lengths[lengths > self._max_image_bytes] = 0
         return EncodedBlock(entries=np.stack([head.offsets[:-1], lengths], axis=1), data=[memoryview(content)])
 

@@ -1,12 +1,12 @@
 """What a data source is, and how `data.source` names one.
 
-A source hands out encoded images by sample id. It is opened anew in every process that reads (view workers,
-evaluation), so its state stays small and never travels.
+A source returns encoded images by sample id. Every process that reads (view workers, evaluation) opens it anew, so it keeps
+little state and is never sent.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.errors import DataError, first_line
-from hvp_ray.remote_files import is_uri
+from hvp_ray.files import is_uri
 
 UNLABELLED = -1
 """Label of an image without one."""
@@ -28,75 +28,61 @@ PLAN = "packing.json"
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Encoded images, addressed by sample id 0..N-1; ids are stable between processes and runs."""
+class Source(ABC):
+    """Encoded images, addressed by sample id 0..N-1. Ids are stable between processes and runs."""
 
     kind: str
     """What it is, for people."""
+    num_samples: int
+    """N."""
+    num_bytes: int
+    """Bytes of all encoded images, known without reading them."""
+    has_labels: bool
+    """Whether any image may have a label, known without reading labels."""
+    left_out: tuple[LeftOut, ...] = ()
+    """What lies at the source and is not read."""
+    block_starts: NDArray[np.int64] | None = None
+    """First sample id of every group of images that lie together. None: there are no groups."""
+    reads_whole_blocks: bool = False
+    """Whether reading an image costs reading its whole block."""
 
-    @property
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """What lies at the source and is not read."""
-        ...
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        ...
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all encoded images, from sizes and footers: nothing is read for it."""
-        ...
-
-    @property
-    def has_labels(self) -> bool:
-        """Whether any image may have a label; nothing is read for it."""
-        ...
-
+    @abstractmethod
     def load_labels(self) -> NDArray[np.int64]:
-        """Return all labels, [N], `UNLABELLED` where an image has none; read when they are first asked for.
+        """Return all labels, [N], `UNLABELLED` for an image without one. The first call reads them.
 
         Raises:
-            LabelError: there are no labels, or they cannot be used; the message says why.
+            LabelError: there are no labels, or they cannot be used. The message says why.
             DataError: the storage failed.
         """
-        ...
 
+    @abstractmethod
     def load_class_names(self) -> tuple[str, ...]:
-        """Return the name of the class of each label from 0 on; empty: the source has numbers only.
+        """Return the class name of each label from 0 on. Empty: the source has numbers only.
 
         Raises:
             LabelError, DataError: as `load_labels`.
         """
-        ...
 
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        """First sample id of every group of images that lie together; None: there are no groups."""
-        ...
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        """Whether an image costs the reading of its whole block."""
-        ...
-
+    @abstractmethod
     def fingerprint(self) -> str:
         """Return a digest that changes when names, sizes or order of the images change."""
-        ...
 
+    @abstractmethod
     def read(self, sample_ids: Sequence[int]) -> list[bytes]:
-        """Return the encoded images of these ids; no bytes for one that is missing or has more than data.max_image_mib.
+        """Return the encoded images of these ids. No bytes: an image is missing, or larger than data.max_image_mib.
 
         Raises:
-            OSError: the storage failed; the caller retries.
+            DataError: the content of the source is damaged.
+            OSError: the storage failed. The caller retries.
         """
-        ...
 
+    @abstractmethod
     def describe(self, sample_id: int) -> str:
-        """Return where an image lies, for messages: a path, or file and row."""
-        ...
+        """Return the place of an image, for messages: a path, or file and row."""
+
+    def shares_files_with(self, other: "Source") -> bool:
+        """Tell whether a file belongs to both sources, as far as their kind can tell."""
+        return False
 
 
 def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> Source:
@@ -105,14 +91,14 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
     Args:
         source: what `DataConfig.source` says.
         config: columns and limits.
-        in_order: images will be read once, in order: nothing is cached on the disk.
+        in_order: images will be read once, in order, so nothing is cached on the disk.
 
     Raises:
-        DataError: there is nothing usable at `source`; the message says what was found and what is expected.
+        DataError: there is nothing usable at `source`. The message says what was found and what is expected.
         ConfigError: a URI that cannot be used.
     """
     if source == "digits":
-        from hvp_ray.data.digits import DigitsSource  # takes scikit-learn with it: seconds
+        from hvp_ray.data.digits import DigitsSource  # imports scikit-learn, which takes seconds
 
         return DigitsSource()
     try:
@@ -122,13 +108,12 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
 
 
 def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
-    from hvp_ray.data.files import FileSet
+    from hvp_ray.data.file_set import FileSet
     from hvp_ray.data.folder import IMAGE_SUFFIXES, FolderSource
     from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, may_hold_images
     from hvp_ray.data.shard_format import MANIFEST
     from hvp_ray.data.shards import ShardSource
 
-    max_image_bytes = config.max_image_mib * 2**20
     if source.startswith(("http://", "https://")):
         raise DataError(
             f"data.source={source!r}: web pages are not listed; give hf://datasets/OWNER/NAME, s3://, gs://, or download it"
@@ -140,19 +125,14 @@ def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
     else:
         files = FileSet(source, suffixes=PARQUET_SUFFIXES)
     if MANIFEST in files.sizes:
-        return ShardSource(files, cache_bytes=cache_bytes, max_image_bytes=max_image_bytes)
+        return ShardSource(files, cache_bytes=cache_bytes, max_image_bytes=config.max_image_mib * 2**20)
     has_images = files.leftovers.has_suffix(IMAGE_SUFFIXES)
-    if files.names(*PARQUET_SUFFIXES) and (not has_images or may_hold_images(files, config.image_column)):
-        return ParquetSource(
-            files,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            cache_bytes=cache_bytes,
-            max_row_group_bytes=config.max_row_group_mib * 2**20,
-            max_image_bytes=max_image_bytes,
-        )
+    if files.names(*PARQUET_SUFFIXES) and (not has_images or may_hold_images(files, config)):
+        return ParquetSource(files, config, cache_bytes=cache_bytes)
     if PLAN in files.sizes or (path is not None and (path / PLAN).is_file()):
-        raise DataError(f"data.source={source!r} is not packed to its end; give the command of pipelines/pack.py again")
+        raise DataError(
+            f"data.source={source!r} is not packed completely; give the command of pipelines/pack.py again to continue"
+        )
     if path is None:
         raise DataError(
             f"data.source={source!r} has no Parquet files and no packed shards ({len(files.sizes)} files of other kinds). "
@@ -167,7 +147,7 @@ def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
         )
     if path.is_file():
         raise DataError(f"data.source={source!r} is a file, but not Parquet; expected *.parquet or a folder of images")
-    return FolderSource(path, max_image_bytes=max_image_bytes)
+    return FolderSource(path, max_image_bytes=config.max_image_mib * 2**20)
 
 
 def _check_path(source: str) -> Path:

@@ -1,4 +1,4 @@
-"""Describe bytes that no decoder reads as an image, and say what to do with them.
+"""Describe bytes that no decoder reads as an image, and name the way out.
 
 The sentence is the reason in the list of unreadable images.
 """
@@ -41,7 +41,7 @@ _SEARCHED_BYTES = 256
 
 
 def describe_unread(image: bytes) -> str:
-    """Return why no decoder takes these bytes: the format that they have, or that they have none."""
+    """Return why no decoder reads these bytes: their format, or that they have none."""
     for offset, start, what in _STARTS:
         if image.startswith(start, offset):
             return what
@@ -69,7 +69,7 @@ def _describe_boxes(image: bytes) -> str:
 
 
 def unread_jpeg(image: bytes) -> str | None:
-    """Return what a JPEG is that is not read; None: no JPEG, or one of a kind that is read."""
+    """Return why a JPEG is not read; None: it is no JPEG, or one that is read."""
     frame = jpeg_frame(image) if image.startswith(_JPEG_START) else None
     if frame is None:
         return None
@@ -82,7 +82,7 @@ def unread_jpeg(image: bytes) -> str | None:
 
 
 def _describe_tiff(image: bytes) -> str:
-    """Describe a TIFF by its tags; the caller has checked their number."""
+    """Describe a TIFF by its tags. The caller has checked their number."""
     try:
         file = io.BytesIO(image)
         head = file.read(16 if image[2:4] in (b"+\x00", b"\x00+") else 8)

@@ -32,12 +32,12 @@ from hvp_ray.distributed.world import current_world
 from hvp_ray.errors import ConfigError, HvpRayError, StageError, TrainingError, first_line
 from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.evaluation.snapshot import SnapshotKnn
+from hvp_ray.files import delete_folder, place_in
 from hvp_ray.identity import Identity
 from hvp_ray.launch.board import BoardContent, BoardLogHandler, RunBoardActor
 from hvp_ray.launch.placement import Placement, lacks_a_label, place_in_part
 from hvp_ray.launch.stop import RayProcesses, StoppedError, StopRequest, stop_on_signals
 from hvp_ray.logs import set_up_logging
-from hvp_ray.remote_files import delete_folder, place_in
 from hvp_ray.runs.after_training import forgive_death
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.prepare import check_before_start, prepare_run, with_absolute_paths

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from hvp_ray.errors import first_line
-from hvp_ray.remote_files import place_in, read_file, write_file
+from hvp_ray.files import place_in, read_file, write_file
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hvp_ray.errors import CheckpointError, first_line
-from hvp_ray.remote_files import is_uri, open_uri, retried
+from hvp_ray.files import is_uri, open_uri, retried
 from hvp_ray.stored_archive import check_stored_archive
 from hvp_ray.training.trainee import Checkpoint
 

@@ -15,7 +15,7 @@ from torch import nn
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import first_line
 from hvp_ray.evaluation.snapshot import snapshot_encoder
-from hvp_ray.remote_files import write_file
+from hvp_ray.files import write_file
 from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
 
 logger = logging.getLogger(__name__)

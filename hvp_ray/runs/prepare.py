@@ -29,7 +29,7 @@ from hvp_ray.identity import (
     run_record,
 )
 from hvp_ray.methods.method import Method
-from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.runs.rank import RunJob, build_order
 from hvp_ray.runs.storage import local_weights, with_local_weights, working_folder

@@ -27,7 +27,7 @@ from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
-from hvp_ray.remote_files import place_in, write_file
+from hvp_ray.files import place_in, write_file
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
 from hvp_ray.stream.quarantine import CRASHES_DECODER
 from hvp_ray.stream.metrics import WatchNumbers

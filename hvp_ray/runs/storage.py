@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.remote_files import RemoteFolder, is_uri, join_uri, read_file
+from hvp_ray.files import Folder, is_uri, join_uri, read_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ class RunStorage:
         self.folder = run_dir
         """Where this rank reads and writes the run's files."""
         self._rank = rank
-        self._remote: RemoteFolder | None = None
+        self._remote: Folder | None = None
         if run_uri is None:
             return
-        self._remote = RemoteFolder(run_uri)
+        self._remote = Folder(run_uri)
         self.folder = working_folder(run_uri) / f"rank-{rank}"
         self._journals: dict[str, _PushedJournal] = {}
         self._pushed: dict[str, _State] = {}
@@ -182,7 +182,7 @@ class RunStorage:
             journal.note_pushed(path, len(content))
             self._journals[name] = journal
 
-    def _push(self, remote: RemoteFolder, *, is_final: bool) -> None:
+    def _push(self, remote: Folder, *, is_final: bool) -> None:
         here = self._own_files()
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
             uploads = [
@@ -205,14 +205,14 @@ class RunStorage:
         names = (path.relative_to(self.folder).as_posix() for path in files)
         return sorted(name for name in names if self._is_ours(name))
 
-    def _push_whole(self, remote: RemoteFolder, name: str) -> None:
+    def _push_whole(self, remote: Folder, name: str) -> None:
         path = self.folder / name
         state = _state(path)
         if self._pushed.get(name) != state:
             remote.write(name, path.read_bytes())
             self._pushed[name] = state
 
-    def _push_journal(self, remote: RemoteFolder, name: str, *, is_final: bool) -> None:
+    def _push_journal(self, remote: Folder, name: str, *, is_final: bool) -> None:
         path = self.folder / name
         journal = self._journals.setdefault(name, _PushedJournal())
         start, obsolete = journal.first_new_byte(path), list(journal.parts)
@@ -234,7 +234,7 @@ class RunStorage:
     def _failure(self, done: str, error: OSError) -> CheckpointError:
         assert self._remote is not None
         return CheckpointError(
-            f"the run's folder {self._remote.uri} could not be {done}: {error}; the checkpoints in it are untouched, and "
+            f"the run's folder {self._remote.location} could not be {done}: {error}; the checkpoints in it are untouched, and "
             f"what is not there yet lies in {self.folder}. Mend the storage, then start the run again with its name to go on"
         )
 
@@ -318,7 +318,7 @@ def fetch_run(uri: str, *, files: tuple[str, ...] = (), folders: tuple[str, ...]
         ConfigError: the URI cannot be used, or the local disk.
         CheckpointError: there is no such run, or the bucket failed.
     """
-    remote, target = RemoteFolder(uri, option=option), working_folder(uri) / "copy"
+    remote, target = Folder(uri, option=option), working_folder(uri) / "copy"
     try:
         if remote.read("config.json") is None:
             raise CheckpointError(f"{option}={uri!r}: there is no run ({join_uri(uri, 'config.json')} is missing)")

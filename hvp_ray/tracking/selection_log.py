@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 
 from hvp_ray.config import RunConfig
-from hvp_ray.data.parquet_limits import read_small_table
 from hvp_ray.records import ViewBatch, per_view_types
 
 FOLDER = "selection"
@@ -25,9 +24,6 @@ PLAN_COLUMNS: dict[str, pa.DataType] = {name: pa.from_numpy_dtype(dtype) for nam
 """Fields of `ViewPlan`, a list over the views for each image."""
 
 _ROWS_PER_PART = 20_000
-
-MAX_PART_BYTES = 2**30
-"""No part of a log decodes to more."""
 
 
 class SelectionLogWriter:
@@ -119,7 +115,7 @@ def _drop_steps_behind(folder: Path, last_step: int) -> None:
         if last <= last_step:
             continue
         if first <= last_step:
-            table = read_small_table(path, max_bytes=MAX_PART_BYTES)
+            table = pq.read_table(path)
             kept = table.filter(pc.less_equal(table["step"], last_step))
             _write(folder / f"part-{first:08d}-{last_step:08d}.parquet", kept)
         path.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hvp_ray import remote_files
+import hvp_ray.files
 from hvp_ray.errors import CheckpointError
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.rank import push_on_all_ranks
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 def _push_twice(rank: int, num_ranks: int, bucket: str, cache: str) -> list[str]:
     """Push while something is in the way of rank 1, and once more without; return what came of it."""
     os.environ["XDG_CACHE_HOME"] = f"{cache}/machine-{rank}"
-    remote_files._PAUSES_SECONDS = (0.01,)
+    hvp_ray.files._PAUSES_SECONDS = (0.01,)
     config = tiny_config(Path(bucket).as_uri(), run={"name": "run"}, cluster={"num_trainers": num_ranks})
     job = prepare_run(config, renderer="cpu", device="cpu", is_writer=rank == 0)
     with RunStorage(job.run_dir, job.run_uri, rank=rank) as storage:

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 LEVELS = [
     ("errors.py", "host_to_device.py", "logs.py", "stored_archive.py"),
     ("randomness.py", "credentials.py"),
-    ("remote_files.py",),
+    ("files.py",),
     ("config/",),
     ("records.py", "identity.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),

@@ -1,4 +1,4 @@
-"""Hostile files, made byte by byte: small, and meant to take minutes, gigabytes or a program's control."""
+"""Build hostile files byte by byte: small ones that would take minutes or gigabytes, or crash a library."""
 
 import functools
 import io
@@ -25,7 +25,7 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
 
 @functools.lru_cache
 def zeros(num_bytes: int) -> bytes:
-    """So many zeros, compressed a thousandfold."""
+    """Return compressed zeros, a thousandth of their size."""
     packer, block = zlib.compressobj(1), bytes(2**20)
     return b"".join(packer.compress(block) for _ in range(num_bytes >> 20)) + packer.flush()
 
@@ -52,7 +52,7 @@ def _segment(marker: int, content: bytes) -> bytes:
 
 
 def jpeg(width: int, height: int, *, front: bytes = b"") -> bytes:
-    """A JPEG of 16 x 16 px whose header says something else."""
+    """Return a JPEG of 16 x 16 px whose header claims another size."""
     image = bytearray(encode(np.zeros((16, 16, 3), np.uint8), "JPEG"))
     frame = image.index(b"\xff\xc0")
     image[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
@@ -66,7 +66,7 @@ def cmyk_jpeg(*, front: bytes = b"") -> bytes:
 
 
 def jpeg_of_scans(width: int, height: int, num_scans: int, *, between: bytes = b"") -> bytes:
-    """A progressive JPEG: each scan says in some bytes that no block has anything to add, and all blocks are visited."""
+    """Return a progressive JPEG. Each scan of a few bytes adds nothing, but makes the decoder visit all blocks."""
     num_blocks = -(-width // 8) * -(-height // 8)
     tables = _segment(0xDB, b"\x00" + b"\x01" * 64)
     tables += _segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00") + _segment(
@@ -109,7 +109,7 @@ def bmp(width: int, height: int, *, runs: bytes | None = None) -> bytes:
 
 
 def tiff(tags: dict[int, list[int]], content: bytes) -> bytes:
-    """Tags are 32-bit numbers; the content begins at byte 8."""
+    """Return a TIFF. Tags are 32-bit numbers; the content begins at byte 8."""
     start = 8 + len(content)
     entries, values = b"", b""
     for tag, numbers in sorted(tags.items()):
@@ -130,7 +130,7 @@ def tiff_with_tile(size_px: int, tile_px: int) -> bytes:
 
 
 def webp(width: int, height: int, *, num_frames: int) -> bytes:
-    """An animation of single pixels on a large canvas."""
+    """Return an animation of single pixels on a large canvas."""
     pixel = encode(np.zeros((1, 1, 3), np.uint8), "WEBP", lossless=True)[12:]
     frame = bytes(12) + b"\x0a\x00\x00\x00" + pixel
     canvas = b"\x02\x00\x00\x00" + struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
@@ -152,7 +152,7 @@ def apng(num_frames: int) -> bytes:
 
 
 def jpeg2000(size_px: int, *, precinct: int, code_block: int = 4) -> bytes:
-    """Without content; precincts of 2**precinct px, code blocks of 2**(code_block + 2) px."""
+    """Return an empty image with precincts of 2**precinct px and code blocks of 2**(code_block + 2) px."""
     size = struct.pack(">HIIIIIIIIH", 0, size_px, size_px, 0, 0, size_px, size_px, 0, 0, 1) + b"\x07\x01\x01"
     style = bytes([1, 0, 0, 1, 0, 0, code_block, code_block, 0, 1, precinct * 17])
     head = b"\xff\x4f" + _segment(0x51, size) + _segment(0x52, style) + _segment(0x5C, b"\x40\x40")
@@ -195,6 +195,11 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: jpeg_of_scans(200, 200, 150, between=b"\xff\xc4\x00\x02" * 10_000),
         "scans",
     ),
+    "JPEG of scans and runs of fill bytes": (
+        lambda: jpeg_of_scans(200, 200, 150, between=b"\xff" * 20_000 + b"\x00"),
+        "scans",
+    ),
+    "JPEG of pairs of zero": (lambda: b"\xff\xd8\xff\xe0\x00\x02" + b"\xff\x00" * 10**7, "between its segments"),
     "JPEG of a million EXIF segments": (
         lambda: jpeg(16, 16, front=_segment(0xE1, b"Exif\x00\x00x") * 10**6),
         "16 of EXIF",
@@ -240,7 +245,7 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
     "JPEG 2000 of single-pixel precincts": (lambda: jpeg2000(9_900, precinct=0), "precincts"),
     "JPEG 2000 of tiny code blocks": (lambda: jpeg2000(9_900, precinct=15, code_block=0), "code blocks"),
 }
-"""Name -> how to make the file, and what is said about it."""
+"""Name -> function that builds the file, and the expected message."""
 
 HARMLESS: dict[str, tuple[Callable[[], bytes], tuple[int, int]]] = {
     "WebP of 100,000 frames": (lambda: webp(16, 16, num_frames=100_000), (16, 16)),
@@ -262,7 +267,7 @@ HARMLESS: dict[str, tuple[Callable[[], bytes], tuple[int, int]]] = {
         (4, 4),
     ),
 }
-"""Name -> how to make the file, and its height and width: bombs that do not go off."""
+"""Name -> function that builds the file, and its height and width: images that look hostile but are readable."""
 
 
 # Parquet.
@@ -283,7 +288,7 @@ def write_parquet(path: Path, table: pa.Table, **options: Any) -> Path:
 
 
 def write_dictionary_bomb(path: Path, *, value_bytes: int, num_rows: int) -> Path:
-    """One large value, and rows that point to it."""
+    """Write one large value, and rows that refer to it."""
     image = pa.array([os.urandom(value_bytes)], pa.binary())
     rows = pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_rows, np.int32)), image)
     table = pa.table({"image": rows, "label": pa.array(np.zeros(num_rows, np.int64))})
@@ -291,7 +296,7 @@ def write_dictionary_bomb(path: Path, *, value_bytes: int, num_rows: int) -> Pat
 
 
 def write_labels_bomb(path: Path, num_rows: int) -> Path:
-    """Rows of nothing: null images and zeros for labels, all in run lengths."""
+    """Write null images with labels of zero, all as run lengths."""
     part = 1_000_000
     table = pa.table({"image": pa.nulls(part, pa.binary()), "label": pa.repeat(pa.scalar(0, pa.int64()), part)})
     with pq.ParquetWriter(path, table.schema, compression="zstd") as writer:
@@ -300,12 +305,25 @@ def write_labels_bomb(path: Path, num_rows: int) -> Path:
     return path
 
 
+def write_page_bomb(path: Path, *, page_bytes: int, num_pages: int) -> Path:
+    """Write one page of zeros many times, in a column that claims 1,000 bytes."""
+    footer = Footer(write_parquet(path, pa.table({"image": pa.array([bytes(page_bytes)])}), write_statistics=False))
+    chunk = footer.chunk(0)
+    start = field(chunk, CHUNK_START)[2]
+    footer.data = footer.data[:start] + footer.data[start : start + field(chunk, CHUNK_COMPRESSED)[2]] * num_pages
+    field(chunk, CHUNK_COMPRESSED)[2] *= num_pages
+    field(chunk, CHUNK_DECOMPRESSED)[2] = 1_000
+    for entry in (field(chunk, CHUNK_VALUES), field(footer.row_group(), GROUP_ROWS), field(footer.fields, FILE_ROWS)):
+        entry[2] = num_pages
+    return footer.write()
+
+
 Fields = list[list[Any]]
 """A Thrift struct as [id, type, value] of each field; of a list, value is [type, elements]."""
 
 
 class Footer:
-    """The footer of a Parquet file, to be changed and written back."""
+    """The footer of a Parquet file, to modify and write back."""
 
     def __init__(self, path: Path) -> None:
         content = path.read_bytes()
@@ -340,7 +358,7 @@ def field(fields: Fields, number: int) -> list[Any]:
 
 
 def footer_of_chunks(num_chunks: int) -> bytes:
-    """A footer whose only row group says that it has so many columns, in three bytes each."""
+    """Return a footer whose only row group claims `num_chunks` columns, in three bytes each."""
     schema = [[[4, 8, b"r"], [5, 5, 1]], [[1, 5, 6], [3, 5, 1], [4, 8, b"image"]]]
     head = thrift_struct([[1, 5, 2], [2, 9, [12, schema]], [3, 6, 1]])[:-1]
     group = b"\x19\xfc" + _varint(num_chunks) + b"\x26\x00\x00" * num_chunks + thrift_struct([[1, 6, 10], [2, 6, 1]])
@@ -443,7 +461,7 @@ def _varint(value: int) -> bytes:
 
 
 def sparse(path: Path, num_bytes: int, *, end: bytes = b"") -> Path:
-    """A file that says it is large, and takes no room on the disk."""
+    """Write a file with a large size that takes no space on the disk."""
     with path.open("wb") as file:
         file.truncate(num_bytes - len(end))
         file.seek(num_bytes - len(end))
@@ -452,7 +470,7 @@ def sparse(path: Path, num_bytes: int, *, end: bytes = b"") -> Path:
 
 
 def picture() -> bytes:
-    """A real one."""
+    """Return a readable image."""
     buffer = io.BytesIO()
     Image.new("RGB", (5, 4), "red").save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The cache of a node: one process makes a block, all read it; bounded; swept; and never in the way."""
+"""The cache of a node: one process reads a block for all, its size is bounded, and its failures stop nothing."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Files for a while are kept here; returns the folder of the cache."""
+    """Point TMPDIR to the test's folder; return the folder of the cache."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return tmp_path / f"hvp_ray-blocks-{os.getuid()}"
@@ -66,7 +66,7 @@ def test_least_recently_used_blocks_go(node: Path) -> None:
 
 
 def test_processes_share_and_wait_for_each_other(tmp_path: Path) -> None:
-    """Four processes ask for the same blocks at the same time; each block is made by one of them."""
+    """Four processes request the same blocks at the same time; one of them reads each block."""
     code = (
         "import sys, time; from tests.unit.data.test_block_cache import *\n"
         "from tests.unit.data.test_block_cache import _block\n"
@@ -128,7 +128,7 @@ def test_full_disk_costs_speed_and_nothing_else(
         assert cache.read(number, [0], _made(number, log)) == [bytes([number]) * 500]
     assert log == [1, 2, 3, 2]  # the last one is in memory
     assert caplog.text.count("No space left on device") == 1
-    assert "give TMPDIR a folder with room" in caplog.text
+    assert "set TMPDIR to a folder with room" in caplog.text
 
 
 def test_folder_of_another_user_is_not_used(node: Path, caplog: pytest.LogCaptureFixture) -> None:

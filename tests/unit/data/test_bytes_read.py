@@ -88,7 +88,7 @@ def test_window_is_bounded_by_bytes_where_blocks_are_read_whole(parquet: Path, p
 
 
 def test_cache_does_not_take_changed_files_for_what_they_were(tmp_path: Path) -> None:
-    """Names, sizes and row groups stay; the images do not."""
+    """Only the images change, not names, sizes and row groups."""
     path = write_parquet(tmp_path / "a.parquet", [b"one" * 90, b"two" * 90], row_group_size=1)
     before = open_source(str(path), DataConfig(source=str(path)))
     assert before.read([0, 1]) == [b"one" * 90, b"two" * 90]

@@ -1,4 +1,4 @@
-"""Decoding: every kind of image that people have in their folders."""
+"""Decoding of every common kind of image."""
 
 import io
 

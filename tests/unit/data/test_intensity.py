@@ -1,4 +1,4 @@
-"""Images with more than 8 bits a channel keep the meaning of their values, or are refused with a reason."""
+"""Images with more than 8 bits per channel are scaled by their values, or refused with a reason."""
 
 import struct
 from collections.abc import Callable

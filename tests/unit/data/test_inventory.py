@@ -1,4 +1,4 @@
-"""What is found at a source is what is read, and what is left out is said, with the reason."""
+"""The inventory counts exactly what a source reads, and names what it leaves out, with the reason."""
 
 import os
 from pathlib import Path

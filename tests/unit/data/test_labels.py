@@ -1,4 +1,4 @@
-"""A label says something in its own source only: two sources are matched by the names of their classes, or not at all."""
+"""Labels are valid in their own source only: two sources are matched by their class names, or not at all."""
 
 import json
 import logging

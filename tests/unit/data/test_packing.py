@@ -1,4 +1,4 @@
-"""Packing: the same bytes for any number of processes and kills; what cannot be read is left out, listed and counted."""
+"""Packing gives the same bytes for any number of processes and kills. Unreadable images are left out, listed and counted."""
 
 import fcntl
 import json
@@ -77,7 +77,9 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
     done = {path.name: path.stat().st_mtime_ns for path in target.glob("shard-*.arrow")}
     assert done
     assert not (target / "manifest.json").exists()
-    with pytest.raises(DataError, match="is not packed to its end; give the command of pipelines/pack.py again"):
+    with pytest.raises(
+        DataError, match="is not packed completely; give the command of pipelines/pack.py again to continue"
+    ):
         open_any(target)
     noted = [json.loads(path.read_bytes())["shards"][0]["name"] for path in target.glob("task-*.json")]
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
@@ -105,7 +107,7 @@ def test_interrupted_it_ends_at_once_with_a_sentence(folder: Path, tmp_path: Pat
         os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all of its processes
         _, said = program.communicate(timeout=30)
     assert program.returncode == 130
-    assert said == "stopped; the same command goes on\n"
+    assert said == "stopped; give the same command again to continue\n"
 
 
 def test_shard_that_was_half_written_is_written_again(
@@ -189,11 +191,11 @@ def test_nothing_readable_is_an_error_for_few_images_too(tmp_path: Path) -> None
 def test_file_that_goes_away_while_it_is_packed_is_left_out(images: list[bytes], tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "folder", images[:9])
     source, root = open_for_packing(str(folder), DataConfig(source=str(folder)))
-    plan = plan_packing(source, DataConfig(source=str(folder)), shard_mib=1)
+    plan = plan_packing(source, DataConfig(source=str(folder)), shard_mib=1, root=root)
     target = Target(str(tmp_path / "shards"))
     target.begin(plan)
     Path(source.describe(4)).unlink()
-    assert pack_task(source, plan, target, 0, labels=None, root=root, is_strict=False) == (8, 1)
+    assert pack_task(source, plan, target, 0, labels=None, is_strict=False) == (8, 1)
     commit(plan, target, class_names=(), max_unreadable_fraction=0.01)
     assert open_any(tmp_path / "shards").read(range(8)) == [*images[:4], *images[5:9]]
     left_out = json.loads((tmp_path / "shards" / "unreadable.jsonl").read_text())
@@ -216,7 +218,7 @@ def test_target_of_something_else_is_refused(folder: Path, images: list[bytes], 
         pack_here(small, small / "class-0" / "00000.png")
     claim = os.open(tmp_path / "shards", os.O_RDONLY)
     fcntl.flock(claim, fcntl.LOCK_EX)
-    with pytest.raises(ConfigError, match="another pack.py is at work there"):
+    with pytest.raises(ConfigError, match="another pack.py is packing there"):
         pack_here(small, tmp_path / "shards")
     os.close(claim)
 
@@ -253,7 +255,7 @@ def test_process_that_dies_is_reported_with_what_it_had_in_hand(
         [sys.executable, script, folder, target], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120
     )
     assert "a process was killed" in died.stderr
-    assert "these were in hand: " in died.stderr
+    assert "these images were in flight: " in died.stderr
     pack_here(folder, target)
     assert content_of(target) == undisturbed
 

@@ -1,4 +1,4 @@
-"""Parquet and shards behind a URI are what they are on a disk: S3, the hub's protocol, fsspec; and storages that fail."""
+"""Parquet and shards at a URI (S3, the hub's protocol, fsspec) equal those on a disk, also if the storage fails."""
 
 import os
 import re
@@ -12,15 +12,12 @@ import numpy as np
 import pyarrow.fs as pafs
 import pytest
 
-from hvp_ray import remote_files
 from hvp_ray.config import DataConfig
-from hvp_ray.data import files as data_files
 from hvp_ray.data.dataset import open_dataset
-from hvp_ray.data.files import FileSet, StorageError
 from hvp_ray.data.packing import verify_shards
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, DataError
-from hvp_ray.remote_files import join_uri
+from hvp_ray.files import OpenFile, StorageError, join_uri
 from hvp_ray.stream.reading import read_images
 from tests.s3_server import s3_server
 from tests.unit.data.hub import Hub
@@ -40,7 +37,7 @@ NUM_IMAGES = 400
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_files, "_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("hvp_ray.files._PAUSES_SECONDS", (0.01, 0.01))
 
 
 @pytest.fixture(scope="module")
@@ -157,28 +154,19 @@ def test_what_cannot_be_used_on_a_bucket_says_why(s3: str, local: Path) -> None:
         open_any("gs://")
 
 
-class _FlakyFile:
-    """A file of a storage that fails a number of times."""
-
-    def __init__(self, raw: object, failures: list[Exception]) -> None:
-        self._raw, self._failures = raw, failures
-
-    def read_at(self, num_bytes: int, offset: int) -> bytes:
-        if self._failures:
-            raise self._failures.pop()
-        return self._raw.read_at(num_bytes, offset)  # type: ignore[attr-defined, no-any-return]
-
-    def close(self) -> None:
-        self._raw.close()  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("name", ["parquet/data/train-*.parquet", "shards"])
 def test_failures_of_the_storage_are_tried_again_and_are_never_damage(
     local: Path, images: list[bytes], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     failures: list[Exception] = []
-    opened = FileSet.open_raw
-    monkeypatch.setattr(data_files.FileSet, "open_raw", lambda files, file: _FlakyFile(opened(files, file), failures))
+    read = OpenFile._read
+
+    def read_or_fail(file: OpenFile, offset: int, num_bytes: int) -> bytes:
+        if failures:
+            raise failures.pop()
+        return read(file, offset, num_bytes)
+
+    monkeypatch.setattr(OpenFile, "_read", read_or_fail)
     uri = (local / name).as_uri().replace("%2A", "*")
     failures += [OSError("the network is down"), RuntimeError("an error of some library")]
     source = open_any(uri, block_cache_mib=1)  # tried again when it is opened
@@ -246,7 +234,7 @@ def test_hub_gives_what_is_there_in_ranges_of_bytes(
 
 
 def test_a_run_goes_on_when_its_data_move_to_a_bucket(s3: str, local: Path) -> None:
-    """The fingerprint and the order do not know where the files are."""
+    """Fingerprint and order do not depend on the location of the files."""
     here, there = (
         open_dataset(DataConfig(source=uri, test_fraction=0.1)) for uri in (str(local / "shards"), s3.format("/shards"))
     )

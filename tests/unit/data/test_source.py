@@ -1,4 +1,4 @@
-"""Sources: folders, Parquet, digits; and what is said when they cannot be used."""
+"""Sources (folders, Parquet, digits), and the messages if they cannot be used."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hvp_ray.config import DataConfig
-from hvp_ray.data.files import FileSet
+from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.parquet import ParquetSource
 from hvp_ray.data.source import Source, open_source
 from hvp_ray.errors import ConfigError, DataError
@@ -137,14 +137,8 @@ def test_parquet_reads_any_rows_in_any_order_over_files_and_row_groups(tmp_path:
 
 def test_parquet_cache_is_bounded_and_a_batch_reads_no_row_group_twice(tmp_path: Path) -> None:
     pq.write_table(_table(40), tmp_path / "a.parquet", row_group_size=10)
-    source = ParquetSource(
-        FileSet(str(tmp_path)),
-        image_column="image",
-        label_column="label",
-        cache_bytes=1,
-        max_row_group_bytes=2**20,
-        max_image_bytes=2**20,
-    )
+    config = DataConfig(source="x", max_row_group_mib=1, max_image_mib=1)
+    source = ParquetSource(FileSet(str(tmp_path)), config, cache_bytes=1)
     opened = source.num_bytes_read
     source.read([0, 39, 1, 38, 2, 37])
     twice = source.num_bytes_read - opened

@@ -15,12 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hvp_ray import remote_files
 from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.remote_files import RemoteFolder, check_writable, is_inside, join_uri
+from hvp_ray.files import Folder, check_writable, is_inside, join_uri
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
 from hvp_ray.stream.device import DeviceBatch, CopyToDevice
 from hvp_ray.stream.render_batch import open_render_context
@@ -41,7 +40,7 @@ WHOLE = ("config.json", "mlflow.json", "selection/part-1.parquet", "selection/pa
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote_files, "_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("hvp_ray.files._PAUSES_SECONDS", (0.01, 0.01))
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +309,13 @@ def test_containers_and_anonymous_access_are_no_credentials() -> None:
 
 
 def test_a_bucket_that_is_not_there_is_said_before_anything_starts(s3: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="NO_SUCH_BUCKET.*must be there, reachable.*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(ConfigError, match="NO_SUCH_BUCKET.*must exist and be reachable.*AWS_ACCESS_KEY_ID"):
         check_writable(s3.format("").replace("//bucket/", "//other-bucket/"), option="run.output")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match="cannot be used"):
         check_writable((tmp_path / "file" / "runs").as_uri(), option="run.output")
     check_writable(s3.format("/probed"), option="run.output")
-    assert RemoteFolder(s3.format("/probed")).names() == []
+    assert Folder(s3.format("/probed")).names() == []
 
 
 def test_a_comparison_is_refused_with_a_sentence() -> None:
@@ -406,8 +405,8 @@ def both_runs(s3: str, tmp_path_factory: pytest.TempPathFactory) -> _BothRuns:
 
 
 def _journal_on(uri: str, name: str) -> list[dict[str, Any]]:
-    (part,) = RemoteFolder(uri).names(name)
-    content = RemoteFolder(uri).read(part)
+    (part,) = Folder(uri).names(name)
+    content = Folder(uri).read(part)
     assert content is not None
     return [json.loads(line) for line in content.splitlines()]
 
@@ -416,7 +415,7 @@ def test_run_that_moved_between_machines_equals_the_undisturbed_one(both_runs: _
     undisturbed = json.loads((both_runs.undisturbed / "summary.json").read_text())
     assert both_runs.summary["weights_digest"] == undisturbed["weights_digest"]
     assert both_runs.summary["num_resumes"] == 2
-    remote = RemoteFolder(both_runs.uri)
+    remote = Folder(both_runs.uri)
     assert json.loads(remote.read("summary.json") or b"") == both_runs.summary == finished_summary(both_runs.config)
     store = CheckpointStore(
         join_uri(both_runs.uri, "checkpoints"), run_identity=both_runs.summary["run_identity"], keep=2
@@ -436,7 +435,7 @@ def test_journals_of_the_moved_run_have_every_step_once(both_runs: _BothRuns) ->
 
 def test_files_of_the_moved_run_are_those_of_the_undisturbed_one(both_runs: _BothRuns) -> None:
     parts_of_choices = "selection/"  # end at checkpoints, of which the moved run has others
-    there = {_journal_of(name) or name for name in RemoteFolder(both_runs.uri).names()}
+    there = {_journal_of(name) or name for name in Folder(both_runs.uri).names()}
     here = _without_empty_journals(_files(both_runs.undisturbed))
     assert {n for n in there if not n.startswith(parts_of_choices)} == {n for n in here if parts_of_choices not in n}
 
@@ -468,7 +467,7 @@ def test_results_go_to_the_run(both_runs: _BothRuns, tmp_path: Path, monkeypatch
     (copy / "evaluation.json").write_text("{}")
     (tmp_path / "elsewhere.json").write_text("{}")
     keep_results(both_runs.uri, copy, [copy / "evaluation.json", tmp_path / "elsewhere.json"])
-    remote = RemoteFolder(both_runs.uri)
+    remote = Folder(both_runs.uri)
     assert remote.read("evaluation.json") == b"{}"
     assert remote.read("elsewhere.json") is None
     remote.delete("evaluation.json")

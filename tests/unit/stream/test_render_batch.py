@@ -1,7 +1,7 @@
 """Replacement of unreadable images is deterministic, complete, journalled, and never copies a neighbour."""
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 from hvp_ray.config import DataConfig, TransformConfig, ViewsConfig
+from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError
 from hvp_ray.recipes import get_recipe
 from hvp_ray.records import BatchRequest, ViewBatch
@@ -21,27 +22,17 @@ from tests.helpers import encode, photograph_like, views_config
 VIEWS = views_config(16, TransformConfig())
 
 
-@dataclass
-class ListSource:
+class ListSource(Source):
     """Images in memory; `failures_left` reads fail first."""
 
-    images: list[bytes]
-    failures_left: int = 0
-    num_read: int = 0
     kind = "a list"
-    left_out = ()
+    has_labels = False
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.images)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(len, self.images))
-
-    @property
-    def has_labels(self) -> bool:
-        return False
+    def __init__(self, images: list[bytes], failures_left: int = 0) -> None:
+        self.images = images
+        self.failures_left = failures_left
+        self.num_read = 0
+        self.num_samples, self.num_bytes = len(images), sum(map(len, images))
 
     def load_labels(self) -> NDArray[np.int64]:
         return np.full(len(self.images), -1)
@@ -49,18 +40,10 @@ class ListSource:
     def load_class_names(self) -> tuple[str, ...]:
         return ()
 
-    @property
-    def block_starts(self) -> NDArray[np.int64] | None:
-        return None
-
-    @property
-    def reads_whole_blocks(self) -> bool:
-        return False
-
     def fingerprint(self) -> str:
         return "list"
 
-    def read(self, sample_ids: list[int]) -> list[bytes]:
+    def read(self, sample_ids: Sequence[int]) -> list[bytes]:
         if self.failures_left:
             self.failures_left -= 1
             raise OSError("the disk is gone")

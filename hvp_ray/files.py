@@ -1,18 +1,18 @@
-"""Files behind a URI (s3://, gs://, abfs://, hdfs://, file://), by pyarrow.fs: what stumbles is tried again, with a warning.
+"""Files on this machine or behind a URI (s3://, gs://, abfs://, hdfs://, file://), by pyarrow.fs.
 
-Small files as a whole, for the folders of runs (`runs/storage.py`, `checkpoint.py`, `preparation.py`) and for packing
-(`data/packing.py`); `open_uri` for all that read parts of large ones (`data/files.py`).
-Every storage error leaves this file as an OSError; what a user got wrong in a URI as a ConfigError with the way out.
+One layer for everything that reads or writes files by location: `Folder` for whole files, `OpenFile` for ranges of bytes.
+Storage failures leave this file as OSError, and URIs are retried with a warning (`retried`). A URI that cannot be used is a
+ConfigError that names the way out.
 """
 
 import logging
-import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -25,13 +25,17 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSES_SECONDS = (1.0, 3.0, 10.0)
-"""Between attempts; the libraries behind pyarrow try for some seconds within each of them."""
+"""Between attempts at a URI. The libraries behind pyarrow retry for some seconds within each attempt."""
 
 _GCS_PATIENCE = "retry_limit_seconds=60"
 """Without it an attempt takes 15 minutes to fail."""
 
 _BUCKETS = ("s3", "gcs", "abfs")
-"""Storages that need no folder to be made before a file."""
+"""Storages that need no folder before a file."""
+
+
+class StorageError(OSError):
+    """The storage failed, not the content of a file. A retry may help."""
 
 
 def is_uri(location: str) -> bool:
@@ -60,11 +64,11 @@ def open_uri(uri: str, *, option: str, pauses: tuple[float, ...] | None = None) 
 
     Args:
         uri: a URI.
-        option: what it was given by, for messages.
+        option: setting that gave it, for messages.
         pauses: see `retried`.
 
     Raises:
-        ConfigError: credentials in it, an unknown scheme or parameter, or no storage answers.
+        ConfigError: credentials in it, an unknown scheme or parameter, or the storage does not answer.
     """
     refuse_credentials(option, uri)
     scheme = uri.partition("://")[0].lower()
@@ -93,7 +97,7 @@ def check_writable(uri: str, *, option: str) -> None:
     Raises:
         ConfigError: the storage cannot be reached, there is no such bucket, or one of the three is not allowed.
     """
-    folder = RemoteFolder(uri, option=option, pauses=())
+    folder = Folder(uri, option=option, pauses=())
     name = f".hvp_ray-probe-{secrets.token_hex(8)}"
     try:
         folder.write(name, b"may hvp_ray write here?")
@@ -104,22 +108,36 @@ def check_writable(uri: str, *, option: str) -> None:
         raise ConfigError(_no_answer(option, uri, error, "list, read, write and delete in")) from error
 
 
-class RemoteFolder:
-    """The folder behind a URI. Nothing needs to be there. Methods may be called by several threads.
+class Folder:
+    """A folder, by path or URI. It need not exist. Several threads may call its methods.
 
-    Every method tries again after the pauses and then raises OSError.
+    Every method of a URI's folder retries after the pauses and then raises OSError.
     """
 
-    def __init__(self, uri: str, *, option: str = "run.output", pauses: tuple[float, ...] | None = None) -> None:
-        self.uri = uri
-        self._filesystem, self._root = open_uri(uri, option=option, pauses=pauses)
-        self._pauses = pauses
+    def __init__(self, location: str, *, option: str = "run.output", pauses: tuple[float, ...] | None = None) -> None:
+        """Open it.
+
+        Args:
+            location: a path or a URI.
+            option: setting that gave it, for messages.
+            pauses: see `retried`. A path has none.
+
+        Raises:
+            ConfigError: the URI cannot be used.
+        """
+        self.location = location
+        if is_uri(location):
+            self._filesystem, self._root = open_uri(location, option=option, pauses=pauses)
+            self._pauses = pauses
+        else:
+            self._filesystem, self._root = pafs.LocalFileSystem(), str(Path(location).absolute())
+            self._pauses = ()
 
     def names(self, below: str = "") -> list[str]:
-        """Return the names of all files, however deep, relative to the folder; those of `below` only, if given."""
+        """Return the names of all files, however deep, relative to the folder; only those of `below`, if given."""
         root = f"{self._root}/{below}".rstrip("/")
         selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
-        found = self._retried(lambda: self._filesystem.get_file_info(selector), f"listing {self.uri}")
+        found = self._retried(lambda: self._filesystem.get_file_info(selector), f"listing {self.location}")
         start = len(self._root) + 1
         names = (f.path[start:] for f in found if f.is_file and not f.path.endswith(".part"))
         return sorted(name for name in names if is_inside(name))
@@ -127,44 +145,41 @@ class RemoteFolder:
     def read(self, name: str) -> bytes | None:
         """Return the content of a file; None: there is no such file."""
         try:
-            return self._retried(lambda: self._read(name), f"reading {join_uri(self.uri, name)}")
-        except FileNotFoundError:
+            return self._retried(lambda: self._read(name), f"reading {place_in(self.location, name)}")
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def write(self, name: str, content: bytes | pa.Buffer) -> None:
         """Write a file, as a whole or not at all."""
-        self._retried(lambda: self._write(name, content), f"writing {join_uri(self.uri, name)}")
+        self._retried(lambda: self._write(name, content), f"writing {place_in(self.location, name)}")
 
     def delete(self, name: str) -> None:
         """Delete a file; it may be gone already."""
         try:
-            self._retried(lambda: self._filesystem.delete_file(self._path(name)), f"deleting {self.uri}")
+            self._retried(lambda: self._filesystem.delete_file(f"{self._root}/{name}"), f"deleting {self.location}")
         except FileNotFoundError:
             pass
 
     def delete_all(self) -> None:
         """Delete the folder and what is in it; it may be gone already."""
         try:
-            self._retried(lambda: self._filesystem.delete_dir(self._root), f"deleting {self.uri}")
+            self._retried(lambda: self._filesystem.delete_dir(self._root), f"deleting {self.location}")
         except FileNotFoundError:
             pass
 
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
-
     def _read(self, name: str) -> bytes:
-        with self._filesystem.open_input_stream(self._path(name)) as stream:
+        with self._filesystem.open_input_stream(f"{self._root}/{name}", compression=None) as stream:
             content: bytes = stream.read()
             return content
 
     def _write(self, name: str, content: bytes | pa.Buffer) -> None:
-        path = self._path(name)
+        path = f"{self._root}/{name}"
         kind = self._filesystem.type_name
         if kind not in _BUCKETS:
             self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        # Buckets show an object when it is complete; a local file would be seen half written.
+        # Buckets show an object when it is complete; a local file would be visible half written.
         target = f"{path}.part" if kind == "local" else path
-        with self._filesystem.open_output_stream(target) as stream:
+        with self._filesystem.open_output_stream(target, compression=None) as stream:
             stream.write(content)
         if target != path:
             self._filesystem.move(target, path)
@@ -208,48 +223,99 @@ def read_file(location: str, *, option: str = "run.output", pauses: tuple[float,
         ConfigError: the URI cannot be used.
         OSError: it cannot be read.
     """
-    if is_uri(location):
-        folder, name = _split(location)
-        return RemoteFolder(folder, option=option, pauses=pauses).read(name)
-    try:
-        return Path(location).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    folder, name = _split(location)
+    return Folder(folder, option=option, pauses=pauses).read(name)
 
 
 def write_file(
     location: str, content: bytes, *, option: str = "run.output", pauses: tuple[float, ...] | None = None
 ) -> None:
-    """Write a file by path or URI, as a whole or not at all; folders are made.
+    """Write a file by path or URI, as a whole or not at all; missing folders are created.
 
     Raises:
         ConfigError: the URI cannot be used.
         OSError: it cannot be written.
     """
-    if is_uri(location):
-        folder, name = _split(location)
-        RemoteFolder(folder, option=option, pauses=pauses).write(name, content)
-        return
-    path = Path(location)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    folder, name = _split(location)
+    Folder(folder, option=option, pauses=pauses).write(name, content)
 
 
 def delete_folder(location: str) -> None:
-    """Delete a folder by path or URI as far as that is possible; what stays is in nobody's way."""
+    """Delete a folder by path or URI as far as possible; a failure is a warning."""
     if not is_uri(location):
         shutil.rmtree(location, ignore_errors=True)
         return
     try:
-        RemoteFolder(location, pauses=()).delete_all()
+        Folder(location, pauses=()).delete_all()
     except (ConfigError, OSError) as error:
         logger.warning("%s could not be deleted: %s", location, first_line(error))
 
 
-def _split(uri: str) -> tuple[str, str]:
-    path, mark, query = uri.partition("?")
+class OpenFile:
+    """One file, open to read ranges of bytes. Several threads may share it."""
+
+    def __init__(
+        self, filesystem: pafs.FileSystem, path: str, *, size: int, shown: str, count: Callable[[int], None]
+    ) -> None:
+        """Open it.
+
+        Args:
+            filesystem: where it is.
+            path: in the file system.
+            size: bytes, as listed.
+            shown: path or URI, for messages.
+            count: called with the number of bytes of each read.
+
+        Raises:
+            StorageError: it cannot be opened.
+        """
+        self.size = size
+        self.shown = shown
+        self._count = count
+        self._one_at_a_time = threading.Lock()
+        try:
+            handler = getattr(filesystem, "handler", None)
+            self._raw: Any
+            if isinstance(handler, pafs.FSSpecHandler):
+                # fsspec's files read megabytes ahead of every small range unless told not to.
+                self._raw = handler.fs.open(path, "rb", cache_type="none")
+            else:
+                self._raw = filesystem.open_input_file(path)
+        except Exception as error:
+            raise StorageError(f"{shown}: {first_line(error)}") from error
+
+    def read_at(self, offset: int, num_bytes: int) -> bytes:
+        """Return `num_bytes` bytes from `offset` on.
+
+        Raises:
+            StorageError: the storage failed, or the file ends before.
+        """
+        try:
+            content = self._read(offset, num_bytes)
+        except Exception as error:
+            # fsspec has many libraries, and each has its own errors.
+            raise StorageError(f"{self.shown}: {first_line(error)}") from error
+        self._count(len(content))
+        if len(content) != num_bytes:
+            raise StorageError(
+                f"{self.shown} ends {num_bytes - len(content)} bytes too early (wanted {num_bytes} from byte {offset})"
+            )
+        return content
+
+    def _read(self, offset: int, num_bytes: int) -> bytes:
+        if hasattr(self._raw, "read_at"):
+            content: bytes = self._raw.read_at(num_bytes, offset)
+            return content
+        with self._one_at_a_time:
+            self._raw.seek(offset)
+            return bytes(self._raw.read(num_bytes))
+
+
+def _split(location: str) -> tuple[str, str]:
+    """Return the folder of a file, and its name."""
+    if not is_uri(location):
+        return str(Path(location).parent), Path(location).name
+    path, mark, query = location.partition("?")
     folder, _, name = path.rpartition("/")
     return folder + mark + query, name
 
@@ -258,6 +324,6 @@ def _no_answer(option: str, uri: str, error: Exception, rights: str) -> str:
     scheme = uri.partition("://")[0].lower()
     keys = place_of_credentials(scheme)
     return (
-        f"{option}={uri!r} cannot be used: {first_line(error)}. The bucket or folder must be there, reachable, and this "
+        f"{option}={uri!r} cannot be used: {first_line(error)}. The bucket or folder must exist and be reachable, and this "
         f"account must be allowed to {rights} it" + (f"; keys are looked for {keys}" if keys else "")
     )

@@ -1,7 +1,7 @@
-"""The files of a data set, on this machine or behind a URI, read in ranges of bytes.
+"""The files of a data set, on this machine or at a URI: listed once, read in ranges of bytes.
 
-Paths and URIs go the same way (pyarrow.fs), so a source has one code for both. Whoever reads gets exactly the bytes that were
-asked for, or a `StorageError`, which the caller of a source repeats; every byte that leaves the storage is counted.
+Paths and URIs both go through pyarrow.fs, so sources have one code for both. A read returns exactly the bytes asked for, or
+raises StorageError, and the caller of a source retries. Every byte read is counted.
 """
 
 import fnmatch
@@ -10,70 +10,30 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.fs as pafs
 
-from hvp_ray.data.listing import HIDDEN, OF_RUNS, LeftOut, Leftovers, is_hidden, is_mark, walk_files
+from hvp_ray.data.listing import (
+    HIDDEN,
+    MAX_MARK_BYTES,
+    OF_RUNS,
+    LeftOut,
+    Leftovers,
+    hidden_part,
+    is_mark,
+    walk_files,
+)
 from hvp_ray.errors import DataError, HvpRayError, first_line
-from hvp_ray.remote_files import is_inside, is_uri, open_uri, retried
+from hvp_ray.files import OpenFile, is_inside, is_uri, open_uri, retried
 
 _MAX_OPEN_FILES = 64
-_MAX_MARK_BYTES = 4 * 2**20
-
-
-class StorageError(OSError):
-    """The storage failed, not the content of a file: trying again may help."""
-
-
-class OpenFile:
-    """One file, open for reading. Threads may share it."""
-
-    def __init__(self, files: "FileSet", name: str) -> None:
-        self._files = files
-        self.shown = files.shown(name)
-        """Path or URI, for messages."""
-        self._raw = files.open_raw(name)
-        self.size = files.num_bytes_of(name)
-        """Bytes, as listed."""
-        self._one_at_a_time = threading.Lock()
-
-    def read_at(self, offset: int, num_bytes: int) -> bytes:
-        """Return so many bytes from `offset` on.
-
-        Raises:
-            StorageError: the storage failed, or the file ends before.
-        """
-        try:
-            content = self._read(offset, num_bytes)
-        except Exception as error:
-            # Behind fsspec there are many libraries, and each has errors of its own.
-            raise StorageError(f"{self.shown}: {first_line(error)}") from error
-        self._files.count(len(content))
-        if len(content) != num_bytes:
-            raise StorageError(
-                f"{self.shown} ends {num_bytes - len(content)} bytes too early (wanted {num_bytes} from byte {offset})"
-            )
-        return content
-
-    def close(self) -> None:
-        """Let the file go."""
-        self._raw.close()
-
-    def _read(self, offset: int, num_bytes: int) -> bytes:
-        if hasattr(self._raw, "read_at"):
-            content: bytes = self._raw.read_at(num_bytes, offset)
-            return content
-        with self._one_at_a_time:
-            self._raw.seek(offset)
-            return bytes(self._raw.read(num_bytes))
 
 
 class FileSet:
     """The files below a folder, or one file, or those that a pattern in the last part of the path matches.
 
     Names are relative to the folder, with `/`, and in the same order wherever the files lie. Hidden files and folders, and
-    folders of runs, are left out (see `listing.py`).
+    folders of runs, are left out (`listing.py`).
     """
 
     def __init__(
@@ -90,7 +50,7 @@ class FileSet:
             location: a path, or a URI (s3://, gs://, hf://, file://, whatever pyarrow.fs knows).
             suffixes: of a folder on this machine, only files with one of these endings (in lower case).
             recursive: also those in folders of the folder.
-            option: what it was given by, for messages.
+            option: setting that gave it, for messages.
 
         Raises:
             ConfigError: the URI cannot be used.
@@ -101,12 +61,12 @@ class FileSet:
         self._suffixes = suffixes
         self._recursive = recursive
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
-        self._count = threading.Lock()
+        self._lock = threading.Lock()
         self._last_change = 0
         self.leftovers = Leftovers()
-        """What was not listed; of a pattern: nothing."""
+        """What was not listed; empty for a pattern."""
         self.num_bytes_read = 0
-        """Bytes that the storage has handed out."""
+        """Bytes that the storage has returned."""
         path, mark, query = location.partition("?") if self.is_remote else (location, "", "")
         folder, _, last = path.rpartition("/")
         self._pattern = last if "*" in last else None
@@ -134,7 +94,7 @@ class FileSet:
 
     @property
     def state(self) -> str:
-        """Where the files are and when one last changed: what a cache of their content goes by."""
+        """Where the files are and when one last changed: the key of a cache of their content."""
         return f"{self.location} {self._root} {self._last_change}"
 
     def names(self, *suffixes: str) -> list[str]:
@@ -142,16 +102,12 @@ class FileSet:
         return [name for name in self.sizes if name.lower().endswith(suffixes)]
 
     def left_out_beside(self, used: Sequence[str]) -> tuple[LeftOut, ...]:
-        """Return what was not listed, and the files that are not among `used`; of a pattern: nothing."""
+        """Return what was not listed, and the files that are not among `used`; nothing for a pattern."""
         leftovers = self.leftovers.copy()
         if self._pattern is None:
             for name in self.sizes.keys() - set(used):
                 leftovers.add_file(name)
         return leftovers.entries()
-
-    def num_bytes_of(self, name: str) -> int:
-        """Return the size of a file as listed, bytes."""
-        return self.sizes[name]
 
     def shown(self, name: str) -> str:
         """Return the path or URI of a file, without parameters, for messages."""
@@ -168,12 +124,13 @@ class FileSet:
         Raises:
             StorageError: it cannot be opened.
         """
-        with self._count:
+        with self._lock:
             if name in self._open:
                 self._open.move_to_end(name)
                 return self._open[name]
-        file = OpenFile(self, name)
-        with self._count:
+        path = self._root if self._is_single else f"{self._root}/{name}"
+        file = OpenFile(self._filesystem, path, size=self.sizes[name], shown=self.shown(name), count=self._count_read)
+        with self._lock:
             self._open[name] = file
             if len(self._open) > _MAX_OPEN_FILES:
                 self._open.popitem(last=False)  # closed when the last thread that reads it is done
@@ -190,21 +147,8 @@ class FileSet:
             raise DataError(f"{self.shown(name)} has {self.sizes[name]} bytes; expected at most {max_bytes}")
         return retried(lambda: self.open(name).read_at(0, self.sizes[name]), f"reading {self.shown(name)}")
 
-    def open_raw(self, name: str) -> Any:
-        """Return the file of the library that serves this storage."""
-        path = self._root if self._is_single else f"{self._root}/{name}"
-        try:
-            handler = getattr(self._filesystem, "handler", None)
-            if isinstance(handler, pafs.FSSpecHandler):
-                # fsspec's files read megabytes ahead of every small range unless told not to.
-                return handler.fs.open(path, "rb", cache_type="none")
-            return self._filesystem.open_input_file(path)
-        except Exception as error:
-            raise StorageError(f"{self.shown(name)}: {first_line(error)}") from error
-
-    def count(self, num_bytes: int) -> None:
-        """Add to `num_bytes_read`."""
-        with self._count:
+    def _count_read(self, num_bytes: int) -> None:
+        with self._lock:
             self.num_bytes_read += num_bytes
 
     def _list_local(self) -> dict[str, int]:
@@ -234,13 +178,13 @@ class FileSet:
         found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=self._recursive))
         self._last_change = max((info.mtime_ns or 0 for info in found), default=0)
         start = len(self._root) + 1
-        self.leftovers = Leftovers()  # an attempt may have failed half way
+        self.leftovers = Leftovers()  # drop those of a failed attempt
         sizes: dict[str, int] = {}
         hidden: set[str] = set()
         for info in found:
             name = info.path[start:]
-            if is_hidden(name):
-                hidden.add(_hidden_part(name))
+            if part := hidden_part(name):
+                hidden.add(part)
             elif info.is_file and name and is_inside(name):
                 sizes[name] = info.size
         for name in hidden:
@@ -251,19 +195,13 @@ class FileSet:
         """Leave out folders of runs; a bucket has no comparisons."""
         runs = []
         for name, size in sizes.items():
-            if name.endswith("/config.json") and size <= _MAX_MARK_BYTES:
+            if name.endswith("/config.json") and size <= MAX_MARK_BYTES:
                 with self._filesystem.open_input_stream(f"{self._root}/{name}") as stream:
                     if is_mark("config.json", stream.read()):
                         runs.append(name.removesuffix("config.json"))
         for run in runs:
             self.leftovers.add(OF_RUNS, run.rstrip("/"))
         return {name: size for name, size in sizes.items() if not name.startswith(tuple(runs))}
-
-
-def _hidden_part(name: str) -> str:
-    """Return the hidden file or folder itself."""
-    parts = name.split("/")
-    return "/".join(parts[: next(index for index, part in enumerate(parts, 1) if part.startswith("."))])
 
 
 def _last(name: str) -> str:

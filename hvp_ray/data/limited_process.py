@@ -1,0 +1,163 @@
+"""Bounds that the system enforces on code that reads bytes of unknown origin: a limit on memory, and a child process.
+
+`limited_memory` makes allocations fail before they fill the machine. `LimitedProcess` calls a function in a process that may
+crash. Memory is limited on Linux only.
+"""
+
+import importlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO, Any
+
+from hvp_ray.errors import HvpRayError
+
+_START_SECONDS = 120.0
+_CALL_SECONDS = 120.0
+_ATTEMPTS = 2
+"""The out-of-memory killer may strike once by chance, so one crash proves nothing."""
+_PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
+_one_at_a_time = threading.Lock()
+
+
+class CrashError(Exception):
+    """A function ended the process that called it, twice. The message says how."""
+
+
+@contextmanager
+def limited_memory(num_bytes: int) -> Iterator[None]:
+    """Let this process take at most `num_bytes` more memory; larger allocations raise MemoryError.
+
+    Counts private writable memory of all threads (RLIMIT_DATA), not shared memory such as Ray's object store. Memory that an
+    allocator has reserved before does not count: Arrow's allocator reserves 1 GiB. One thread of a process enters at a time.
+    A process that another thread starts meanwhile inherits the limit.
+    """
+    statm = Path("/proc/self/statm")
+    with _one_at_a_time:
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        if statm.exists():
+            limit = int(statm.read_text().split()[5]) * resource.getpagesize() + num_bytes
+            soft = limit if before[0] == resource.RLIM_INFINITY else min(limit, before[0])
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+class LimitedProcess:
+    """A child process that calls one function. It starts at the first call, and again after a crash."""
+
+    def __init__(self, function: str, *, memory_bytes: int) -> None:
+        """Name the function.
+
+        Args:
+            function: "module:function". Arguments and results are pickled.
+            memory_bytes: memory that the calls may take.
+        """
+        self._command = [function, str(memory_bytes)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "LimitedProcess":
+        """Return the process."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process."""
+        self._end()
+
+    def call(self, *arguments: Any) -> Any:
+        """Call the function and return its result.
+
+        Raises:
+            CrashError: the process crashed, hung or ran out of memory, at each of two attempts.
+            HvpRayError: what the function raised.
+            OSError: no process could be started.
+        """
+        ending = ""
+        for _ in range(_ATTEMPTS):
+            if self._process is None:
+                self._start()
+            try:
+                self._connection.send(arguments)
+                result, error = self._receive(_CALL_SECONDS)
+            except (EOFError, OSError):
+                ending = self._end()
+                continue
+            if error is not None:
+                raise error
+            return result
+        raise CrashError(ending)
+
+    def _start(self) -> None:
+        self._connection, theirs = Pipe()
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (`_end` closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno()), *self._command],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stderr,
+            stderr=self._stderr,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([_PACKAGE_FOLDER, *filter(None, sys.path)])},
+        )
+        theirs.close()
+        try:
+            self._receive(_START_SECONDS)  # it is ready
+        except (EOFError, OSError) as error:
+            raise OSError(f"a child process of {sys.executable} could not start: {self._end()}") from error
+
+    def _receive(self, timeout_seconds: float) -> tuple[Any, HvpRayError | None]:
+        if not self._connection.poll(timeout_seconds):
+            raise EOFError
+        received: tuple[Any, HvpRayError | None] = self._connection.recv()
+        return received
+
+    def _end(self) -> str:
+        """End the process; return how it ended, with the last line that it printed."""
+        if self._process is None:
+            return ""
+        self._connection.close()
+        try:
+            status = self._process.wait(timeout=1.0)
+            how = f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            how = "no answer"
+        self._process = None
+        with self._stderr:
+            self._stderr.seek(0)
+            lines = self._stderr.read().decode(errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        return f"{how}: {said[-1][:500]}" if said else how
+
+
+def _serve(connection: Connection, function: str, memory_bytes: int) -> None:
+    """Child: call the function with what arrives until the other side closes."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    module, name = function.split(":")
+    call = getattr(importlib.import_module(module), name)
+    connection.send((None, None))
+    with limited_memory(memory_bytes):
+        while True:
+            try:
+                arguments = connection.recv()
+            except EOFError:
+                return
+            try:
+                connection.send((call(*arguments), None))
+            except HvpRayError as error:
+                connection.send((None, error))
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), sys.argv[2], int(sys.argv[3]))
