@@ -1,4 +1,4 @@
-"""View workers with faults. A file of its own, and light, because each actor's process imports it."""
+"""Define view workers with faults, in a small file, because each actor's process imports it."""
 
 import os
 import signal
@@ -16,6 +16,10 @@ class SlowWorker(ViewWorker):
 
     def __init__(self, values: dict[str, Any], name: str, seconds: float) -> None:
         super().__init__(values, "cpu", name)
+        self._seconds = seconds
+
+    def set_seconds(self, seconds: float) -> None:
+        """Change the time for each batch."""
         self._seconds = seconds
 
     def render(self, request: BatchRequest) -> ViewBatch:
@@ -38,15 +42,15 @@ class SlowFinisher(ViewFinisher):
 
 
 class PoisonedWorker(ViewWorker):
-    """A view worker that one image kills, as a bug in a decoder would; and says so when it looks for such images.
+    """A view worker that one image kills, as a bug in a decoder would, and that finds this image when asked for such images.
 
-    The first one's machine cannot start the process that looks.
+    `worker-0` fails to start the process that searches.
     """
 
     def __init__(self, values: dict[str, Any], name: str, poison_id: int) -> None:
         super().__init__(values, "cpu", name)
         self._poison_id = poison_id
-        self._cannot_look = name == "worker-0"
+        self._cannot_search = name == "worker-0"
 
     def render(self, request: BatchRequest) -> ViewBatch:
         if self._poison_id in request.sample_ids.tolist() and self._poison_id not in request.quarantined_ids:
@@ -54,6 +58,6 @@ class PoisonedWorker(ViewWorker):
         return super().render(request)
 
     def find_crashing_ids(self, request: BatchRequest) -> list[int]:
-        if self._cannot_look:
+        if self._cannot_search:
             raise StageError("no memory for another process")
         return [i for i in request.sample_ids.tolist() if i == self._poison_id]
