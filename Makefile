@@ -27,9 +27,9 @@ pretrain: setup
 compare: setup
 	$(BIN)/python pipelines/compare.py simsiam-digits --training.epochs 20 --metric knn5shot_top1
 
-# tests/conftest.py says which tests share a process.
+# tests/conftest.py decides which tests share a process.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

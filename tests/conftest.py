@@ -24,6 +24,7 @@ prepare_ray_environment()
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,17 +34,27 @@ import torch
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one process of pytest-xdist, and all tests of Ray to a single one, which starts first.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process of pytest-xdist, and all tests that may use Ray to a single one.
 
-    So a session has one Ray, module-scoped runs are made once, and tests of Ray never compete with each other.
+    So a session has one Ray, and module-scoped runs are made once.
     """
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(("tests/ray/", "tests/end_to_end/")) else super()._split_scope(nodeid)
+
+    return OneRay(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the session's Ray."""
     for item in items:
-        uses_ray = item.get_closest_marker("ray") is not None or "ray_session" in getattr(item, "fixturenames", ())
-        if uses_ray:
+        if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-        item.add_marker(pytest.mark.xdist_group("ray" if uses_ray else item.location[0]))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
 
 
 @pytest.fixture(autouse=True)

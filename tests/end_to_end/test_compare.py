@@ -55,10 +55,12 @@ def _options(output: Path, **changed: str) -> list[str]:
     return ["simsiam-digits", "--run.output", str(output), *words]
 
 
-def _start(output: Path) -> subprocess.Popen[str]:
+def _start(words: list[str], *, ray_address: str | None = None) -> subprocess.Popen[str]:
+    """Start compare.py on a running Ray, or on one that it starts itself."""
     return subprocess.Popen(
-        [sys.executable, "pipelines/compare.py", *_options(output), *THREE_ARMS],
+        [sys.executable, "pipelines/compare.py", *words],
         cwd=ROOT,
+        env=os.environ | ({} if ray_address is None else {"RAY_ADDRESS": ray_address}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,11 +89,12 @@ def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_compare_trains_all_arms_and_ends_with_a_report_and_its_runs_in_mlflow(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*_options(tmp_path, training__epochs="2"), *THREE_ARMS]) == 0
-    _check_report(tmp_path, num_steps=20, printed=capfd.readouterr().out)
+def test_compare_trains_all_arms_and_ends_with_a_report_and_its_runs_in_mlflow(tmp_path: Path) -> None:
+    words = [*_options(tmp_path, training__epochs="2"), *THREE_ARMS]
+    program = _start(words, ray_address=ray.get_runtime_context().gcs_address)
+    printed = program.communicate(timeout=1800)[0]
+    assert program.returncode == 0, printed
+    _check_report(tmp_path, num_steps=20, printed=printed)
 
 
 def _check_report(output: Path, *, num_steps: int, printed: str) -> dict[str, Any]:
@@ -123,7 +126,8 @@ def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one
         journals = (tmp_path / "killed").glob("c-vanilla-long-*/metrics.jsonl")
         return any(path.stat().st_size >= 2000 for path in journals)
 
-    first = _start(tmp_path / "killed")
+    words = [*_options(tmp_path / "killed"), *THREE_ARMS]
+    first = _start(words)
     wait_until(lambda: trains_the_last_arm() or first.poll() is not None, "steps of the last arm")
     assert first.poll() is None, first.communicate()[0]
     first.send_signal(signal.SIGKILL)
@@ -132,7 +136,7 @@ def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one
     done = {path.parent.name: path.stat().st_mtime for path in (tmp_path / "killed").glob("c-*/summary.json")}
     assert done
 
-    second = _start(tmp_path / "killed")
+    second = _start(words)
     printed = second.communicate(timeout=1800)[0]
     assert second.returncode == 0, printed
     for name, written_at in done.items():
@@ -184,14 +188,8 @@ def test_runs_side_by_side_are_all_placed_and_an_interrupt_stops_them_after_a_ch
     endless |= {"tracking__knn_every_epochs": "100000", "cluster__cpus_per_view_worker": "3.0"}
     own = ["--comparison", "c", "--views", views, "--seeds", "0", "--arms", "vanilla", "hardest", "--parallel", "2"]
     runs = [tmp_path / f"c-{arm}-s0" for arm in ("vanilla", "hardest")]
-    program = subprocess.Popen(
-        [sys.executable, "pipelines/compare.py", *_options(tmp_path, **endless), *own],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [*_options(tmp_path, **endless), *own]
+    program = _start(words, ray_address=ray.get_runtime_context().gcs_address)
     wait_until(lambda: all(map(recorded_steps, runs)) or program.poll() is not None, "steps of both runs")
     program.send_signal(signal.SIGINT)
     printed = program.communicate()[0]
