@@ -20,7 +20,7 @@ from tests.end_to_end.browser import CHROMIUM, Browser
 from tests.helpers import tiny_config
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 CLOSE_ASSISTANT = (
     "document.querySelectorAll('[data-component-id=\"mlflow.assistant.chat_panel.close\"]').forEach(b => b.click())"
