@@ -55,7 +55,7 @@ def _scrape_until(run: str, metric: str, source: str, least: float) -> dict[str,
     return found
 
 
-def test_metrics_port_and_logs_tell_what_the_summary_and_the_journal_tell(tmp_path: Path) -> None:
+def test_metrics_port_and_logs_agree_with_the_summary_and_the_journal(tmp_path: Path) -> None:
     def kill(step: int) -> None:
         os.kill(processes_titled("ray::ViewWorker")[0].pid, signal.SIGKILL)
 

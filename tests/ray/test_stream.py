@@ -113,7 +113,7 @@ def test_batches_come_in_order_and_equal_inline_rendering(shared_workers: list[A
     stream.close()
 
 
-def test_finishers_may_die_and_what_they_had_in_hand_is_rendered_by_others(shared_workers: list[Any]) -> None:
+def test_batches_of_killed_finishers_are_rendered_by_others(shared_workers: list[Any]) -> None:
     """Workers decode and finishers render: batches and their order stay equal when finishers die."""
     config = tiny_config("unused", run={"output": None}, cluster={"ship": "pixels", "finishers_per_trainer": 2})
     finishers = start_finishers(config, rank=0)
@@ -162,23 +162,23 @@ class _CountingHandOver(DeviceHandOver):
         return moved
 
 
-def test_no_more_batches_are_asked_for_than_allowed_and_two_of_them_are_on_the_device(
+def test_batches_in_flight_are_bounded_and_two_are_on_the_device(
     shared_workers: list[Any],
 ) -> None:
-    asked: list[int] = []
+    requested: list[int] = []
     requests = _requests()
 
     def request_of(step: int) -> BatchRequest:
-        asked.append(step)
+        requested.append(step)
         return requests(step)
 
     hand_over = _CountingHandOver()
     stream = _stream(shared_workers[:1], end_step=20, request_of=request_of, batches_in_flight=5, hand_over=hand_over)
     for step in range(10):
         batch = stream.next_batch()
-        wait_until(lambda: stream.numbers()["hvp_ray_ready_batches"] == 5.0, "all batches that were asked for")
+        wait_until(lambda: stream.numbers()["hvp_ray_ready_batches"] == 5.0, "all requested batches")
         assert batch.batch.step == step
-        assert asked == list(range(step + 6))
+        assert requested == list(range(step + 6))
         del batch
     assert hand_over.most_alive == 2
     stream.close()
@@ -216,7 +216,7 @@ def test_late_workers_are_overtaken_by_another(shared_workers: list[Any]) -> Non
     _kill(stuck)
 
 
-def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_is() -> None:
+def test_only_the_image_that_kills_workers_is_quarantined_and_replaced() -> None:
     poison_id = int(_requests()(1).sample_ids[5])
     workers = _start(PoisonedWorker, 2, poison_id)
     stream = _stream(workers, end_step=4)
@@ -235,7 +235,7 @@ def test_image_that_kills_workers_is_quarantined_and_replaced_and_nothing_else_i
     _kill(workers)
 
 
-def test_random_kills_of_workers_quarantine_nobody() -> None:
+def test_random_kills_of_workers_quarantine_no_image() -> None:
     pool = start_pool(CONFIG, "cpu", 2, {"CPU": 1.0})
     stream = _stream(pool.workers, end_step=12)
     for step in range(12):
@@ -261,7 +261,7 @@ def test_stall_is_an_error_with_the_numbers() -> None:
     _kill(workers)
 
 
-def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: Path) -> None:
+def test_storage_error_reaches_the_trainer_and_is_not_retried_by_the_stream(tmp_path: Path) -> None:
     config = _config_of_folder(tmp_path)
     pool = start_pool(config, "cpu", 1, {"CPU": 1.0})
     requests = _requests(config)
@@ -274,14 +274,14 @@ def test_error_of_the_storage_reaches_the_trainer_and_is_not_repeated(tmp_path: 
     pool.close()
 
 
-def test_workers_that_cannot_open_the_data_say_so() -> None:
+def test_workers_that_cannot_open_the_data_are_an_error_with_the_reason() -> None:
     config = tiny_config("unused", data={"source": "/nowhere/images"})
     with pytest.raises(HvpRayError, match="a view worker could not start.*/nowhere/images.*does not exist"):
         start_pool(config, "cpu", 2, {"CPU": 1.0})
 
 
-def test_worker_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) -> None:
-    """The storage is away while Ray starts a worker again."""
+def test_worker_that_fails_to_restart_is_restarted_until_it_succeeds(tmp_path: Path) -> None:
+    """The images are missing while Ray restarts the worker."""
     config = _config_of_folder(tmp_path)
     pool = start_pool(config, "cpu", 1, {"CPU": 1.0})
     stream = _stream(pool.workers, end_step=8, request_of=_requests(config))
@@ -289,14 +289,14 @@ def test_worker_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) ->
     (tmp_path / "images").rename(tmp_path / "away")
     for process in processes_titled("ray::ViewWorker"):
         process.kill()
-    wait_until(lambda: pool.num_restarts() >= 2, "a start that failed")
+    wait_until(lambda: pool.num_restarts() >= 2, "a restart that fails")
     (tmp_path / "away").rename(tmp_path / "images")
     assert [stream.next_batch().batch.step for _ in range(7)] == list(range(1, 8))
     stream.close()
     pool.close()
 
 
-def test_look_ahead_that_would_spill_is_refused_with_a_number_that_fits() -> None:
+def test_prefetch_that_would_spill_is_refused_with_a_number_that_fits() -> None:
     config = tiny_config("unused", training={"images_per_step": 180}, cluster={"batches_in_flight": 100})
     store = ray.cluster_resources()["object_store_memory"]
     check_store(config, store)
