@@ -24,7 +24,7 @@ from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, photograph_like, tiny_config, views_config
-from tests.unit.training.test_devices import steps_until_the_stop_of_the_third_report
+from tests.unit.launch.test_devices import steps_until_the_stop_of_the_third_report
 
 pytestmark = [
     pytest.mark.gpu,
