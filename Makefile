@@ -9,7 +9,7 @@ UI_STORE ?= runs/mlflow.db
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup pretrain compare test check cluster-check bench soak ui gpu-check lock
+.PHONY: setup pretrain compare test test-long test-all check cluster-check bench soak ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -27,9 +27,14 @@ pretrain: setup
 compare: setup
 	$(BIN)/python pipelines/compare.py simsiam-digits --training.epochs 20 --metric knn5shot_top1
 
+# tests/conftest.py decides which tests share a process.
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 tests/unit tests/distributed
-	$(BIN)/python -m pytest -m "not cluster" --ignore tests/unit --ignore tests/distributed
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: setup
+	$(BIN)/python -m pytest -m long
+
+test-all: test test-long
 
 check: setup
 	$(BIN)/ruff check .
@@ -41,7 +46,6 @@ check: setup
 
 cluster-check: setup
 	cluster/validate.sh
-	$(BIN)/python -m pytest -m cluster --ignore tests/unit
 	cluster/netns_cluster.sh
 	cluster/compose_check.sh
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests; shapes and types of `hvp_ray` are checked at run time (jaxtyping with beartype)."""
+"""Share fixtures among all tests, check shapes and types of `hvp_ray` at run time, and distribute tests over processes."""
 
 import os
 
@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 
 import hvp_ray
 
-# DALI reads the source of its graph functions, which a checked function would hide from it.
+# DALI reads the source of its graph functions, which the checker would replace.
 _CHECKED = [m.name for m in pkgutil.walk_packages(hvp_ray.__path__, "hvp_ray.") if not m.name.endswith("render_dali")]
 _hook = install_import_hook(
     [name for name in _CHECKED if name.count(".") > 1 or "views" not in name], "beartype.beartype"
@@ -24,6 +24,7 @@ prepare_ray_environment()
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -33,9 +34,32 @@ import torch
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process of pytest-xdist, and all tests that may use Ray to a single one.
+
+    So a session has one Ray, and module-scoped runs are made once.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(("tests/ray/", "tests/end_to_end/")) else super()._split_scope(nodeid)
+
+    return OneRay(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use the session's Ray."""
+    for item in items:
+        if "ray_session" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+
+
 @pytest.fixture(autouse=True)
 def _reproducible(request: pytest.FixtureRequest) -> None:
-    """Seed torch by the test's name; one thread, so that bits can be compared."""
+    """Seed torch by the test's name, and use one thread, so that bits can be compared."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -43,13 +67,13 @@ def _reproducible(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def generator(request: pytest.FixtureRequest) -> np.random.Generator:
-    """A NumPy generator seeded by the test's name."""
+    """Return a NumPy generator seeded by the test's name."""
     return np.random.default_rng(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that need one."""
+    """Start the one local Ray of this session; a test that needs a Ray of its own says why."""
     import ray
 
     ray.init(address="local", num_cpus=8, object_store_memory=400 * 2**20, include_dashboard=False, log_to_driver=False)
@@ -59,7 +83,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cifar10() -> Path:
-    """Folder with cifar10-train.parquet and cifar10-test.parquet."""
+    """Return the folder with cifar10-train.parquet and cifar10-test.parquet."""
     if not (SHARED_DATA / "cifar10-train.parquet").exists():
         pytest.skip("no CIFAR-10 beside the checkout (../shared/data/cifar10-train.parquet)")
     return SHARED_DATA

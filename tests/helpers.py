@@ -1,4 +1,4 @@
-"""Slow oracles written from the papers, readable by eye, and small values for tests."""
+"""Slow oracles written from the papers, and small configs and images for tests."""
 
 import dataclasses
 import io
@@ -25,7 +25,7 @@ def views_config(size_px: int = 32, transform: TransformConfig = NEUTRAL) -> Vie
 
 
 def groups_of_recipes() -> dict[str, ViewGroupConfig]:
-    """The distinct view groups of all recipes, by the first recipe that has them."""
+    """Return the distinct view groups of all recipes, keyed by the first recipe that has each."""
     found: dict[str, ViewGroupConfig] = {}
     for name, make in RECIPES.items():
         views = make().views
@@ -36,7 +36,7 @@ def groups_of_recipes() -> dict[str, ViewGroupConfig]:
 
 
 def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[str, object]) -> RunConfig:
-    """A digits recipe, cut down to seconds; sections override fields, e.g. run={"seed": 1}."""
+    """Return a digits recipe that trains in seconds; sections override fields, e.g. run={"seed": 1}."""
     config = get_recipe(recipe)
     small: dict[str, dict[str, object]] = {
         "run": {"output": output},
@@ -52,13 +52,13 @@ def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[st
 
 
 def resolved_of(config: RunConfig) -> Resolved:
-    """What a run's settings result in, in this process."""
+    """Return what a run's settings result in, in this process."""
     device = "cuda" if config.cluster.device == "cuda" else "cpu"
     return resolve(config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=device)
 
 
 def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np.float64]) -> list[tuple[int, int]]:
-    """SimSiam with hard views as the paper writes it: for each image the pair of smallest similarity, [V, B, D]."""
+    """Return the pair of smallest similarity for each image, as the HVP paper writes it for SimSiam; [V, B, D]."""
 
     def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         return float(sum(a * b) / (math.sqrt(sum(a * a)) * math.sqrt(sum(b * b))))
@@ -78,7 +78,7 @@ def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np
 
 
 class ProgramInAPickle:
-    """Whoever unpickles this runs a program, which makes the file `proof`."""
+    """Runs a program when unpickled, which creates the file `proof`."""
 
     def __init__(self, proof: Path) -> None:
         self._proof = proof
@@ -94,7 +94,7 @@ def encode(pixels: NDArray[np.uint8], kind: str = "PNG", **options: object) -> b
 
 
 def photograph_like(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Smooth colour fields with edges and a little noise: closer to a photograph than white noise is."""
+    """Draw smooth colour fields with edges and a little noise, which resemble a photograph more than white noise does."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     channels = []
     for _ in range(3):
@@ -108,7 +108,7 @@ def photograph_like(generator: np.random.Generator, height: int, width: int) -> 
 def slow_nt_xent_scores(
     views: NDArray[np.float64], pair: tuple[int, int], temperature: float, *, all_negatives: bool = False
 ) -> list[float]:
-    """SimCLR's loss of one pair of views for each image, as equation 1 writes it, mean of both directions; [V, N, D]."""
+    """Return SimCLR's loss of one pair of views for each image, mean of both directions, by equation 1; [V, N, D]."""
 
     def similarity(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
         return math.exp(float(a @ b) / (float(np.linalg.norm(a)) * float(np.linalg.norm(b))) / temperature)
@@ -138,7 +138,7 @@ def slow_cross_entropy(
     teacher_temperature: float,
     student_temperature: float,
 ) -> float:
-    """-sum q log p of one teacher and one student output, as DINO's algorithm 1 writes it, [K]."""
+    """Return -sum q log p of one teacher and one student output, as in DINO's algorithm 1; [K]."""
 
     def softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
         shifted = np.exp(values - values.max())
@@ -156,7 +156,7 @@ def slow_dino_score(
     local_views: tuple[int, ...],
     cross_entropy: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
 ) -> float:
-    """DINO's loss of one image on a pair of global views and some local views: mean of 2 + 2k terms; [G, K], [G + L, K]."""
+    """Return DINO's loss of one image on two global and k local views: mean of 2 + 2k terms; [G, K], [G + L, K]."""
     num_views = len(teacher)
     terms = [
         cross_entropy(teacher[a], student[v])

@@ -1,4 +1,4 @@
-"""A server that speaks S3, on loopback, for tests of sources and of runs."""
+"""Serve S3 on loopback, for tests of sources and of runs."""
 
 import logging
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def s3_server() -> Iterator[str]:
-    """The URI of a folder in a bucket on a server that speaks S3, with {} before the query."""
+    """Start an S3 server; yield the URI of a folder in a bucket on it, with {} before the query."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Ranks: processes that meet on loopback, with gloo or nccl.
+"""Call functions on ranks: processes that form a process group on loopback, with gloo or nccl.
 
-They are started once and used again, because each must import PyTorch first; each call has a process group of its own.
+The processes are reused, because each imports PyTorch first. Each call has its own process group.
 """
 
 import atexit
@@ -21,7 +21,7 @@ class _RankProcess:
         self.connection, its_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(its_end,))
         self._process.start()
-        its_end.close()  # or the end of the process would not be noticed here
+        its_end.close()  # else this process would not notice that the other has ended
 
     def end(self) -> None:
         self.connection.close()
@@ -32,7 +32,7 @@ _processes: list[_RankProcess] = []
 
 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, backend: str = "gloo") -> list[Any]:
-    """Call function(rank, num_ranks, *arguments) on every rank; return the results in the order of ranks."""
+    """Call function(rank, num_ranks, *arguments) on every rank; return the results by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,7 +48,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *arguments: Any, bac
         raise AssertionError("a rank has died") from error
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:
-            _end_all()  # whatever it has left behind
+            _end_all()  # the failed call may have left state behind
             raise AssertionError(f"rank {rank} failed:\n{failure}")
     return [result for result, _ in outcomes]
 

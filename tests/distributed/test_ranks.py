@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def _method(name: str, ranks: Ranks) -> Method:
-    """A small network of the method; without drop path, which every rank draws for itself."""
+    """Build a small network of the method, without drop path, which every rank draws for itself."""
     config = get_recipe(f"{name}-digits").method
     torch.manual_seed(0)
     transformer = {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.0}
@@ -38,7 +38,7 @@ def _method(name: str, ranks: Ranks) -> Method:
 
 
 def _candidates(name: str, device: torch.device = CPU) -> tuple[ViewTensors, Candidates]:
-    """The candidates of the global batch."""
+    """Draw the candidate views of the global batch."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(num_views: int, size_px: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def _part(views: ViewTensors, images: slice, num_views: int | None = None) -> Vi
 
 
 def two_updates(rank: int, num_ranks: int, device_type: str = "cpu") -> dict[str, dict[str, Any]]:
-    """Of each method: scores, the losses of two updates, the gradients of the last one, and the state."""
+    """Return for each method scores, the losses of two updates, the gradients of the last one, and the state."""
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     return {name: two_updates_of(name, rank, num_ranks, device) for name in METHODS}
 
@@ -126,7 +126,7 @@ def check_ranks_equal_one(ranks: list[dict[str, dict[str, Any]]], device: torch.
 
 
 def _gather_gradient(rank: int, num_ranks: int) -> torch.Tensor:
-    """Every rank's loss weighs the parts of all ranks differently; the gradient of a part must come from all."""
+    """Weigh the parts of all ranks by a loss of each rank; return the gradient of the own part, which comes from all."""
     own = torch.full((2,), float(rank + 1), requires_grad=True)
     weights = torch.arange(1.0, num_ranks + 1) * (rank + 1)
     (gather_over_ranks(own) * weights[:, None]).sum().backward()
@@ -140,7 +140,7 @@ def test_gather_has_the_gradient_of_all_ranks_losses() -> None:
 
 
 def _accumulated(rank: int, num_ranks: int) -> dict[str, Any]:
-    """SimCLR in two parts on two ranks under DDP, against one pass; BatchNorm frozen."""
+    """Return gradients of SimCLR in one pass and in two parts, under DDP with BatchNorm frozen."""
     gradients = []
     views, _ = _candidates("simclr")
     mine = _part(views, slice(rank * 6, rank * 6 + 6), num_views=2)

@@ -1,4 +1,4 @@
-"""Trainers that do not see the same folder end with a sentence, on every rank, before a step is done."""
+"""Trainers that do not share a run's folder end with a sentence on every rank, before the first step."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def _train(rank: int, num_ranks: int, outputs: list[str], epochs: int) -> str:
         summary = pretrain_in_process(config)
     except CheckpointError as error:
         return str(error)
-    except RuntimeError as error:  # gloo: the other rank is gone
+    except RuntimeError as error:  # gloo: the other rank has ended
         return f"torn out: {error}"
     return f"{summary['num_steps']} steps" if summary is not None else "done"
 

@@ -1,4 +1,4 @@
-"""Before a checkpoint of a run on a bucket is committed, what every rank decided is there; or no rank goes on."""
+"""A checkpoint on a bucket is committed only after every rank has pushed its logs; if one cannot, all ranks stop."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 
 
 def _push_twice(rank: int, num_ranks: int, bucket: str, cache: str) -> list[str]:
-    """Push while something is in the way of rank 1, and once more without; return what came of it."""
+    """Push while a file blocks the folder of rank 1, and again without it; return both outcomes."""
     os.environ["XDG_CACHE_HOME"] = f"{cache}/machine-{rank}"
     hvp_ray.files._PAUSES_SECONDS = (0.01,)
     config = tiny_config(Path(bucket).as_uri(), run={"name": "run"}, cluster={"num_trainers": num_ranks})

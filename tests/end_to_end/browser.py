@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its devtools socket: open a page, click, read its text, take a picture."""
+"""Drive a headless Chromium over its devtools socket: open a page, run JavaScript, read its text, take a picture."""
 
 import asyncio
 import base64
@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Browser:
-    """One page; an asynchronous context manager. Nothing but 127.0.0.1 is reached."""
+    """One page, as an asynchronous context manager. It reaches 127.0.0.1 only."""
 
     def __init__(self, *, width: int = 1500, height: int = 1100) -> None:
         self._size = (width, height)
@@ -69,7 +69,7 @@ class Browser:
         return answer["result"].get("value")
 
     async def text(self) -> str:
-        """Return what a person reads on the page."""
+        """Return the visible text of the page."""
         return str(await self.evaluate("document.body.innerText"))
 
     async def wait_until(self, script: str, *, seconds: float = 300.0) -> None:
@@ -80,9 +80,16 @@ class Browser:
             await asyncio.sleep(0.3)
 
     async def picture(self, path: Path) -> None:
-        """Write a PNG of what is visible."""
+        """Write a PNG of the visible part once it has stopped changing: two pictures in a row are equal."""
+        picture, previous = await self._screenshot(), b""
+        while picture != previous:
+            await asyncio.sleep(0.5)
+            picture, previous = await self._screenshot(), picture
+        path.write_bytes(picture)
+
+    async def _screenshot(self) -> bytes:
         answer = await self._call("Page.captureScreenshot", format="png")
-        path.write_bytes(base64.b64decode(answer["data"]))
+        return base64.b64decode(answer["data"])
 
     async def _call(self, method: str, **parameters: object) -> dict[str, Any]:
         self._num_calls += 1

@@ -1,4 +1,4 @@
-"""compare.py as a user runs it: killed half-way and started again, it ends with the report of an undisturbed one."""
+"""Run compare.py as a user does: to its report, killed and started again, interrupted, and with wrong arguments."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,16 @@ import pytest
 import ray
 
 from hvp_ray.comparison.report import write_report
+from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.comparison.study import open_study
 from hvp_ray.launch.local import pretrain_in_process
 from pipelines.command_line import parse_run
 from pipelines.compare import main
 from tests.helpers import resolved_of
 from tests.ray.runs import recorded_steps
-from tests.ray.view_worker_processes import wait_until
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
 OVERRIDES = {
     "data.num_images": "200",
     "training.epochs": "6",
@@ -36,27 +34,33 @@ OVERRIDES = {
 }
 
 
-def _options(output: Path) -> list[str]:
-    words = [word for name, value in OVERRIDES.items() for word in (f"--{name}", value)]
+THREE_ARMS = [
+    "--accounting",
+    "counted",
+    "--seeds",
+    "0",
+    "--arms",
+    "vanilla",
+    "hardest",
+    "vanilla-long",
+    "--comparison",
+    "c",
+]
+
+
+def _options(output: Path, **changed: str) -> list[str]:
+    """Return the command line of a small comparison; `a__b` sets `a.b`."""
+    settings = OVERRIDES | {key.replace("__", "."): value for key, value in changed.items()}
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     return ["simsiam-digits", "--run.output", str(output), *words]
 
 
-def _start(output: Path) -> subprocess.Popen[str]:
-    own = [
-        "--accounting",
-        "counted",
-        "--seeds",
-        "0",
-        "--arms",
-        "vanilla",
-        "hardest",
-        "vanilla-long",
-        "--comparison",
-        "c",
-    ]
+def _start(words: list[str], *, ray_address: str | None = None) -> subprocess.Popen[str]:
+    """Start compare.py on a running Ray, or on one that it starts itself."""
     return subprocess.Popen(
-        [sys.executable, "pipelines/compare.py", *_options(output), *own],
+        [sys.executable, "pipelines/compare.py", *words],
         cwd=ROOT,
+        env=os.environ | ({} if ray_address is None else {"RAY_ADDRESS": ray_address}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,9 +69,7 @@ def _start(output: Path) -> subprocess.Popen[str]:
 
 
 def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
-    """Do the same runs one after the other in this process, and write the report."""
-    from hvp_ray.comparison.step_cost import StepCost
-
+    """Do these runs one after the other in this process, and write the report."""
     base = parse_run([*_options(output), "--cluster.device", "cpu"], program="compare.py", description="")
     study = open_study(
         base,
@@ -86,47 +88,68 @@ def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_compare_trains_all_arms_and_ends_with_a_report_and_its_runs_in_mlflow(tmp_path: Path) -> None:
+    words = [*_options(tmp_path, training__epochs="2"), *THREE_ARMS]
+    program = _start(words, ray_address=ray.get_runtime_context().gcs_address)
+    printed = program.communicate(timeout=1800)[0]
+    assert program.returncode == 0, printed
+    _check_report(tmp_path, num_steps=20, printed=printed)
+
+
+def _check_report(output: Path, *, num_steps: int, printed: str) -> dict[str, Any]:
+    """Check runs, text, page and MLflow of a comparison of three arms; return the report."""
+    report: dict[str, Any] = json.loads((output / "c" / "report.json").read_text())
+    found = [run["num_steps"] for run in report["runs"]]
+    assert [run["name"] for run in report["runs"]] == [
+        "c-vanilla-s0",
+        "c-hardest-s0",
+        f"c-vanilla-long-{found[2]}steps-s0",
+    ]
+    assert found == [num_steps, num_steps, round(num_steps * report["compute_ratio"])]
+
+    assert report["result"] in printed
+    assert "all of it takes about" in printed and "make ui" not in printed and "viewStateShareKey=c" in printed
+    page = (output / "c" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(list((output / "c" / "figures").glob("*.png"))) >= 8
+    assert 'src="http' not in page and 'href="http' not in page
+    _check_mlflow(output, report)
+    return report
+
+
+@pytest.mark.long
+@pytest.mark.ray
 def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one(tmp_path: Path) -> None:
-    first = _start(tmp_path / "killed")
-    deadline = time.monotonic() + 1200
-    while not any(path.stat().st_size >= 2000 for path in (tmp_path / "killed").glob("c-vanilla-long-*/metrics.jsonl")):
-        assert first.poll() is None, first.stdout.read() if first.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    """Programs with a Ray of their own, because Ray ends with its driver."""
+
+    def trains_the_last_arm() -> bool:
+        journals = (tmp_path / "killed").glob("c-vanilla-long-*/metrics.jsonl")
+        return any(path.stat().st_size >= 2000 for path in journals)
+
+    words = [*_options(tmp_path / "killed"), *THREE_ARMS]
+    first = _start(words)
+    wait_until(lambda: trains_the_last_arm() or first.poll() is not None, "steps of the last arm")
+    assert first.poll() is None, first.communicate()[0]
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (tmp_path / "killed" / "c" / "report.json").exists()
     done = {path.parent.name: path.stat().st_mtime for path in (tmp_path / "killed").glob("c-*/summary.json")}
     assert done
 
-    second = _start(tmp_path / "killed")
+    second = _start(words)
     printed = second.communicate(timeout=1800)[0]
     assert second.returncode == 0, printed
     for name, written_at in done.items():
         assert (tmp_path / "killed" / name / "summary.json").stat().st_mtime == written_at, f"{name} was done again"
-    killed = json.loads((tmp_path / "killed" / "c" / "report.json").read_text())
+    killed = _check_report(tmp_path / "killed", num_steps=60, printed=printed)
     straight = _undisturbed_report(tmp_path / "straight", killed["costs"])
     for report in (killed, straight):
         report["settings"].pop("run.output")
     assert killed == straight
-    num_steps = [run["num_steps"] for run in killed["runs"]]
-    assert [run["name"] for run in killed["runs"]] == [
-        "c-vanilla-s0",
-        "c-hardest-s0",
-        f"c-vanilla-long-{num_steps[2]}steps-s0",
-    ]
-    assert num_steps[:2] == [60, 60] and num_steps[2] == round(60 * killed["compute_ratio"])
-
-    assert killed["result"] in printed
-    assert "all of it takes about" in printed and "make ui" not in printed and "viewStateShareKey=c" in printed
-    page = (tmp_path / "killed" / "c" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(list((tmp_path / "killed" / "c" / "figures").glob("*.png"))) >= 8
-    assert 'src="http' not in page and 'href="http' not in page
-    _check_mlflow(tmp_path / "killed", killed)
 
 
 def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
-    """All runs are flat, tagged, and the report is an artifact of a run of its own."""
+    """Check that all runs are flat and tagged, and that the report is an artifact of a run of its own."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{output}/mlflow.db")
@@ -154,30 +177,24 @@ def _check_mlflow(output: Path, report: dict[str, Any]) -> None:
     assert report["result"] in experiment.tags["mlflow.note.content"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("views", ["inline", "workers"])
 def test_runs_side_by_side_are_all_placed_and_an_interrupt_stops_them_after_a_checkpoint(
     tmp_path: Path, views: str
 ) -> None:
-    """The session's Ray has 8 CPUs. Three of a view worker and one of a trainer fit twice, if each run takes its part."""
-    changed = {"training.epochs": "100000", "training.checkpoint_every_steps": "1000000", "tracking.uri": "none"}
-    changed |= {"tracking.knn_every_epochs": "100000", "cluster.cpus_per_view_worker": "3.0"}
-    words = [word for name, value in changed.items() for word in (f"--{name}", value)]
+    """The session's Ray has 8 CPUs: two runs fit, each with 3 for its view worker and 1 for its trainer."""
+    endless = {"training__epochs": "100000", "training__checkpoint_every_steps": "1000000", "tracking__uri": "none"}
+    endless |= {"tracking__knn_every_epochs": "100000", "cluster__cpus_per_view_worker": "3.0"}
     own = ["--comparison", "c", "--views", views, "--seeds", "0", "--arms", "vanilla", "hardest", "--parallel", "2"]
     runs = [tmp_path / f"c-{arm}-s0" for arm in ("vanilla", "hardest")]
-    program = subprocess.Popen(
-        [sys.executable, "pipelines/compare.py", *_options(tmp_path), *words, *own],
-        cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = [*_options(tmp_path, **endless), *own]
+    program = _start(words, ray_address=ray.get_runtime_context().gcs_address)
     wait_until(lambda: all(map(recorded_steps, runs)) or program.poll() is not None, "steps of both runs")
     program.send_signal(signal.SIGINT)
     printed = program.communicate()[0]
     assert program.returncode == 130, printed
-    assert "the same command goes on" in printed
+    assert "the same command" in printed
     assert "Traceback" not in printed
     for run in runs:
         assert not (run / "summary.json").exists()

@@ -1,4 +1,4 @@
-"""A real `ray start --head` in the checkout: `ray job submit -- python pipelines/pretrain.py` works with the token only."""
+"""A head started in the checkout takes `ray job submit -- python pipelines/pretrain.py` with its token only."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow]
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -28,7 +29,7 @@ def _free_port() -> int:
 
 
 class Head:
-    """`cluster/start_node.sh head` on loopback, with a token of its own."""
+    """`cluster/start_node.sh head` on loopback, with its own token. A Ray of its own, because it requires a token."""
 
     def __init__(self, folder: Path) -> None:
         self.port = _free_port()
@@ -64,10 +65,8 @@ class Head:
                 stderr=log,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 600
-        while not self._is_up():
-            assert time.monotonic() < deadline, (folder / "head.log").read_text()[-2000:]
-            time.sleep(0.5)
+        wait_until(lambda: self._is_up() or self.process.poll() is not None, "the head", pause=0.5)
+        assert self.process.poll() is None, (folder / "head.log").read_text()[-2000:]
 
     def _is_up(self) -> bool:
         try:
@@ -134,11 +133,11 @@ def test_job_without_the_token_is_refused(head: Head, tmp_path: Path, environmen
     assert not (tmp_path / "was-here").exists()
 
 
-def test_dashboard_answers_nobody_without_a_token_and_no_foreign_address(head: Head) -> None:
+def test_dashboard_refuses_requests_without_a_token_and_listens_on_one_address(head: Head) -> None:
     for path in ("/api/jobs/", "/api/v0/nodes", "/nodes?view=summary", "/logs"):
         assert head.status(path) == 401, path
     assert head.status("/api/jobs/", with_token=True) == 200
-    assert head.status("/api/jobs/", with_token=True, host="127.0.0.2") is None  # not bound there: loopback's name only
+    assert head.status("/api/jobs/", with_token=True, host="127.0.0.2") is None  # it listens on 127.0.0.1 only
 
 
 def test_node_without_a_token_is_not_started(tmp_path: Path) -> None:

@@ -1,17 +1,16 @@
-"""evaluate.py as a user runs it: on the run's own data, on another data set, and with wrong arguments."""
+"""Run evaluate.py as a user does: on the run's own data, on another data set, and with wrong arguments."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hvp_ray.data.digits import DigitsSource
 from hvp_ray.launch.local import pretrain_in_process
 from pipelines.evaluate import main
 from tests.helpers import encode, photograph_like, tiny_config
-
-import numpy as np  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +27,8 @@ def test_k_nn_is_that_of_the_run_and_features_are_cached(
     results = []
     for attempt in ("first", "second"):
         path = tmp_path / f"{attempt}.json"
-        words = [
-            "--checkpoint",
-            str(run_dir),
-            "--protocol",
-            "knn",
-            "logistic",
-            "--neighbours",
-            "20",
-            "--json",
-            str(path),
-        ]
-        assert main(words) == 0
+        words = ["--checkpoint", str(run_dir), "--protocol", "knn", "logistic", "--neighbours", "20"]
+        assert main([*words, "--json", str(path)]) == 0
         results.append(json.loads(path.read_text()))
     printed = capsys.readouterr().out
     assert "95 % interval" in printed
@@ -51,7 +40,7 @@ def test_k_nn_is_that_of_the_run_and_features_are_cached(
 
 
 def test_transfer_to_a_folder_of_other_classes(run_dir: Path, tmp_path: Path) -> None:
-    """Light images against dark ones: any encoder tells them apart."""
+    """Any encoder separates light images from dark ones."""
     generator = np.random.default_rng(0)
     for index in range(40):
         folder = tmp_path / "images" / ("dark", "light")[index % 2]
@@ -75,7 +64,7 @@ def _evaluate(run_dir: Path, tmp_path: Path, *words: object) -> dict[str, Any]:
 def test_own_images_given_by_name_are_split_as_in_the_run(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run has 200 of the digits: split anew, most of the images held out of all digits had been trained on."""
+    """The run has 200 of the digits. After a new split of all digits, it would have trained on most held-out images."""
     result = _evaluate(run_dir, tmp_path, "--data", "digits")
     assert (result["num_training_images"], result["num_test_images"]) == (160, 40)
     assert result["num_test_images_trained_on"] == 0
@@ -96,7 +85,7 @@ def _write_digits(folder: Path, ids: range, *, without: int | None = None) -> Pa
 
 @pytest.fixture(scope="module")
 def run_on_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with 80 training images in `training` and 40 test images in `test`, beside them."""
+    """Train on 80 images in `training`, with 40 test images in `test`; return the folder that holds both and the run."""
     here = tmp_path_factory.mktemp("folders")
     data = {
         "source": str(_write_digits(here / "training", range(80))),
@@ -107,7 +96,7 @@ def run_on_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-def test_moved_images_of_a_run_are_known_by_what_they_are(run_on_folders: Path, tmp_path: Path) -> None:
+def test_moved_images_of_a_run_are_recognised_by_their_content(run_on_folders: Path, tmp_path: Path) -> None:
     (tmp_path / "moved").symlink_to(run_on_folders / "training")
     result = _evaluate(run_on_folders / "one", tmp_path, "--data", tmp_path / "moved")
     assert (result["num_training_images"], result["num_test_images"]) == (80, 40)
@@ -122,11 +111,11 @@ def test_test_images_that_were_trained_on_are_counted(
     assert (result["num_training_images"], result["num_test_images"]) == (40, 80)
     assert result["num_test_images_trained_on"] == 80
     assert "80 of 80 test images were trained on by this run" in capsys.readouterr().out
-    # Of images that the run did not have by this name nothing is known.
+    # Whether the run trained on images of another name is unknown.
     assert _evaluate(run_on_folders / "one", tmp_path, "--data", "digits")["num_test_images_trained_on"] is None
 
 
-def test_images_that_changed_since_the_run_are_said(
+def test_images_that_changed_since_the_run_are_reported(
     run_on_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     added = run_on_folders / "training" / "digit-0" / "added.png"
@@ -138,7 +127,7 @@ def test_images_that_changed_since_the_run_are_said(
     assert "changed since the run" in capsys.readouterr().out
 
 
-def test_test_images_are_judged_by_the_names_of_their_classes(
+def test_test_images_are_matched_to_classes_by_name(
     run_on_folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = _write_digits(tmp_path / "training", range(80), without=0)
@@ -158,7 +147,7 @@ def test_test_images_are_judged_by_the_names_of_their_classes(
         (["--checkpoint", "{run}", "--data", "digits", "--test-data", "digits"], "are the same images"),
     ],
 )
-def test_wrong_arguments_are_said_in_a_line(
+def test_wrong_arguments_end_with_one_line(
     run_dir: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([word.format(run=run_dir) for word in words]) == 1

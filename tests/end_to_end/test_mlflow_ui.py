@@ -1,6 +1,6 @@
-"""MLflow's page as a user sees it, in headless Chromium: the link of a comparison, and two runs selected and compared.
+"""View MLflow in headless Chromium as a user does: the link of a comparison, and two runs selected and compared.
 
-HVP_RAY_SCREENSHOTS=folder keeps the pictures; HVP_RAY_MLFLOW_STORE=file.db shows runs of one's own in place of tiny ones.
+HVP_RAY_SCREENSHOTS=folder keeps the pictures. HVP_RAY_MLFLOW_STORE=file.db shows your own runs instead of tiny ones.
 """
 
 import asyncio
@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,9 @@ from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.tracking.mlflow import PublishedReport, publish, quiet_mlflow
 from tests.end_to_end.browser import CHROMIUM, Browser
 from tests.helpers import tiny_config
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 
 CLOSE_ASSISTANT = (
     "document.querySelectorAll('[data-component-id=\"mlflow.assistant.chat_panel.close\"]').forEach(b => b.click())"
@@ -33,7 +33,7 @@ COMPARE_BUTTON = "[...document.querySelectorAll('button')].find(b => b.innerText
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store with two arms and a published report."""
+    """Write a store with two arms and a published report; return its path."""
     if "HVP_RAY_MLFLOW_STORE" in os.environ:
         return str(Path(os.environ["HVP_RAY_MLFLOW_STORE"]).absolute())
     output = tmp_path_factory.mktemp("runs")
@@ -60,7 +60,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(store: str) -> Iterator[str]:
-    """`make ui` on this store; its address."""
+    """Run `make ui` on this store; return its address."""
     quiet_mlflow()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -77,14 +77,16 @@ def server(store: str) -> Iterator[str]:
         command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL, start_new_session=True
     )
     address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 600
-    while True:
+
+    def is_up() -> bool:
+        assert process.poll() is None
         try:
             urllib.request.urlopen(f"{address}/health", timeout=2).close()
-            break
         except OSError:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.5)
+            return False
+        return True
+
+    wait_until(is_up, "the MLflow server", pause=0.5)
     yield address
     os.killpg(process.pid, 15)
     process.wait(timeout=30)
@@ -112,14 +114,11 @@ def test_link_of_a_comparison_shows_one_mean_curve_for_each_arm(server: str, sto
             await page.wait_until("document.body.innerText.includes('Group by: trained_views')")
             await page.wait_until("document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length >= 4")
             await page.evaluate(CLOSE_ASSISTANT)
-            await asyncio.sleep(2)
-            if (kept := _keep("mlflow_compare.png")) is not None:
-                await asyncio.sleep(6)
-                await page.picture(kept)
-            text = await page.text()
             for wanted in ("Group: hardest", "Group: vanilla", "hardest (eval/knn_top1)"):
-                assert wanted in text
-            assert "Group: report" not in text
+                await page.wait_until(f"document.body.innerText.includes('{wanted}')")
+            assert "Group: report" not in await page.text()
+            if (kept := _keep("mlflow_compare.png")) is not None:
+                await page.picture(kept)
 
     asyncio.run(look())
 
@@ -141,7 +140,6 @@ def test_two_runs_can_be_selected_and_compared(server: str) -> None:
             for wanted in ("selection.rule", "Show diff only"):
                 assert wanted in text
             if (kept := _keep("mlflow_two_runs.png")) is not None:
-                await asyncio.sleep(6)
                 await page.picture(kept)
 
     asyncio.run(look())

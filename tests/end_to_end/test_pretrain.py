@@ -1,5 +1,7 @@
-"""pretrain.py as a user runs it: killed and started again, on odd images, with a small object store."""
+"""Run pretrain.py as a user does: to the end, killed and started again, on odd images, with a small object store."""
 
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -7,25 +9,27 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hvp_ray.errors import TrainingError
 from hvp_ray.launch import driver as launch_module
 from hvp_ray.launch.driver import Watchers
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
+from hvp_ray.recipes import get_recipe
 from hvp_ray.tracking.journal import read_journal
 from hvp_ray.tracking.logged_pairs import read_selection_log
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SUMMARY_FIELDS = (
     "run_name recipe method selection_rule seed num_steps num_epochs images_seen train_seconds images_per_second "
@@ -48,67 +52,71 @@ SETTINGS = {
 }
 
 
-def _start(output: Path, name: str, **extra: str) -> subprocess.Popen[str]:
-    settings = SETTINGS | {key.replace("__", "."): value for key, value in extra.items()}
-    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    command = [sys.executable, "pipelines/pretrain.py", "--run.name", name, "--run.output", str(output), *options]
-    # As on a company's machine: a proxy that must not be used for this machine's own addresses.
-    proxy = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9") | {"no_proxy": "localhost,127.0.0.1"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | proxy,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+def _options(output: Path, name: str, **changed: str) -> list[str]:
+    """Return the command line of a small run; `a__b` sets `a.b`."""
+    settings = SETTINGS | {key.replace("__", "."): value for key, value in changed.items()}
+    words = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    return ["--run.name", name, "--run.output", str(output), *words]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def inline(output: Path) -> Path:
+    """Train without Ray; return the run's folder."""
+    config = tiny_config(str(output), run={"name": "inline"}, tracking={"knn_every_epochs": 1})
+    assert pretrain_in_process(config) is not None
+    return output / "inline"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run of pretrain.py that has ended."""
+
+    run_dir: Path
+    printed: str
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.run_dir / "summary.json").read_text())
+        return summary
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, output: Path) -> Finished:
+    """Run pretrain.py on the session's Ray: images decoded by a view worker and rendered by a finisher, MLflow, figures."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(_options(output, "finished", cluster__ship="pixels")) == 0
+    return Finished(run_dir=output / "finished", printed=printed.getvalue())
+
+
+def _check_equal_to_inline(run_dir: Path, inline: Path) -> None:
+    """Check weights, journal, k-NN during training and log of choices."""
+    digests = [json.loads((folder / "summary.json").read_text())["weights_digest"] for folder in (run_dir, inline)]
+    assert digests[0] == digests[1] == digest_from_checkpoint(run_dir)
+    assert recorded_steps(run_dir) == list(range(1, 21))
+    curve, inline_curve = (
+        [(record["step"], record["metrics"]) for record in read_journal(folder / "evaluations.jsonl")]
+        for folder in (run_dir, inline)
     )
+    assert curve == inline_curve
+    assert [step for step, _ in curve] == [0, 10, 20]
+    log, inline_log = read_selection_log(run_dir), read_selection_log(inline)
+    np.testing.assert_array_equal(log["step"], inline_log["step"])
+    np.testing.assert_array_equal(log["scores"], inline_log["scores"])
 
 
-def _curve(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
-    """Return the k-NN during training: (step, values)."""
-    return [(record["step"], record["metrics"]) for record in read_journal(run_dir / "evaluations.jsonl")]
+def test_pretrain_gives_the_weights_curve_and_choices_of_a_run_without_ray(finished: Finished, inline: Path) -> None:
+    _check_equal_to_inline(finished.run_dir, inline)
 
 
-def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 900
-    while not any(recorded >= step for recorded in recorded_steps(run_dir)):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.005)
-
-
-def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """SIGKILL of the driver in mid-run; then a complete run with MLflow, figures and summary."""
-    inline_config = tiny_config(str(tmp_path), run={"name": "inline"}, tracking={"knn_every_epochs": 1})
-    inline = pretrain_in_process(inline_config)
-    assert inline is not None
-
-    first = _start(tmp_path, "killed")
-    _wait_for_step(tmp_path / "killed", 6, first)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert not (tmp_path / "killed" / "summary.json").exists()
-
-    second = _start(tmp_path, "killed")
-    printed = second.communicate(timeout=1800)[0]
-    assert second.returncode == 0, printed
-    summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
-    assert summary["weights_digest"] == inline["weights_digest"] == digest_from_checkpoint(tmp_path / "killed")
-    assert summary["num_resumes"] == 1
-    assert attempts(tmp_path / "killed")[1]["step"] in (4, 8, 12, 16)
-    assert recorded_steps(tmp_path / "killed") == list(range(1, 21))
-    assert _curve(tmp_path / "killed") == _curve(tmp_path / "inline")
-    assert [step for step, _ in _curve(tmp_path / "killed")] == [0, 10, 20]
-    killed_log, inline_log = (read_selection_log(tmp_path / name) for name in ("killed", "inline"))
-    np.testing.assert_array_equal(killed_log["step"], inline_log["step"])
-    np.testing.assert_array_equal(killed_log["scores"], inline_log["scores"])
-
-    assert [name for name in SUMMARY_FIELDS.split() if name not in summary] == []
-    assert [name for name in SUMMARY_FIELDS.split() if summary[name] is None] == []
-    figures = sorted(path.name for path in (tmp_path / "killed" / "figures").iterdir())
+def test_finished_run_has_a_summary_figures_and_an_mlflow_store_and_prints_where(finished: Finished) -> None:
+    summary = finished.summary
+    assert [name for name in SUMMARY_FIELDS.split() if summary.get(name) is None] == []
+    figures = sorted(path.name for path in (finished.run_dir / "figures").iterdir())
     assert figures == ["candidate_views.png", "loss.png", "overlap.png"]
     for text in (
         "trained encoder",
@@ -118,35 +126,75 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
         "mlflow server",
         "data     digits",
     ):
-        assert text in printed
-    assert (tmp_path / "mlflow.db").exists()
+        assert text in finished.printed
+    assert (finished.run_dir.parent / "mlflow.db").exists()
 
-    command = ["--run.name", "killed", "--run.output", str(tmp_path)]
-    assert main(command) == 1
+
+def test_finished_run_is_not_done_again_and_refuses_other_settings(
+    finished: Finished, output: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run.name", "finished", "--run.output", str(output)]) == 1
     assert "has finished with other settings" in (refusal := capfd.readouterr().err)
     assert "training.epochs: 2 -> 45" in refusal and "data.num_images: 200 -> None" in refusal
-    assert main([*command, *(word for key, value in SETTINGS.items() for word in (f"--{key}", value))]) == 0
+    assert main(_options(output, "finished")) == 0
     assert "has ended already" in capfd.readouterr().out
+    assert len(attempts(finished.run_dir)) == 1
+
+
+@pytest.mark.long
+@pytest.mark.ray
+def test_pretrain_killed_and_started_again_ends_with_the_same_weights(output: Path, inline: Path) -> None:
+    """SIGKILL the driver in mid-run. Programs with a Ray of their own, because Ray ends with its driver."""
+
+    def start() -> subprocess.Popen[str]:
+        # As on a company's machine: a proxy that must not be used for this machine's own addresses.
+        proxies = ("http_proxy", "https_proxy")
+        proxy = dict.fromkeys(proxies, "http://127.0.0.1:9") | {"no_proxy": "localhost,127.0.0.1"}
+        return subprocess.Popen(
+            [sys.executable, "pipelines/pretrain.py", *_options(output, "killed")],
+            cwd=ROOT,
+            env=os.environ | proxy,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    run_dir = output / "killed"
+    first = start()
+    wait_until(lambda: max(recorded_steps(run_dir), default=0) >= 6 or first.poll() is not None, "step 6", pause=0.005)
+    assert first.poll() is None, first.communicate()[0]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not (run_dir / "summary.json").exists()
+
+    second = start()
+    printed = second.communicate(timeout=1800)[0]
+    assert second.returncode == 0, printed
+    _check_equal_to_inline(run_dir, inline)
+    assert json.loads((run_dir / "summary.json").read_text())["num_resumes"] == 1
+    assert attempts(run_dir)[1]["step"] in (4, 8, 12, 16)
+    assert "trained encoder" in printed
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_stops_a_run_after_writing_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def stop(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    settings = SETTINGS | {"training.epochs": "400", "training.checkpoint_every_steps": "100000"}
-    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
+    endless = {"training__epochs": "400", "training__checkpoint_every_steps": "100000", "tracking__uri": "none"}
     stopper = AtStep(tmp_path / "stopped", [5], stop)
     stopper.start()
-    status = main(["--run.name", "stopped", "--run.output", str(tmp_path), "--tracking.uri", "none", *options])
+    status = main(_options(tmp_path, "stopped", **endless))
     stopper.end()
     assert status == 1
     printed = capfd.readouterr().err
-    assert "stopped behind a checkpoint" in printed
+    assert "stopped" in printed and "checkpoint" in printed
     assert "Traceback" not in printed
     assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*/manifest.json"))) == 1
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_stop_without_patience_ends_ray_train_before_the_driver_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,23 +213,21 @@ def test_stop_without_patience_ends_ray_train_before_the_driver_goes_on(
 
 @pytest.mark.usefixtures("ray_session")
 def test_small_object_store_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The session's Ray has a store of 400 MiB; nothing is made before the refusal."""
-    settings = SETTINGS | {
-        "training.images_per_step": "150",
-        "views.global_views.size_px": "128",
-        "views.evaluation_resize_px": "128",
-        "cluster.batches_in_flight": "30",
+    """The session's Ray has an object store of 400 MiB; nothing is written before the refusal."""
+    large = {
+        "training__images_per_step": "150",
+        "views__global_views__size_px": "128",
+        "views__evaluation_resize_px": "128",
+        "cluster__batches_in_flight": "30",
     }
-    options = [word for key, value in settings.items() for word in (f"--{key}", value)]
-    assert main(["--run.name", "small", "--run.output", str(tmp_path), *options]) == 1
+    assert main(_options(tmp_path, "small", **large)) == 1
     printed = capfd.readouterr().err
-    assert "the look-ahead needs" in printed
     assert "set cluster.batches_in_flight=" in printed
     assert not (tmp_path / "small").exists()
 
 
 def _odd_images(root: Path) -> None:
-    """Two classes of healthy images, and in them one of every odd and of every damaged kind."""
+    """Write two classes of healthy images, and one image of every odd and of every damaged kind among them."""
     generator = np.random.default_rng(0)
     for index in range(60):
         folder = root / f"class{index % 2}"
@@ -242,8 +288,6 @@ def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path
 
 @pytest.mark.usefixtures("ray_session")
 def test_too_many_damaged_images_stop_the_run_with_the_numbers(tmp_path: Path) -> None:
-    from hvp_ray.errors import TrainingError
-
     generator = np.random.default_rng(1)
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
@@ -270,10 +314,6 @@ def test_cifar10_runs_from_relative_parquet_paths_with_the_test_file(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(cifar10)
-    import dataclasses
-
-    from hvp_ray.recipes import get_recipe
-
     recipe = get_recipe("simsiam-cifar10-small")
     config = dataclasses.replace(
         recipe,
@@ -282,13 +322,13 @@ def test_cifar10_runs_from_relative_parquet_paths_with_the_test_file(
             recipe.data,
             source="cifar10-train.parquet",
             test_source="cifar10-test.parquet",
-            num_images=512,
+            num_images=256,
         ),
         training=dataclasses.replace(recipe.training, epochs=1),
         cluster=dataclasses.replace(recipe.cluster, num_view_workers=1),
-        tracking=dataclasses.replace(recipe.tracking, uri="none", knn_images=300, num_figure_images=2),
+        tracking=dataclasses.replace(recipe.tracking, uri="none", knn_images=200, num_figure_images=2),
     )
     summary = launch_quietly(config)
-    assert summary["num_steps"] == 4
+    assert summary["num_steps"] == 2
     assert 0.1 < summary["knn_top1"] < 0.6
     assert (tmp_path / "cifar" / "figures" / "candidate_views.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""pretrain.py where a machine is not as libraries expect it, ended by a signal to its whole process group."""
+"""Run pretrain.py with a proxy, without a home, with a long TMPDIR, and end it by a signal to its process group."""
 
 import os
 import signal
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.ray.runs import recorded_steps
-from tests.ray.view_worker_processes import wait_until
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 OPTIONS = {
     "run.name": "run",
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def test_run_works_behind_a_proxy_without_a_home_and_ends_with_its_process_group(tmp_path: Path) -> None:
-    """A proxy for everything, HOME=/, a long TMPDIR; then SIGTERM to all processes, as SLURM and Docker send it."""
+    """SIGTERM goes to all processes, as SLURM and Docker send it. A Ray of its own, because the signal ends it."""
     temporary = tmp_path / ("a-long-name-" * 5)
     temporary.mkdir()
     left_out = ("RAY_AUTH_MODE", "RAY_TMPDIR", "no_proxy", "NO_PROXY")

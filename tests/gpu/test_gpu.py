@@ -1,4 +1,4 @@
-"""What only a GPU can show. `make gpu-check` runs these too; without a GPU they are skipped."""
+"""Test what needs a GPU. `make gpu-check` runs these too; they are skipped without a GPU."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, photograph_like, tiny_config, views_config
-from tests.unit.training.test_devices import steps_until_the_stop_of_the_third_report
+from tests.unit.launch.test_devices import steps_until_the_stop_of_the_third_report
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def test_dali_on_the_gpu_agrees_with_the_cpu_renderer(generator: np.random.Gener
     cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan).global_pixels
     gpu = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8).render(images, plan).global_pixels
     difference = np.abs(cpu.astype(int) - gpu)
-    assert difference.mean() < 1.5  # nvJPEG decodes chroma otherwise than libjpeg-turbo
+    assert difference.mean() < 1.5  # nvJPEG and libjpeg-turbo decode chroma differently
     assert (difference > 8).mean() < 0.01
 
 
@@ -116,7 +116,7 @@ def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Pa
 
 
 def test_copies_that_run_ahead_of_slow_steps_take_the_memory_of_two_batches() -> None:
-    """Not only by what is referenced: the memory of a batch is free when the device, too, is done with it."""
+    """The memory of a batch is free only when the device has finished with it, not when the last reference is dropped."""
     device = torch.device("cuda", 0)
     config = get_recipe("simsiam-imagenet-r50-100ep")
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, images_per_step=64))
@@ -125,7 +125,7 @@ def test_copies_that_run_ahead_of_slow_steps_take_the_memory_of_two_batches() ->
         batch, global_views=dataclasses.replace(batch.global_views, pixels=batch.global_views.pixels.copy())
     )
     weights = torch.randn(8192, 8192, device=device)
-    weights @ weights  # takes its workspace
+    weights @ weights  # allocates the workspace
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -194,7 +194,7 @@ def test_stop_is_noticed_between_two_records(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 def test_everything_of_a_step_is_on_the_gpu_of_its_rank(tmp_path: Path) -> None:
-    """The current device of this thread stays the first one; the step runs on the second."""
+    """The step runs on the second GPU, while the first one stays this thread's current device."""
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     before = torch.cuda.memory_allocated(first)
     assert steps_until_the_stop_of_the_third_report(tmp_path, second)
@@ -204,7 +204,7 @@ def test_everything_of_a_step_is_on_the_gpu_of_its_rank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", ["dino-digits", "ibot-digits"])
 def test_reusing_the_teachers_outputs_gives_the_same_loss(tmp_path: Path, recipe: str) -> None:
-    """On a CPU it is the same to the bit; on a GPU products of other sizes may round otherwise."""
+    """On a CPU losses are equal bit for bit; on a GPU, products of other sizes may round differently."""
     vit = get_recipe("ibot-digits").method.backbone
     losses = []
     for reuse in (True, False):

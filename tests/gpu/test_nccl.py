@@ -1,4 +1,4 @@
-"""Two nccl ranks, each with a GPU of its own, equal one rank with the same global batch."""
+"""Two nccl ranks, each on its own GPU, equal one rank with the same global batch."""
 
 import pytest
 import torch

@@ -1,9 +1,10 @@
-"""A program: a run on nodes of one machine that break, are lost and come, with a decoder that dies.
+"""Run on nodes of one machine of which one is broken, one is lost and one joins, with a decoder that crashes.
 
 python -m tests.ray.cluster_faults FOLDER SHIP
 
-The view nodes find a JPEG decoder with a bug (`dying_decoder/`), or none at all (`broken_node/`), where their Python looks
-first. `FOLDER/poisoned-images` are the images, SHIP is `cluster.ship`. The summary and the messages go to `FOLDER/SHIP.json`.
+First on the Python path of the view nodes is a JPEG decoder with a bug (`dying_decoder/`), or one that cannot be imported
+(`broken_node/`). The images are in `FOLDER/poisoned-images`, SHIP is `cluster.ship`. Writes summary and messages to
+`FOLDER/SHIP.json`.
 """
 
 import json
@@ -26,12 +27,13 @@ from ray.cluster_utils import Cluster
 
 from tests.ray.fault_runs import NUM_STEPS, fault_config
 from tests.ray.runs import launch_quietly
-from tests.ray.view_worker_processes import state, stop, trainer_stopped, wait_for_step, wait_until
+from tests.ray.view_worker_processes import state, stop, trainer_stopped, wait_for_step
+from tests.waiting import wait_until
 
 HERE = Path(__file__).parent
 STORE_BYTES = 100 * 2**20
 FETCH_SECONDS = 1.0
-"""Nothing tells from outside that a fetch has begun; a batch takes a millisecond."""
+"""Time for the fetch to begin: no state outside the trainer shows it. A batch takes a millisecond."""
 
 
 def _add_view_node(cluster: Cluster, python_path: str, *, num_workers: int) -> Any:
@@ -44,19 +46,19 @@ def _add_view_node(cluster: Cluster, python_path: str, *, num_workers: int) -> A
 
 
 def _lose_node_that_holds_batches(run_dir: Path, cluster: Cluster, node: Any) -> None:
-    """Lose it while the trainer fetches what was finished there."""
+    """Lose a node while the trainer fetches a batch that was finished there."""
     worker = stop("rendering")
     raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
     with trainer_stopped(run_dir):
         worker.resume()
         wait_until(lambda: state(worker) == "idle", "a finished batch")
-        raylet.suspend()  # it keeps the batches and does not hand them out
+        raylet.suspend()  # it holds the batches and sends none
     time.sleep(FETCH_SECONDS)
     cluster.remove_node(node, allow_graceful=False)
 
 
 def main(output: Path, ship: str) -> None:
-    """See the module."""
+    """Run, disturb the nodes, and write the outcome."""
     name = f"on-nodes-{ship}"
     head = {"num_cpus": 2, "resources": {"trainer": 1}, "object_store_memory": STORE_BYTES, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -73,12 +75,12 @@ def main(output: Path, ship: str) -> None:
         except BaseException as error:
             result["error"] = repr(error)
 
-    # Nodes can be added by the main thread only.
+    # Only the main thread can add nodes.
     thread = threading.Thread(target=run)
     thread.start()
     wait_for_step(output / name, 1)
-    cluster.remove_node(broken)  # Ray would start others there
-    wait_for_step(output / name, NUM_STEPS // 2)  # two epochs: the decoder has died by now
+    cluster.remove_node(broken)  # before Ray places other workers there
+    wait_for_step(output / name, NUM_STEPS // 2)  # two epochs: the decoder has crashed by now
     _lose_node_that_holds_batches(output / name, cluster, node)
     _add_view_node(cluster, "dying_decoder", num_workers=2)
     thread.join()

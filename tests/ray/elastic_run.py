@@ -1,4 +1,4 @@
-"""A program: an elastic run on four nodes of one machine, of which one is lost and one comes. Prints a line of JSON.
+"""Run elastically on four nodes of one machine, of which one is lost, and a new one joins. Prints a line of JSON.
 
 python -m tests.ray.elastic_run FOLDER
 """
@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ray.cluster_utils import Cluster
 
 from tests.helpers import tiny_config
 from tests.ray.runs import attempts, launch_quietly, recorded_steps
+from tests.waiting import wait_until
 
 NUM_STEPS = 300
 
@@ -31,8 +31,8 @@ NUM_STEPS = 300
 def elastic_config(output: Path) -> Any:
     """Two trainers at most, one at least, checkpoints every 20 steps.
 
-    Steps are long enough for Ray to find the new node before one trainer has done them all. Random views and a low learning
-    rate, so that sums in another order do not grow: losses tell the images of each step.
+    There are enough steps for Ray to find the new node before one trainer has done them all. Random views and a low learning
+    rate keep rounding errors small, so the loss of a step identifies its images.
     """
     return tiny_config(
         str(output),
@@ -45,7 +45,7 @@ def elastic_config(output: Path) -> Any:
 
 
 def main(output: Path) -> None:
-    """See the module."""
+    """Run, lose a trainer, add a trainer, and print the outcome."""
     run_dir = output / "elastic"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=1, resources={"view": 1}, object_store_memory=100 * 2**20)
@@ -64,20 +64,18 @@ def main(output: Path) -> None:
     thread = threading.Thread(target=run)
     thread.start()
 
-    def wait_until(condition: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + 900
-        while not condition():
-            if not thread.is_alive() or time.monotonic() > deadline:
-                raise RuntimeError(f"waited for {what}: {result or recorded_steps(run_dir)[-1:]}, {attempts(run_dir)}")
-            time.sleep(0.1)
+    def wait_for(condition: Callable[[], bool], what: str) -> None:
+        wait_until(lambda: condition() or not thread.is_alive(), what, pause=0.1)
+        if not condition():
+            raise RuntimeError(f"the run ended before {what}: {result}, {attempts(run_dir)}")
 
     def at_step(step: int) -> Callable[[], bool]:
         return lambda: (recorded_steps(run_dir) or [0])[-1] >= step
 
-    wait_until(at_step(50), "step 50 of two trainers")
+    wait_for(at_step(50), "step 50 of two trainers")
     cluster.remove_node(trainers[1], allow_graceful=False)
-    wait_until(lambda: len(attempts(run_dir)) == 2, "the trainer that is left")
-    wait_until(at_step(attempts(run_dir)[1]["step"] + 30), "steps of the trainer that is left")
+    wait_for(lambda: len(attempts(run_dir)) == 2, "the start of the remaining trainer")
+    wait_for(at_step(attempts(run_dir)[1]["step"] + 30), "steps of the remaining trainer")
     cluster.add_node(num_cpus=1, resources={"trainer": 1}, object_store_memory=100 * 2**20)
     thread.join()
     print(json.dumps({"attempts": attempts(run_dir), **result}))

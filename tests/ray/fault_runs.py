@@ -1,4 +1,4 @@
-"""The run that the tests of faults disturb, and its images."""
+"""Make the run that the tests of faults disturb, and its images."""
 
 import dataclasses
 from pathlib import Path
@@ -17,11 +17,11 @@ NUM_STEPS = 24
 
 POISONED_ID = 60
 POISON = b"poison"
-"""What `dying_decoder` dies of, at the end of a JPEG."""
+"""A JPEG with this end crashes the decoder of `dying_decoder`."""
 
 
 def fault_config(output: Path, name: str, images: Path, **cluster: object) -> RunConfig:
-    """Batches have 200 kB and go through the object store; Ray sends what is below 100 kB along with the answer."""
+    """Return a run with batches of 200 kB, which go through the object store; Ray inlines results below 100 kB."""
     views = get_recipe("simsiam-digits").views
     large = dataclasses.replace(views.global_views, size_px=16)
     return tiny_config(
@@ -35,7 +35,7 @@ def fault_config(output: Path, name: str, images: Path, **cluster: object) -> Ru
 
 
 def write_images(folder: Path, *, is_poisoned: bool) -> None:
-    """Write JPEGs, of which 5 % are damaged, and one more kills the decoder, or is damaged too."""
+    """Write JPEGs of which 5 % are damaged; one more crashes the decoder, or is damaged too."""
     generator = np.random.default_rng(0)
     (folder / "class").mkdir(parents=True)
     for index in range(NUM_IMAGES):

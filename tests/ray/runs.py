@@ -1,4 +1,4 @@
-"""Start runs on the session's Ray, and find the processes in them."""
+"""Start runs on the session's Ray, read their journals, and find their processes."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def launch_quietly(config: RunConfig, messages: list[str] | None = None) -> dict
 
 
 def digest_from_checkpoint(run_dir: Path) -> str:
-    """Recompute the digest of the final weights from the newest checkpoint on disk."""
+    """Compute the digest of the final weights from the newest checkpoint on disk."""
     identity = json.loads((run_dir / "config.json").read_text())["run_identity"]
     checkpoint = CheckpointStore(str(run_dir / "checkpoints"), run_identity=identity, keep=9).load_newest()
     assert checkpoint is not None
@@ -45,7 +45,7 @@ def _bytes_of(path: Path) -> int:
 
 
 def attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return when and where the run was started and resumed."""
+    """Return the records of each start and resume of the run."""
     path = run_dir / "attempts.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -63,7 +63,7 @@ def processes_titled(text: str) -> list[psutil.Process]:
 
 
 class AtStep(threading.Thread):
-    """Calls `action` once for each of `steps`, as soon as the journal of `run_dir` has recorded it."""
+    """Calls `action` once for each of `steps`, when the journal of `run_dir` has recorded it."""
 
     def __init__(self, run_dir: Path, steps: list[int], action: Callable[[int], None]) -> None:
         super().__init__(daemon=True)
@@ -71,7 +71,7 @@ class AtStep(threading.Thread):
         self._steps = steps
         self._action = action
         self.fired: list[int] = []
-        """Newest recorded step when the action was taken, for each of `steps`."""
+        """Newest recorded step at each call of `action`."""
         self._ended = threading.Event()
 
     def run(self) -> None:
@@ -80,7 +80,7 @@ class AtStep(threading.Thread):
             while not self._ended.is_set():
                 time.sleep(0.002)
                 if size == (size := _bytes_of(self._run_dir / "metrics.jsonl")):
-                    continue  # reading it all the time would take a core from the run
+                    continue  # parsing it at every poll would take a core from the run
                 steps = recorded_steps(self._run_dir)
                 started_again = not self.fired or len(attempts(self._run_dir)) > len(self.fired)
                 if started_again and steps and steps[-1] >= step:

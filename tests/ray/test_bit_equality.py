@@ -1,4 +1,4 @@
-"""The promise: the same weights, bit for bit, whatever dies or restarts. BatchNorm network, two epochs, CPU.
+"""Weights are equal bit for bit, whatever is killed or restarted. BatchNorm network, two epochs, CPU.
 
 Digits, 160 training images, 16 a step: 10 steps an epoch, 20 in all, checkpoints every 4.
 """
@@ -25,7 +25,7 @@ from tests.ray.runs import (
     recorded_steps,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def _config(output: Path, name: str, *, seed: int = 0, **cluster: object) -> RunConfig:
@@ -33,7 +33,7 @@ def _config(output: Path, name: str, *, seed: int = 0, **cluster: object) -> Run
 
 
 def _check(output: Path, name: str, summary: dict[str, Any]) -> str:
-    """The digest in the summary is that of the checkpoint on disk, and each step is journalled once."""
+    """Check the digest against the checkpoint on disk, and that each step is journalled once; return it."""
     assert summary["weights_digest"] == digest_from_checkpoint(output / name)
     assert recorded_steps(output / name) == list(range(1, 21))
     assert summary["spilled_bytes"] == 0
@@ -47,7 +47,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(output: Path) -> str:
-    """Digest of the uninterrupted run, rendered in the trainer's own process."""
+    """Return the digest of an uninterrupted run, rendered in the trainer's own process."""
     summary = pretrain_in_process(_config(output, "straight"))
     assert summary is not None
     assert summary["num_steps"] == 20
@@ -55,7 +55,7 @@ def straight(output: Path) -> str:
 
 
 def test_three_view_workers_equal_inline_rendering(output: Path, straight: str) -> None:
-    """So do all settings of Ray's processes that are not part of the identity (tests/unit/test_identity.py)."""
+    """All settings of Ray's processes that are not part of the identity differ too (tests/unit/test_identity.py)."""
     settings = {
         "num_view_workers": 3,
         "batches_in_flight": 6,
@@ -75,10 +75,11 @@ def test_three_view_workers_equal_inline_rendering(output: Path, straight: str) 
     assert other_seed["weights_digest"] != straight
 
 
+@pytest.mark.long
 def test_shipped_pixels_with_workers_finishers_and_the_trainer_killed_equal_inline(output: Path, straight: str) -> None:
-    """cluster.ship=pixels: decoded by two view workers, rendered by two finishers beside the trainer.
+    """Two view workers decode, and two finishers beside the trainer render.
 
-    The trainer is killed in step 10 (the last of epoch 0) and in step 11 (the first); off a checkpoint: in the tests below.
+    The trainer is killed in the last step of epoch 0 and in the first of epoch 1; both follow a checkpoint by two steps.
     """
 
     def kill_views(step: int) -> None:
@@ -106,9 +107,9 @@ def test_shipped_pixels_with_workers_finishers_and_the_trainer_killed_equal_inli
     assert _check(output, "pixels", summary) == straight
 
 
-@pytest.mark.cluster
+@pytest.mark.long
 def test_ibot_with_view_workers_and_a_trainer_killed_equals_inline(output: Path) -> None:
-    """The method with the most state (teacher, two centres, masks, local views); every second step is vanilla."""
+    """iBOT has the most state (teacher, two centres, masks, local views). Every second step is vanilla."""
 
     def config(name: str, **cluster: object) -> RunConfig:
         return tiny_config(

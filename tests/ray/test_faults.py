@@ -1,4 +1,4 @@
-"""Faults of view workers, their nodes, the store and the images, in whole runs: the weights are those of undisturbed runs."""
+"""Disturb view workers, their nodes, the object store and the images: the weights equal those of an undisturbed run."""
 
 import json
 import subprocess
@@ -15,9 +15,10 @@ import ray
 from hvp_ray.launch.local import pretrain_in_process
 from tests.ray.fault_runs import NUM_DAMAGED, NUM_STEPS, POISONED_ID, fault_config, write_images
 from tests.ray.runs import digest_from_checkpoint, launch_quietly, recorded_steps
-from tests.ray.view_worker_processes import catch, in_state, state, stop, trainer_stopped, wait_for_step, wait_until
+from tests.ray.view_worker_processes import catch, in_state, state, stop, trainer_stopped, wait_for_step
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 STOPPED_SECONDS = 30.0
 MIB = 2**20
@@ -33,7 +34,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(output: Path) -> str:
-    """Digest of the run, rendered in the trainer's own process."""
+    """Return the digest of the run, rendered in the trainer's own process."""
     summary = pretrain_in_process(fault_config(output, "undisturbed", output / "images"))
     assert summary is not None
     assert summary["num_unreadable_images"] == NUM_DAMAGED + 1
@@ -42,7 +43,7 @@ def undisturbed(output: Path) -> str:
 
 
 def _check(output: Path, name: str, summary: dict[str, Any], undisturbed: str) -> None:
-    """The weights are those of the undisturbed run, each step is journalled once, damaged images are counted."""
+    """Check the weights, that each step is journalled once, and the count of damaged images."""
     assert summary["weights_digest"] == digest_from_checkpoint(output / name) == undisturbed
     assert recorded_steps(output / name) == list(range(1, NUM_STEPS + 1))
     assert summary["num_resumes"] == 0
@@ -50,7 +51,7 @@ def _check(output: Path, name: str, summary: dict[str, Any], undisturbed: str) -
 
 
 def _fill_store() -> list[Any]:
-    """Take more than the session's store of 400 MiB: half of it cannot be spilled, because it is in use."""
+    """Put more than the session's store of 400 MiB holds; half of it is in use and cannot be spilled."""
     in_use = [ray.get(ray.put(np.full(50 * MIB, index, np.uint8))) for index in range(4)]
     return in_use + [ray.put(np.full(50 * MIB, index, np.uint8)) for index in range(6)]
 
@@ -59,10 +60,9 @@ def _fill_store() -> list[Any]:
 def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothing(
     output: Path, undisturbed: str
 ) -> None:
-    """Three workers. SIGKILL: idle, while it starts, while it renders, when its batch is stored and nobody has heard of it.
+    """Kill one of three workers when idle, starting, rendering, and with a finished batch that no trainer has received.
 
-    SIGSTOP: one for 30 s, all the while; then it answers what was answered by others long ago. The store: filled by others
-    from the beginning.
+    Another one is stopped for 30 s and then answers requests that others have answered. The object store is full throughout.
     """
     run_dir = output / "disturbed"
     is_up = ("idle", "rendering")
@@ -74,7 +74,7 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
         stopped_at = time.monotonic()
 
         def wait_for_successor() -> None:
-            wait_until(lambda: len(in_state(*is_up, but=(straggler,))) == 2, "a worker that was started again")
+            wait_until(lambda: len(in_state(*is_up, but=(straggler,))) == 2, "a worker to restart")
 
         wait_for_step(run_dir, 5)
         with trainer_stopped(run_dir):
@@ -94,7 +94,7 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
             wait_for_successor()
         wait_for_step(run_dir, 15)
         with trainer_stopped(run_dir):
-            wait_until(lambda: time.monotonic() > stopped_at + STOPPED_SECONDS, "the straggler's time")
+            wait_until(lambda: time.monotonic() > stopped_at + STOPPED_SECONDS, "30 s of the straggler")
             assert state(straggler) == "rendering"  # Ray has left it alone
             straggler.resume()
             wait_until(lambda: state(straggler) == "idle", "the straggler's answer")
@@ -116,14 +116,13 @@ def test_workers_killed_at_any_moment_a_straggler_and_a_full_store_change_nothin
     assert summary["num_quarantined_images"] == 0
 
 
-@pytest.mark.parametrize("ship", ["views", pytest.param("pixels", marks=pytest.mark.cluster)])
+@pytest.mark.parametrize("ship", ["views", "pixels"])
 def test_worker_that_cannot_start_decoder_that_dies_and_node_lost_with_finished_batches_change_nothing(
     output: Path, undisturbed: str, ship: str
 ) -> None:
-    """Of two view nodes one lacks a package. The decoder of the other one dies of an image, which is damaged undisturbed.
+    """Break one view node of two, crash the decoder of the other, lose it while its batches are fetched, and add a new one.
 
-    Then this node is lost with its two workers while its batches are fetched, and a new one comes. In a process of its own,
-    because it has another Ray.
+    The image that crashes the decoder is a damaged one in the undisturbed run. A Ray of its own, because nodes are lost.
     """
     program = [sys.executable, "-m", "tests.ray.cluster_faults", str(output), ship]
     done = subprocess.run(program, capture_output=True, text=True, timeout=1800, check=False)

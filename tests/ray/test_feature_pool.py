@@ -1,4 +1,4 @@
-"""Features by Ray tasks equal those of this process, and errors of a task arrive as themselves."""
+"""Features of Ray tasks equal those of this process, and a task's error keeps its type."""
 
 import dataclasses
 from pathlib import Path
@@ -13,9 +13,8 @@ from hvp_ray.evaluation.feature_pool import FeatureRequest, Workers, pool_featur
 from hvp_ray.methods.backbones import build_backbone, export_backbone
 from tests.helpers import views_config
 
-pytestmark = pytest.mark.ray
 
-
+@pytest.mark.ray
 def test_tasks_give_the_features_of_this_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:

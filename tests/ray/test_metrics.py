@@ -1,4 +1,4 @@
-"""What a run says of itself on Ray's metrics port and in the workers' logs, against its summary and its journal."""
+"""Metrics on Ray's metrics port and lines in the workers' logs agree with the summary and the journal."""
 
 import json
 import os
@@ -21,8 +21,9 @@ from hvp_ray.stream.metrics import TRAINER_METRICS, WORKER_METRICS, exported_nam
 from hvp_ray.stream.view_worker import ViewWorkerActor
 from tests.helpers import tiny_config
 from tests.ray.runs import AtStep, launch_quietly, processes_titled
+from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ray_session")]
 
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO|WARNING|ERROR) run=(\S+) (rank=\d+|worker=\S+) step=(\d+|-) hvp_ray[\w.]*: .+"
@@ -30,7 +31,7 @@ LINE = re.compile(
 
 
 def _scrape(run: str) -> dict[str, dict[str, float]]:
-    """Return name -> trainer or worker -> value of all samples of a run, summed over processes, from every node."""
+    """Return the samples of a run from every node, summed over processes: metric -> rank or worker -> value."""
     values: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -42,7 +43,19 @@ def _scrape(run: str) -> dict[str, dict[str, float]]:
     return values
 
 
-def test_metrics_port_and_logs_tell_what_the_summary_and_the_journal_tell(tmp_path: Path) -> None:
+def _scrape_until(run: str, metric: str, source: str, least: float) -> dict[str, dict[str, float]]:
+    """Scrape until a metric of a rank or worker has reached a value; the agent learns of it with a delay."""
+    found: dict[str, dict[str, float]] = {}
+
+    def is_reached() -> bool:
+        found.update(_scrape(run))
+        return metric in found and found[metric].get(source, 0.0) >= least
+
+    wait_until(is_reached, f"{metric} of {source}", pause=0.5)
+    return found
+
+
+def test_metrics_port_and_logs_agree_with_the_summary_and_the_journal(tmp_path: Path) -> None:
     def kill(step: int) -> None:
         os.kill(processes_titled("ray::ViewWorker")[0].pid, signal.SIGKILL)
 
@@ -58,11 +71,7 @@ def test_metrics_port_and_logs_tell_what_the_summary_and_the_journal_tell(tmp_pa
     messages: list[str] = []
     summary = launch_quietly(config, messages)
     killer.end()
-    deadline = time.monotonic() + 120.0  # the agent hears of the end of a process within a second or two
-    values = _scrape("watched")
-    while values["ray_hvp_ray_steps_total"]["0"] < 10 and time.monotonic() < deadline:
-        time.sleep(0.5)
-        values = _scrape("watched")
+    values = _scrape_until("watched", "ray_hvp_ray_steps_total", "0", 10)
     journal = [json.loads(line) for line in (tmp_path / "watched" / "metrics.jsonl").read_text().splitlines()]
     last = journal[-1]["metrics"]
     found = {name.removeprefix("ray_hvp_ray_"): of_rank["0"] for name, of_rank in values.items() if "0" in of_rank}
@@ -106,17 +115,12 @@ def test_metrics_port_and_logs_tell_what_the_summary_and_the_journal_tell(tmp_pa
 
 
 def test_view_worker_publishes_what_it_rendered() -> None:
-    """Within 11 s: it publishes every second, and Ray sends every 10 s."""
     config = tiny_config("unused", run={"output": None, "name": "rendered"})
     order = build_order(config, open_dataset(config.data))
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
     worker = ViewWorkerActor.options(num_cpus=0.5).remote(config_to_dict(config), "cpu", "view-worker-0")
     batches = [ray.get(worker.render.remote(request_of(step))) for step in range(3)]
-    deadline = time.monotonic() + 120.0
-    found = _scrape("rendered")
-    while found["ray_hvp_ray_worker_batches_total"]["view-worker-0"] < 3 and time.monotonic() < deadline:
-        time.sleep(0.5)
-        found = _scrape("rendered")
+    found = _scrape_until("rendered", "ray_hvp_ray_worker_batches_total", "view-worker-0", 3)
     ray.kill(worker)
     values = {name: of_worker["view-worker-0"] for name, of_worker in found.items()}
     assert values["ray_hvp_ray_worker_batches_total"] == 3

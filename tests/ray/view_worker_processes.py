@@ -1,12 +1,9 @@
-"""The processes of view workers, as the operating system sees them: what they do now, and how to stop one in the act.
-
-Ray writes what a worker does into the title of its process.
-"""
+"""Find out what view workers do now, and stop one in the act, by the titles that Ray gives their processes."""
 
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -14,22 +11,9 @@ from typing import Literal
 import psutil
 
 from tests.ray.runs import attempts, processes_titled, recorded_steps
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 State = Literal["starting", "rendering", "idle", "gone"]
-
-PATIENCE_SECONDS = 600.0
-"""A run starts six processes that import PyTorch; a machine whose cores are lent to others takes minutes for that."""
-
-
-def wait_until(
-    condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_SECONDS, pause: float = 0.02
-) -> None:
-    """Wait for a condition; fail after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {seconds:.0f} s for {what}")
-        time.sleep(pause)
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -38,7 +22,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def state(process: psutil.Process) -> State:
-    """Tell what a view worker does now."""
+    """Return what a view worker does now."""
     try:
         title = "".join(process.cmdline())
     except psutil.Error:
@@ -52,12 +36,12 @@ def state(process: psutil.Process) -> State:
 
 
 def in_state(*states: State, but: tuple[psutil.Process, ...] = ()) -> list[psutil.Process]:
-    """Return the view workers that are in one of `states`, without those of `but`."""
+    """Return the view workers in one of `states`, except those in `but`."""
     return [p for p in processes_titled("ray::ViewWorker") if p not in but and state(p) in states]
 
 
 def catch(wanted: State, *, but: tuple[psutil.Process, ...] = (), seconds: float = PATIENCE_SECONDS) -> psutil.Process:
-    """Return a view worker at a moment when it is in a state; rendering a small batch takes milliseconds, so no pauses."""
+    """Return a view worker while it is in a state; poll without pauses, because rendering a batch takes milliseconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         workers = [p for p in processes_titled("ray::ViewWorker") if p not in but]
@@ -69,11 +53,11 @@ def catch(wanted: State, *, but: tuple[psutil.Process, ...] = (), seconds: float
 
 
 def stop(wanted: State, *, but: tuple[psutil.Process, ...] = ()) -> psutil.Process:
-    """Stop a view worker in the act, and return it: `catch` alone is too late on a machine that is slow itself."""
+    """Stop a view worker in the act, and return it; after `catch` alone it may have left the state."""
     while True:
         worker = catch(wanted, but=but)
         worker.suspend()
-        wait_until(lambda worker=worker: worker.status() == psutil.STATUS_STOPPED, "a process that stops", pause=0.0)
+        wait_until(lambda worker=worker: worker.status() == psutil.STATUS_STOPPED, "a process to stop", pause=0.0)
         if state(worker) == wanted:
             return worker
         worker.resume()
@@ -81,7 +65,7 @@ def stop(wanted: State, *, but: tuple[psutil.Process, ...] = ()) -> psutil.Proce
 
 @contextmanager
 def trainer_stopped(run_dir: Path) -> Iterator[None]:
-    """Stop the first trainer in its tracks: it hears of nothing and takes nothing."""
+    """Suspend the first trainer: it receives nothing and requests nothing."""
     trainer = attempts(run_dir)[-1]["process_id"]
     os.kill(trainer, signal.SIGSTOP)
     try:

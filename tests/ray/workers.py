@@ -1,4 +1,4 @@
-"""View workers with faults. A file of its own, and light, because each actor's process imports it."""
+"""Define view workers with faults, in a small file, because each actor's process imports it."""
 
 import dataclasses
 import os
@@ -16,6 +16,10 @@ class SlowWorker(ViewWorker):
 
     def __init__(self, values: dict[str, Any], name: str, seconds: float) -> None:
         super().__init__(values, "cpu", name)
+        self._seconds = seconds
+
+    def set_seconds(self, seconds: float) -> None:
+        """Change the time for each batch."""
         self._seconds = seconds
 
     def render(self, request: BatchRequest) -> ViewBatch:

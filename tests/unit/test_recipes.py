@@ -249,17 +249,22 @@ def _train_one_step(names: list[str], results: Any) -> None:
         del trainee, batch
 
 
-@pytest.mark.slow
+CHEAPEST = "simsiam-imagenet-r50-100ep"
+
+
+@pytest.mark.parametrize(
+    "names", [[CHEAPEST], pytest.param([name for name in IMAGENET if name != CHEAPEST], marks=pytest.mark.long)]
+)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the process's memory from Linux's /proc")
-def test_imagenet_recipes_train_at_full_size_in_the_memory_that_is_estimated() -> None:
+def test_imagenet_recipes_train_at_full_size_in_the_memory_that_is_estimated(names: list[str]) -> None:
     """Real network, heads and view sizes; two images. The estimate has no constant of any recipe."""
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    process = context.Process(target=_train_one_step, args=(IMAGENET, results))
+    process = context.Process(target=_train_one_step, args=(names, results))
     process.start()
-    estimates = {name: estimate_memory(_small(name, 2)).peak for name in IMAGENET}
+    estimates = {name: estimate_memory(_small(name, 2)).peak for name in names}
     measured = {}
-    for _ in IMAGENET:
+    for _ in names:
         name, loss, finite, grew = results.get()
         assert math.isfinite(loss), name
         assert finite, name
