@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from hvp_ray.data.parquet_limits import read_small_table
 from hvp_ray.errors import DataError
-from hvp_ray.tracking.selection_log import MAX_PART_BYTES
+from hvp_ray.tracking.selection_log import selection_files
 from hvp_ray.views.geometry import crop_iou
 
 LOG_FORMAT = 1
@@ -303,11 +303,10 @@ def read_selection_log(run_dir: Path) -> SelectionLog:
     """
     if not run_dir.is_dir():
         raise DataError(f"{run_dir} is not a folder; expected the folder of a run, such as runs/<name>")
-    paths = sorted((run_dir / "selection").glob("part-*.parquet"))
-    parts = [part for path in paths if (part := _read_part(path)) is not None]
+    parts = [part for path in selection_files(run_dir) if (part := _read_part(path)) is not None]
     if not parts:
         raise DataError(
-            f"{run_dir} has no selection log (selection/part-*.parquet): the run chose nothing (selection.rule=first), "
+            f"{run_dir} has no selection log (log/*/selection-*.parquet): the run chose nothing (selection.rule=first), "
             "or tracking.selection_images_per_epoch is 0, or it has not come to its first logged step. Train with "
             "another rule and with tracking.selection_images_per_epoch above 0"
         )
@@ -328,8 +327,8 @@ def read_selection_log(run_dir: Path) -> SelectionLog:
 def _read_part(path: Path) -> SelectionLog | None:
     """Return one file of the log; None: it has no rows."""
     try:
-        table = read_small_table(path, max_bytes=MAX_PART_BYTES)
-    except DataError as error:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{path} cannot be read as a selection log ({error}); delete this file to go without it"
         ) from error

@@ -10,10 +10,10 @@ from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError
+from hvp_ray.local_cache import local_weights
 from hvp_ray.methods.backbones import load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, Ranks, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
-from hvp_ray.runs.storage import local_weights
 from hvp_ray.training.optimizers import build_optimizer
 from hvp_ray.training.step import Trainee
 

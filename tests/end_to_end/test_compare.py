@@ -89,7 +89,9 @@ def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
 def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one(tmp_path: Path) -> None:
     first = _start(tmp_path / "killed")
     deadline = time.monotonic() + 1200
-    while not any(path.stat().st_size >= 2000 for path in (tmp_path / "killed").glob("c-vanilla-long-*/metrics.jsonl")):
+    while not any(
+        path.stat().st_size >= 2000 for path in (tmp_path / "killed").glob("c-vanilla-long-*/log/*/metrics.jsonl")
+    ):
         assert first.poll() is None, first.stdout.read() if first.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -18,7 +18,7 @@ from hvp_ray.launch import driver as launch_module
 from hvp_ray.launch.driver import Watchers
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 from hvp_ray.tracking.selection_analysis import read_selection_log
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
@@ -67,7 +67,7 @@ def _start(output: Path, name: str, **extra: str) -> subprocess.Popen[str]:
 
 def _curve(run_dir: Path) -> list[tuple[int, dict[str, float]]]:
     """Return the k-NN during training: (step, values)."""
-    return [(record["step"], record["metrics"]) for record in read_journal(run_dir / "evaluations.jsonl")]
+    return [(record["step"], record["metrics"]) for record in read_records(run_dir, EVALUATIONS)]
 
 
 def _wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -234,7 +234,7 @@ def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path
     assert summary is not None
     assert summary["num_unreadable_images"] == 4
     assert summary["num_steps"] == 3 * (71 // 16)
-    lines = (tmp_path / "odd" / "unreadable-rank-0.jsonl").read_text()
+    lines = "".join(path.read_text() for path in (tmp_path / "odd" / "log").glob("*/unreadable-rank-0.jsonl"))
     for reason in ("0 bytes", "not an image", "data.max_image_pixels", "cannot be decoded"):
         assert reason in lines
     assert summary["knn_top1"] is None  # nothing was held out

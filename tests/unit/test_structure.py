@@ -20,13 +20,14 @@ MAY_IMPORT = {
         "comparison/runner.py",
     ),
     "nvidia": ("views/render_dali.py",),
-    "mlflow": ("tracking/mlflow.py", "tracking/mlflow_store.py"),
+    "mlflow": ("tracking/mlflow.py", "tracking/mlflow_report.py", "tracking/mlflow_store.py"),
     "torch.distributed": ("distributed/", "launch/local.py"),
 }
 LEVELS = [
     ("errors.py", "host_to_device.py", "logs.py", "stored_archive.py"),
     ("randomness.py", "credentials.py"),
     ("remote_files.py",),
+    ("local_cache.py",),
     ("config.py",),
     ("records.py", "identity.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),

@@ -15,7 +15,7 @@ from hvp_ray.selection import Candidates, CandidateScores, choose_views, score_v
 from hvp_ray.stream.device import DeviceHandOver
 from hvp_ray.stream.render_batch import build_render_context, read_images, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.run_log import METRICS, read_records
 from hvp_ray.training.choosing import candidates_of
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.trainee import build_untrained_method
@@ -29,7 +29,7 @@ def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir:
     """Draw all pictures of a run into its folder; return the files. Called on one rank only."""
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
-    figures = draw_curves(folder, list(read_journal(run_dir / "metrics.jsonl")))
+    figures = draw_curves(folder, list(read_records(run_dir, METRICS)))
     path = folder / "candidate_views.png"
     _draw_candidate_views(config, dataset, trainee, path)
     return [path, *figures]
