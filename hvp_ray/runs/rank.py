@@ -172,7 +172,7 @@ def _publish(
 ) -> dict[str, Any]:
     """Complete the log, end the MLflow run and write `summary.json`, which says that the run has finished."""
     run_dir = rank.job.run_dir
-    summary |= recorder.finish(summary)
+    summary |= recorder.finish(summary) | {"problems": after.problems}
     export_records(run_dir)
     write_file(str(run_dir / "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     after.finish()
