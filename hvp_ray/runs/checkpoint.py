@@ -1,7 +1,7 @@
-"""Checkpoints: files first, a manifest with digests last; what has no manifest does not exist.
+"""Checkpoints: files first, then a manifest with digests, which is the commit.
 
-`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. Local folders
-and URIs go through pyarrow.fs alike; nothing relies on renaming, which buckets do not have.
+`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. A folder without a
+manifest is ignored. pyarrow.fs writes to local folders and URIs alike; buckets cannot rename, so nothing relies on it.
 """
 
 import functools
@@ -43,7 +43,7 @@ class CheckpointStore:
         self._keep = keep
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write and commit; then drop the oldest beyond `keep`, and later ones: they were passed over as damaged.
+        """Write and commit; then delete the oldest beyond `keep`, and later ones, which were skipped as damaged.
 
         Raises:
             CheckpointError: the storage refused (disk full, no permission); earlier checkpoints stay usable.
@@ -67,7 +67,7 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint of step {checkpoint.step} could not be written to {folder}: {error}; the one before it is "
-                f"untouched. Make room or mend the storage, then start the run again with its name to go on"
+                f"untouched. Make room or repair the storage, then start the run again with its name to resume it"
             ) from error
         self._drop_others(checkpoint.step)
 
@@ -80,11 +80,11 @@ class CheckpointStore:
         return sorted(int(step[1]) for step in steps if step is not None)
 
     def load_newest(self, map_location: torch.device | str = "cpu") -> Checkpoint | None:
-        """Return the newest intact checkpoint; None: there is none. A damaged one is passed over with a warning.
+        """Return the newest intact checkpoint; None: there is none. A damaged one is skipped with a warning.
 
         Raises:
-            CheckpointError: it belongs to a run of another identity, holds something else than tensors, cannot be reached,
-                or all of them are damaged: beginning anew would throw the journal away.
+            CheckpointError: it belongs to a run of another identity, holds something else than tensors, or cannot be
+                reached; or all of them are damaged, and restarting at step 0 would discard the run.
         """
         steps = self.committed_steps()
         for step in reversed(steps):
@@ -94,8 +94,8 @@ class CheckpointStore:
                 logger.warning("%s; the checkpoint before it is used", error)
         if steps:
             raise CheckpointError(
-                f"all checkpoints in {self._root} are damaged (steps {steps}). Bring one of them back from a copy; or delete "
-                f"the folders to begin this run anew"
+                f"all checkpoints in {self._root} are damaged (steps {steps}). Restore one of them from a copy; or delete the "
+                f"folders to restart this run at step 0"
             )
         return None
 
@@ -103,7 +103,7 @@ class CheckpointStore:
         """Read one checkpoint and check its digest.
 
         Raises:
-            CheckpointError: missing, damaged, of another run, or with something else in it than tensors and plain values,
+            CheckpointError: it is missing, damaged, of another run, or holds something else than tensors and plain values,
                 none of which is executed.
         """
         folder = self._folder(step)
@@ -112,7 +112,7 @@ class CheckpointStore:
             content = self._read_file(f"{folder}/{_STATE}")
         except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                # Not damaged, but away: going on from an older one, or from none, would throw work away.
+                # It is unreachable, not damaged; resuming from an older one would discard steps.
                 raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
             raise _DamagedError(f"the checkpoint {folder} cannot be read: {error}") from error
         try:
@@ -133,7 +133,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"the checkpoint {folder} is refused: {_STATE} has the digest of its manifest, but holds something else than "
                 f"tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote it; without this "
-                f"folder the run goes on from the checkpoint before it"
+                f"folder the run resumes from the checkpoint before it"
             ) from error
 
     def _drop_others(self, newest: int) -> None:
@@ -169,14 +169,15 @@ class CheckpointStore:
         return self._retried(read, f"reading {path}")
 
     def _retried(self, action: Callable[[], T], what: str) -> T:
-        """Do it, more than once where storage is a bucket; a full disk does not get better."""
+        """Run an action, with retries on a bucket only; a full disk stays full."""
         return retried(action, what, pauses=None if self._is_remote else ())
 
 
 def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Checkpoint:
-    """Return the checkpoint in the bytes that `CheckpointStore.write` made; anything else raises, whatever it raises.
+    """Return the checkpoint in the bytes that `CheckpointStore.write` made.
 
-    The archive is looked at first, so that it is not larger inside than outside.
+    Raises:
+        Exception: of any kind, if they are something else.
     """
     check_stored_archive(io.BytesIO(content), num_bytes=len(content))
     state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
@@ -191,7 +192,7 @@ def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Chec
 
 
 def _check_tensors(state: object) -> None:
-    """Check that no tensor has more elements than it has memory: copying it would take memory that the file does not have."""
+    """Check that no tensor has more elements than its storage, because copying it would allocate more than the file has."""
     pending, seen = [state], set[int]()
     while pending:
         value = pending.pop()
@@ -208,7 +209,7 @@ def _check_tensors(state: object) -> None:
 
 
 class _DamagedError(CheckpointError):
-    """An unusable checkpoint; an older one may serve."""
+    """A checkpoint is unusable; an older one may be intact."""
 
 
 def _resolve(location: str) -> tuple[pafs.FileSystem, str]:
@@ -218,7 +219,7 @@ def _resolve(location: str) -> tuple[pafs.FileSystem, str]:
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names."""
+    """Return the SHA-256 over names, types, shapes and bytes of all tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The pictures at the end of a run: curves from the journal, and candidate views scored with the final weights."""
+"""Figures at the end of a run: training curves, and candidate views scored with the final weights."""
 
 import dataclasses
 from pathlib import Path
@@ -22,11 +22,11 @@ from hvp_ray.training.trainee import build_untrained_method
 from hvp_ray.training.step import Trainee
 
 _SCORED_IMAGES = 64
-"""BatchNorm scores with the statistics of the batch, and SimCLR against its images, so more are scored than drawn."""
+"""More than are drawn, because BatchNorm uses the batch's statistics and SimCLR its other images."""
 
 
 def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir: Path) -> list[Path]:
-    """Draw all pictures of a run into its folder; return the files. Called on one rank only."""
+    """Draw all figures of a run into its folder; return the files. One rank calls this."""
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
     figures = draw_curves(folder, list(read_records(run_dir, METRICS)))
@@ -36,7 +36,7 @@ def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir:
 
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
-    """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
+    """Render candidates of some training images, score them with the final weights, and draw the choice."""
     hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
     candidates = candidates_of(hard, step=0)
     batch = _render_some(config, dataset, candidates)
@@ -74,7 +74,7 @@ def _render_some(config: RunConfig, dataset: Dataset, candidates: Candidates) ->
 
 
 def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidates: Candidates) -> CandidateScores:
-    """Score on this rank only: a copy of the method that knows no other ranks, so that none has to answer."""
+    """Score with a copy of the method without other ranks, so that none has to take part."""
     method = build_untrained_method(config).to(trainee.device)
     method.load_state_dict(trainee.method.state_dict())
     device_batch = DeviceHandOver(trainee.device)(batch)

@@ -1,4 +1,4 @@
-"""Before a run starts: its folder, its identity, and whether it may go on."""
+"""Prepares a run: where it goes, what is wrong with its settings, and whether an existing run may be resumed."""
 
 import dataclasses
 import json
@@ -41,14 +41,14 @@ SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
 
 _PAUSES_SECONDS = (1.0,)
-"""Between attempts at a bucket: somebody waits for the answer."""
+"""Retry delays for a bucket, short because the user is waiting."""
 
 
 def output_location(config: RunConfig) -> str:
     """Return what holds runs: an absolute path, or a URI.
 
     Raises:
-        ConfigError: a relative path where the working folder is temporary.
+        ConfigError: a relative path, and the working folder is temporary.
     """
     if config.run.output is not None and is_uri(config.run.output):
         return config.run.output
@@ -59,7 +59,7 @@ def output_folder(config: RunConfig) -> Path:
     """Return the folder that holds runs, absolute.
 
     Raises:
-        ConfigError: a URI, or a relative path where the working folder is temporary.
+        ConfigError: a URI; or a relative path, and the working folder is temporary.
     """
     is_shipped = SHIPPED_CODE_MARK in Path.cwd().parts
     if config.run.output is None:
@@ -79,7 +79,7 @@ def output_folder(config: RunConfig) -> Path:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the config with its local paths made absolute: Ray's processes have other working folders."""
+    """Return the config with absolute local paths, because Ray's processes have other working folders."""
 
     def absolute(location: str | None) -> str | None:
         if location is None or location == "digits" or "://" in location:
@@ -97,7 +97,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_before_start(config: RunConfig) -> Dataset:
-    """Find what is wrong with images, network and output folder before anything is started; return the opened data.
+    """Check images, network and output folder before anything is started; return the opened data.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -120,7 +120,7 @@ def check_before_start(config: RunConfig) -> Dataset:
 
 
 def _check_view_sizes(config: RunConfig, method: Method) -> None:
-    """Check that the encoder takes views of all sizes, by forwarding an empty image of each."""
+    """Check that the encoder accepts views of all sizes, by forwarding an empty image of each."""
     views, selection, patch_px = config.views, config.selection, method.patch_px
     sizes = {
         "views.global_views.size_px": views.global_views.size_px,
@@ -129,17 +129,17 @@ def _check_view_sizes(config: RunConfig, method: Method) -> None:
     }
     for path, size_px in sizes.items():
         if size_px is not None and size_px % patch_px:
-            raise ConfigError(f"{path}={size_px} is not allowed: a multiple of the patches of {patch_px} px")
+            raise ConfigError(f"{path}={size_px} is not allowed: expected a multiple of the patch size, {patch_px} px")
         if size_px is not None:
             try:
                 with torch.no_grad():
                     method.encoder.eval()(torch.zeros(1, 3, size_px, size_px))
             except (AssertionError, RuntimeError) as error:
                 name = config.method.backbone.name
-                raise ConfigError(f"{path}={size_px} is not allowed: {name} does not take it: {error}") from error
+                raise ConfigError(f"{path}={size_px} is not allowed: {name} rejects it: {error}") from error
     if views.masks is not None and views.masks.patch_px != patch_px:
         raise ConfigError(
-            f"views.masks.patch_px={views.masks.patch_px} is not allowed: the encoder's patches have {patch_px} px"
+            f"views.masks.patch_px={views.masks.patch_px} is not allowed: the patches of the encoder are {patch_px} px wide"
         )
 
 
@@ -152,9 +152,9 @@ def _open_checked(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any] | None:
-    """Return the summary of the run of this name if it has finished; None: it has not, or the name is new.
+    """Return the summary of the run of this name; None: it has not finished, or the name is new.
 
-    Versions of libraries need not be those of the run, nor does what `auto` chooses here: nothing is computed again.
+    Nothing is computed again, so versions of libraries and what `auto` resolves to here may differ from the run's.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
@@ -185,7 +185,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
 
 def is_finished(config: RunConfig, identity: Identity) -> bool:
-    """Tell whether the run of this name has finished, with this identity. Without config.json it is not known to be this run.
+    """Tell whether the run of this name has finished with this identity; without config.json its identity is unknown.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
@@ -202,8 +202,8 @@ def difference_from_record(
 
     Args:
         run: the folder, path or URI.
-        config: of the run that `identity` is of.
-        identity: compared with that in config.json.
+        config: of this run.
+        identity: of this run.
         ignored: names of parts that need not be equal.
 
     Raises:
@@ -216,7 +216,7 @@ def difference_from_record(
 
 
 def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, device: str) -> Resolved:
-    """Return what the settings of a run result in.
+    """Return what the settings of a run resolve to.
 
     Args:
         config: the run.
@@ -225,7 +225,7 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
         device: cpu or cuda; what trainers run on.
 
     Raises:
-        CheckpointError: the initial weights are not there.
+        CheckpointError: the initial weights do not exist.
     """
     weights = config.training.initial_weights
     return Resolved(
@@ -247,7 +247,7 @@ def prepare_run(
     planned: Identity | None = None,
     dataset: Dataset | None = None,
 ) -> RunJob:
-    """Make the folder of a new run, or check that an existing one may go on.
+    """Create the folder of a new run, or check that an existing one may be resumed.
 
     Args:
         config: the run.
@@ -255,25 +255,20 @@ def prepare_run(
         device: cpu or cuda.
         is_writer: False on ranks that only read what another one prepared.
         planned: the identity that the run must have. None: any.
-        dataset: the data of the run if it is open. None: it is opened.
+        dataset: the opened data of the run. None: it is opened.
 
     Raises:
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
         DataError: the data cannot be used.
-        CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
-            must not be made; the message has the difference. Or its folder has a summary.json but no config.json. Or
-            the run is not the planned one.
+        CheckpointError: the run is not the planned one, or the run of this name differs from it in its identity or
+            evaluation (the message has the difference). Or its folder has a summary.json but no config.json.
     """
     dataset = _open_checked(config, dataset)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
     fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)
-    if planned is not None and planned != identity:
-        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
-        raise CheckpointError(
-            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
-            f"{'; '.join(describe_difference(before, now, {}, {}))}"
-        )
+    if planned is not None:
+        _check_planned(config, planned, identity)
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
@@ -281,21 +276,6 @@ def prepare_run(
     if is_writer:
         _write_or_check(location, config, identity, commit)
     uri, artifact_root = mlflow_location(config, local_output(config))
-    tags = {
-        "recipe": config.recipe,
-        "method": config.method.name,
-        "selection_rule": config.selection.rule,
-        "seed": str(config.run.seed),
-        "renderer": renderer,
-        "device": device,
-        "data_fingerprint": fingerprint,
-        "run_identity": identity.digest,
-        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
-    }
-    if commit is not None:
-        tags["git_commit"] = commit
-    of_comparison = {"comparison": config.tracking.comparison, "arm": config.tracking.arm}
-    tags |= {tag: value for tag, value in of_comparison.items() if value is not None}
     return RunJob(
         config=dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)),
         run_name=name,
@@ -305,21 +285,47 @@ def prepare_run(
         renderer=renderer,
         mlflow_uri=uri,
         mlflow_artifact_root=artifact_root,
-        tags=tags,
+        tags=_tags(config, location, identity, commit)
+        | {"renderer": renderer, "device": device, "data_fingerprint": fingerprint},
         data_fingerprint=fingerprint,
         test_data=resolved.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
 
 
+def _check_planned(config: RunConfig, planned: Identity, identity: Identity) -> None:
+    if planned != identity:
+        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
+        raise CheckpointError(
+            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
+            f"{'; '.join(describe_difference(before, now, {}, {}))}"
+        )
+
+
+def _tags(config: RunConfig, location: str, identity: Identity, commit: str | None) -> dict[str, str]:
+    """Return what a run is found by in MLflow."""
+    tags = {
+        "recipe": config.recipe,
+        "method": config.method.name,
+        "selection_rule": config.selection.rule,
+        "seed": str(config.run.seed),
+        "run_identity": identity.digest,
+        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
+        "git_commit": commit,
+        "comparison": config.tracking.comparison,
+        "arm": config.tracking.arm,
+    }
+    return {name: value for name, value in tags.items() if value is not None}
+
+
 def draw_run_name(config: RunConfig) -> str:
     """Return a name that no other run has."""
-    recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
+    recipe = config.recipe.replace(":", "-")  # a user's recipe is module:function
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def local_output(config: RunConfig) -> Path:
-    """Return the folder of MLflow's SQLite file by default: of runs on a bucket, where runs without `run.output` would be."""
+    """Return the default folder of MLflow's SQLite file; for a run on a bucket that of runs without `run.output`."""
     if config.run.output is not None and is_uri(config.run.output):
         return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
     return output_folder(config)
@@ -340,7 +346,7 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
 
 
 def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
-    """Check what config.json in the run's folder (path or URI) says, and write it."""
+    """Compare the run with config.json in its folder (path or URI), and write that."""
     path = place_in(run, "config.json")
     has_record = _read(path) is not None
     if not has_record and _read(place_in(run, "summary.json")) is not None:
@@ -351,7 +357,7 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
     if difference:
         advice = "Take its settings, or another --run.name"
         if any(line.startswith("training data:") for line in difference):
-            advice += ". If data.source names the same place, put back what is gone and remove what is new"
+            advice += ". If data.source names the same place, restore missing files and remove new ones"
         raise CheckpointError(
             f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
             f"What differs (its value -> yours):\n  {_lines(difference)}\n{advice}"
@@ -367,8 +373,8 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
 
 def _no_record(run: str) -> CheckpointError:
     return CheckpointError(
-        f"{run} has the summary.json of a finished run but no config.json, so what run it was is not known; put its "
-        f"config.json back, or take another --run.name"
+        f"{run} has the summary.json of a finished run but no config.json, so its settings are unknown. Restore its "
+        f"config.json, or take another --run.name"
     )
 
 
@@ -381,14 +387,14 @@ def _read(location: str) -> bytes | None:
         return read_file(location, pauses=_PAUSES_SECONDS)
     except OSError as error:
         raise ConfigError(
-            f"{location} cannot be read: {error}; mend the storage, or give another --run.output"
+            f"{location} cannot be read: {error}; repair the storage, or give another --run.output"
         ) from error
 
 
 def git_commit(file: Path) -> str | None:
     """Return the commit of the repository that tracks this file, with `-dirty` if the repository has changes.
 
-    None: no repository tracks it. A package in a virtual environment may lie in a repository that does not track it.
+    None: no repository tracks it. A virtual environment may lie in a repository that does not track its packages.
     """
     git = ["git", "-C", str(file.parent)]
     try:
