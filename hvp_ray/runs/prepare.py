@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import take_inventory
@@ -31,6 +31,7 @@ from hvp_ray.identity import (
 from hvp_ray.local_cache import local_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.tracking.mlflow import MlflowRun
 from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
@@ -198,13 +199,9 @@ def is_finished(config: RunConfig, identity: Identity) -> bool:
 def difference_from_record(
     run: str, config: RunConfig, identity: Identity, *, ignored: Collection[str] = ()
 ) -> list[str] | None:
-    """Return how the run in a folder differs from this one; empty: it is this one; None: there is no run.
+    """Return how the run in a folder (path or URI) differs from this one; empty: it is this one; None: there is no run.
 
-    Args:
-        run: the folder, path or URI.
-        config: of this run.
-        identity: of this run.
-        ignored: names of parts that need not be equal.
+    Parts of the identity whose names are `ignored` need not be equal.
 
     Raises:
         ConfigError: config.json cannot be read.
@@ -216,13 +213,7 @@ def difference_from_record(
 
 
 def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, device: str) -> Resolved:
-    """Return what the settings of a run resolve to.
-
-    Args:
-        config: the run.
-        dataset: its opened data.
-        renderer: the renderer used.
-        device: cpu or cuda; what trainers run on.
+    """Return what the settings of a run resolve to; `device` is cpu or cuda.
 
     Raises:
         CheckpointError: the initial weights do not exist.
@@ -275,18 +266,24 @@ def prepare_run(
     commit = git_commit(Path(__file__))
     if is_writer:
         _write_or_check(location, config, identity, commit)
-    uri, artifact_root = mlflow_location(config, local_output(config))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
+    tags = {
+        "renderer": renderer,
+        "device": device,
+        "data_fingerprint": fingerprint,
+        "run_identity": identity.digest,
+        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
+    }
+    if commit is not None:
+        tags["git_commit"] = commit
     return RunJob(
-        config=dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)),
+        config=config,
         run_name=name,
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
         run_identity=identity.digest,
         renderer=renderer,
-        mlflow_uri=uri,
-        mlflow_artifact_root=artifact_root,
-        tags=_tags(config, location, identity, commit)
-        | {"renderer": renderer, "device": device, "data_fingerprint": fingerprint},
+        mlflow=_describe_for_mlflow(config, name, fingerprint, tags),
         data_fingerprint=fingerprint,
         test_data=resolved.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
@@ -302,20 +299,29 @@ def _check_planned(config: RunConfig, planned: Identity, identity: Identity) -> 
         )
 
 
-def _tags(config: RunConfig, location: str, identity: Identity, commit: str | None) -> dict[str, str]:
-    """Return what a run is found by in MLflow."""
-    tags = {
+def _describe_for_mlflow(config: RunConfig, name: str, fingerprint: str, tags: dict[str, str]) -> MlflowRun | None:
+    uri, artifact_root = mlflow_location(config, local_output(config))
+    if uri is None:
+        return None
+    of_config = {
         "recipe": config.recipe,
         "method": config.method.name,
         "selection_rule": config.selection.rule,
         "seed": str(config.run.seed),
-        "run_identity": identity.digest,
-        "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
-        "git_commit": commit,
         "comparison": config.tracking.comparison,
         "arm": config.tracking.arm,
     }
-    return {name: value for name, value in tags.items() if value is not None}
+    return MlflowRun(
+        uri=uri,
+        experiment=config.tracking.experiment,
+        artifact_root=artifact_root,
+        run_name=name,
+        params=flatten(config_to_dict(config)),
+        tags=tags | {tag: value for tag, value in of_config.items() if value is not None},
+        dataset_name=Path(config.data.source).name,
+        dataset_source=config.data.source,
+        dataset_digest=fingerprint,
+    )
 
 
 def draw_run_name(config: RunConfig) -> str:

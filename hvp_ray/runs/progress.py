@@ -32,14 +32,12 @@ ReportProgress = Callable[[Progress], bool]
 
 
 class StepClock:
-    """Times the steps of this attempt on one rank, from the first batch on."""
+    """Times the steps of this attempt on one rank, from the first batch on.
+
+    `wait_seconds` returns how long the trainer has waited for batches, the first one left out.
+    """
 
     def __init__(self, wait_seconds: Callable[[], float]) -> None:
-        """Set to 0.
-
-        Args:
-            wait_seconds: returns how long the trainer has waited for batches, the first one left out.
-        """
         self._wait_seconds = wait_seconds
         self.num_steps = 0
         self.started_at = 0.0

@@ -118,7 +118,9 @@ def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
 
 
 def _train(rank: OpenedRank, restored: RestoredRank, recorder: Recorder, services: RankServices) -> LoopResult:
-    observer = RankObserver(rank, restored, recorder, push=lambda: push_on_all_ranks(rank.storage, rank.job, rank.device))
+    observer = RankObserver(
+        restored, recorder, push=lambda: push_on_all_ranks(rank.storage, rank.job.run_uri, rank.device)
+    )
     services.watch_numbers(observer.numbers)
     steps = restored.steps
     try:
@@ -216,13 +218,13 @@ def check_folder_is_shared(job: RunJob) -> None:
         )
 
 
-def push_on_all_ranks(storage: RunStorage, job: RunJob, device: torch.device) -> None:
+def push_on_all_ranks(storage: RunStorage, run_uri: str | None, device: torch.device) -> None:
     """Upload what a checkpoint presupposes; every rank returns when all have done so.
 
     Raises:
         CheckpointError: on all ranks, if one of them failed.
     """
-    if job.run_uri is None:
+    if run_uri is None:
         return
     failure: CheckpointError | None = None
     try:
@@ -233,7 +235,7 @@ def push_on_all_ranks(storage: RunStorage, job: RunJob, device: torch.device) ->
     if failure is not None:
         raise failure
     if float(num_failed) > 0.0:
-        raise CheckpointError(f"another trainer could not write to {job.run_uri}; no checkpoint was written")
+        raise CheckpointError(f"another trainer could not write to {run_uri}; no checkpoint was written")
 
 
 def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:

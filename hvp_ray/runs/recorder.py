@@ -3,19 +3,17 @@
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining
 from hvp_ray.runs.progress import Progress
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
-from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, MlflowRun, final_artifacts, final_values
+from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, final_artifacts, final_values
 from hvp_ray.tracking.run_log import METRICS
 from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, describe_scores
@@ -28,7 +26,7 @@ Numbers = dict[str, float | list[float]]
 
 
 class Recorder:
-    """What only rank 0 does while a run trains, and nothing: the recorder of the other ranks. A context manager."""
+    """What only rank 0 does while a run trains. This one does nothing: it is the recorder of the other ranks."""
 
     is_stop_asked = False
     """Whether the driver asked to stop; the step spreads it to all ranks."""
@@ -56,19 +54,12 @@ class Recorder:
 
 
 class RankObserver:
-    """Implements `loop.LoopObserver` on every rank."""
+    """Implements `loop.LoopObserver` on every rank.
 
-    def __init__(
-        self, rank: OpenedRank, restored: RestoredRank, recorder: Recorder, *, push: Callable[[], None]
-    ) -> None:
-        """Keep the parts.
+    `push` uploads the files of all ranks. It is called on every rank before a checkpoint is committed.
+    """
 
-        Args:
-            rank: of the run.
-            restored: of the run.
-            recorder: what only rank 0 does.
-            push: uploads the files of all ranks; called on every rank before a checkpoint is committed.
-        """
+    def __init__(self, restored: RestoredRank, recorder: Recorder, *, push: Callable[[], None]) -> None:
         self._log = restored.log
         self._unreadable = restored.unreadable
         self._recorder = recorder
@@ -139,7 +130,13 @@ class RunRecorder(Recorder):
             steps=steps,
         )
         self._run_dir = rank.job.run_dir
-        self._feed = _start_feed(rank)
+        self._feed = None
+        if rank.job.mlflow is not None:
+            # The ids are uploaded at once: an attempt that finds none creates a second MLflow run.
+            self._feed = MlflowFeed(
+                rank.job.mlflow, self._run_dir, keep_state=lambda: rank.storage.push_file(STATE_FILE)
+            )
+        self._is_finished = False
         self._last_record: tuple[float, int, float] | None = None  # time, steps, seconds of waiting
         self._progress_at = 0.0
         self._last_values: dict[str, float] = {}
@@ -195,15 +192,15 @@ class RunRecorder(Recorder):
         self._knn.finish({name: value for name, value in final.items() if value is not None})
         if self._feed is None:
             return {"mlflow_run_id": None}
-        feed, self._feed = self._feed, None
-        feed.finish(status="FINISHED", artifacts=final_artifacts(self._run_dir), values=final_values(summary))
-        return {"mlflow_run_id": feed.run_id, "mlflow_experiment_id": feed.experiment_id}
+        self._is_finished = True
+        self._feed.finish(status="FINISHED", artifacts=final_artifacts(self._run_dir), values=final_values(summary))
+        return {"mlflow_run_id": self._feed.run_id, "mlflow_experiment_id": self._feed.experiment_id}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """End the MLflow run of a run that was stopped or failed."""
-        if self._feed is not None:
+        if self._feed is not None and not self._is_finished:
             status, patience = ("KILLED", 1.0) if kind is None else ("FAILED", 5.0)
             self._feed.finish(status=status, artifacts=[], values={}, timeout_seconds=patience)
 
@@ -275,22 +272,3 @@ def _log_selection(log: SelectionLogWriter, steps_done: int, batch: DeviceBatch,
         chosen=chosen.cpu().numpy().astype(np.int64),
         scores=scores_BP,
     )
-
-
-def _start_feed(rank: OpenedRank) -> MlflowFeed | None:
-    job = rank.job
-    if job.mlflow_uri is None:
-        return None
-    run = MlflowRun(
-        uri=job.mlflow_uri,
-        experiment=job.config.tracking.experiment,
-        artifact_root=job.mlflow_artifact_root,
-        run_name=job.run_name,
-        params=flatten(config_to_dict(job.config)),
-        tags=job.tags,
-        dataset_name=Path(job.config.data.source).name,
-        dataset_source=job.config.data.source,
-        dataset_digest=job.data_fingerprint,
-    )
-    # The ids are uploaded at once: an attempt that finds none creates a second MLflow run.
-    return MlflowFeed(run, job.run_dir, keep_state=lambda: rank.storage.push_file(STATE_FILE))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hvp_ray.errors import first_line
+from hvp_ray.remote_files import write_file
 from hvp_ray.tracking.mlflow_store import StoreError, prepare_store
 from hvp_ray.tracking.run_log import EVALUATIONS, METRICS, START, Position, read_records_after
 
@@ -89,7 +90,7 @@ class MlflowFeed:
         same_server = known.get("run", {}).get("uri") == run.uri
         ids: dict[str, Any] = {name: known[name] for name in ("run_id", "experiment_id", "described") if name in known}
         self._state: dict[str, Any] = {"run": asdict(run), **(ids if same_server else {}), "complete": False}
-        _write_state(self._state_path, self._state)
+        self._note()
         self._cursors = [_Cursor(run_dir, METRICS, "train/loss"), _Cursor(run_dir, EVALUATIONS, "eval/knn_top1")]
         self._wake = threading.Event()
         self._closing = False
@@ -197,7 +198,7 @@ class MlflowFeed:
 
     def _note(self, **facts: Any) -> None:
         self._state |= facts
-        _write_state(self._state_path, self._state)
+        _write_json(self._state_path, self._state)
 
     def _describe(self, client: Any, run_id: str) -> None:
         """Send the description of the run; sending it twice is harmless."""
@@ -310,7 +311,7 @@ def catch_up(run_dir: Path) -> dict[str, Any] | None:
     if not feed.finish(status="FINISHED", artifacts=final_artifacts(run_dir), values=final_values(summary)):
         return None
     summary |= {"mlflow_run_id": feed.run_id, "mlflow_experiment_id": feed.experiment_id}
-    _write_state(path, summary)
+    _write_json(path, summary)
     return summary
 
 
@@ -340,10 +341,8 @@ def _read_state(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(temporary, path)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(str(path), (json.dumps(content, indent=1) + "\n").encode())
 
 
 @dataclass(slots=True)

@@ -12,21 +12,13 @@ _JUDGED_AFTER_IMAGES = 1000
 
 
 class UnreadableLog:
-    """The decisions of a rank, written before they take effect.
+    """The decisions of a rank, written before they take effect, and those of earlier attempts.
 
-    A rank reads those of all ranks and attempts: with another number of trainers than before, a position may have been
-    another rank's, and a decision stands although its step was not in a checkpoint.
+    A rank reads the decisions of all ranks and attempts. With another number of trainers than before, a position may have
+    been another rank's, and a decision holds although no checkpoint has its step.
     """
 
     def __init__(self, log: RunLog, *, rank: int, images_per_rank: int, max_fraction: float) -> None:
-        """Read the decisions of earlier attempts.
-
-        Args:
-            log: takes new decisions.
-            rank: of this process.
-            images_per_rank: images of a step on one rank.
-            max_fraction: of unreadable images; more end the run.
-        """
         self._log = log
         self._name = f"{_PREFIX}{rank}"
         self._first_index = rank * images_per_rank

@@ -32,7 +32,7 @@ def _push_twice(rank: int, num_ranks: int, bucket: str, cache: str) -> list[str]
         results = []
         for _ in range(2):
             try:
-                push_on_all_ranks(storage, job, torch.device("cpu"))
+                push_on_all_ranks(storage, job.run_uri, torch.device("cpu"))
                 results.append("pushed")
             except CheckpointError as error:
                 results.append(str(error))
