@@ -21,7 +21,7 @@ TRAINED = "trained.json"
 _MAX_DEATHS_IN_PART = 2
 """One death may be that of the machine."""
 MAX_DEATHS = 3
-"""After this number of deaths only parts that survived once are run. Launchers grant as many restarts, so the run finishes."""
+"""After this number of deaths only parts that survived once run. Launchers grant as many restarts, so the run finishes."""
 
 Result = TypeVar("Result")
 

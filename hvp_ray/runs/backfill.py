@@ -5,9 +5,9 @@ from typing import Any
 
 from hvp_ray.config import RunConfig
 from hvp_ray.remote_files import is_uri, place_in
-from hvp_ray.tracking.mlflow import catch_up, lacks_records
 from hvp_ray.runs.prepare import output_location
 from hvp_ray.runs.storage import RunStorage
+from hvp_ray.tracking.mlflow import catch_up, lacks_records
 
 
 def send_missing_records(config: RunConfig) -> dict[str, Any] | None:

@@ -60,8 +60,8 @@ class CheckpointStore:
             self._files.write(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint of step {checkpoint.step} could not be written to {self._location}: {error}; the one before it is "
-                f"untouched. Make room or repair the storage, then start the run again with its name to resume it"
+                f"the checkpoint of step {checkpoint.step} could not be written to {self._location}: {error}; the one before "
+                f"it is untouched. Make room or repair the storage, then start the run again with its name to resume it"
             ) from error
         self._drop_others(checkpoint.step)
 
@@ -85,8 +85,8 @@ class CheckpointStore:
                 logger.warning("%s; the checkpoint before it is used", error)
         if steps:
             raise CheckpointError(
-                f"all checkpoints in {self._location} are damaged (steps {steps}). Restore one of them from a copy; or delete the "
-                f"folders to restart this run at step 0"
+                f"all checkpoints in {self._location} are damaged (steps {steps}). Restore one of them from a copy; or "
+                f"delete the folders to restart this run at step 0"
             )
         return None
 

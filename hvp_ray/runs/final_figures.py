@@ -18,8 +18,8 @@ from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
 from hvp_ray.tracking.run_log import METRICS, read_records
 from hvp_ray.training.choosing import candidates_of
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.trainee import build_untrained_method
 from hvp_ray.training.step import Trainee
+from hvp_ray.training.trainee import build_untrained_method
 
 _SCORED_IMAGES = 64
 """More than are drawn, because BatchNorm uses the batch's statistics and SimCLR its other images."""

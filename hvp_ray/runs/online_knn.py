@@ -1,7 +1,7 @@
 """The k-NN during training, off the critical path: rank 0 submits a snapshot and continues; answers come later.
 
-A snapshot stays in `<run>/knn_pending/` until its answer is in the log, so that a restart loses none. An evaluation that fails
-leaves a gap in the curve and one sentence in the summary; training continues.
+A snapshot stays in `<run>/knn_pending/` until its answer is in the log, so that a restart loses none. An evaluation that
+fails leaves a gap in the curve and one sentence in the summary; training continues.
 """
 
 import logging

@@ -31,11 +31,11 @@ from hvp_ray.identity import (
 from hvp_ray.local_cache import local_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
-from hvp_ray.tracking.mlflow import MlflowRun
-from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
+from hvp_ray.tracking.mlflow import MlflowRun
+from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.training.trainee import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"

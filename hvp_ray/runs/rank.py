@@ -169,9 +169,7 @@ def _evaluate(
     return after, summary
 
 
-def _publish(
-    rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]
-) -> dict[str, Any]:
+def _publish(rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]) -> dict[str, Any]:
     """Complete the log, end the MLflow run and write `summary.json`, which says that the run has finished."""
     run_dir = rank.job.run_dir
     summary |= recorder.finish(summary) | {"problems": after.problems}

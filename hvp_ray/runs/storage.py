@@ -162,8 +162,9 @@ class RunStorage:
     def _failure(self, done: str, error: OSError) -> CheckpointError:
         assert self._remote is not None
         return CheckpointError(
-            f"the run's folder {self._remote.uri} could not be {done}: {error}. Its checkpoints are untouched, and files that "
-            f"were not uploaded are in {self.folder}. Repair the storage, then start the run again with its name to resume it"
+            f"the run's folder {self._remote.uri} could not be {done}: {error}. Its checkpoints are untouched, and files "
+            f"that were not uploaded are in {self.folder}. Repair the storage, then start the run again with its name "
+            f"to resume it"
         )
 
 

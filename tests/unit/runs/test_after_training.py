@@ -12,10 +12,10 @@ import pytest
 from torch import nn
 
 from hvp_ray.config import RunConfig
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.method import ALONE, Ranks
 from hvp_ray.methods.simsiam import SimSiam
-from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.runs.after_training import TRAINED, AfterTraining, forgive_death
 from hvp_ray.tracking.run_log import METRICS, read_records
 from tests.helpers import tiny_config

@@ -12,8 +12,8 @@ from torch import nn
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import CheckpointError, DataError
 from hvp_ray.evaluation.snapshot import SnapshotKnn, snapshot_encoder
-from hvp_ray.methods.backbones import build_backbone
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.methods.backbones import build_backbone
 from hvp_ray.runs.online_knn import AnswerAtHand, KnnDuringTraining
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import RunSteps

@@ -22,18 +22,18 @@ from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.remote_files import RemoteFolder, check_writable, is_inside, join_uri
-from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
-from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
-from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.local_cache import local_weights
+from hvp_ray.remote_files import RemoteFolder, check_writable, is_inside, join_uri
 from hvp_ray.runs import storage as run_storage
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.prepare import check_before_start, finished_summary, output_folder, prepare_run
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.runs.storage import RunStorage, fetch_run
+from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
+from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
+from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.tracking.run_log import ATTEMPTS, EVALUATIONS, METRICS, RunLog, next_attempt, read_records
 from hvp_ray.tracking.selection_log import selection_files
 from hvp_ray.training.trainee import build_untrained_method
