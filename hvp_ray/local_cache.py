@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def local_weights(location: str) -> str:
-    """Return the path of initial weights; those behind a URI are downloaded, once per process.
+    """Return the path of initial weights; those at a URI are downloaded, once per process.
 
     Args:
         location: `training.initial_weights`: a run's folder or a safetensors file, path or URI.

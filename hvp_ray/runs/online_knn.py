@@ -78,8 +78,10 @@ class KnnDuringTraining:
             else:
                 path.unlink()
         self._has_final = steps.num_steps in answered  # logged by a run that was killed before its summary
-        asked = answered | {step for step, _ in self._pending}
-        if steps.first_step == 0 and 0 not in asked:  # else a run that was killed before its first checkpoint has asked
+        submitted = answered | {step for step, _ in self._pending}
+        if (
+            steps.first_step == 0 and 0 not in submitted
+        ):  # else an attempt that died before its first checkpoint submitted it
             self.after_step(0)
 
     def after_step(self, steps_done: int) -> None:
@@ -120,7 +122,7 @@ class KnnDuringTraining:
 
     def _note_gap(self, step: int, error: Exception) -> None:
         problem = f"the k-NN during training after step {step} failed: {type(error).__name__}: {first_line(error)}"
-        logger.warning("%s; training goes on", problem)
+        logger.warning("%s; training continues", problem)
         self._problems.append(problem)
         self._path(step).unlink(missing_ok=True)
 

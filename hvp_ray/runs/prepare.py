@@ -1,4 +1,4 @@
-"""Prepares a run: where it goes, what is wrong with its settings, and whether an existing run may be resumed."""
+"""Prepares a run: resolves its locations, checks its settings, and decides whether an existing run may be resumed."""
 
 import dataclasses
 import json

@@ -70,7 +70,7 @@ class RunStorage:
             raise
 
     def push(self) -> None:
-        """Upload this rank's new and changed files, the summary last, then delete what is no longer there.
+        """Upload this rank's new and changed files, the summary last, then delete files that no longer exist here.
 
         Raises:
             CheckpointError: the bucket refused, also after retries.

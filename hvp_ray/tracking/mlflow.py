@@ -1,7 +1,7 @@
 """MLflow, fed from the run's log by one background thread: training never waits for it, and each step arrives once.
 
 The thread reads new records of metrics and evaluations, sends them in batches, and continues after an outage. After every
-failure it looks the run up again, because somebody may have deleted it in MLflow's page. It then creates a new run and sends
+failure it looks the run up again, because a user may have deleted it in MLflow's page. It then creates a new run and sends
 everything. The server knows the last step that it has, so records that a resume writes again are not sent again.
 
 `finish` waits a limited time for the rest. `catch_up` sends what is still missing, when the run is started again by its name.
@@ -150,7 +150,7 @@ class MlflowFeed:
                     return
                 self.is_away = False
                 self._num_refusals = 0
-            except Exception as error:  # noqa: BLE001 (whatever the server or the network does, training continues)
+            except Exception as error:  # noqa: BLE001 (training continues, whatever fails in MLflow)
                 self._client = None  # what the server had before the failure may be gone
                 self._failure = f"{type(error).__name__}: {first_line(error)}"[:_MAX_FAILURE_LENGTH]
                 self._num_refusals = self._num_refusals + 1 if _is_refusal(error) else 0
@@ -177,7 +177,7 @@ class MlflowFeed:
             experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
             run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
             run_id = run.info.run_id
-            # Kept at once: whatever fails from here on, there is no second run.
+            # Written at once, so that a failure from here on leads to no second run.
             self._note(run_id=run_id, experiment_id=experiment_id, described=False)
             for cursor in self._cursors:
                 cursor.position, cursor.num_sent, cursor.sent_step = START, 0, -1
