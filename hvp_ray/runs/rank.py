@@ -16,7 +16,7 @@ import torch
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.order import SampleOrder
-from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
+from hvp_ray.distributed.world import World, gather_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.local_cache import BACKBONE
 from hvp_ray.methods.backbones import export_backbone
@@ -26,7 +26,7 @@ from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.final_figures import draw_figures
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank, RunJob
 from hvp_ray.runs.progress import RunSteps, StepClock
-from hvp_ray.runs.recorder import RankObserver, Recorder, RunRecorder
+from hvp_ray.runs.recorder import RankRecorder, RunRecorder
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.runs.summary import knn_results, summarize
 from hvp_ray.stream.batches import requests_of_rank
@@ -55,9 +55,9 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
     with RunStorage(job.run_dir, job.run_uri, rank=world.rank) as storage:
         rank = _open(dataclasses.replace(job, run_dir=storage.folder), storage, world, device)
         restored = _restore(rank, services)
-        recorder: Recorder = RunRecorder(rank, restored, services) if world.rank == 0 else Recorder()
-        with recorder:
-            result = _train(rank, restored, recorder, services)
+        make_recorder = RunRecorder if world.rank == 0 else RankRecorder
+        with make_recorder(rank, restored, services) as recorder:
+            result = _train(rank, restored, recorder)
             if not isinstance(recorder, RunRecorder) or result.stopped_early:
                 return None
             try:
@@ -117,18 +117,14 @@ def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
     return RestoredRank(trainee=trainee, steps=steps, log=log, unreadable=unreadable, stream=stream, clock=clock)
 
 
-def _train(rank: OpenedRank, restored: RestoredRank, recorder: Recorder, services: RankServices) -> LoopResult:
-    observer = RankObserver(
-        restored, recorder, push=lambda: push_on_all_ranks(rank.storage, rank.job.run_uri, rank.device)
-    )
-    services.watch_numbers(observer.numbers)
+def _train(rank: OpenedRank, restored: RestoredRank, recorder: RankRecorder) -> LoopResult:
     steps = restored.steps
     try:
         return run_loop(
             restored.trainee,
             restored.stream,
             rank.job.config,
-            observer,
+            recorder,
             first_step=steps.first_step,
             num_steps=steps.num_steps,
             steps_per_epoch=steps.steps_per_epoch,
@@ -214,26 +210,6 @@ def check_folder_is_shared(job: RunJob) -> None:
             f"share this folder. Set run.output to a folder on a disk that all trainers and the driver see, or to a URI "
             f"(s3://, gs://, ...)"
         )
-
-
-def push_on_all_ranks(storage: RunStorage, run_uri: str | None, device: torch.device) -> None:
-    """Upload what a checkpoint presupposes; every rank returns when all have done so.
-
-    Raises:
-        CheckpointError: on all ranks, if one of them failed.
-    """
-    if run_uri is None:
-        return
-    failure: CheckpointError | None = None
-    try:
-        storage.push()
-    except CheckpointError as error:
-        failure = error
-    num_failed = mean_over_ranks(torch.tensor(float(failure is not None), device=device))
-    if failure is not None:
-        raise failure
-    if float(num_failed) > 0.0:
-        raise CheckpointError(f"another trainer could not write to {run_uri}; no checkpoint was written")
 
 
 def build_order(config: RunConfig, dataset: Dataset) -> SampleOrder:

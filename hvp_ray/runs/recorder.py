@@ -2,15 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 
+from hvp_ray.distributed.world import mean_over_ranks
+from hvp_ray.errors import CheckpointError
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining
 from hvp_ray.runs.progress import Progress
+from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
 from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, final_artifacts, final_values
@@ -25,96 +28,67 @@ _PROGRESS_SECONDS = 0.5
 Numbers = dict[str, float | list[float]]
 
 
-class Recorder:
-    """What only rank 0 does while a run trains. This one does nothing: it is the recorder of the other ranks."""
+class RankRecorder:
+    """The recorder of every rank but 0, and what all ranks do; implements `loop.LoopObserver`. A context manager."""
 
-    is_stop_asked = False
-    """Whether the driver asked to stop; the step spreads it to all ranks."""
+    def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
+        self._rank = rank
+        self._restored = restored
+        self._clock = restored.clock
+        self._num_steps = restored.steps.num_steps
+        self._steps_done = 0
+        services.watch_numbers(self.numbers)
 
-    def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
-        """Record a step."""
-
-    def before_checkpoint(self) -> None:
-        """Write what the log lacks of the steps before a checkpoint."""
-
-    def write_checkpoint(self, steps_done: int, started_at: float) -> None:
-        """Commit a checkpoint."""
-
-    def numbers(self) -> Numbers:
-        """Return what `stream.metrics` publishes; any thread may call this."""
-        return {}
-
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "RankRecorder":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Release what is open."""
-
-
-class RankObserver:
-    """Implements `loop.LoopObserver` on every rank.
-
-    `push` uploads the files of all ranks. It is called on every rank before a checkpoint is committed.
-    """
-
-    def __init__(self, restored: RestoredRank, recorder: Recorder, *, push: Callable[[], None]) -> None:
-        self._log = restored.log
-        self._unreadable = restored.unreadable
-        self._recorder = recorder
-        self._push = push
-        self._num_steps = restored.steps.num_steps
-        self._steps_done = 0
-        self._clock = restored.clock
+        """Release what is open: nothing on this rank."""
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Log decisions on unreadable images before they take effect."""
         self._clock.start_step()
-        self._unreadable.take(batch.batch)
+        self._restored.unreadable.take(batch.batch)
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
-        """Count the step and record it."""
+        """Count the step."""
         self._clock.end_step()
         self._steps_done = steps_done
-        self._recorder.after_step(steps_done, batch, metrics, learning_rate)
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Close the log's segment, upload what the checkpoint presupposes from all ranks, and commit it on rank 0."""
-        started_at = time.perf_counter()
-        self._recorder.before_checkpoint()
-        self._log.start_segment(steps_done)
-        self._push()
-        self._recorder.write_checkpoint(steps_done, started_at)
+        """Close the log's segment; return when all ranks have uploaded what the checkpoint presupposes."""
+        self._restored.log.start_segment(steps_done)
+        push_on_all_ranks(self._rank.storage, self._rank.job.run_uri, self._rank.device)
 
     def stop_requested(self) -> bool:
-        """Tell whether this rank was asked to stop."""
-        return self._recorder.is_stop_asked
+        """Tell whether this rank was asked to stop; the step spreads it to all ranks."""
+        return False
 
     def numbers(self) -> Numbers:
         """Return what `stream.metrics` publishes of this rank; any thread may call this."""
+        unreadable = self._restored.unreadable
         numbers: Numbers = {
             "hvp_ray_steps_total": float(self._clock.num_steps),
-            "hvp_ray_images_total": float(self._unreadable.num_images),
-            "hvp_ray_unreadable_images_total": float(self._unreadable.num_unreadable),
+            "hvp_ray_images_total": float(unreadable.num_images),
+            "hvp_ray_unreadable_images_total": float(unreadable.num_unreadable),
         }
         if self._clock.num_steps:
             numbers["hvp_ray_wait_fraction"] = self._clock.wait_fraction
             numbers["hvp_ray_progress_fraction"] = self._steps_done / self._num_steps
-        return numbers | self._recorder.numbers()
+        return numbers
 
 
-class RunRecorder(Recorder):
-    """The recorder of rank 0: log, MLflow, k-NN during training, progress, checkpoints, collapse watch."""
+class RunRecorder(RankRecorder):
+    """The recorder of rank 0: metrics, MLflow, k-NN during training, progress, checkpoints, collapse watch."""
 
     def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
         config, steps = rank.job.config, restored.steps
         self._config = config
-        self._restored = restored
-        self._checkpoints = rank.checkpoints
         self._report_progress = services.report_progress
-        self._steps_per_epoch, self._num_steps = steps.steps_per_epoch, steps.num_steps
-        self._stats, self._clock = restored.stream.stats, restored.clock
+        self._steps_per_epoch = steps.steps_per_epoch
+        self._stats = restored.stream.stats
         self.collapse = CollapseWatch()
         self.problems: list[str] = []
         """What failed so far, one sentence each."""
@@ -129,12 +103,11 @@ class RunRecorder(Recorder):
             interval=config.tracking.knn_every_epochs * steps.steps_per_epoch if config.tracking.knn_images else 0,
             steps=steps,
         )
-        self._run_dir = rank.job.run_dir
         self._feed = None
         if rank.job.mlflow is not None:
             # The ids are uploaded at once: an attempt that finds none creates a second MLflow run.
             self._feed = MlflowFeed(
-                rank.job.mlflow, self._run_dir, keep_state=lambda: rank.storage.push_file(STATE_FILE)
+                rank.job.mlflow, rank.job.run_dir, keep_state=lambda: rank.storage.push_file(STATE_FILE)
             )
         self._is_finished = False
         self._last_record: tuple[float, int, float] | None = None  # time, steps, seconds of waiting
@@ -142,9 +115,12 @@ class RunRecorder(Recorder):
         self._last_values: dict[str, float] = {}
         self._checkpoint_seconds: list[float] = []
         self._checkpoint_at = 0.0
+        self._is_stop_asked = False
+        super().__init__(rank, restored, services)  # last, because it publishes `numbers`
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
         """Record every `log_every_steps`-th step, and the first and last."""
+        super().after_step(steps_done, batch, metrics, learning_rate)
         if self._selection_log.wants(steps_done):
             _log_selection(self._selection_log, steps_done, batch, metrics)
         self._knn.after_step(steps_done)
@@ -161,21 +137,24 @@ class RunRecorder(Recorder):
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now
             loss = self._last_values["train/loss"] if self._last_values else float(metrics.loss)
-            self.is_stop_asked = self._report_progress(self._progress(steps_done, loss))
+            self._is_stop_asked = self._report_progress(self._progress(steps_done, loss))
 
-    def before_checkpoint(self) -> None:
-        """Write the choices since the last checkpoint."""
+    def save_checkpoint(self, steps_done: int) -> None:
+        """Write the choices since the last checkpoint, then commit this one."""
+        started_at = time.perf_counter()
         self._selection_log.flush()
-
-    def write_checkpoint(self, steps_done: int, started_at: float) -> None:
-        """Commit a checkpoint whose writing began at `started_at`."""
-        self._checkpoints.write(take_checkpoint(self._restored.trainee, steps_done))
+        super().save_checkpoint(steps_done)
+        self._rank.checkpoints.write(take_checkpoint(self._restored.trainee, steps_done))
         self._checkpoint_seconds.append(time.perf_counter() - started_at)
         self._checkpoint_at = time.time()
 
+    def stop_requested(self) -> bool:
+        """Tell whether the driver asked to stop."""
+        return self._is_stop_asked
+
     def numbers(self) -> Numbers:
-        """Return what `stream.metrics` publishes of rank 0."""
-        numbers: Numbers = {
+        """Return what `stream.metrics` publishes of rank 0; any thread may call this."""
+        numbers: Numbers = super().numbers() | {
             "hvp_ray_checkpoints_total": float(len(self._checkpoint_seconds)),
             "hvp_ray_checkpoint_seconds": list(self._checkpoint_seconds),
         }
@@ -193,7 +172,9 @@ class RunRecorder(Recorder):
         if self._feed is None:
             return {"mlflow_run_id": None}
         self._is_finished = True
-        self._feed.finish(status="FINISHED", artifacts=final_artifacts(self._run_dir), values=final_values(summary))
+        self._feed.finish(
+            status="FINISHED", artifacts=final_artifacts(self._rank.job.run_dir), values=final_values(summary)
+        )
         return {"mlflow_run_id": self._feed.run_id, "mlflow_experiment_id": self._feed.experiment_id}
 
     def __exit__(
@@ -272,3 +253,23 @@ def _log_selection(log: SelectionLogWriter, steps_done: int, batch: DeviceBatch,
         chosen=chosen.cpu().numpy().astype(np.int64),
         scores=scores_BP,
     )
+
+
+def push_on_all_ranks(storage: RunStorage, run_uri: str | None, device: torch.device) -> None:
+    """Upload what a checkpoint presupposes; every rank returns when all have done so.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them failed.
+    """
+    if run_uri is None:
+        return
+    failure: CheckpointError | None = None
+    try:
+        storage.push()
+    except CheckpointError as error:
+        failure = error
+    num_failed = mean_over_ranks(torch.tensor(float(failure is not None), device=device))
+    if failure is not None:
+        raise failure
+    if float(num_failed) > 0.0:
+        raise CheckpointError(f"another trainer could not write to {run_uri}; no checkpoint was written")

@@ -9,6 +9,7 @@ everything. The server knows the last step that it has, so records that a resume
 whether everything arrived.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -373,13 +374,14 @@ def open_experiment(client: Any, name: str, artifact_root: str | None) -> str:
 
     MLflow reserves the name of a deleted experiment until `mlflow gc`. Records then go to `<name>-2`, and so on.
     """
-    number, wanted = 1, name
-    experiment = client.get_experiment_by_name(name)
-    while experiment is not None and experiment.lifecycle_stage != "active":
-        number += 1
-        wanted = f"{name}-{number}"
+    from mlflow.exceptions import MlflowException
+
+    for number in itertools.count(1):
+        wanted = name if number == 1 else f"{name}-{number}"
         experiment = client.get_experiment_by_name(wanted)
-    if number > 1:
+        if experiment is None or experiment.lifecycle_stage == "active":
+            break
+    if wanted != name:
         logger.warning(
             "MLflow's experiment %r was deleted; records go to %r. To use %r again, restore it in MLflow or remove it with "
             "`mlflow gc`",
@@ -387,17 +389,12 @@ def open_experiment(client: Any, name: str, artifact_root: str | None) -> str:
             wanted,
             name,
         )
-    return _make_experiment(client, wanted, artifact_root) if experiment is None else str(experiment.experiment_id)
-
-
-def _make_experiment(client: Any, name: str, artifact_root: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    kind = {"mlflow.experimentKind": "custom_model_development"}
-    try:
-        return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
-    except MlflowException as error:
-        made = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
-        if made is None:
-            raise
-        return str(made.experiment_id)  # another run has just made it
+    if experiment is None:
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return str(client.create_experiment(wanted, artifact_location=artifact_root, tags=kind))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(wanted)  # another run may just have created it
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)

@@ -10,7 +10,7 @@ import torch
 from hvp_ray import remote_files
 from hvp_ray.errors import CheckpointError
 from hvp_ray.runs.prepare import prepare_run
-from hvp_ray.runs.rank import push_on_all_ranks
+from hvp_ray.runs.recorder import push_on_all_ranks
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.tracking.run_log import RunLog
 from tests.distributed.processes import run_ranks
