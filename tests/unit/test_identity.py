@@ -27,6 +27,7 @@ from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
+from hvp_ray.tracking.selection_log import selection_files
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_parquet
 
@@ -228,7 +229,7 @@ def _reported(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     measured = ("knn", "num_steps", "num_epochs", "images_seen", "loss", "chosen", "other", "num_collapse")
     curve = {record["step"]: record["metrics"] for record in read_records(folder, EVALUATIONS)}
-    choices = pq.read_table(folder / "selection").sort_by([("step", "ascending"), ("sample_id", "ascending")])
+    choices = pq.read_table(selection_files(folder)).sort_by([("step", "ascending"), ("sample_id", "ascending")])
     return {
         "summary": {name: value for name, value in summary.items() if name.startswith(measured)},
         "curve": [curve[step] for step in (0, 12)],
