@@ -4,7 +4,7 @@ A rank reads and writes files in its working copy as if it were the run's folder
 (`checkpoint.py`) and are never here. Three promises:
 
 - What a checkpoint presupposes (the log up to its step, with the decisions of every rank) is on the bucket before its
-  manifest is. `RankObserver.save_checkpoint` pushes before each commit.
+  manifest is. `recorder.push_on_all_ranks` pushes before each commit.
 - The bucket is the truth. Opening empties the working copy and pulls, so nothing that an earlier attempt left counts.
 - An attempt may die between any two uploads. The next one pulls what had arrived.
 
@@ -17,8 +17,9 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -77,20 +78,17 @@ class RunStorage:
         """
         if self._remote is None:
             return
-        with self._busy:
-            try:
-                names = self._own_files()
-                with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-                    uploads = [pool.submit(self._upload, self._remote, name) for name in names if name != _LAST]
-                for upload in uploads:
-                    upload.result()
-                if _LAST in names:
-                    self._upload(self._remote, _LAST)
-                for name in set(self._pushed) - set(names):
-                    self._remote.delete(name)
-                    del self._pushed[name]
-            except OSError as error:
-                raise self._failure("written", error) from error
+        with self._busy, self._naming("written"):
+            names = self._own_files()
+            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+                uploads = [pool.submit(self._upload, self._remote, name) for name in names if name != _LAST]
+            for upload in uploads:
+                upload.result()
+            if _LAST in names:
+                self._upload(self._remote, _LAST)
+            for name in set(self._pushed) - set(names):
+                self._remote.delete(name)
+                del self._pushed[name]
 
     def push_file(self, name: str) -> None:
         """Upload one file if it changed; other threads than that of training may call this.
@@ -98,13 +96,9 @@ class RunStorage:
         Raises:
             CheckpointError: see `push`.
         """
-        if self._remote is None:
-            return
-        with self._busy:
-            try:
+        if self._remote is not None:
+            with self._busy, self._naming("written"):
                 self._upload(self._remote, name)
-            except OSError as error:
-                raise self._failure("written", error) from error
 
     def pull_decisions(self) -> None:
         """Download the other ranks' decisions on unreadable images.
@@ -133,19 +127,16 @@ class RunStorage:
 
     def _pull(self, wanted: Callable[[str], bool]) -> None:
         assert self._remote is not None
-        try:
+        with self._naming("read"), ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
             names = [name for name in self._remote.names() if not name.startswith(_NOT_MIRRORED) and wanted(name)]
-            with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-                for name, content in zip(names, pool.map(self._remote.read, names), strict=True):
-                    if content is None:  # deleted since it was listed
-                        continue
-                    path = self.folder / name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(content)
-                    if self._is_ours(name):
-                        self._pushed[name] = _state(path)
-        except OSError as error:
-            raise self._failure("read", error) from error
+            for name, content in zip(names, pool.map(self._remote.read, names), strict=True):
+                if content is None:  # deleted since it was listed
+                    continue
+                path = self.folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+                if self._is_ours(name):
+                    self._pushed[name] = _state(path)
 
     def _own_files(self) -> list[str]:
         files = (path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".part")
@@ -159,13 +150,18 @@ class RunStorage:
             remote.write(name, path.read_bytes())
             self._pushed[name] = state
 
-    def _failure(self, done: str, error: OSError) -> CheckpointError:
+    @contextmanager
+    def _naming(self, done: str) -> Iterator[None]:
+        """Raise an OSError as a CheckpointError that says what to do."""
         assert self._remote is not None
-        return CheckpointError(
-            f"the run's folder {self._remote.uri} could not be {done}: {error}. Its checkpoints are untouched, and files "
-            f"that were not uploaded are in {self.folder}. Repair the storage, then start the run again with its name "
-            f"to resume it"
-        )
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"the run's folder {self._remote.uri} could not be {done}: {error}. Its checkpoints are untouched, and files "
+                f"that were not uploaded are in {self.folder}. Repair the storage, then start the run again with its name "
+                f"to resume it"
+            ) from error
 
 
 def working_folder(uri: str) -> Path:
