@@ -15,7 +15,6 @@ is printed has the figures; the exit status is 1 if a bound is broken. Runs lie 
 import argparse
 import contextlib
 import dataclasses
-import json
 import sys
 import tempfile
 import threading
@@ -43,6 +42,7 @@ from hvp_ray.launch.driver import Watchers, launch
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.progress import Progress
+from hvp_ray.tracking.run_log import METRICS, last_recorded_step, read_records
 
 STEPS_PER_KILL = 5
 KILLS_PER_TRAINER_KILL = 50
@@ -118,19 +118,12 @@ def small_config(output: Path, name: str, *, num_steps: int, checkpoint_every_st
 
 
 def recorded_steps(run_dir: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record["step"] for record in read_records(run_dir, METRICS)]
 
 
 def last_step(run_dir: Path) -> int:
-    """Return the last step in the journal; 0: none yet."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**14))
-        lines = file.read().splitlines(keepends=True)
-    whole = [line for line in lines[1:] if line.endswith(b"\n")]
-    return int(json.loads(whole[-1])["step"]) if whole else 0
+    """Return the last step in the log; 0: none yet."""
+    return last_recorded_step(run_dir)
 
 
 @contextlib.contextmanager

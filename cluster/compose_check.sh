@@ -119,7 +119,9 @@ else
 fi
 
 # ---- faults -----------------------------------------------------------------------------------------------------------
-steps_done() { on_head sh -c "wc -l < runs/$1/metrics.jsonl" 2> /dev/null || echo 0; }
+steps_done() { # run: the last recorded step
+    { on_head sh -c "cat runs/$1/log/*/metrics.jsonl" 2> /dev/null || true; } | awk -F'[:,]' '/}$/ {step = $2} END {print step + 0}'
+}
 wait_for_step() { # run, step
     local deadline=$((SECONDS + 300))
     while [ "$(steps_done "$1")" -lt "$2" ]; do
@@ -130,7 +132,7 @@ wait_for_step() { # run, step
 }
 trainer_of() { # run: the container in which rank 0 works
     local host
-    host=$(on_head sh -c "tail -1 runs/$1/attempts.jsonl" | sed 's/.*"host": "\([^"]*\)".*/\1/')
+    host=$(on_head sh -c "cat runs/$1/log/*/attempts.jsonl" | tail -1 | sed 's/.*"host": "\([^"]*\)".*/\1/')
     containers trainers | grep "^$host"
 }
 steps=$(steps_done hard-calm)

@@ -109,7 +109,9 @@ submit() { # run name
         --cluster.late_seconds 5 > "$folder/$1.log" 2>&1
 }
 
-steps_done() { { wc -l < "$folder/runs/$1/metrics.jsonl"; } 2> /dev/null || echo 0; }
+steps_done() { # run: the last recorded step
+    { cat "$folder/runs/$1"/log/*/metrics.jsonl 2> /dev/null || true; } | awk -F'[:,]' '/}$/ {step = $2} END {print step + 0}'
+}
 
 wait_for_step() { # run name, step
     local deadline=$((SECONDS + 240))

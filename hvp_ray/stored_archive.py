@@ -1,6 +1,6 @@
-"""Zip archives that our own code wrote (torch's checkpoints, NumPy's features) are stored as they are, never compressed.
+"""Refuses compressed zip archives. hvp_ray's own (torch's checkpoints, NumPy's features) are never compressed.
 
-So a file that is larger inside than outside is none of ours, and is refused before anything in it is read.
+A small file can therefore not expand into more memory than its size.
 """
 
 import zipfile
@@ -16,8 +16,8 @@ def check_stored_archive(archive: Path | BytesIO, *, num_bytes: int) -> None:
         num_bytes: its size.
 
     Raises:
-        ValueError: it is not so.
-        zipfile.BadZipFile: no archive.
+        ValueError: a part is compressed.
+        zipfile.BadZipFile: it is no archive.
         OSError: it cannot be read.
     """
     with zipfile.ZipFile(archive) as opened:

@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> int:
     options = parse_arguments(arguments)
     try:
         prepare_home()
-        run_dir = find_run(options.run, needs=(), folders=("selection",))
+        run_dir = find_run(options.run, needs=(), folders=("log",))
         analysis = analyse_selection(read_selection_log(run_dir))
         print(describe_analysis(analysis), end="", flush=True)
         from hvp_ray.tracking.selection_figures import draw_selection_figures

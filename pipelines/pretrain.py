@@ -117,7 +117,7 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
     if summary["num_unreadable_images"]:
         lines += [
             "",
-            f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see unreadable-rank-*.jsonl",
+            f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see log/*/unreadable-rank-*.jsonl",
         ]
     problems = summary.get("problems", [])
     lines += [*([""] if problems else []), *(f"problem  {problem}" for problem in problems)]

@@ -1,20 +1,19 @@
 """The processes of a run on the Ray that this process has started."""
 
-import json
 import os
 from pathlib import Path
 
 import psutil
+
+from hvp_ray.tracking.run_log import ATTEMPTS, read_records
 
 KINDS = ("view worker", "trainer", "raylet", "GCS")
 
 
 def trainer_id(run_dir: Path) -> int | None:
     """Return the process id of the trainer of rank 0, of the newest attempt; None: none has begun."""
-    path = run_dir / "attempts.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return int(json.loads(whole[-1])["process_id"]) if whole else None
+    attempts = list(read_records(run_dir, ATTEMPTS, dropped=True))
+    return int(attempts[-1]["process_id"]) if attempts else None
 
 
 def view_workers() -> list[psutil.Process]:

@@ -14,7 +14,7 @@ from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
 from hvp_ray.evaluation.report import title_of_pixels
 from hvp_ray.runs.prepare import is_finished
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 
 METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",
@@ -111,7 +111,7 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
     priced = VANILLA if run.arm.name == VANILLA_LONG else run.arm.name
     ratio = study.ratio_of(priced)
     points = {}
-    for record in read_journal(folder / "evaluations.jsonl"):
+    for record in read_records(folder, EVALUATIONS):
         epoch = record["step"] / study.steps_per_epoch
         values = {name.removeprefix("eval/"): value for name, value in record["metrics"].items()}
         points[record["step"]] = CurvePoint(step=record["step"], epoch=epoch, compute=epoch * ratio, values=values)

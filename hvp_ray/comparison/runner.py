@@ -7,7 +7,6 @@ runs. `workers`: each run has view workers and trainers of its own, as pretrain.
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from hvp_ray.runs.after_training import MAX_DEATHS, forgive_death
 from hvp_ray.runs.prepare import is_finished, output_folder
 from hvp_ray.stream.capacity import num_processes_that_fit, plan_local_ray, room_for, this_machine
 from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
+from hvp_ray.tracking.run_log import last_recorded_step
 
 Mode = Literal["inline", "workers"]
 Device = Literal["cpu", "cuda"]
@@ -245,22 +245,11 @@ def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:
         if is_done(run):
             done, steps = done + 1, steps + run.num_steps
             continue
-        step = _last_step(output / name / "metrics.jsonl")
+        step = last_recorded_step(output / name)
         if step:
             running[name], steps = step / run.num_steps, steps + step
     num_steps = sum(run.num_steps for run in runs)
     return ComparisonProgress(num_done=done, num_runs=len(runs), steps_done=steps, num_steps=num_steps, running=running)
-
-
-def _last_step(journal: Path) -> int:
-    """Return the last recorded step, from the journal's last lines."""
-    try:
-        with journal.open("rb") as file:
-            file.seek(max(0, os.path.getsize(journal) - 8192))
-            lines = [line for line in file.read().split(b"\n") if line.startswith(b'{"step"')]
-        return int(json.loads(lines[-2 if len(lines) > 1 else -1])["step"]) if lines else 0
-    except (OSError, ValueError):
-        return 0
 
 
 def _first_line(error: BaseException) -> str:

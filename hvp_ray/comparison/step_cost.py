@@ -24,8 +24,8 @@ from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.operations import count_operations
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.distributed.world import World
+from hvp_ray.local_cache import with_local_weights
 from hvp_ray.runs.rank import build_order
-from hvp_ray.runs.storage import with_local_weights
 from hvp_ray.selection import RULES, candidates_of, needs_scores_at
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch

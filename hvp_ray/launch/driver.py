@@ -40,9 +40,10 @@ from hvp_ray.launch.stop import RayProcesses, StoppedError, StopRequest, stop_on
 from hvp_ray.logs import set_up_logging
 from hvp_ray.runs.after_training import forgive_death
 from hvp_ray.runs.intensity_check import check_intensities
+from hvp_ray.runs.job import RankServices, RunJob
 from hvp_ray.runs.prepare import check_before_start, prepare_run, with_absolute_paths
 from hvp_ray.runs.progress import Progress
-from hvp_ray.runs.rank import RunJob, train_rank
+from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.capacity import (
     decide_look_ahead,
@@ -510,10 +511,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             return  # another rank met an error that starting again does not mend; the driver knows
         if world.rank == 0:
             publisher.watch(cluster_numbers, every_seconds=_CLUSTER_NUMBERS_SECONDS)
-        summary = train_rank(
-            job,
-            world,
-            device,
+        services = RankServices(
             open_stream=open_stream,
             report_progress=_Reporter(board),
             ask_knn=lambda snapshot: _RayAnswer(settings["knn"].evaluate.remote(snapshot)),
@@ -521,6 +519,7 @@ def _trainer_main(settings: dict[str, Any]) -> None:
             watch_numbers=publisher.watch,
             is_stop_asked=lambda: bool(ray.get(board.post_evaluation.remote())),
         )
+        summary = train_rank(job, world, device, services)
     except HvpRayError as error:
         # Starting again would fail in the same way, so the driver is told to give up.
         error.add_note(f"rank {world.rank} of {world.num_ranks}, run {job.run_name}")

@@ -18,6 +18,7 @@ from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.evaluation.snapshot import SnapshotKnn
 from hvp_ray.identity import Identity
 from hvp_ray.runs.intensity_check import check_intensities
+from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.online_knn import AnswerAtHand
 from hvp_ray.runs.prepare import draw_run_name, prepare_run
 from hvp_ray.runs.progress import ReportProgress
@@ -88,13 +89,11 @@ def pretrain_in_process(
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)
 
-    return train_rank(
-        job,
-        world,
-        device,
+    services = RankServices(
         open_stream=open_stream,
         report_progress=report_progress,
         is_stop_asked=is_stop_asked,
         ask_knn=lambda snapshot: AnswerAtHand(evaluator.evaluate(snapshot)),
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )
+    return train_rank(job, world, device, services)

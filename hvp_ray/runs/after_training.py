@@ -1,9 +1,9 @@
-"""What follows the last step: evaluation, figures, metrics of the cluster. None of it can lose a trained run.
+"""Runs the parts after the last step (evaluation, figures, metrics of the cluster) so that none can lose a trained run.
 
 `trained.json` in the run's folder marks a run whose last checkpoint and encoder are written. It holds what training
-measured, and which parts of the rest were begun and survived. If the process dies, the next attempt reads it: no step is
-trained again, and a part in which it died twice is left out. `summary.json` alone says that a run has finished; a comparison
-may evaluate such a run again.
+measured, and which parts were begun and survived. If the process dies, the next attempt reads it, trains no step again, and
+skips a part in which the process died twice. `summary.json` says that a run has finished; a comparison may evaluate such a
+run again.
 """
 
 import json
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 TRAINED = "trained.json"
 _MAX_DEATHS_IN_PART = 2
-"""One death may be the machine's, which was taken away."""
+"""One death may be that of the machine."""
 MAX_DEATHS = 3
-"""After so many deaths only what was survived is done. Launchers grant as many restarts, so the run still finishes."""
+"""After this number of deaths only parts that survived once run. Launchers grant as many restarts, so the run finishes."""
 
 Result = TypeVar("Result")
 
 
 class StopAskedError(Exception):
-    """The run was asked to stop between two parts; the marker stands."""
+    """The run was asked to stop between two parts; `trained.json` stays."""
 
 
 def forgive_death(run: str) -> None:
-    """Let a process that was ended on request in one of the parts not count as one that died.
+    """Do not count the process as dead that was ended on request in one of the parts.
 
     Args:
         run: the run's folder, path or URI.
@@ -46,7 +46,7 @@ def forgive_death(run: str) -> None:
 
 
 class AfterTraining:
-    """Runs the parts that follow training; made by rank 0."""
+    """Runs the parts after training; made by rank 0."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class AfterTraining:
         Args:
             run_dir: the run's folder.
             summary: what this attempt measured.
-            problems: what failed so far, one sentence each. What fails later is appended, and what failed in an earlier
-                attempt is put in front.
-            may_continue: this attempt did no step, so the marker of an earlier attempt holds.
-            keep: called when the marker was written, to upload it.
-            is_stop_asked: asked before each part.
+            problems: what failed so far, one sentence each. Failures of an earlier attempt are inserted at the front,
+                later ones appended.
+            may_continue: this attempt trained no step, so `trained.json` of an earlier attempt holds.
+            keep: uploads `trained.json`; called after each change.
+            is_stop_asked: called before each part.
         """
         self._path = run_dir / TRAINED
         self._keep = keep
@@ -89,9 +89,9 @@ class AfterTraining:
         self._write(begun=None)
 
     def attempt(self, part: str, work: Callable[[], Result]) -> Result | None:
-        """Return what `work` returns, or None with a new problem if it failed or was left out.
+        """Return the result of `work`; None with a new problem if it failed or was skipped.
 
-        KeyboardInterrupt and SystemExit pass.
+        KeyboardInterrupt and SystemExit are not caught.
 
         Raises:
             StopAskedError: the run was asked to stop.
@@ -106,7 +106,7 @@ class AfterTraining:
         self._write(begun=part)
         try:
             return work()
-        except Exception as error:  # whatever it is, the weights are safe
+        except Exception as error:  # of any kind: the weights are in a checkpoint
             logger.debug("%s failed", part, exc_info=True)
             self._note(f"{part} failed: {type(error).__name__}: {first_line(error)}")
             return None
@@ -115,11 +115,11 @@ class AfterTraining:
             self._write(begun=None)
 
     def finish(self) -> None:
-        """Delete the marker; `summary.json` takes its place."""
+        """Delete `trained.json`; `summary.json` replaces it."""
         self._path.unlink(missing_ok=True)
 
     def _note(self, problem: str) -> None:
-        logger.warning("%s; the run goes on without it", problem)
+        logger.warning("%s; the run continues without it", problem)
         if problem not in self.problems:  # an earlier attempt may have met it
             self.problems.append(problem)
 

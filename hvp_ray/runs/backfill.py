@@ -1,21 +1,21 @@
-"""After a run has ended: what MLflow did not get, because it was away, is sent when the run is started again by its name."""
+"""Backfills records that MLflow missed while unreachable, when an ended run is started again by its name."""
 
 from pathlib import Path
 from typing import Any
 
 from hvp_ray.config import RunConfig
 from hvp_ray.files import is_uri, place_in
-from hvp_ray.tracking.mlflow import catch_up, lacks_records
 from hvp_ray.runs.prepare import output_location
 from hvp_ray.runs.storage import RunStorage
+from hvp_ray.tracking.mlflow import catch_up, lacks_records
 
 
 def send_missing_records(config: RunConfig) -> dict[str, Any] | None:
     """Send what MLflow lacks of the ended run that `config` names.
 
     Returns:
-        The summary with MLflow's ids, where something was missing and has arrived; None: nothing was missing, or MLflow
-        is still away (a warning says so).
+        The summary with MLflow's ids if something was missing and has arrived. None: nothing was missing, or MLflow is
+        still unreachable (a warning says so).
     """
     assert config.run.name is not None
     place = place_in(output_location(config), config.run.name)
@@ -23,5 +23,5 @@ def send_missing_records(config: RunConfig) -> dict[str, Any] | None:
         if not lacks_records(storage.folder):
             return None
         summary = catch_up(storage.folder)
-        storage.push(is_final=True)
+        storage.push()
     return summary

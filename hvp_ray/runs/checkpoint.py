@@ -1,54 +1,47 @@
-"""Checkpoints: files first, a manifest with digests last; what has no manifest does not exist.
+"""Checkpoints: files first, then a manifest with digests, which is the commit.
 
-`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. Local folders
-and URIs go through pyarrow.fs alike; nothing relies on renaming, which buckets do not have.
+`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. A folder without a
+manifest is ignored. Buckets cannot rename, so nothing relies on renaming.
 """
 
-import functools
 import hashlib
 import io
 import json
 import logging
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
 
-import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
 from hvp_ray.errors import CheckpointError, first_line
-from hvp_ray.files import is_uri, open_uri, retried
+from hvp_ray.files import Folder, delete_folder, is_uri, place_in
 from hvp_ray.stored_archive import check_stored_archive
 from hvp_ray.training.trainee import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _STATE, _MANIFEST = "state.pt", "manifest.json"
-_STEP_FOLDER = re.compile(r"step-(\d{8,12})")
+_COMMITTED = re.compile(rf"step-(\d{{8,12}})/{_MANIFEST}")
 
 
 class CheckpointStore:
     """The checkpoints of one run. One process writes, all read."""
 
     def __init__(self, location: str, *, run_identity: str, keep: int) -> None:
-        self._is_remote = is_uri(location)
-        self._filesystem, self._root = _resolve(location)
+        self._location = location
+        # Retries on a bucket only: a full disk stays full.
+        self._files = Folder(location, pauses=None if is_uri(location) else ())
         self._run_identity = run_identity
         self._keep = keep
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write and commit; then drop the oldest beyond `keep`, and later ones: they were passed over as damaged.
+        """Write and commit; then delete the oldest beyond `keep`, and later ones, which were skipped as damaged.
 
         Raises:
             CheckpointError: the storage refused (disk full, no permission); earlier checkpoints stay usable.
         """
-        folder = self._folder(checkpoint.step)
+        folder = _folder(checkpoint.step)
         buffer = io.BytesIO()
         state = {"step": checkpoint.step, "method": checkpoint.method, "optimizer": checkpoint.optimizer}
         torch.save(state, buffer)
@@ -61,30 +54,26 @@ class CheckpointStore:
             "files": {_STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
         }
         try:
-            self._retried(lambda: self._filesystem.create_dir(folder, recursive=True), f"making {folder}")
-            self._write_file(f"{folder}/{_STATE}", content)
-            self._write_file(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
+            self._files.write(f"{folder}/{_STATE}", content)
+            self._files.write(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint of step {checkpoint.step} could not be written to {folder}: {error}; the one before it is "
-                f"untouched. Make room or mend the storage, then start the run again with its name to go on"
+                f"the checkpoint of step {checkpoint.step} could not be written to {self._location}: {error}; the one before "
+                f"it is untouched. Make room or repair the storage, then start the run again with its name to resume it"
             ) from error
         self._drop_others(checkpoint.step)
 
     def committed_steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, ascending."""
-        selector = pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
-        found = self._retried(lambda: self._filesystem.get_file_info(selector), f"listing {self._root}")
-        manifests = [Path(f.path) for f in found if f.is_file and Path(f.path).name == _MANIFEST]
-        steps = [_STEP_FOLDER.fullmatch(path.parent.name) for path in manifests]
-        return sorted(int(step[1]) for step in steps if step is not None)
+        manifests = (_COMMITTED.fullmatch(name) for name in self._files.names())
+        return sorted(int(manifest[1]) for manifest in manifests if manifest is not None)
 
     def load_newest(self, map_location: torch.device | str = "cpu") -> Checkpoint | None:
-        """Return the newest intact checkpoint; None: there is none. A damaged one is passed over with a warning.
+        """Return the newest intact checkpoint; None: there is none. A damaged one is skipped with a warning.
 
         Raises:
-            CheckpointError: it belongs to a run of another identity, holds something else than tensors, cannot be reached,
-                or all of them are damaged: beginning anew would throw the journal away.
+            CheckpointError: it belongs to a run of another identity, holds something else than tensors, or cannot be
+                reached; or all of them are damaged, and restarting at step 0 would discard the run.
         """
         steps = self.committed_steps()
         for step in reversed(steps):
@@ -94,8 +83,8 @@ class CheckpointStore:
                 logger.warning("%s; the checkpoint before it is used", error)
         if steps:
             raise CheckpointError(
-                f"all checkpoints in {self._root} are damaged (steps {steps}). Bring one of them back from a copy; or delete "
-                f"the folders to begin this run anew"
+                f"all checkpoints in {self._location} are damaged (steps {steps}). Restore one of them from a copy; or "
+                f"delete the folders to restart this run at step 0"
             )
         return None
 
@@ -103,21 +92,21 @@ class CheckpointStore:
         """Read one checkpoint and check its digest.
 
         Raises:
-            CheckpointError: missing, damaged, of another run, or with something else in it than tensors and plain values,
+            CheckpointError: it is missing, damaged, of another run, or holds something else than tensors and plain values,
                 none of which is executed.
         """
-        folder = self._folder(step)
+        folder = place_in(self._location, _folder(step))
         try:
-            manifest = json.loads(self._read_file(f"{folder}/{_MANIFEST}"))
-            content = self._read_file(f"{folder}/{_STATE}")
-        except (OSError, ValueError, RecursionError) as error:
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                # Not damaged, but away: going on from an older one, or from none, would throw work away.
-                raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
-            raise _DamagedError(f"the checkpoint {folder} cannot be read: {error}") from error
+            described, content = (self._files.read(f"{_folder(step)}/{name}") for name in (_MANIFEST, _STATE))
+        except OSError as error:
+            # It is unreachable, not damaged; resuming from an older one would discard steps.
+            raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
+        if described is None or content is None:
+            raise _DamagedError(f"the checkpoint {folder} is damaged: a file is missing")
         try:
+            manifest = json.loads(described)
             digest, identity = manifest["files"][_STATE]["sha256"], manifest["run_identity"]
-        except (KeyError, TypeError, IndexError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
             raise _DamagedError(f"the checkpoint {folder} is damaged: {_MANIFEST} is no manifest") from error
         if hashlib.sha256(content).hexdigest() != digest:
             raise _DamagedError(
@@ -133,50 +122,25 @@ class CheckpointStore:
             raise CheckpointError(
                 f"the checkpoint {folder} is refused: {_STATE} has the digest of its manifest, but holds something else than "
                 f"tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote it; without this "
-                f"folder the run goes on from the checkpoint before it"
+                f"folder the run resumes from the checkpoint before it"
             ) from error
 
     def _drop_others(self, newest: int) -> None:
         steps = self.committed_steps()
         for step in [s for s in steps if s <= newest][: -self._keep] + [s for s in steps if s > newest]:
-            folder = self._folder(step)
             try:
-                self._retried(functools.partial(self._delete, folder), f"deleting {folder}")
+                self._files.delete(f"{_folder(step)}/{_MANIFEST}")  # uncommitted first, then removed
             except OSError as error:
-                logger.warning("the checkpoint %s could not be deleted: %s", folder, error)
-
-    def _folder(self, step: int) -> str:
-        return f"{self._root}/step-{step:08d}"
-
-    def _delete(self, folder: str) -> None:
-        if self._filesystem.get_file_info(f"{folder}/{_MANIFEST}").is_file:
-            self._filesystem.delete_file(f"{folder}/{_MANIFEST}")  # uncommitted first, then removed
-        self._filesystem.delete_dir(folder)
-
-    def _write_file(self, path: str, content: bytes) -> None:
-        def write() -> None:
-            with self._filesystem.open_output_stream(path) as stream:
-                stream.write(content)
-
-        self._retried(write, f"writing {path}")
-
-    def _read_file(self, path: str) -> bytes:
-        def read() -> bytes:
-            with self._filesystem.open_input_stream(path) as stream:
-                content: bytes = stream.read()
-                return content
-
-        return self._retried(read, f"reading {path}")
-
-    def _retried(self, action: Callable[[], T], what: str) -> T:
-        """Do it, more than once where storage is a bucket; a full disk does not get better."""
-        return retried(action, what, pauses=None if self._is_remote else ())
+                logger.warning("the checkpoint of step %d could not be deleted: %s", step, error)
+                continue
+            delete_folder(place_in(self._location, _folder(step)))
 
 
 def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Checkpoint:
-    """Return the checkpoint in the bytes that `CheckpointStore.write` made; anything else raises, whatever it raises.
+    """Return the checkpoint in the bytes that `CheckpointStore.write` made.
 
-    The archive is looked at first, so that it is not larger inside than outside.
+    Raises:
+        Exception: of any kind, if they are something else.
     """
     check_stored_archive(io.BytesIO(content), num_bytes=len(content))
     state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
@@ -191,7 +155,7 @@ def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Chec
 
 
 def _check_tensors(state: object) -> None:
-    """Check that no tensor has more elements than it has memory: copying it would take memory that the file does not have."""
+    """Check that no tensor has more elements than its storage, because copying it would allocate more than the file has."""
     pending, seen = [state], set[int]()
     while pending:
         value = pending.pop()
@@ -208,17 +172,15 @@ def _check_tensors(state: object) -> None:
 
 
 class _DamagedError(CheckpointError):
-    """An unusable checkpoint; an older one may serve."""
+    """A checkpoint is unusable; an older one may be intact."""
 
 
-def _resolve(location: str) -> tuple[pafs.FileSystem, str]:
-    if is_uri(location):
-        return open_uri(location, option="run.output")
-    return pafs.LocalFileSystem(), str(Path(location).absolute())
+def _folder(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
-    """Return the SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names."""
+    """Return the SHA-256 over names, types, shapes and bytes of all tensors, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

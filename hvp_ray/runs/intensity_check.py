@@ -1,7 +1,7 @@
-"""Before a run starts: whether images have more than 8 bits a channel, which values they hold, and what range fits them.
+"""Checks, before a run starts, whether images have more than 8 bits a channel, and suggests an intensity range for them.
 
-A sample decides, images spread over the training and the test set, the same at every start. The range itself is a setting,
-so it is the same for all images, saved with the run and part of its identity.
+The sample is spread over training and test set and is the same at every start. The range itself is a setting, so it is the
+same for all images and part of the run's identity.
 """
 
 import itertools
@@ -19,14 +19,14 @@ from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.stream.reading import read_sample
 
 _VALUES_OF_AN_IMAGE = 4_096
-"""At most this many values of each image, evenly spaced, enter the percentiles."""
+"""Evenly spaced values of each image, at most, in the percentiles."""
 
 _CENTRAL_PERCENTILES = (0.1, 99.9)
 """Almost all values lie between these."""
 
 
 def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--data.intensity_range") -> str | None:
-    """Sample the images; return what a user should know of their intensities. None: 8 bits a channel, and nothing to say.
+    """Sample the images; return a remark on their intensities. None: they have 8 bits a channel.
 
     Args:
         data: the setting.
@@ -60,7 +60,7 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
 
 
 class _Sample:
-    """The values of the sampled images that have more than 8 bits a channel, without those that are not finite."""
+    """The finite values of the sampled images that have more than 8 bits a channel."""
 
     def __init__(self, images: Iterable[bytes], *, max_pixels: int) -> None:
         self.kinds: Counter[str] = Counter()
@@ -79,7 +79,7 @@ class _Sample:
         self._some = np.concatenate(some) if some else np.zeros(0)
 
     def _take(self, image: Intensities) -> NDArray[np.float64]:
-        """Count an image in; return some of its values."""
+        """Count an image; return some of its values."""
         self.kinds[image.kind] += 1
         values = image.values.reshape(-1)
         if values.dtype.kind == "f":
@@ -91,7 +91,7 @@ class _Sample:
         return values[:: -(-len(values) // _VALUES_OF_AN_IMAGE)].astype(np.float64)
 
     def describe(self) -> str:
-        """Return how many images hold what, from where to where."""
+        """Return kinds of images, with counts and ranges."""
         what = " and ".join(f"{n} of {self.num_images} sampled images hold {kind}" for kind, n in self.kinds.items())
         if not len(self._some):
             return f"{what}, none of them finite"
@@ -109,7 +109,7 @@ class _Sample:
         return float(outside.mean()) if len(outside) else 0.0
 
     def suggest_range(self) -> IntensityRange:
-        """Return a range that clips nothing of the sample: of integers from 0, all that their number of bits can say."""
+        """Return a range that clips no value of the sample; for integers from 0 all values of their number of bits."""
         low, high = self._low, self._high
         if not len(self._some):
             return 0.0, 1.0

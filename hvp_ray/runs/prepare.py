@@ -1,4 +1,4 @@
-"""Before a run starts: its folder, its identity, and whether it may go on."""
+"""Prepares a run: resolves its locations, checks its settings, and decides whether an existing run may be resumed."""
 
 import dataclasses
 import json
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
+from hvp_ray.files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.identity import (
     VERSIONS,
     Identity,
@@ -28,25 +29,27 @@ from hvp_ray.identity import (
     recorded_difference,
     run_record,
 )
+from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.methods.method import Method
-from hvp_ray.files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.runs.job import RunJob
+from hvp_ray.runs.rank import build_order
+from hvp_ray.runs.storage import working_folder
+from hvp_ray.tracking.mlflow import MlflowRun
 from hvp_ray.tracking.mlflow_store import store_uri
-from hvp_ray.runs.rank import RunJob, build_order
-from hvp_ray.runs.storage import local_weights, with_local_weights, working_folder
 from hvp_ray.training.trainee import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
 
 _PAUSES_SECONDS = (1.0,)
-"""Between attempts at a bucket: somebody waits for the answer."""
+"""Retry delays for a bucket, short because the user is waiting."""
 
 
 def output_location(config: RunConfig) -> str:
     """Return what holds runs: an absolute path, or a URI.
 
     Raises:
-        ConfigError: a relative path where the working folder is temporary.
+        ConfigError: a relative path, and the working folder is temporary.
     """
     if config.run.output is not None and is_uri(config.run.output):
         return config.run.output
@@ -57,7 +60,7 @@ def output_folder(config: RunConfig) -> Path:
     """Return the folder that holds runs, absolute.
 
     Raises:
-        ConfigError: a URI, or a relative path where the working folder is temporary.
+        ConfigError: a URI; or a relative path, and the working folder is temporary.
     """
     is_shipped = SHIPPED_CODE_MARK in Path.cwd().parts
     if config.run.output is None:
@@ -77,7 +80,7 @@ def output_folder(config: RunConfig) -> Path:
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return the config with its local paths made absolute: Ray's processes have other working folders."""
+    """Return the config with absolute local paths, because Ray's processes have other working folders."""
 
     def absolute(location: str | None) -> str | None:
         if location is None or location == "digits" or "://" in location:
@@ -95,7 +98,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_before_start(config: RunConfig) -> Dataset:
-    """Find what is wrong with images, network and output folder before anything is started; return the opened data.
+    """Check images, network and output folder before anything is started; return the opened data.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -118,7 +121,7 @@ def check_before_start(config: RunConfig) -> Dataset:
 
 
 def _check_view_sizes(config: RunConfig, method: Method) -> None:
-    """Check that the encoder takes views of all sizes, by forwarding an empty image of each."""
+    """Check that the encoder accepts views of all sizes, by forwarding an empty image of each."""
     views, selection, patch_px = config.views, config.selection, method.patch_px
     sizes = {
         "views.global_views.size_px": views.global_views.size_px,
@@ -127,17 +130,17 @@ def _check_view_sizes(config: RunConfig, method: Method) -> None:
     }
     for path, size_px in sizes.items():
         if size_px is not None and size_px % patch_px:
-            raise ConfigError(f"{path}={size_px} is not allowed: a multiple of the patches of {patch_px} px")
+            raise ConfigError(f"{path}={size_px} is not allowed: expected a multiple of the patch size, {patch_px} px")
         if size_px is not None:
             try:
                 with torch.no_grad():
                     method.encoder.eval()(torch.zeros(1, 3, size_px, size_px))
             except (AssertionError, RuntimeError) as error:
                 name = config.method.backbone.name
-                raise ConfigError(f"{path}={size_px} is not allowed: {name} does not take it: {error}") from error
+                raise ConfigError(f"{path}={size_px} is not allowed: {name} rejects it: {error}") from error
     if views.masks is not None and views.masks.patch_px != patch_px:
         raise ConfigError(
-            f"views.masks.patch_px={views.masks.patch_px} is not allowed: the encoder's patches have {patch_px} px"
+            f"views.masks.patch_px={views.masks.patch_px} is not allowed: the patches of the encoder are {patch_px} px wide"
         )
 
 
@@ -150,9 +153,9 @@ def _open_checked(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
 
 
 def finished_summary(config: RunConfig) -> dict[str, Any] | None:
-    """Return the summary of the run of this name if it has finished; None: it has not, or the name is new.
+    """Return the summary of the run of this name; None: it has not finished, or the name is new.
 
-    Versions of libraries need not be those of the run, nor does what `auto` chooses here: nothing is computed again.
+    Nothing is computed again, so versions of libraries and what `auto` resolves to here may differ from the run's.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
@@ -183,7 +186,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
 
 
 def is_finished(config: RunConfig, identity: Identity) -> bool:
-    """Tell whether the run of this name has finished, with this identity. Without config.json it is not known to be this run.
+    """Tell whether the run of this name has finished with this identity; without config.json its identity is unknown.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
@@ -196,13 +199,9 @@ def is_finished(config: RunConfig, identity: Identity) -> bool:
 def difference_from_record(
     run: str, config: RunConfig, identity: Identity, *, ignored: Collection[str] = ()
 ) -> list[str] | None:
-    """Return how the run in a folder differs from this one; empty: it is this one; None: there is no run.
+    """Return how the run in a folder (path or URI) differs from this one; empty: it is this one; None: there is no run.
 
-    Args:
-        run: the folder, path or URI.
-        config: of the run that `identity` is of.
-        identity: compared with that in config.json.
-        ignored: names of parts that need not be equal.
+    Parts of the identity whose names are `ignored` need not be equal.
 
     Raises:
         ConfigError: config.json cannot be read.
@@ -214,16 +213,10 @@ def difference_from_record(
 
 
 def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, device: str) -> Resolved:
-    """Return what the settings of a run result in.
-
-    Args:
-        config: the run.
-        dataset: its opened data.
-        renderer: the renderer used.
-        device: cpu or cuda; what trainers run on.
+    """Return what the settings of a run resolve to; `device` is cpu or cuda.
 
     Raises:
-        CheckpointError: the initial weights are not there.
+        CheckpointError: the initial weights do not exist.
     """
     weights = config.training.initial_weights
     return Resolved(
@@ -245,7 +238,7 @@ def prepare_run(
     planned: Identity | None = None,
     dataset: Dataset | None = None,
 ) -> RunJob:
-    """Make the folder of a new run, or check that an existing one may go on.
+    """Create the folder of a new run, or check that an existing one may be resumed.
 
     Args:
         config: the run.
@@ -253,37 +246,28 @@ def prepare_run(
         device: cpu or cuda.
         is_writer: False on ranks that only read what another one prepared.
         planned: the identity that the run must have. None: any.
-        dataset: the data of the run if it is open. None: it is opened.
+        dataset: the opened data of the run. None: it is opened.
 
     Raises:
         ConfigError: the folder cannot be written, or the run exists and may not be resumed.
         DataError: the data cannot be used.
-        CheckpointError: the run of this name has another identity, or is evaluated in another way, of which one curve
-            must not be made; the message has the difference. Or its folder has a summary.json but no config.json. Or
-            the run is not the planned one.
+        CheckpointError: the run is not the planned one, or the run of this name differs from it in its identity or
+            evaluation (the message has the difference). Or its folder has a summary.json but no config.json.
     """
     dataset = _open_checked(config, dataset)
     resolved = resolve(config, dataset, renderer=renderer, device=device)
     fingerprint = resolved.training_data["training data"]
     identity = identity_of(config, resolved)
-    if planned is not None and planned != identity:
-        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
-        raise CheckpointError(
-            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
-            f"{'; '.join(describe_difference(before, now, {}, {}))}"
-        )
+    if planned is not None:
+        _check_planned(config, planned, identity)
     output = output_location(config)
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
     commit = git_commit(Path(__file__))
     if is_writer:
         _write_or_check(location, config, identity, commit)
-    uri, artifact_root = mlflow_location(config, local_output(config))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     tags = {
-        "recipe": config.recipe,
-        "method": config.method.name,
-        "selection_rule": config.selection.rule,
-        "seed": str(config.run.seed),
         "renderer": renderer,
         "device": device,
         "data_fingerprint": fingerprint,
@@ -292,32 +276,62 @@ def prepare_run(
     }
     if commit is not None:
         tags["git_commit"] = commit
-    of_comparison = {"comparison": config.tracking.comparison, "arm": config.tracking.arm}
-    tags |= {tag: value for tag, value in of_comparison.items() if value is not None}
     return RunJob(
-        config=dataclasses.replace(config, run=dataclasses.replace(config.run, name=name)),
+        config=config,
         run_name=name,
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
         run_identity=identity.digest,
         renderer=renderer,
-        mlflow_uri=uri,
-        mlflow_artifact_root=artifact_root,
-        tags=tags,
+        mlflow=_describe_for_mlflow(config, name, fingerprint, tags),
         data_fingerprint=fingerprint,
         test_data=resolved.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
 
 
+def _check_planned(config: RunConfig, planned: Identity, identity: Identity) -> None:
+    if planned != identity:
+        before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
+        raise CheckpointError(
+            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
+            f"{'; '.join(describe_difference(before, now, {}, {}))}"
+        )
+
+
+def _describe_for_mlflow(config: RunConfig, name: str, fingerprint: str, tags: dict[str, str]) -> MlflowRun | None:
+    uri, artifact_root = mlflow_location(config, local_output(config))
+    if uri is None:
+        return None
+    of_config = {
+        "recipe": config.recipe,
+        "method": config.method.name,
+        "selection_rule": config.selection.rule,
+        "seed": str(config.run.seed),
+        "comparison": config.tracking.comparison,
+        "arm": config.tracking.arm,
+    }
+    return MlflowRun(
+        uri=uri,
+        experiment=config.tracking.experiment,
+        artifact_root=artifact_root,
+        run_name=name,
+        params=flatten(config_to_dict(config)),
+        tags=tags | {tag: value for tag, value in of_config.items() if value is not None},
+        dataset_name=Path(config.data.source).name,
+        dataset_source=config.data.source,
+        dataset_digest=fingerprint,
+    )
+
+
 def draw_run_name(config: RunConfig) -> str:
     """Return a name that no other run has."""
-    recipe = config.recipe.replace(":", "-")  # a recipe of one's own is module:function
+    recipe = config.recipe.replace(":", "-")  # a user's recipe is module:function
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def local_output(config: RunConfig) -> Path:
-    """Return the folder of MLflow's SQLite file by default: of runs on a bucket, where runs without `run.output` would be."""
+    """Return the default folder of MLflow's SQLite file; for a run on a bucket that of runs without `run.output`."""
     if config.run.output is not None and is_uri(config.run.output):
         return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
     return output_folder(config)
@@ -338,7 +352,7 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
 
 
 def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
-    """Check what config.json in the run's folder (path or URI) says, and write it."""
+    """Compare the run with config.json in its folder (path or URI), and write that."""
     path = place_in(run, "config.json")
     has_record = _read(path) is not None
     if not has_record and _read(place_in(run, "summary.json")) is not None:
@@ -349,7 +363,7 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
     if difference:
         advice = "Take its settings, or another --run.name"
         if any(line.startswith("training data:") for line in difference):
-            advice += ". If data.source names the same place, put back what is gone and remove what is new"
+            advice += ". If data.source names the same place, restore missing files and remove new ones"
         raise CheckpointError(
             f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
             f"What differs (its value -> yours):\n  {_lines(difference)}\n{advice}"
@@ -365,8 +379,8 @@ def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str
 
 def _no_record(run: str) -> CheckpointError:
     return CheckpointError(
-        f"{run} has the summary.json of a finished run but no config.json, so what run it was is not known; put its "
-        f"config.json back, or take another --run.name"
+        f"{run} has the summary.json of a finished run but no config.json, so its settings are unknown. Restore its "
+        f"config.json, or take another --run.name"
     )
 
 
@@ -379,14 +393,14 @@ def _read(location: str) -> bytes | None:
         return read_file(location, pauses=_PAUSES_SECONDS)
     except OSError as error:
         raise ConfigError(
-            f"{location} cannot be read: {error}; mend the storage, or give another --run.output"
+            f"{location} cannot be read: {error}; repair the storage, or give another --run.output"
         ) from error
 
 
 def git_commit(file: Path) -> str | None:
     """Return the commit of the repository that tracks this file, with `-dirty` if the repository has changes.
 
-    None: no repository tracks it. A package in a virtual environment may lie in a repository that does not track it.
+    None: no repository tracks it. A virtual environment may lie in a repository that does not track its packages.
     """
     git = ["git", "-C", str(file.parent)]
     try:

@@ -1,156 +1,198 @@
-"""Rank 0's and the other ranks' observer of the loop: journal, progress, checkpoints, collapse watch."""
+"""What is recorded while a run trains. Every rank logs its decisions on images; rank 0 records everything else."""
 
 import math
 import time
-from collections.abc import Callable
+from types import TracebackType
+from typing import Any
 
 import numpy as np
+import torch
 
-from hvp_ray.config import RunConfig
+from hvp_ray.distributed.world import mean_over_ranks
+from hvp_ray.errors import CheckpointError
+from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
+from hvp_ray.runs.online_knn import KnnDuringTraining
+from hvp_ray.runs.progress import Progress
+from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.device import DeviceBatch
-from hvp_ray.stream.stats import StreamStats
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
-from hvp_ray.tracking.journal import Journal, UnreadableLog
+from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, final_artifacts, final_values
+from hvp_ray.tracking.run_log import METRICS
 from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, describe_scores
-from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.runs.online_knn import KnnDuringTraining
-from hvp_ray.runs.progress import Progress, ReportProgress
 from hvp_ray.training.step import StepMetrics
-from hvp_ray.training.trainee import Trainee, take_checkpoint
+from hvp_ray.training.trainee import take_checkpoint
 
 _PROGRESS_SECONDS = 0.5
 
+Numbers = dict[str, float | list[float]]
 
-class RunRecorder:
-    """Implements `loop.LoopObserver`."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        trainee: Trainee,
-        store: CheckpointStore,
-        stats: StreamStats,
-        unreadable: UnreadableLog,
-        journal: Journal | None,
-        selection_log: SelectionLogWriter | None,
-        knn: KnnDuringTraining | None,
-        report_progress: ReportProgress,
-        before_commit: Callable[[], None],
-        num_steps: int,
-        steps_per_epoch: int,
-    ) -> None:
-        self._config = config
-        self._trainee = trainee
-        self._store = store
-        self._stats = stats
-        self._unreadable = unreadable
-        self._journal = journal
-        self._selection_log = selection_log
-        self._knn = knn
-        self._report_progress = report_progress
-        self._before_commit = before_commit
-        self._num_steps = num_steps
-        self._steps_per_epoch = steps_per_epoch
-        self.collapse = CollapseWatch()
-        self._stop_requested = False
-        self._started_at: float | None = None
-        self._last = (time.perf_counter(), 0, 0.0)  # time, steps, waiting at the last record
-        self._progress_at = 0.0
-        self._steps_seen = 0
+class RankRecorder:
+    """The recorder of every rank but 0, and what all ranks do; implements `loop.LoopObserver`. A context manager."""
+
+    def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
+        self._rank = rank
+        self._restored = restored
+        self._clock = restored.clock
+        self._num_steps = restored.steps.num_steps
         self._steps_done = 0
-        self._last_step_at = 0.0
+        services.watch_numbers(self.numbers)
+
+    def __enter__(self) -> "RankRecorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Release what is open: nothing on this rank."""
+
+    def before_step(self, batch: DeviceBatch) -> None:
+        """Log decisions on unreadable images before they take effect."""
+        self._clock.start_step()
+        self._restored.unreadable.take(batch)
+
+    def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
+        """Count the step."""
+        self._clock.end_step()
+        self._steps_done = steps_done
+
+    def save_checkpoint(self, steps_done: int) -> None:
+        """Close the log's segment; return when all ranks have uploaded what the checkpoint presupposes."""
+        self._restored.log.start_segment(steps_done)
+        push_on_all_ranks(self._rank.storage, self._rank.job.run_uri, self._rank.device)
+
+    def stop_requested(self) -> bool:
+        """Tell whether this rank was asked to stop; the step spreads it to all ranks."""
+        return False
+
+    def numbers(self) -> Numbers:
+        """Return what `stream.metrics` publishes of this rank; any thread may call this."""
+        unreadable = self._restored.unreadable
+        numbers: Numbers = {
+            "hvp_ray_steps_total": float(self._clock.num_steps),
+            "hvp_ray_images_total": float(unreadable.num_images),
+            "hvp_ray_unreadable_images_total": float(unreadable.num_unreadable),
+        }
+        if self._clock.num_steps:
+            numbers["hvp_ray_wait_fraction"] = self._clock.wait_fraction
+            numbers["hvp_ray_progress_fraction"] = self._steps_done / self._num_steps
+        return numbers
+
+
+class RunRecorder(RankRecorder):
+    """The recorder of rank 0: metrics, MLflow, k-NN during training, progress, checkpoints, collapse watch."""
+
+    def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
+        config, steps = rank.job.config, restored.steps
+        self._config = config
+        self._report_progress = services.report_progress
+        self._steps_per_epoch = steps.steps_per_epoch
+        self._stats = restored.stream.stats
+        self.collapse = CollapseWatch()
+        self.problems: list[str] = []
+        """What failed so far, one sentence each."""
+        self._selection_log = SelectionLogWriter(
+            restored.log, config, run_name=rank.job.run_name, steps_per_epoch=steps.steps_per_epoch
+        )
+        self._knn = KnnDuringTraining(
+            restored.log,
+            restored.trainee.method.encoder,
+            services.ask_knn,
+            self.problems,
+            interval=config.tracking.knn_every_epochs * steps.steps_per_epoch if config.tracking.knn_images else 0,
+            steps=steps,
+        )
+        self._feed = None
+        if rank.job.mlflow is not None:
+            # The ids are uploaded at once: an attempt that finds none creates a second MLflow run.
+            self._feed = MlflowFeed(
+                rank.job.mlflow, rank.job.run_dir, keep_state=lambda: rank.storage.push_file(STATE_FILE)
+            )
+        self._is_finished = False
+        self._last_record: tuple[float, int, float] | None = None  # time, steps, seconds of waiting
+        self._progress_at = 0.0
         self._last_values: dict[str, float] = {}
         self._checkpoint_seconds: list[float] = []
         self._checkpoint_at = 0.0
-
-    def before_step(self, batch: DeviceBatch) -> None:
-        """Write down decisions on unreadable images before they take effect."""
-        if self._started_at is None:
-            self._started_at = time.perf_counter()
-            self._last = (self._started_at, 0, self._stats.wait_seconds)
-        self._unreadable.take(batch)
+        self._is_stop_asked = False
+        super().__init__(rank, restored, services)  # last, because it publishes `numbers`
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
         """Record every `log_every_steps`-th step, and the first and last."""
-        self._steps_seen += 1
-        self._steps_done = steps_done
-        self._last_step_at = time.perf_counter()
-        if self._journal is None:
-            return
-        if self._selection_log is not None and self._selection_log.wants(steps_done):
+        super().after_step(steps_done, batch, metrics, learning_rate)
+        if self._selection_log.wants(steps_done):
             _log_selection(self._selection_log, steps_done, batch, metrics)
-        if self._knn is not None:
-            self._knn.after_step(steps_done)
+        self._knn.after_step(steps_done)
         is_last = steps_done == self._num_steps
         if steps_done % self._config.tracking.log_every_steps == 0 or steps_done == 1 or is_last:
             values = self._measure(batch, metrics, steps_done)
             values["train/learning_rate"] = learning_rate
             values["train/epoch"] = steps_done / self._steps_per_epoch
-            self._journal.write({"step": steps_done, "time": time.time(), "metrics": values})
+            self._restored.log.write(METRICS, {"step": steps_done, "time": time.time(), "metrics": values})
             self._last_values = values
             self.collapse.see(steps_done, values)
-        # Between records too: the answer says whether to stop. The loss shown is the last recorded one, which costs a GPU
-        # no synchronisation.
+        # Between records too, because the answer says whether to stop. The last recorded loss costs no synchronisation.
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now
             loss = self._last_values["train/loss"] if self._last_values else float(metrics.loss)
-            self._stop_requested = self._report_progress(self._progress(steps_done, loss))
+            self._is_stop_asked = self._report_progress(self._progress(steps_done, loss))
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Write a checkpoint, on rank 0, behind everything that it presupposes, on all ranks."""
+        """Write the choices since the last checkpoint, then commit this one."""
         started_at = time.perf_counter()
-        if self._selection_log is not None:
-            self._selection_log.flush()
-        self._before_commit()
-        if self._journal is not None:
-            self._store.write(take_checkpoint(self._trainee, steps_done))
-            self._checkpoint_seconds.append(time.perf_counter() - started_at)
-            self._checkpoint_at = time.time()
+        self._selection_log.flush()
+        super().save_checkpoint(steps_done)
+        self._rank.checkpoints.write(take_checkpoint(self._restored.trainee, steps_done))
+        self._checkpoint_seconds.append(time.perf_counter() - started_at)
+        self._checkpoint_at = time.time()
 
     def stop_requested(self) -> bool:
-        """Tell whether the driver asked to stop; heard on rank 0, spread by the step."""
-        return self._stop_requested
+        """Tell whether the driver asked to stop."""
+        return self._is_stop_asked
 
-    def data_wait_fraction(self) -> float:
-        """Share of the time since the first batch that the trainer stood still for batches."""
-        if self._started_at is None:
-            return 0.0
-        return self._stats.wait_seconds / max(time.perf_counter() - self._started_at, 1e-9)
-
-    def numbers(self) -> dict[str, float | list[float]]:
-        """Return what `stream.metrics` publishes of this rank; any thread may ask."""
-        numbers: dict[str, float | list[float]] = {
-            "hvp_ray_steps_total": float(self._steps_seen),
-            "hvp_ray_images_total": float(self._unreadable.num_images),
-            "hvp_ray_unreadable_images_total": float(self._unreadable.num_unreadable),
+    def numbers(self) -> Numbers:
+        """Return what `stream.metrics` publishes of rank 0; any thread may call this."""
+        numbers: Numbers = super().numbers() | {
+            "hvp_ray_checkpoints_total": float(len(self._checkpoint_seconds)),
+            "hvp_ray_checkpoint_seconds": list(self._checkpoint_seconds),
         }
-        if self._started_at is not None and self._steps_seen:
-            seconds = max(self._last_step_at - self._started_at, 1e-9)
-            numbers["hvp_ray_wait_fraction"] = self._stats.wait_seconds / seconds
-            numbers["hvp_ray_progress_fraction"] = self._steps_done / self._num_steps
-        if self._journal is not None:
-            numbers["hvp_ray_checkpoints_total"] = float(len(self._checkpoint_seconds))
-            numbers["hvp_ray_checkpoint_seconds"] = list(self._checkpoint_seconds)
         if self._checkpoint_at:
             numbers["hvp_ray_last_checkpoint_timestamp_seconds"] = self._checkpoint_at
         if self._last_values:
             numbers["hvp_ray_loss"] = self._last_values["train/loss"]
             numbers["hvp_ray_images_per_second"] = self._last_values["perf/images_per_second"]
-        return numbers
+        return numbers if self._feed is None else {**numbers, **self._feed.numbers()}
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Complete the log by the k-NN of the final weights and end the MLflow run; return its ids."""
+        final = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
+        self._knn.finish({name: value for name, value in final.items() if value is not None})
+        if self._feed is None:
+            return {"mlflow_run_id": None}
+        self._is_finished = True
+        self._feed.finish(
+            status="FINISHED", artifacts=final_artifacts(self._rank.job.run_dir), values=final_values(summary)
+        )
+        return {"mlflow_run_id": self._feed.run_id, "mlflow_experiment_id": self._feed.experiment_id}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the MLflow run of a run that was stopped or failed."""
+        if self._feed is not None and not self._is_finished:
+            status, patience = ("KILLED", 1.0) if kind is None else ("FAILED", 5.0)
+            self._feed.finish(status=status, artifacts=[], values={}, timeout_seconds=patience)
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
-        assert self._started_at is not None
-        seconds = max(time.perf_counter() - self._started_at, 1e-9)
         return Progress(
             steps_done=steps_done,
             num_steps=self._num_steps,
             epoch=steps_done / self._steps_per_epoch,
             loss=loss,
-            images_per_second=self._steps_seen * self._config.training.images_per_step / seconds,
-            data_wait_fraction=self.data_wait_fraction(),
+            images_per_second=self._clock.num_steps * self._config.training.images_per_step / self._clock.seconds,
+            data_wait_fraction=self._clock.wait_fraction,
         )
 
     def _measure(self, batch: DeviceBatch, metrics: StepMetrics, steps_done: int) -> dict[str, float]:
@@ -162,42 +204,72 @@ class RunRecorder:
         if is_tenth or steps_done in (1, self._num_steps):
             values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
         values |= {name: float(value) for name, value in metrics.measurements.items()}
-        plan = batch.global_views.plan
-        if metrics.selection.pair_indices is not None:
-            chosen = metrics.selection.pair_indices.cpu().numpy().astype(np.int64)
-            values |= describe_pairs(plan, metrics.candidates, chosen)
-        if plan.mask is not None:
-            views = metrics.selection.view_indices.cpu().numpy().astype(np.int64)
-            values |= describe_masks(plan.mask, views)
-        if metrics.scores is not None:
-            values |= describe_scores(metrics.scores, metrics.selection, metrics.candidates)
-        now, waited = time.perf_counter(), self._stats.wait_seconds
-        last_at, last_steps, last_waited = self._last
-        steps = self._steps_seen - last_steps
-        seconds = max(now - last_at, 1e-9)
-        self._last = (now, self._steps_seen, waited)
-        values["perf/step_seconds"] = seconds / steps
-        values["perf/images_per_second"] = steps * self._config.training.images_per_step / seconds
-        values["perf/wait_seconds"] = (waited - last_waited) / steps
+        values |= _describe_selection(batch, metrics) | self._measure_speed()
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def _measure_speed(self) -> dict[str, float]:
+        """Return the means since the last record."""
+        last_time, last_steps, last_waited = self._last_record or (self._clock.started_at, 0, 0.0)
+        now, steps_here, waited = time.perf_counter(), self._clock.num_steps, self._stats.wait_seconds
+        self._last_record = (now, steps_here, waited)
+        seconds, steps = max(now - last_time, 1e-9), steps_here - last_steps
+        values = {
+            "perf/step_seconds": seconds / steps,
+            "perf/images_per_second": steps * self._config.training.images_per_step / seconds,
+            "perf/wait_seconds": (waited - last_waited) / steps,
+            "stream/bytes": float(self._stats.num_bytes),
+            "stream/retries": float(self._stats.num_retries),
+        }
         speeds = self._stats.views_per_second_by_worker()
         if speeds:
             values["stream/views_per_second_per_worker"] = float(np.mean(list(speeds.values())))
-        values["stream/bytes"] = float(self._stats.num_bytes)
-        values["stream/retries"] = float(self._stats.num_retries)
-        return {name: value for name, value in values.items() if math.isfinite(value)}
+        return values
+
+
+def _describe_selection(batch: DeviceBatch, metrics: StepMetrics) -> dict[str, float]:
+    plan, values = batch.global_views.plan, dict[str, float]()
+    if metrics.selection.pair_indices is not None:
+        chosen = metrics.selection.pair_indices.cpu().numpy().astype(np.int64)
+        values |= describe_pairs(plan, metrics.candidates, chosen)
+    if plan.mask is not None:
+        views = metrics.selection.view_indices.cpu().numpy().astype(np.int64)
+        values |= describe_masks(plan.mask, views)
+    if metrics.scores is not None:
+        values |= describe_scores(metrics.scores, metrics.selection, metrics.candidates)
+    return values
 
 
 def _log_selection(log: SelectionLogWriter, steps_done: int, batch: DeviceBatch, metrics: StepMetrics) -> None:
-    candidates, chosen = metrics.candidates, metrics.selection.pair_indices
+    candidates, chosen, scores = metrics.candidates, metrics.selection.pair_indices, metrics.scores
     if chosen is None or len(candidates.pairs) < 2:
         return  # all pairs were trained on, or there was nothing to choose
-    scores = metrics.scores
+    scores_BP = None
+    if scores is not None:
+        scores_BP = scores.best_of_pairs(candidates.num_chosen_local_views).float().cpu().numpy()
     log.take(
         steps_done,
         batch,
         pairs=candidates.pairs,
         chosen=chosen.cpu().numpy().astype(np.int64),
-        scores=None
-        if scores is None
-        else scores.best_of_pairs(candidates.num_chosen_local_views).float().cpu().numpy(),
+        scores=scores_BP,
     )
+
+
+def push_on_all_ranks(storage: RunStorage, run_uri: str | None, device: torch.device) -> None:
+    """Upload what a checkpoint presupposes; every rank returns when all have done so.
+
+    Raises:
+        CheckpointError: on all ranks, if one of them failed.
+    """
+    if run_uri is None:
+        return
+    failure: CheckpointError | None = None
+    try:
+        storage.push()
+    except CheckpointError as error:
+        failure = error
+    num_failed = mean_over_ranks(torch.tensor(float(failure is not None), device=device))
+    if failure is not None:
+        raise failure
+    if float(num_failed) > 0.0:
+        raise CheckpointError(f"another trainer could not write to {run_uri}; no checkpoint was written")

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from hvp_ray.errors import DataError
-from hvp_ray.tracking.selection_log import FOLDER, METADATA_KEY, PLAN_COLUMNS
+from hvp_ray.tracking.selection_log import METADATA_KEY, PLAN_COLUMNS, selection_files
 from hvp_ray.views.geometry import crop_iou
 
 LOG_FORMAT = 1
@@ -123,7 +123,7 @@ def read_selection_log(run_dir: Path) -> SelectionLog:
         raise DataError(f"{run_dir} is not a folder; expected the folder of a run, such as runs/<name>")
     layouts: dict[tuple[int, bytes], list[SelectionLog]] = {}
     seen = np.zeros(0, np.int64)
-    for path in sorted((run_dir / FOLDER).glob("part-*.parquet")):
+    for path in selection_files(run_dir):
         part = _read_part(path)
         if part is not None:
             fresh = part.take(np.flatnonzero(~np.isin(part["step"], seen)))
@@ -131,7 +131,7 @@ def read_selection_log(run_dir: Path) -> SelectionLog:
             layouts.setdefault((part.num_views, part.pairs.tobytes()), []).append(fresh)
     if not layouts:
         raise DataError(
-            f"{run_dir} has no selection log ({FOLDER}/part-*.parquet): the run chose nothing (selection.rule=first), "
+            f"{run_dir} has no selection log (log/*/selection-*.parquet): the run chose nothing (selection.rule=first), "
             "or tracking.selection_images_per_epoch is 0, or the run has not reached its first logged step. Train with "
             "another rule and with tracking.selection_images_per_epoch above 0"
         )

@@ -1,45 +1,45 @@
-"""MLflow, fed from the journal by one background thread: training never waits for it, and no step stands twice.
+"""MLflow, fed from the run's log by one background thread: training never waits for it, and each step arrives once.
 
-The thread reads what is new in `metrics.jsonl`, sends it in batches, and continues after an outage. After every failure it
-looks the run up again, because somebody may have deleted it in MLflow's page; then it makes a new one and sends everything.
-What is not sent when the run ends (`finish` waits a while) is sent by `catch_up`, when the run is started again by its name.
-`mlflow.json` in the run's folder says what MLflow shall know of the run, the ids that it has there, and whether everything
-arrived.
+The thread reads new records of metrics and evaluations, sends them in batches, and continues after an outage. After every
+failure it looks the run up again, because a user may have deleted it in MLflow's page. It then creates a new run and sends
+everything. The server knows the last step that it has, so records that a resume writes again are not sent again.
+
+`finish` waits a limited time for the rest. `catch_up` sends what is still missing, when the run is started again by its name.
+`mlflow.json` in the run's folder is the feed's state, replaced as a whole: the description of the run, its ids in MLflow, and
+whether everything arrived.
 """
 
+import itertools
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hvp_ray.tracking.journal import read_journal_from
+from hvp_ray.errors import first_line
+from hvp_ray.files import write_file
 from hvp_ray.tracking.mlflow_store import StoreError, prepare_store
+from hvp_ray.tracking.run_log import EVALUATIONS, METRICS, START, Position, read_records_after
 
 logger = logging.getLogger(__name__)
 
 _MAX_METRICS_PER_CALL = 1000
 _MAX_PARAMS_PER_CALL = 100
 _MAX_PARAM_LENGTH = 6000
+_MAX_FAILURE_LENGTH = 300
 _PAUSE_SECONDS = 2.0
 _BUSY_STATUS = (408, 429)
 """HTTP: timeout, too many requests."""
 STATE_FILE = "mlflow.json"
-_GROUP_TAG = "trained_views"
-"""Runs are grouped by this copy of the tag `arm`: MLflow's page derives a group's colour from key and value, and under `arm`
-hard and random views would have the same one."""
-
-SHARED_VIEW_TAG = "mlflow.sharedViewState."
-"""An experiment tag of this name and a key holds the state of MLflow's page that `?viewStateShareKey=<key>` opens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlflowRun:
-    """What is said about a run when it is made."""
+    """The description that MLflow gets of a run."""
 
     uri: str
     experiment: str
@@ -65,7 +65,7 @@ def quiet_mlflow() -> None:
 
 
 class MlflowFeed:
-    """See the module. Made and closed by rank 0."""
+    """Sends a run's log to MLflow; made and finished by rank 0."""
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class MlflowFeed:
         keep_state: Callable[[], None] = lambda: None,
         watches_system: bool = True,
     ) -> None:
-        """Start.
+        """Start the thread.
 
         Args:
-            run: what is said about it.
-            run_dir: has the journals.
+            run: description of the run.
+            run_dir: has the log.
             keep_state: called by the thread when `mlflow.json` has the ids of a new MLflow run.
-            watches_system: log load and memory of this machine: where the run is trained.
+            watches_system: send load and memory of this machine, because the run trains on it.
         """
         self._run = run
         self._watches_system = watches_system
@@ -91,11 +91,8 @@ class MlflowFeed:
         same_server = known.get("run", {}).get("uri") == run.uri
         ids: dict[str, Any] = {name: known[name] for name in ("run_id", "experiment_id", "described") if name in known}
         self._state: dict[str, Any] = {"run": asdict(run), **(ids if same_server else {}), "complete": False}
-        _write_state(self._state_path, self._state)
-        self._journals = [
-            _JournalPosition(run_dir / "metrics.jsonl", "train/loss"),
-            _JournalPosition(run_dir / "evaluations.jsonl", "eval/knn_top1"),
-        ]
+        self._note()
+        self._cursors = [_Cursor(run_dir, METRICS, "train/loss"), _Cursor(run_dir, EVALUATIONS, "eval/knn_top1")]
         self._wake = threading.Event()
         self._closing = False
         self._deadline = float("inf")
@@ -115,28 +112,28 @@ class MlflowFeed:
     def finish(
         self, *, status: str, artifacts: list[Path], values: dict[str, float], timeout_seconds: float = 120.0
     ) -> bool:
-        """Send the rest, the final values and artifacts, and end the MLflow run; tell whether all of it arrived."""
+        """Send the rest, the final values and artifacts, and end the MLflow run; return whether all of it arrived."""
         self._artifacts = artifacts
         self._final = {"status": status, "values": values, "time_ms": int(time.time() * 1000)}
         self._deadline = time.monotonic() + timeout_seconds
         self._closing = True
         self._wake.set()
         if self.is_away:
-            logger.warning("MLflow at %s is away; it is waited for, %g s at most", self._run.uri, timeout_seconds)
+            logger.warning("MLflow at %s is unreachable; waiting at most %g s", self._run.uri, timeout_seconds)
         self._thread.join(timeout=timeout_seconds)
         done = not self._thread.is_alive() and self._final is None
         if not done:
             logger.warning(
-                "MLflow at %s did not receive everything (%s); %s has it. Start the run again by its name to send it",
+                "MLflow at %s did not receive everything (%s). The log of the run has it; start the run again by its name to "
+                "send it",
                 self._run.uri,
                 self._failure,
-                self._journals[0].path,
             )
         return done
 
     def numbers(self) -> dict[str, float]:
-        """Return what `stream.metrics` publishes of this feed; one thread may ask."""
-        waiting = sum(journal.num_waiting() for journal in self._journals)
+        """Return what `stream.metrics` publishes of this feed; one thread may call this."""
+        waiting = sum(cursor.num_waiting() for cursor in self._cursors)
         return {"hvp_ray_mlflow_backlog_records": float(waiting), "hvp_ray_mlflow_outage": float(self.is_away)}
 
     def _work(self) -> None:
@@ -145,8 +142,8 @@ class MlflowFeed:
             try:
                 if self._client is None:
                     self._open()
-                for journal in self._journals:
-                    self._send_new_records(journal)
+                for cursor in self._cursors:
+                    self._send_new_records(cursor)
                 self._watch_system()
                 if self._closing:
                     self._send_final()
@@ -154,12 +151,14 @@ class MlflowFeed:
                     return
                 self.is_away = False
                 self._num_refusals = 0
-            except Exception as error:  # noqa: BLE001 (whatever the server or the network does, training goes on)
+            except Exception as error:  # noqa: BLE001 (training continues, whatever fails in MLflow)
                 self._client = None  # what the server had before the failure may be gone
-                self._failure = _line(error)
+                self._failure = f"{type(error).__name__}: {first_line(error)}"[:_MAX_FAILURE_LENGTH]
                 self._num_refusals = self._num_refusals + 1 if _is_refusal(error) else 0
                 if not self.is_away:
-                    logger.warning("MLflow at %s: %s; kept in the journal, tried again", self._run.uri, self._failure)
+                    logger.warning(
+                        "MLflow at %s: %s; its records stay in the log, retrying", self._run.uri, self._failure
+                    )
                 self.is_away = True
                 is_final = time.monotonic() >= self._deadline or self._num_refusals > 1
                 if self._closing and is_final:
@@ -179,14 +178,14 @@ class MlflowFeed:
             experiment_id = open_experiment(client, self._run.experiment, self._run.artifact_root)
             run = client.create_run(experiment_id, run_name=self._run.run_name, tags=self._run.tags)
             run_id = run.info.run_id
-            # Kept at once: whatever fails from here on, there is no second run.
+            # Written at once, so that a failure from here on leads to no second run.
             self._note(run_id=run_id, experiment_id=experiment_id, described=False)
-            for journal in self._journals:
-                journal.offset, journal.sent_step = 0, -1
+            for cursor in self._cursors:
+                cursor.position, cursor.num_sent, cursor.sent_step = START, 0, -1
         else:
-            for journal in self._journals:
-                history = client.get_metric_history(run_id, journal.key)
-                journal.sent_step = max((metric.step for metric in history), default=-1)
+            for cursor in self._cursors:
+                history = client.get_metric_history(run_id, cursor.key)
+                cursor.sent_step = max((metric.step for metric in history), default=-1)
             client.update_run(run_id, status="RUNNING")
         if not self._state.get("described", True):
             self._keep_state()
@@ -200,10 +199,10 @@ class MlflowFeed:
 
     def _note(self, **facts: Any) -> None:
         self._state |= facts
-        _write_state(self._state_path, self._state)
+        _write_json(self._state_path, self._state)
 
     def _describe(self, client: Any, run_id: str) -> None:
-        """Send what is said about the run; doing it twice does no harm."""
+        """Send the description of the run; sending it twice is harmless."""
         from mlflow.entities import Dataset as MlflowDataset
         from mlflow.entities import DatasetInput, InputTag, Param
 
@@ -220,7 +219,7 @@ class MlflowFeed:
         client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
     def _watch_system(self) -> None:
-        """Start MLflow's monitor, again where an outage has ended it; it goes on behind the last step that it logged."""
+        """Start MLflow's monitor, or restart it after an outage; it continues after the last step that it logged."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         if not self._watches_system or self._closing:
@@ -228,7 +227,7 @@ class MlflowFeed:
         if self._monitor is not None:
             if self._monitor._process is not None and self._monitor._process.is_alive():
                 return
-            self._client.get_run(self.run_id)  # raises while the server is away: the monitor would begin at step 0 then
+            self._client.get_run(self.run_id)  # raises during an outage, in which the monitor would begin at step 0
             self._monitor.finish()  # sends what it has left
         self._monitor = SystemMetricsMonitor(
             self.run_id,
@@ -239,28 +238,29 @@ class MlflowFeed:
         )
         self._monitor.start()
 
-    def _send_new_records(self, journal: "_JournalPosition") -> None:
-        """Send what the journal has behind the last position, whole steps at a time; a failed call is sent again."""
+    def _send_new_records(self, cursor: "_Cursor") -> None:
+        """Send the records after the cursor, whole steps at a time; a failed call is retried from there."""
         from mlflow.entities import Metric
 
         pending: list[Metric] = []
-        offset = journal.offset
-        for end, record in read_journal_from(journal.path, journal.offset):
+        position, num_read = cursor.position, 0
+        for after, record in read_records_after(cursor.run_dir, cursor.name, cursor.position):
             step, milliseconds = record["step"], int(record["time"] * 1000)
             metrics = [Metric(key, value, milliseconds, step) for key, value in record["metrics"].items()]
-            if step > journal.sent_step:
+            if step > cursor.sent_step:
                 if len(pending) + len(metrics) > _MAX_METRICS_PER_CALL:
-                    self._send(journal, pending, offset)
-                    pending = []
+                    self._send(cursor, pending, position, num_read)
+                    pending, num_read = [], 0
                 pending += metrics
-            offset = end
-        self._send(journal, pending, offset)
+            position, num_read = after, num_read + 1
+        self._send(cursor, pending, position, num_read)
 
-    def _send(self, journal: "_JournalPosition", metrics: list[Any], offset: int) -> None:
+    def _send(self, cursor: "_Cursor", metrics: list[Any], position: Position, num_records: int) -> None:
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
-            journal.sent_step = metrics[-1].step
-        journal.offset = offset
+            cursor.sent_step = metrics[-1].step
+        cursor.position = position
+        cursor.num_sent += num_records
 
     def _send_final(self) -> None:
         assert self._final is not None
@@ -272,7 +272,7 @@ class MlflowFeed:
         metrics = [Metric(key, value, self._final["time_ms"], 0) for key, value in self._final["values"].items()]
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
-            self._final["values"] = {}  # sent: what fails below is tried again without them
+            self._final["values"] = {}  # sent; a retry after a failure below goes without them
         while self._artifacts:
             path = self._artifacts[0]
             folder = "figures" if path.suffix == ".png" else None
@@ -284,7 +284,7 @@ class MlflowFeed:
 
 
 def final_values(summary: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a summary under the names that they have in MLflow."""
+    """Return the metrics of a summary under their names in MLflow."""
     return {
         f"summary/{name}": float(value)
         for name, value in summary.items()
@@ -304,7 +304,7 @@ def lacks_records(run_dir: Path) -> bool:
 
 
 def catch_up(run_dir: Path) -> dict[str, Any] | None:
-    """Send what MLflow lacks of an ended run; return the summary with MLflow's ids, or None: it is still away."""
+    """Send what MLflow lacks of an ended run; return the summary with MLflow's ids, or None: it is still unreachable."""
     run = MlflowRun(**_read_state(run_dir)["run"])
     path = run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text())
@@ -312,7 +312,7 @@ def catch_up(run_dir: Path) -> dict[str, Any] | None:
     if not feed.finish(status="FINISHED", artifacts=final_artifacts(run_dir), values=final_values(summary)):
         return None
     summary |= {"mlflow_run_id": feed.run_id, "mlflow_experiment_id": feed.experiment_id}
-    _write_state(path, summary)
+    _write_json(path, summary)
     return summary
 
 
@@ -330,7 +330,7 @@ def _experiment_of(client: Any, run_id: str) -> str | None:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """Tell whether an error is an answer that waiting does not change."""
+    """Tell whether an error is an answer that a retry does not change."""
     if isinstance(error, StoreError):
         return True
     status_of = getattr(error, "get_http_status_code", None)  # MLflow's errors have one; its import may be what failed
@@ -342,120 +342,46 @@ def _read_state(run_dir: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _write_state(path: Path, state: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(state, indent=1) + "\n")
-    os.replace(temporary, path)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_file(str(path), (json.dumps(content, indent=1) + "\n").encode())
 
 
 @dataclass(slots=True)
-class _JournalPosition:
-    """How far a journal was sent."""
+class _Cursor:
+    """How far one kind of records was sent."""
 
-    path: Path
+    run_dir: Path
+    name: str
     key: str
-    """A value that every record has."""
-    offset: int = 0
-    """Bytes before this were sent."""
+    """A metric that every record has."""
+    position: Position = START
+    num_sent: int = 0
+    """Records before `position`."""
     sent_step: int = -1
-    _counted: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(bytes looked at, lines in them): of all that was written, and of what was sent."""
+    _seen: Position = START
+    _num_seen: int = 0
 
     def num_waiting(self) -> int:
-        """Return how many records are not sent; reads only what is new since the last call."""
-        sent = self._num_lines("sent", self.offset)
-        size = self.path.stat().st_size if self.path.exists() else 0
-        return max(self._num_lines("written", size) - sent, 0)
-
-    def _num_lines(self, what: str, end: int) -> int:
-        start, lines = self._counted.get(what, (0, 0))
-        if end > start:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                lines += file.read(end - start).count(b"\n")
-            self._counted[what] = (end, lines)
-        return lines
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedReport:
-    """A comparison's report as MLflow shall have it."""
-
-    uri: str
-    experiment: str
-    artifact_root: str | None
-    run_name: str
-    comparison: str
-    text: str
-    """Description of the run, and of the experiment."""
-    metrics: dict[str, float]
-    artifacts: tuple[Path, ...]
-    figures: tuple[Path, ...]
-
-
-def publish(report: PublishedReport) -> str | None:
-    """Log a report as a run of its own, once for each comparison; return the experiment's id, or None without an answer."""
-    quiet_mlflow()
-    try:
-        return _publish(report)
-    except Exception as error:  # noqa: BLE001 (the report is on disk; a server may be away)
-        logger.warning("MLflow at %s: %s; the report is not published there", report.uri, _line(error))
-        return None
-
-
-def _publish(report: PublishedReport) -> str:
-    import mlflow
-
-    prepare_store(report.uri)
-    client = mlflow.MlflowClient(tracking_uri=report.uri)
-    experiment_id = open_experiment(client, report.experiment, report.artifact_root)
-    wanted = f"tags.comparison = '{report.comparison}' and tags.arm = 'report'"
-    found = client.search_runs([experiment_id], filter_string=wanted, max_results=1)
-    tags = {"comparison": report.comparison, "arm": "report"}
-    run = found[0] if found else client.create_run(experiment_id, run_name=report.run_name, tags=tags)
-    run_id = run.info.run_id
-    client.set_tag(run_id, "mlflow.note.content", report.text)
-    for name, value in report.metrics.items():
-        client.log_metric(run_id, name, value)
-    for path in report.artifacts:
-        client.log_artifact(run_id, str(path))
-    for path in report.figures:
-        client.log_artifact(run_id, str(path), artifact_path="figures")
-    client.set_terminated(run_id)
-    for member in client.search_runs([experiment_id], filter_string=f"tags.comparison = '{report.comparison}'"):
-        client.set_tag(member.info.run_id, _GROUP_TAG, member.data.tags["arm"])
-    client.set_experiment_tag(experiment_id, SHARED_VIEW_TAG + report.comparison, json.dumps(_shared_view(report)))
-    client.set_experiment_tag(experiment_id, "mlflow.note.content", f"{report.comparison}: {report.text}")
-    return str(experiment_id)
-
-
-def _shared_view(report: PublishedReport) -> dict[str, Any]:
-    """Return the state in which MLflow's page shows a comparison: its runs only, one mean curve for each arm."""
-    return {
-        "searchFilter": f"tags.comparison = '{report.comparison}' and tags.arm != 'report'",
-        "groupBy": {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": _GROUP_TAG}]},
-        "useGroupedValuesInCharts": True,
-        "runsHiddenMode": "SHOWALL",
-        "hideEmptyCharts": True,
-    }
+        """Return how many records are not sent; reads only those that are new since the last call."""
+        for position, _ in read_records_after(self.run_dir, self.name, self._seen):
+            self._seen = position
+            self._num_seen += 1
+        return max(self._num_seen - self.num_sent, 0)
 
 
 def open_experiment(client: Any, name: str, artifact_root: str | None) -> str:
-    """Return the id of an experiment, which is made if it does not exist.
+    """Return the id of an experiment; create it if it does not exist.
 
-    MLflow keeps the name of a deleted experiment until it is removed for good. Records then go to `<name>-2`, and so on.
+    MLflow reserves the name of a deleted experiment until `mlflow gc`. Records then go to `<name>-2`, and so on.
     """
-    number, wanted = 1, name
-    experiment = client.get_experiment_by_name(name)
-    while experiment is not None and experiment.lifecycle_stage != "active":
-        number += 1
-        wanted = f"{name}-{number}"
+    from mlflow.exceptions import MlflowException
+
+    for number in itertools.count(1):
+        wanted = name if number == 1 else f"{name}-{number}"
         experiment = client.get_experiment_by_name(wanted)
-    if number > 1:
+        if experiment is None or experiment.lifecycle_stage == "active":
+            break
+    if wanted != name:
         logger.warning(
             "MLflow's experiment %r was deleted; records go to %r. To use %r again, restore it in MLflow or remove it with "
             "`mlflow gc`",
@@ -463,17 +389,12 @@ def open_experiment(client: Any, name: str, artifact_root: str | None) -> str:
             wanted,
             name,
         )
-    return _make_experiment(client, wanted, artifact_root) if experiment is None else str(experiment.experiment_id)
-
-
-def _make_experiment(client: Any, name: str, artifact_root: str | None) -> str:
-    from mlflow.exceptions import MlflowException
-
-    kind = {"mlflow.experimentKind": "custom_model_development"}
-    try:
-        return str(client.create_experiment(name, artifact_location=artifact_root, tags=kind))
-    except MlflowException as error:
-        made = client.get_experiment_by_name(name) if error.error_code == "RESOURCE_ALREADY_EXISTS" else None
-        if made is None:
-            raise
-        return str(made.experiment_id)  # another run has just made it
+    if experiment is None:
+        kind = {"mlflow.experimentKind": "custom_model_development"}
+        try:
+            return str(client.create_experiment(wanted, artifact_location=artifact_root, tags=kind))
+        except MlflowException:
+            experiment = client.get_experiment_by_name(wanted)  # another run may just have created it
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)

@@ -1,8 +1,8 @@
-"""MLflow's SQLite store: its URI, and how it is made, migrated and repaired. Called before MLflow opens it.
+"""MLflow's SQLite store: its URI, and how it is created, migrated and repaired before MLflow opens it.
 
 MLflow migrates a new file in about fifty steps. A process that is killed between two of them leaves a file that MLflow never
 opens again. Here the migration happens in a file beside the store, which replaces the store when it is complete. A lock that
-ends with its process keeps other processes out. Nothing is deleted: what a new file replaces is renamed.
+is released when its process ends keeps other processes out. A replaced file is renamed, never deleted.
 """
 
 import fcntl
@@ -19,19 +19,19 @@ from hvp_ray.errors import HvpRayError, first_line
 logger = logging.getLogger(__name__)
 
 _SIDECARS = ("-journal", "-wal", "-shm")
-"""Files of SQLite beside a database. They are moved before it: a journal must never meet another database."""
+"""Files of SQLite beside a database. They are moved first, because SQLite would apply a journal to another database."""
 
 _LOCKED_SECONDS = 20.0
 _DISK_FAILURES = ("disk is full", "disk I/O error", "No space left")
 
 
 class StoreError(HvpRayError):
-    """The store cannot be used, and waiting does not change that."""
+    """The store cannot be used, and retries do not help."""
 
 
 def store_uri(path: Path) -> str:
     """Return the tracking URI of a SQLite file, by its absolute path."""
-    quoted = str(path).replace("%", "%25").replace("?", "%3F")  # all that SQLAlchemy reads otherwise in a database
+    quoted = str(path).replace("%", "%25").replace("?", "%3F")  # the characters that SQLAlchemy interprets in a path
     # MLflow creates the folder after `sqlite:///` without unquoting it. After `sqlite+pysqlite:///` it creates none.
     driver = "sqlite" if quoted == str(path) else "sqlite+pysqlite"
     return f"{driver}:///{quoted}"
@@ -58,7 +58,7 @@ def ui_command(uri: str) -> str:
 
 
 def prepare_store(uri: str) -> None:
-    """Make the SQLite file of a store, migrate that of an older MLflow, or replace one that cannot be opened.
+    """Create the SQLite file of a store, migrate that of an older MLflow, or replace one that cannot be opened.
 
     A file that cannot be migrated is renamed to `<name>.broken-<n>`, one that was migrated to `<name>.old-<n>`. Stores of
     other kinds are left to MLflow.
@@ -78,7 +78,7 @@ def prepare_store(uri: str) -> None:
     with _locked(path.with_name(f".{path.name}.lock")):
         version = _read_version(path)
         if version == head:
-            return  # another process has just made it
+            return  # another process has just created it
         if version is not None and version not in known:
             raise StoreError(
                 f"{path} was written by a newer MLflow (schema {version}; this one knows {head}). Update MLflow, or give "
@@ -111,7 +111,7 @@ def _schema_versions() -> tuple[str | None, set[str]]:
 
 
 def _read_version(path: Path) -> str | None:
-    """Return the schema that a file says it has; None: no file, no database, or its migration never ended."""
+    """Return the schema recorded in a file; None: no file, no database, or its migration never ended."""
     if not path.is_file() or not path.stat().st_size:
         return None
     try:
@@ -127,10 +127,10 @@ def _read_version(path: Path) -> str | None:
 
 
 def _migrate_copy(path: Path, new: Path) -> str | None:
-    """Copy a store and migrate the copy; return what is wrong with the store, or None.
+    """Copy a store and migrate the copy; return why the store is broken, or None.
 
     Raises:
-        Exception: the disk failed, which says nothing about the store.
+        Exception: the disk failed; the store may be intact.
     """
     if not path.is_file() or not path.stat().st_size:
         return "it is empty"
@@ -146,14 +146,14 @@ def _migrate_copy(path: Path, new: Path) -> str | None:
 
 
 def _migrate(path: Path) -> None:
-    """Bring a file to the schema of this MLflow, from nothing or from an older one."""
+    """Migrate a new or older file to the schema of this MLflow."""
     import mlflow.db
 
     mlflow.db.upgrade.callback(store_uri(path))  # `mlflow db upgrade`
 
 
 def _move_away(path: Path, why: str) -> Path | None:
-    """Rename a store and what SQLite has beside it; return its new path, or None: it was empty."""
+    """Rename a store and its sidecar files; return its new path, or None: it was empty."""
     is_empty = not path.is_file() or not path.stat().st_size
     number = 1
     while path.with_name(f"{path.name}.{why}-{number}").exists():

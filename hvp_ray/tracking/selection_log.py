@@ -1,7 +1,7 @@
-"""What was chosen, image by image: plans, scores and choices of some steps, as Parquet in a run's folder.
+"""The choice made for each image: plans, scores and chosen pairs of some steps, as Parquet in the run's log.
 
-`<run>/selection/part-<first step>-<last step>.parquet` has a row for each image. A resumed run drops the rows of the steps
-that it does again. Read by `logged_pairs.py`.
+`selection-<last step>.parquet` in a segment of the log (`run_log.py`) has a row for each image. `logged_pairs.py` reads
+the files that `selection_files` lists.
 """
 
 import json
@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 
 from hvp_ray.config import RunConfig
 from hvp_ray.records import ViewBatch, per_view_types
+from hvp_ray.tracking.run_log import RunLog, live_files
 
-FOLDER = "selection"
 METADATA_KEY = b"hvp_ray"
 PLAN_COLUMNS: dict[str, pa.DataType] = {name: pa.from_numpy_dtype(dtype) for name, dtype in per_view_types().items()}
 """Fields of `ViewPlan`, a list over the views for each image."""
@@ -29,10 +28,8 @@ _ROWS_PER_PART = 20_000
 class SelectionLogWriter:
     """Writes the log of one run, on rank 0."""
 
-    def __init__(
-        self, run_dir: Path, config: RunConfig, *, run_name: str, steps_per_epoch: int, first_step: int
-    ) -> None:
-        self._folder = run_dir / FOLDER
+    def __init__(self, log: RunLog, config: RunConfig, *, run_name: str, steps_per_epoch: int) -> None:
+        self._log = log
         self._config = config
         hard_steps = max(1, steps_per_epoch // config.selection.every)
         logged_steps = math.ceil(config.tracking.selection_images_per_epoch / config.images_per_rank)
@@ -46,11 +43,10 @@ class SelectionLogWriter:
             "seed": config.run.seed,
         }
         self._tables: list[pa.Table] = []
-        self._steps: list[int] = []
-        _drop_steps_behind(self._folder, first_step)
+        self._last_step = 0
 
     def wants(self, steps_done: int) -> bool:
-        """Tell whether the choices of this step are written down."""
+        """Tell whether the choices of this step are logged."""
         step, every = steps_done - 1, self._config.selection.every
         return self._stride > 0 and step % every == 0 and (step // every) % self._stride == 0
 
@@ -89,39 +85,27 @@ class SelectionLogWriter:
         if self._tables and self._tables[-1].schema.metadata != metadata:
             self.flush()
         self._tables.append(table)
-        self._steps.append(steps_done)
+        self._last_step = steps_done
         if sum(map(len, self._tables)) >= _ROWS_PER_PART:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was taken; called before a checkpoint, so that no step in front of it is missing."""
+        """Write the choices since the last call into the open segment; called before a checkpoint closes it."""
         if not self._tables:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"part-{self._steps[0]:08d}-{self._steps[-1]:08d}.parquet"
-        _write(self._folder / name, pa.concat_tables(self._tables))
-        self._tables, self._steps = [], []
+        path = self._log.segment / f"selection-{self._last_step:08d}.parquet"
+        temporary = path.with_name(path.name + ".part")
+        pq.write_table(pa.concat_tables(self._tables), temporary, compression="zstd")
+        os.replace(temporary, path)
+        self._tables = []
+
+
+def selection_files(run_dir: Path) -> list[Path]:
+    """Return the files of a run's selection log, without those that a resume dropped."""
+    return live_files(run_dir, "selection-*.parquet")
 
 
 def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
     """Return [N, K] as N lists of K."""
     offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32) * values.shape[1])
     return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1), kind))
-
-
-def _drop_steps_behind(folder: Path, last_step: int) -> None:
-    for path in sorted(folder.glob("part-*.parquet")):
-        first, last = map(int, path.stem.split("-")[1:])
-        if last <= last_step:
-            continue
-        if first <= last_step:
-            table = pq.read_table(path)
-            kept = table.filter(pc.less_equal(table["step"], last_step))
-            _write(folder / f"part-{first:08d}-{last_step:08d}.parquet", kept)
-        path.unlink()
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    temporary = path.with_name(path.name + ".part")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)

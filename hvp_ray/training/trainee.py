@@ -54,7 +54,7 @@ class Checkpoint:
 def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     """Build the method with the initial weights of this run, equal on every rank and at any later time.
 
-    `training.initial_weights` must be a path on this machine; `runs.storage.with_local_weights` downloads a URI.
+    `training.initial_weights` must be a path on this machine; `local_cache.with_local_weights` downloads a URI.
 
     Raises:
         CheckpointError: the initial weights are missing or fit another network.

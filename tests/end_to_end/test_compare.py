@@ -123,7 +123,7 @@ def test_compare_killed_and_started_again_gives_the_report_of_an_undisturbed_one
     """Programs with a Ray of their own, because Ray ends with its driver."""
 
     def trains_the_last_arm() -> bool:
-        journals = (tmp_path / "killed").glob("c-vanilla-long-*/metrics.jsonl")
+        journals = (tmp_path / "killed").glob("c-vanilla-long-*/log/*/metrics.jsonl")
         return any(path.stat().st_size >= 2000 for path in journals)
 
     words = [*_options(tmp_path / "killed"), *THREE_ARMS]

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from hvp_ray.tracking.journal import Journal, read_journal
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, catch_up, lacks_records, quiet_mlflow
+from hvp_ray.tracking.run_log import METRICS, RunLog, read_records
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.long
@@ -91,7 +91,7 @@ class Trainer(threading.Thread):
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(daemon=True)
-        self._journal = Journal(run_dir / "metrics.jsonl")
+        self._log = RunLog(run_dir)
         self._ended = threading.Event()
         self.slowest_seconds = 0.0
         self.steps = 0
@@ -101,7 +101,7 @@ class Trainer(threading.Thread):
             start = time.thread_time()
             self.steps += 1
             metrics = {"train/loss": 1.0 / self.steps, "perf/wait_seconds": 0.0}
-            self._journal.write({"step": self.steps, "time": time.time(), "metrics": metrics})
+            self._log.write(METRICS, {"step": self.steps, "time": time.time(), "metrics": metrics})
             self.slowest_seconds = max(self.slowest_seconds, time.thread_time() - start)
 
     def wait_for_steps(self, num_steps: int) -> None:
@@ -153,7 +153,7 @@ def test_server_dies_comes_back_and_hangs_and_mlflow_ends_with_every_step(server
     client = mlflow.MlflowClient(server.uri)
     for key in ("train/loss", "perf/wait_seconds"):
         points = [(metric.step, metric.value) for metric in client.get_metric_history(summary["mlflow_run_id"], key)]
-        assert points == [(r["step"], r["metrics"][key]) for r in read_journal(tmp_path / "metrics.jsonl")]
+        assert points == [(r["step"], r["metrics"][key]) for r in read_records(tmp_path, METRICS)]
     assert client.get_run(summary["mlflow_run_id"]).info.status == "FINISHED"
     assert client.get_run(summary["mlflow_run_id"]).data.metrics["summary/knn_top1"] == 0.5
 

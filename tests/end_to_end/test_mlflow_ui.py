@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.tracking.mlflow import PublishedReport, publish, quiet_mlflow
+from hvp_ray.tracking.mlflow import quiet_mlflow
+from hvp_ray.tracking.mlflow_report import PublishedReport, publish
 from tests.end_to_end.browser import CHROMIUM, Browser
 from tests.helpers import tiny_config
 from tests.waiting import wait_until

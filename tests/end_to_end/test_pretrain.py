@@ -22,8 +22,8 @@ from hvp_ray.launch.driver import Watchers
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.recipes import get_recipe
-from hvp_ray.tracking.journal import read_journal
 from hvp_ray.tracking.logged_pairs import read_selection_log
+from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps
@@ -99,7 +99,7 @@ def _check_equal_to_inline(run_dir: Path, inline: Path) -> None:
     assert digests[0] == digests[1] == digest_from_checkpoint(run_dir)
     assert recorded_steps(run_dir) == list(range(1, 21))
     curve, inline_curve = (
-        [(record["step"], record["metrics"]) for record in read_journal(folder / "evaluations.jsonl")]
+        [(record["step"], record["metrics"]) for record in read_records(folder, EVALUATIONS)]
         for folder in (run_dir, inline)
     )
     assert curve == inline_curve
@@ -280,7 +280,7 @@ def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path
     assert summary is not None
     assert summary["num_unreadable_images"] == 4
     assert summary["num_steps"] == 3 * (71 // 16)
-    lines = (tmp_path / "odd" / "unreadable-rank-0.jsonl").read_text()
+    lines = "".join(path.read_text() for path in (tmp_path / "odd" / "log").glob("*/unreadable-rank-0.jsonl"))
     for reason in ("0 bytes", "not an image", "data.max_image_pixels", "cannot be decoded"):
         assert reason in lines
     assert summary["knn_top1"] is None  # nothing was held out

@@ -13,6 +13,7 @@ import psutil
 from hvp_ray.config import RunConfig
 from hvp_ray.launch.driver import Watchers, launch
 from hvp_ray.runs.checkpoint import CheckpointStore, weights_digest
+from hvp_ray.tracking.run_log import ATTEMPTS, METRICS, read_records
 
 
 def launch_quietly(config: RunConfig, messages: list[str] | None = None) -> dict[str, Any]:
@@ -34,20 +35,16 @@ def digest_from_checkpoint(run_dir: Path) -> str:
 
 def recorded_steps(run_dir: Path) -> list[int]:
     """Return the steps in the journal."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line)["step"] for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [record["step"] for record in read_records(run_dir, METRICS)]
 
 
-def _bytes_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
+def _bytes_of(run_dir: Path) -> int:
+    return sum(path.stat().st_size for path in run_dir.glob("log/*/metrics.jsonl"))
 
 
 def attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of each start and resume of the run."""
-    path = run_dir / "attempts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Return when and where the run was started and resumed."""
+    return list(read_records(run_dir, ATTEMPTS, dropped=True))
 
 
 def processes_titled(text: str) -> list[psutil.Process]:
@@ -79,8 +76,8 @@ class AtStep(threading.Thread):
             size = -1
             while not self._ended.is_set():
                 time.sleep(0.002)
-                if size == (size := _bytes_of(self._run_dir / "metrics.jsonl")):
-                    continue  # parsing it at every poll would take a core from the run
+                if size == (size := _bytes_of(self._run_dir)):
+                    continue  # reading it all the time would take a core from the run
                 steps = recorded_steps(self._run_dir)
                 started_again = not self.fired or len(attempts(self._run_dir)) > len(self.fired)
                 if started_again and steps and steps[-1] >= step:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.run_log import METRICS, read_records
 from tests.ray.elastic_run import NUM_STEPS, elastic_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
@@ -28,7 +28,7 @@ def test_trainers_become_fewer_and_more_and_every_step_is_done_once(tmp_path: Pa
     assert "error" not in result, result
     assert [attempt["num_trainers"] for attempt in result["attempts"]] == [2, 1, 2]
     assert all(attempt["step"] % 20 == 0 for attempt in result["attempts"])
-    records = list(read_journal(tmp_path / "elastic" / "metrics.jsonl"))
+    records = list(read_records(tmp_path / "elastic", METRICS))
     assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
 
     num_compared = min(result["attempts"][-1]["step"] + 20, 150)
@@ -40,7 +40,7 @@ def test_trainers_become_fewer_and_more_and_every_step_is_done_once(tmp_path: Pa
         cluster=dataclasses.replace(config.cluster, num_trainers=1, min_trainers=None),
     )
     assert pretrain_in_process(alone) is not None
-    expected = [r["metrics"]["train/loss"] for r in read_journal(tmp_path / "alone" / "metrics.jsonl")]
+    expected = [r["metrics"]["train/loss"] for r in read_records(tmp_path / "alone", METRICS)]
     losses = [record["metrics"]["train/loss"] for record in records[:num_compared]]
     difference = np.abs(np.array(losses) - expected).max()
     assert difference < 0.25 * np.std(expected), difference  # other images differ by about one standard deviation

@@ -26,7 +26,8 @@ from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.run_log import EVALUATIONS, read_records
+from hvp_ray.tracking.selection_log import selection_files
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_parquet
 
@@ -227,8 +228,8 @@ def _reported(folder: Path) -> dict[str, Any]:
     """What a comparison's report has of a run: metrics, the points of the curve that all of them have, choices."""
     summary = json.loads((folder / "summary.json").read_text())
     measured = ("knn", "num_steps", "num_epochs", "images_seen", "loss", "chosen", "other", "num_collapse")
-    curve = {record["step"]: record["metrics"] for record in read_journal(folder / "evaluations.jsonl")}
-    choices = pq.read_table(folder / "selection").sort_by([("step", "ascending"), ("sample_id", "ascending")])
+    curve = {record["step"]: record["metrics"] for record in read_records(folder, EVALUATIONS)}
+    choices = pq.read_table(selection_files(folder)).sort_by([("step", "ascending"), ("sample_id", "ascending")])
     return {
         "summary": {name: value for name, value in summary.items() if name.startswith(measured)},
         "curve": [curve[step] for step in (0, 12)],

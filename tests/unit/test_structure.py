@@ -20,7 +20,7 @@ MAY_IMPORT = {
         "comparison/runner.py",
     ),
     "nvidia": ("views/render_dali.py",),
-    "mlflow": ("tracking/mlflow.py", "tracking/mlflow_store.py"),
+    "mlflow": ("tracking/mlflow.py", "tracking/mlflow_report.py", "tracking/mlflow_store.py"),
     "torch.distributed": ("distributed/", "launch/local.py"),
 }
 LEVELS = [
@@ -28,6 +28,7 @@ LEVELS = [
     ("randomness.py", "credentials.py"),
     ("files.py",),
     ("config/",),
+    ("local_cache.py",),
     ("records.py", "identity.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
     ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),

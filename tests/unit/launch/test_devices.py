@@ -10,6 +10,7 @@ from hvp_ray.config import config_to_dict
 from hvp_ray.distributed.world import World
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.runs import recorder
+from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.online_knn import AnswerAtHand
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import Progress
@@ -59,15 +60,10 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
 
-    summary = train_rank(
-        prepare_run(config, renderer="cpu", device=device.type),
-        World(),
-        device,
-        open_stream=open_stream,
-        report_progress=report,
-        ask_knn=lambda _: AnswerAtHand({}),
-        cluster_facts=dict,
+    services = RankServices(
+        open_stream=open_stream, report_progress=report, ask_knn=lambda _: AnswerAtHand({}), cluster_facts=dict
     )
+    summary = train_rank(prepare_run(config, renderer="cpu", device=device.type), World(), device, services)
     assert summary is None
     return [int(path.name.removeprefix("step-")) for path in sorted((output / "run" / "checkpoints").iterdir())]
 

@@ -12,12 +12,12 @@ import pytest
 from torch import nn
 
 from hvp_ray.config import RunConfig
+from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.method import ALONE, Ranks
 from hvp_ray.methods.simsiam import SimSiam
-from hvp_ray.tracking.journal import read_journal
 from hvp_ray.runs.after_training import TRAINED, AfterTraining, forgive_death
-from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.tracking.run_log import METRICS, read_records
 from tests.helpers import tiny_config
 
 ROOT = Path(__file__).parents[3]
@@ -40,7 +40,7 @@ def _fail_in_evaluation(module: nn.Module, _: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FragileConfig(SimSiamConfig):
-    implementation: ClassVar[str] = "tests.unit.training.test_after_training:Fragile"
+    implementation: ClassVar[str] = "tests.unit.runs.test_after_training:Fragile"
 
 
 def _config(folder: Path, **tracking: object) -> RunConfig:
@@ -80,7 +80,7 @@ def test_evaluation_that_fails_leaves_a_finished_run_that_says_so(
     assert repeated["knn_top1"] is not None
     kept = ("weights_digest", "train_seconds", "images_per_second", "loss_first", "peak_memory_bytes")
     assert {name: repeated[name] for name in kept} == {name: summary[name] for name in kept}
-    assert [record["step"] for record in read_journal(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_records(tmp_path / "run", METRICS)] == [1, 2, 3, 4]
 
 
 def test_figure_that_fails_leaves_a_finished_run_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,6 @@ def test_run_that_was_interrupted_in_its_evaluation_trains_no_step_again(
 DIES = """
 import os, sys
 from pathlib import Path
-from hvp_ray.tracking.journal import read_journal
 from hvp_ray.runs.after_training import AfterTraining
 
 after = AfterTraining(Path(sys.argv[1]), {"num_steps": 4}, [], may_continue=True)
@@ -187,7 +186,7 @@ def test_stop_in_the_evaluation_ends_between_two_parts_and_the_next_start_evalua
     assert json.loads((run / TRAINED).read_text())["begun"] is None
     summary = pretrain_in_process(_config(tmp_path))
     assert summary is not None and summary["knn_top1"] is not None and summary["problems"] == []
-    assert [record["step"] for record in read_journal(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [record["step"] for record in read_records(run, METRICS)] == [1, 2, 3, 4]
 
 
 def test_training_that_was_done_again_forgets_the_deaths_of_before(tmp_path: Path) -> None:

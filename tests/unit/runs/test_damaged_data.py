@@ -8,10 +8,10 @@ import pytest
 
 from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.errors import CheckpointError, DataError
-from hvp_ray.records import BatchRequest
-from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.records import BatchRequest
 from hvp_ray.runs.prepare import prepare_run
+from hvp_ray.stream.render_batch import open_render_context, render_batch
 from tests.helpers import encode, photograph_like, tiny_config
 
 
@@ -62,5 +62,7 @@ def test_image_that_goes_away_is_damaged_and_a_resume_says_how_many_there_were(t
     assert "gone" in replacement.reason
     with pytest.raises(DataError, match="has changed since the run was started: it has 49 images now"):
         open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
-    with pytest.raises(CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*put back"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*restore missing files"
+    ):
         prepare_run(config, renderer="cpu", device="cpu")

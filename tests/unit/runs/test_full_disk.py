@@ -9,8 +9,8 @@ import pytest
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError
-from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.runs.checkpoint import CheckpointStore
 from tests.helpers import tiny_config
 
 pytestmark = pytest.mark.slow

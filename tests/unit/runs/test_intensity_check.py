@@ -11,12 +11,11 @@ import pytest
 from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError
-from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.stream.render_batch import find_crashing_ids
-from hvp_ray.stream.reading import read_sample
-from hvp_ray.stream.render_batch import decode_batch, finish_batch, open_render_context, render_batch
-from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.runs.intensity_check import check_intensities
+from hvp_ray.stream.reading import read_sample
+from hvp_ray.stream.render_batch import decode_batch, find_crashing_ids, finish_batch, open_render_context, render_batch
 from hvp_ray.views.render_cpu import CpuRenderer
 from pipelines.command_line import parse_run
 from tests.helpers import encode, tiny_config

@@ -1,6 +1,5 @@
 """The k-NN during training: it changes no weight, waits for nobody, and a restart loses no point of the curve."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import CheckpointError, DataError
 from hvp_ray.evaluation.snapshot import SnapshotKnn, snapshot_encoder
-from hvp_ray.methods.backbones import build_backbone
-from hvp_ray.tracking.journal import read_journal
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.methods.backbones import build_backbone
 from hvp_ray.runs.online_knn import AnswerAtHand, KnnDuringTraining
 from hvp_ray.runs.prepare import prepare_run
+from hvp_ray.runs.progress import RunSteps
+from hvp_ray.tracking.run_log import EVALUATIONS, RunLog, next_attempt, read_records
 from tests.helpers import ProgramInAPickle, tiny_config
 from tests.unit.data.made import draw_images, write_folder
 
@@ -33,7 +32,7 @@ def _run(folder: Path, name: str, **tracking: object) -> dict[str, Any]:
 def test_curve_begins_untrained_ends_with_the_final_value_and_changes_no_weight(tmp_path: Path) -> None:
     plain, watched = _run(tmp_path, "plain"), _run(tmp_path, "watched", knn_every_epochs=1)
     assert plain["weights_digest"] == watched["weights_digest"]
-    records = list(read_journal(tmp_path / "watched" / "evaluations.jsonl"))
+    records = list(read_records(tmp_path / "watched", EVALUATIONS))
     per_epoch = watched["num_steps"] // 3
     assert [record["step"] for record in records] == [0, per_epoch, 2 * per_epoch, 3 * per_epoch]
     assert records[0]["metrics"]["eval/knn_top1"] == watched["knn_top1_untrained"]
@@ -58,7 +57,6 @@ class _Slow:
 
 
 def _watch(folder: Path, asked: list[_Slow], first_step: int) -> KnnDuringTraining:
-    config: RunConfig = tiny_config(str(folder), tracking={"knn_every_epochs": 1})
     encoder = nn.Linear(1, 1)
 
     def ask(snapshot: bytes) -> _Slow:
@@ -66,12 +64,13 @@ def _watch(folder: Path, asked: list[_Slow], first_step: int) -> KnnDuringTraini
         assert snapshot == snapshot_encoder(encoder) or first_step
         return asked[-1]
 
-    return KnnDuringTraining(folder, config, encoder, ask, [], steps_per_epoch=2, num_steps=8, first_step=first_step)
+    log = RunLog(folder, attempt=next_attempt(folder), first_step=first_step)
+    steps = RunSteps(first_step=first_step, num_steps=8, steps_per_epoch=2)
+    return KnnDuringTraining(log, encoder, ask, [], interval=2, steps=steps)
 
 
 def _steps(folder: Path) -> list[int]:
-    lines = (folder / "evaluations.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    return [record["step"] for record in read_records(folder, EVALUATIONS)]
 
 
 def test_answers_are_not_waited_for_and_come_in_order(tmp_path: Path) -> None:
@@ -99,7 +98,6 @@ class _Failing:
 
 
 def test_evaluation_that_fails_is_a_gap_in_the_curve_and_a_sentence(tmp_path: Path) -> None:
-    config = tiny_config(str(tmp_path), tracking={"knn_every_epochs": 1})
     problems: list[str] = []
     asked: list[bytes] = []
 
@@ -113,9 +111,8 @@ def test_evaluation_that_fails_is_a_gap_in_the_curve_and_a_sentence(tmp_path: Pa
             case _:
                 return AnswerAtHand({"eval/knn_top1": 0.5})
 
-    watch = KnnDuringTraining(
-        tmp_path, config, nn.Linear(1, 1), ask, problems, steps_per_epoch=2, num_steps=6, first_step=0
-    )
+    steps = RunSteps(first_step=0, num_steps=6, steps_per_epoch=2)
+    watch = KnnDuringTraining(RunLog(tmp_path), nn.Linear(1, 1), ask, problems, interval=2, steps=steps)
     for step in range(1, 7):
         watch.after_step(step)
     watch.finish({"eval/knn_top1": 1.0})

@@ -6,11 +6,13 @@
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,22 +22,25 @@ from hvp_ray.credentials import refuse_credentials
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.files import Folder, check_writable, is_inside, join_uri
-from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
-from hvp_ray.stream.device import DeviceBatch, CopyToDevice
-from hvp_ray.stream.render_batch import open_render_context
-from hvp_ray.tracking.journal import Journal, read_journal, truncate_journal
-from hvp_ray.runs import storage
-from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.local_cache import local_weights
+from hvp_ray.runs import storage as run_storage
+from hvp_ray.runs.checkpoint import CheckpointStore
+from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.prepare import check_before_start, finished_summary, output_folder, prepare_run
 from hvp_ray.runs.rank import train_rank
-from hvp_ray.runs.storage import RunStorage, fetch_run, replay_parts
+from hvp_ray.runs.storage import RunStorage, fetch_run
+from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
+from hvp_ray.stream.device import CopyToDevice, DeviceBatch
+from hvp_ray.stream.render_batch import open_render_context
+from hvp_ray.tracking.run_log import ATTEMPTS, EVALUATIONS, METRICS, RunLog, next_attempt, read_records
+from hvp_ray.tracking.selection_log import selection_files
 from hvp_ray.training.trainee import build_untrained_method
 from tests.helpers import tiny_config
 from tests.s3_server import s3_server
 
-JOURNALS = ("metrics.jsonl", "evaluations.jsonl", "unreadable-rank-0.jsonl")
-WHOLE = ("config.json", "mlflow.json", "selection/part-1.parquet", "selection/part-2.parquet", "knn_pending/step-4")
+LOGS = ("metrics", "evaluations", "unreadable-rank-0")
+OTHERS = ("config.json", "mlflow.json", "knn_pending/step-4", "knn_pending/step-8")
 
 
 @pytest.fixture(autouse=True)
@@ -58,11 +63,6 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _without_empty_journals(files: dict[str, bytes]) -> dict[str, bytes]:
-    """An empty journal is the same as none."""
-    return {name: content for name, content in files.items() if content or not name.endswith(".jsonl")}
-
-
 class _Bucket:
     """A `file://` bucket with one run, and how it looked."""
 
@@ -81,51 +81,39 @@ class _Bucket:
             (self.folder / name).write_bytes(value)
 
 
-def _change_at_random(folder: Path, generator: np.random.Generator, step: int) -> int:
-    """Append to journals, truncate some as a resume does, write, rewrite and delete other files; return the last step."""
-    for name in JOURNALS:
-        if generator.random() < 0.3:
-            truncate_journal(folder / name, last_step=int(generator.integers(0, step + 1)))
-        if generator.random() < 0.7:
-            journal = Journal(folder / name)
-            for _ in range(int(generator.integers(0, 4))):
-                step += 1
-                journal.write({"step": step, "text": "x" * int(generator.integers(0, 40)), "n": generator.random()})
-            journal.close()
-    for name in WHOLE:
-        path = folder / name
+def _change_at_random(log: RunLog, generator: np.random.Generator, step: int) -> int:
+    """Append to the log, close its segment, write, rewrite and delete other files; return the last step."""
+    for name in LOGS:
+        for _ in range(int(generator.integers(0, 4))):
+            step += 1
+            log.write(name, {"step": step, "text": "x" * int(generator.integers(0, 40))})
+    for name in OTHERS:
+        path = log.run_dir / name
         if generator.random() < 0.4:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(generator.bytes(int(generator.integers(0, 30))))
         elif generator.random() < 0.2:
             path.unlink(missing_ok=True)
+    if generator.random() < 0.8:
+        log.start_segment(step)
     return step
-
-
-def _journal_of(name: str) -> str | None:
-    folder = name.partition("/")[0]
-    return folder if folder.endswith(".jsonl") else None
 
 
 def _die_within_push(
     before: dict[str, bytes], after: dict[str, bytes], generator: np.random.Generator
 ) -> tuple[dict[str, bytes], set[str]]:
-    """Return the bucket as a push leaves it that died, and which files (journals) had arrived.
+    """Return the bucket as a push leaves it that died, and which files had arrived or gone.
 
-    Uploads go side by side, so any of them may be there; nothing is deleted before all are there, but for the parts of a
-    journal at the end of a run, after the one part that holds all of it.
+    Uploads go side by side, so any of them may be there. Nothing is deleted before all are there.
     """
     written = [name for name in after if before.get(name) != after[name]]
     arrived = {name for name in written if generator.random() < 0.5}
     state = before | {name: after[name] for name in arrived}
-    kinds = {_journal_of(name) or name for name in arrived}
-    for name in set(before) - set(after):
-        journal = _journal_of(name)
-        may_go = journal in kinds if journal is not None else len(arrived) == len(written)
-        if may_go and generator.random() < 0.5:
-            del state[name]
-            kinds.add(journal or name)
-    return state, kinds
+    if len(arrived) == len(written):
+        gone = {name for name in set(before) - set(after) if generator.random() < 0.5}
+        state = {name: content for name, content in state.items() if name not in gone}
+        arrived |= gone
+    return state, arrived
 
 
 def _attempt(storage: RunStorage, bucket: _Bucket, generator: np.random.Generator, pushed: dict[str, bytes]) -> None:
@@ -133,12 +121,14 @@ def _attempt(storage: RunStorage, bucket: _Bucket, generator: np.random.Generato
 
     `pushed`, the slow oracle, has the content of each file as it was when it was last uploaded, and is kept up to date.
     """
-    assert _without_empty_journals(_files(storage.folder)) == _without_empty_journals(pushed)
-    step = max((record["step"] for name in JOURNALS for record in read_journal(storage.folder / name)), default=0)
+    assert _files(storage.folder) == pushed
+    step = max((record["step"] for name in LOGS for record in read_records(storage.folder, name)), default=0)
+    step = int(generator.integers(0, step + 1))
+    log = RunLog(storage.folder, attempt=next_attempt(storage.folder), first_step=step)
     for _ in range(int(generator.integers(1, 4))):
-        step = _change_at_random(storage.folder, generator, step)
+        step = _change_at_random(log, generator, step)
         here, before = _files(storage.folder), bucket.content()
-        storage.push(is_final=generator.random() < 0.2)
+        storage.push()
         if generator.random() < 0.5:
             state, arrived = _die_within_push(before, bucket.content(), generator)
             bucket.put(state)
@@ -168,48 +158,36 @@ class _PowerCutError(Exception):
     """The machine dies."""
 
 
-def test_each_byte_of_a_journal_is_uploaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_byte_of_the_log_is_uploaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _on_machine(monkeypatch, tmp_path, "a")
+    written: list[str] = []
+    write = Folder.write
+
+    def note(folder: Folder, name: str, content: bytes) -> None:
+        written.append(name)
+        write(folder, name, content)
+
+    monkeypatch.setattr(Folder, "write", note)
     bucket = _Bucket(tmp_path / "bucket")
     with RunStorage(tmp_path, bucket.uri, rank=0) as storage:
-        journal = Journal(storage.folder / "metrics.jsonl")
-        for step in range(1, 301):
-            journal.write({"step": step, "metrics": {"train/loss": 1.0 / step}})
+        log = RunLog(storage.folder)
+        for step in range(1, 101):
+            log.write(METRICS, {"step": step, "metrics": {"train/loss": 1.0 / step}})
+            log.start_segment(step)
             storage.push()
             storage.push()  # nothing is new
-        whole = (storage.folder / "metrics.jsonl").read_bytes()
-        uploaded = bucket.content()
-        assert len(uploaded) == 300
-        assert sum(map(len, uploaded.values())) == len(whole)
-        storage.push(is_final=True)
-        assert list(bucket.content().values()) == [whole]  # one part for people to read
-        journal.close()
+        assert len(written) == len(set(written)) == 100
+        assert bucket.content() == _files(storage.folder)
     assert not storage.folder.exists()
 
     # A resume uploads what it writes, and not what was there.
     with RunStorage(tmp_path, bucket.uri, rank=0) as storage:
-        truncate_journal(storage.folder / "metrics.jsonl", last_step=290)
-        journal = Journal(storage.folder / "metrics.jsonl")
-        journal.write({"step": 291, "metrics": {}})
-        before = bucket.content()
+        log = RunLog(storage.folder, attempt=2, first_step=90)
+        log.write(METRICS, {"step": 91, "metrics": {}})
+        written.clear()
         storage.push()
-        new = [content for name, content in bucket.content().items() if name not in before]
-        assert [json.loads(content)["step"] for content in new] == [291]
-        journal.close()
-
-
-def test_parts_of_an_attempt_that_is_not_quite_dead_do_no_harm() -> None:
-    parts = [
-        ("part-000001-000001-000000000000", b"one\ntwo\n"),
-        ("part-000002-000001-000000000004", b"TWO\n"),  # the next attempt cut the journal
-        ("part-000001-000002-000000000008", b"three\n"),  # and the one before still wrote
-        ("part-000002-000002-000000000008", b"THREE\n"),
-        (
-            "part-000002-000003-000000000008",
-            b"THREE\nFOUR\n",
-        ),  # an upload that failed and had arrived, repeated with more
-    ]
-    assert replay_parts(parts, journal="metrics.jsonl") == b"one\nTWO\nTHREE\nFOUR\n"
+        assert written == ["log/attempt-0002-step-00000090/metrics.jsonl"]
+        assert [record["step"] for record in read_records(storage.folder, METRICS)] == list(range(1, 92))
 
 
 def test_ranks_of_one_machine_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,14 +196,15 @@ def test_ranks_of_one_machine_have_files_of_their_own(tmp_path: Path, monkeypatc
     with RunStorage(tmp_path, uri, rank=0) as first, RunStorage(tmp_path, uri, rank=1) as second:
         assert first.folder != second.folder
         for rank, storage in enumerate((first, second)):
-            (storage.folder / f"unreadable-rank-{rank}.jsonl").write_text(f'{{"step": {rank}}}\n')
+            RunLog(storage.folder).write(f"unreadable-rank-{rank}", {"step": rank})
             (storage.folder / "config.json").write_text(f"of rank {rank}")
         second.push()
         first.push()
         first.pull_decisions()
-        assert [r["step"] for r in read_journal(first.folder / "unreadable-rank-1.jsonl")] == [1]
+        assert [record["step"] for record in read_records(first.folder, "unreadable-rank-1")] == [1]
     with RunStorage(tmp_path, uri, rank=2) as third:  # every rank reads the decisions of all, and nothing else
-        assert set(_files(third.folder)) == {"unreadable-rank-0.jsonl", "unreadable-rank-1.jsonl"}
+        segment = "log/attempt-0001-step-00000000"
+        assert set(_files(third.folder)) == {f"{segment}/unreadable-rank-{rank}.jsonl" for rank in (0, 1)}
     with RunStorage(tmp_path, uri, rank=0) as first:
         assert (first.folder / "config.json").read_text() == "of rank 0"
 
@@ -246,22 +225,22 @@ def test_an_upload_that_fails_is_tried_again_and_then_said(
     _on_machine(monkeypatch, tmp_path, "a")
     bucket = _Bucket(tmp_path / "bucket")
     with RunStorage(tmp_path, bucket.uri, rank=0) as storage:
-        (storage.folder / "metrics.jsonl").write_text('{"step": 1}\n')
-        bucket.put({"metrics.jsonl": b"a file where the folder of parts must be"})
+        RunLog(storage.folder).write(METRICS, {"step": 1})
+        bucket.put({"log": b"a file where the folder must be"})
         with pytest.raises(CheckpointError, match="could not be written.*start the run again with its name") as failure:
             storage.push()
         assert str(storage.folder) in str(failure.value)
         assert caplog.text.count("tried again in 0.01 s") == 2
         bucket.put({})
         storage.push()
-        (storage.folder / "metrics.jsonl").unlink()
+        shutil.rmtree(storage.folder / "log")
     with RunStorage(tmp_path, bucket.uri, rank=0) as storage:
-        assert (storage.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+        assert [record["step"] for record in read_records(storage.folder, METRICS)] == [1]
 
 
 def test_a_local_run_has_no_working_copy(tmp_path: Path) -> None:
     with RunStorage(tmp_path, None, rank=0) as storage:
-        storage.push(is_final=True)
+        storage.push()
         storage.push_file("mlflow.json")
         storage.pull_decisions()
         assert storage.folder == tmp_path
@@ -361,16 +340,14 @@ def _train_and_die(config: RunConfig, *, at_step: int) -> None:
         stream = InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
         return _StreamThatDies(stream, at_step - first_step)
 
+    services = RankServices(
+        open_stream=open_stream,
+        report_progress=lambda _progress: False,
+        ask_knn=lambda snapshot: _LateAnswer(),
+        cluster_facts=lambda: {},
+    )
     with pytest.raises(_PowerCutError):
-        train_rank(
-            job,
-            World(),
-            device,
-            open_stream=open_stream,
-            report_progress=lambda _progress: False,
-            ask_knn=lambda snapshot: _LateAnswer(),
-            cluster_facts=lambda: {},
-        )
+        train_rank(job, World(), device, services)
 
 
 def _config(output: str) -> RunConfig:
@@ -404,11 +381,8 @@ def both_runs(s3: str, tmp_path_factory: pytest.TempPathFactory) -> _BothRuns:
     return _BothRuns(tmp_path / "run", s3.format("/run"), summary, config)
 
 
-def _journal_on(uri: str, name: str) -> list[dict[str, Any]]:
-    (part,) = Folder(uri).names(name)
-    content = Folder(uri).read(part)
-    assert content is not None
-    return [json.loads(line) for line in content.splitlines()]
+def _records_on(uri: str, name: str, *, dropped: bool = False) -> list[dict[str, Any]]:
+    return list(read_records(fetch_run(uri, folders=("log",), option="RUN"), name, dropped=dropped))
 
 
 def test_run_that_moved_between_machines_equals_the_undisturbed_one(both_runs: _BothRuns) -> None:
@@ -423,21 +397,25 @@ def test_run_that_moved_between_machines_equals_the_undisturbed_one(both_runs: _
     assert store.committed_steps() == [8, 10]
 
 
-def test_journals_of_the_moved_run_have_every_step_once(both_runs: _BothRuns) -> None:
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        here = list(read_journal(both_runs.undisturbed / name))
-        there = _journal_on(both_runs.uri, name)
+def test_log_of_the_moved_run_has_every_step_once(
+    both_runs: _BothRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _on_machine(monkeypatch, tmp_path, "c")
+    for name in (METRICS, EVALUATIONS):
+        here, there = list(read_records(both_runs.undisturbed, name)), _records_on(both_runs.uri, name)
         assert [record["step"] for record in there] == [record["step"] for record in here]
         losses = [[record["metrics"].get("train/loss") for record in records] for records in (here, there)]
         assert losses[0] == losses[1]
-    assert [attempt["step"] for attempt in _journal_on(both_runs.uri, "attempts.jsonl")] == [0, 4, 8]
+        plain = Folder(both_runs.uri).read(f"{name}.jsonl")
+        assert plain is not None and [json.loads(line) for line in plain.splitlines()] == there
+    attempts = _records_on(both_runs.uri, ATTEMPTS, dropped=True)
+    assert [attempt["step"] for attempt in attempts] == [0, 4, 8]
 
 
 def test_files_of_the_moved_run_are_those_of_the_undisturbed_one(both_runs: _BothRuns) -> None:
-    parts_of_choices = "selection/"  # end at checkpoints, of which the moved run has others
-    there = {_journal_of(name) or name for name in Folder(both_runs.uri).names()}
-    here = _without_empty_journals(_files(both_runs.undisturbed))
-    assert {n for n in there if not n.startswith(parts_of_choices)} == {n for n in here if parts_of_choices not in n}
+    names = Folder(both_runs.uri).names(), _files(both_runs.undisturbed)
+    there, here = ({name for name in found if not name.startswith("log/")} for found in names)
+    assert there == here  # segments end at checkpoints, of which the moved run has others
 
 
 def test_log_of_choices_of_the_moved_run_is_read_through_its_uri(
@@ -446,12 +424,16 @@ def test_log_of_choices_of_the_moved_run_is_read_through_its_uri(
     from pipelines.command_line import find_run
 
     _on_machine(monkeypatch, tmp_path, "c")
-    copy = find_run(both_runs.uri, needs=("config.json", "backbone.safetensors"), folders=("selection",))
-    tables = [pq.read_table(folder / "selection").sort_by("step") for folder in (copy, both_runs.undisturbed)]
+    copy = find_run(both_runs.uri, needs=("config.json", "backbone.safetensors"), folders=("log",))
+    tables = [
+        pa.concat_tables(pq.read_table(path) for path in selection_files(folder)).sort_by("step")
+        for folder in (copy, both_runs.undisturbed)
+    ]
     assert tables[0].equals(tables[1])
-    stale = copy / "selection" / "part-99999990-99999999.parquet"
-    stale.write_bytes(b"of an attempt that was cut")
-    fetch_run(both_runs.uri, folders=("selection",), option="RUN")
+    stale = copy / "log" / "attempt-0009-step-00000000" / "selection-00000009.parquet"
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another run of this name")
+    fetch_run(both_runs.uri, folders=("log",), option="RUN")
     assert not stale.exists()
     with pytest.raises(CheckpointError, match="there is no run"):
         find_run(join_uri(both_runs.uri, "no-such-run"))
@@ -487,7 +469,7 @@ def test_run_on_a_bucket_gives_initial_weights(
     assert all(torch.equal(encoders[0][name], tensor) for name, tensor in encoders[1].items())
     missing = join_uri(both_runs.uri, "absent.safetensors")
     with pytest.raises(CheckpointError, match="there is no file"):
-        run_storage.local_weights(missing)
+        local_weights(missing)
 
 
 def test_bucket_remembers_the_identity_of_a_run(both_runs: _BothRuns) -> None:

@@ -15,7 +15,8 @@ from hvp_ray.errors import DataError
 from hvp_ray.recipes import get_recipe
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.render_batch import RenderContext, decode_batch, finish_batch, render_batch
-from hvp_ray.tracking.journal import UnreadableLog
+from hvp_ray.tracking.run_log import RunLog
+from hvp_ray.tracking.unreadable_log import UnreadableLog
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, photograph_like, views_config
 
@@ -231,10 +232,9 @@ def test_storage_errors_are_retried_and_then_stop_the_run() -> None:
 
 def test_unreadable_log_replays_and_judges_after_a_thousand_images(tmp_path: Path) -> None:
     batch = _render(_images(damaged=(2,)), list(range(8)))
-    log = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=0.1)
+    log = UnreadableLog(RunLog(tmp_path), rank=0, images_per_rank=8, max_fraction=0.1)
     log.take(batch)
-    log.close()
-    again = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=0.1)
+    again = UnreadableLog(RunLog(tmp_path), rank=0, images_per_rank=8, max_fraction=0.1)
     assert again.known == {1: batch.replacements}
     assert [r.place for r in again.known[1]] == ["image 2"]
     for _ in range(124):
@@ -248,15 +248,14 @@ def test_decisions_are_found_again_by_other_numbers_of_ranks(tmp_path: Path) -> 
     batch = _render(_images(damaged=(2, 5, 7)), list(range(8)))
     by_index = {r.index: r for r in batch.replacements}
     assert set(by_index) == {2, 5, 7}
-    one = UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=1.0)
+    one = UnreadableLog(RunLog(tmp_path), rank=0, images_per_rank=8, max_fraction=1.0)
     one.take(batch)
-    one.close()
-    first, second = (UnreadableLog(tmp_path, rank=rank, images_per_rank=4, max_fraction=1.0) for rank in (0, 1))
+    log = RunLog(tmp_path, attempt=2)
+    first, second = (UnreadableLog(log, rank=rank, images_per_rank=4, max_fraction=1.0) for rank in (0, 1))
     assert [(r.index, r.unreadable_id) for r in first.known[1]] == [(2, 2)]
     assert [(r.index, r.unreadable_id) for r in second.known[1]] == [(1, 5), (3, 7)]
     half = _render(_images(), [4, 5, 6, 7], known_replacements=second.known[1])
     assert half.sample_ids[1] == by_index[5].replacement_id
     second.take(half)
-    second.close()
-    assert (tmp_path / "unreadable-rank-1.jsonl").read_text() == ""  # nothing is decided twice
-    assert UnreadableLog(tmp_path, rank=0, images_per_rank=8, max_fraction=1.0).known == {1: batch.replacements}
+    assert not (log.segment / "unreadable-rank-1.jsonl").exists()  # nothing is decided twice
+    assert UnreadableLog(RunLog(tmp_path), rank=0, images_per_rank=8, max_fraction=1.0).known == {1: batch.replacements}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from hvp_ray.tracking.journal import Journal, truncate_journal
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, lacks_records, quiet_mlflow
+from hvp_ray.tracking.run_log import METRICS, RunLog
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +29,11 @@ def _run(uri: str) -> MlflowRun:
     )
 
 
-def _write(run_dir: Path, steps: range) -> None:
-    journal = Journal(run_dir / "metrics.jsonl")
+def _write(run_dir: Path, steps: range, *, attempt: int = 1, first_step: int = 0) -> None:
+    log = RunLog(run_dir, attempt=attempt, first_step=first_step)
     for step in steps:
         metrics = {"train/loss": 1.0 / step} | {f"perf/{i}": float(i) for i in range(30)}
-        journal.write({"step": step, "time": time.time(), "metrics": metrics})
-    journal.close()
+        log.write(METRICS, {"step": step, "time": time.time(), "metrics": metrics})
 
 
 def test_every_step_arrives_once_over_a_resume_with_params_tags_and_artifacts(tmp_path: Path) -> None:
@@ -43,11 +42,11 @@ def test_every_step_arrives_once_over_a_resume_with_params_tags_and_artifacts(tm
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     run_dir = tmp_path / "one"
-    _write(run_dir, range(1, 81))
+    _write(run_dir, range(1, 61))
+    _write(run_dir, range(61, 81), first_step=60)
     first = MlflowFeed(_run(uri), run_dir)
     assert first.finish(status="FAILED", artifacts=[], values={})
-    truncate_journal(run_dir / "metrics.jsonl", last_step=60)
-    _write(run_dir, range(61, 101))
+    _write(run_dir, range(61, 101), attempt=2, first_step=60)
     second = MlflowFeed(_run(uri), run_dir)
     figure = run_dir / "a.png"
     figure.write_bytes(b"png")
@@ -76,7 +75,7 @@ def test_absent_server_is_said_once_and_does_not_hold_the_run_up(
     started = time.monotonic()
     assert not feed.finish(status="FINISHED", artifacts=[], values={}, timeout_seconds=2.0)
     assert time.monotonic() - started < 6.0  # MLflow's own retries would take minutes
-    assert "metrics.jsonl has it" in caplog.text
+    assert "The log of the run has it" in caplog.text
     assert lacks_records(tmp_path)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from hvp_ray.tracking.journal import Journal
 from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, quiet_mlflow
 from hvp_ray.tracking.mlflow_store import StoreError, prepare_store, store_path, store_uri
+from hvp_ray.tracking.run_log import METRICS, RunLog
 
 pytestmark = pytest.mark.slow
 
@@ -49,10 +49,9 @@ def _run(path: Path, experiment: str = "tests") -> MlflowRun:
 
 
 def _write(run_dir: Path, steps: range) -> None:
-    journal = Journal(run_dir / "metrics.jsonl")
+    log = RunLog(run_dir)
     for step in steps:
-        journal.write({"step": step, "time": 1.0, "metrics": {"train/loss": 1.0 / step}})
-    journal.close()
+        log.write(METRICS, {"step": step, "time": 1.0, "metrics": {"train/loss": 1.0 / step}})
 
 
 def _steps(path: Path, run_id: str | None) -> list[int]:

@@ -90,7 +90,7 @@ def _write(
         "steps_per_epoch": STEPS_PER_EPOCH,
         "seed": 3,
     }
-    path = run_dir / "selection" / f"part-{min(steps):08d}-{max(steps):08d}.parquet"
+    path = run_dir / "log" / f"attempt-0001-step-{min(steps) - 1:08d}" / f"selection-{max(steps):08d}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns).replace_schema_metadata({b"hvp_ray": json.dumps(about).encode()}), path)
     return path
@@ -265,7 +265,7 @@ def test_missing_logs_say_what_to_do(tmp_path: Path) -> None:
         read_selection_log(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"tracking\.selection_images_per_epoch"):
         read_selection_log(tmp_path)
-    (tmp_path / "selection").mkdir()
+    (tmp_path / "log").mkdir()
     with pytest.raises(DataError, match="rule=first"):
         read_selection_log(tmp_path)
 

@@ -15,7 +15,8 @@ from hvp_ray.selection import Candidates
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.logged_pairs import read_selection_log
-from hvp_ray.tracking.selection_log import PLAN_COLUMNS, SelectionLogWriter
+from hvp_ray.tracking.run_log import RunLog, next_attempt
+from hvp_ray.tracking.selection_log import PLAN_COLUMNS, SelectionLogWriter, selection_files
 from tests.helpers import tiny_config
 
 PAIRS = Candidates(num_views=4).pairs
@@ -34,14 +35,18 @@ def _choice(step: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float3
     return scores.argmax(axis=1), scores
 
 
-def _writer(folder: Path, first_step: int, **tracking: int) -> SelectionLogWriter:
-    config = tiny_config(str(folder), tracking=dict(tracking))
-    return SelectionLogWriter(folder, config, run_name="one", steps_per_epoch=10, first_step=first_step)
+def _log(folder: Path, first_step: int = 0) -> RunLog:
+    return RunLog(folder, attempt=next_attempt(folder), first_step=first_step)
+
+
+def _writer(log: RunLog, **tracking: int) -> SelectionLogWriter:
+    config = tiny_config(str(log.run_dir), tracking=dict(tracking))
+    return SelectionLogWriter(log, config, run_name="one", steps_per_epoch=10)
 
 
 def test_plans_scores_and_choices_come_back_as_they_were(tmp_path: Path) -> None:
     config = tiny_config(str(tmp_path))
-    writer = _writer(tmp_path, 0)
+    writer = _writer(_log(tmp_path))
     batches = _batches(config, 3)
     for step, batch in enumerate(batches, start=1):
         chosen, scores = _choice(step, len(batch.sample_ids))
@@ -59,20 +64,22 @@ def test_plans_scores_and_choices_come_back_as_they_were(tmp_path: Path) -> None
 
 
 def test_resumed_run_writes_the_same_log(tmp_path: Path) -> None:
-    """Stopped at step 7 behind a part of steps 5 to 7, resumed from a checkpoint of step 6."""
+    """Checkpoints of steps 4 and 7, of which the second was damaged: resumed from that of step 4."""
     batches = _batches(tiny_config(str(tmp_path)), 9)
 
-    def take(writer: SelectionLogWriter, steps: range, flush_after: set[int]) -> None:
+    def take(log: RunLog, steps: range, checkpoints: set[int]) -> None:
+        writer = _writer(log)
         for step in steps:
             chosen, scores = _choice(step, 16)
             writer.take(step, batches[step - 1], pairs=PAIRS, chosen=chosen, scores=scores)
-            if step in flush_after:
+            if step in checkpoints:
                 writer.flush()
+                log.start_segment(step)
 
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    take(_writer(straight, 0), range(1, 10), {4, 9})
-    take(_writer(resumed, 0), range(1, 8), {4, 7})
-    take(_writer(resumed, 6), range(7, 10), {9})
+    take(_log(straight), range(1, 10), {4, 9})
+    take(_log(resumed), range(1, 9), {4, 7})
+    take(_log(resumed, 4), range(5, 10), {9})
     first, second = read_selection_log(straight), read_selection_log(resumed)
     for field in dataclasses.fields(first):
         a, b = getattr(first, field.name), getattr(second, field.name)
@@ -83,7 +90,7 @@ def test_resumed_run_writes_the_same_log(tmp_path: Path) -> None:
     ("images", "expected"), [(0, []), (16, [1, 11]), (32, [1, 6, 11, 16]), (10**6, list(range(1, 21)))]
 )
 def test_logged_steps_are_spread_over_the_epoch(tmp_path: Path, images: int, expected: list[int]) -> None:
-    writer = _writer(tmp_path, 0, selection_images_per_epoch=images)
+    writer = _writer(_log(tmp_path), selection_images_per_epoch=images)
     assert [step for step in range(1, 21) if writer.wants(step)] == expected
 
 
@@ -97,4 +104,4 @@ def test_a_run_logs_its_hard_choices_and_a_vanilla_run_nothing(tmp_path: Path) -
     pretrain_in_process(
         tiny_config(str(tmp_path), run={"name": "vanilla"}, training={"num_steps": 2}, selection={"rule": "first"})
     )
-    assert not (tmp_path / "vanilla" / "selection").exists()
+    assert not selection_files(tmp_path / "vanilla")

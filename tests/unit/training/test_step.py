@@ -23,6 +23,7 @@ from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context
+from hvp_ray.tracking.run_log import ATTEMPTS, read_records
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.step import choose_step_views, train_step
 from hvp_ray.training.trainee import build_trainee, build_untrained_method
@@ -429,7 +430,7 @@ def test_every_method_resumes_to_the_same_bits(tmp_path: Path, recipe: str, rule
     (tmp_path / "resumed" / "summary.json").unlink()
     summary = pretrain_in_process(run)
     assert summary is not None
-    assert json.loads((tmp_path / "resumed" / "attempts.jsonl").read_text().splitlines()[-1])["step"] == 6
+    assert [r["step"] for r in read_records(tmp_path / "resumed", ATTEMPTS, dropped=True)][-1] == 6
     assert summary["weights_digest"] == straight
 
 

@@ -1,4 +1,4 @@
-"""The pictures at the end of a run: curves from the journal, and candidate views scored with the final weights."""
+"""Figures at the end of a run: training curves, and candidate views scored with the final weights."""
 
 import dataclasses
 from pathlib import Path
@@ -10,33 +10,33 @@ from numpy.typing import NDArray
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import decode_rgb
+from hvp_ray.local_cache import with_local_weights
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.runs.storage import with_local_weights
 from hvp_ray.selection import Candidates, CandidateScores, candidates_of, choose_views, score_views
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.reading import read_images
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
-from hvp_ray.tracking.journal import read_journal
+from hvp_ray.tracking.run_log import METRICS, read_records
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.trainee import Trainee, build_untrained_method
 
 _SCORED_IMAGES = 64
-"""BatchNorm scores with the statistics of the batch, and SimCLR against its images, so more are scored than drawn."""
+"""More than are drawn, because BatchNorm uses the batch's statistics and SimCLR its other images."""
 
 
 def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir: Path) -> list[Path]:
-    """Draw all pictures of a run into its folder; return the files. Called on one rank only."""
+    """Draw all figures of a run into its folder; return the files. One rank calls this."""
     folder = run_dir / "figures"
     folder.mkdir(exist_ok=True)
-    figures = draw_curves(folder, list(read_journal(run_dir / "metrics.jsonl")))
+    figures = draw_curves(folder, list(read_records(run_dir, METRICS)))
     path = folder / "candidate_views.png"
     _draw_candidate_views(config, dataset, trainee, path)
     return [path, *figures]
 
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
-    """Render candidates of some training images anew, score them with the final weights, and draw the choice."""
+    """Render candidates of some training images, score them with the final weights, and draw the choice."""
     hard = dataclasses.replace(config.selection, rule="hardest", every=1, limit=None)
     candidates = candidates_of(hard, config.views, step=0)
     batch = _render_some(config, dataset, candidates)
@@ -74,7 +74,7 @@ def _render_some(config: RunConfig, dataset: Dataset, candidates: Candidates) ->
 
 
 def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidates: Candidates) -> CandidateScores:
-    """Score on this rank only: a copy of the method that knows no other ranks, so that none has to answer."""
+    """Score with a copy of the method without other ranks, so that none has to take part."""
     method = build_untrained_method(with_local_weights(config)).to(trainee.device)
     method.load_state_dict(trainee.method.state_dict())
     device_batch = CopyToDevice(trainee.device)(batch)
