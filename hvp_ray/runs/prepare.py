@@ -30,6 +30,7 @@ from hvp_ray.identity import (
 )
 from hvp_ray.methods.method import Method
 from hvp_ray.remote_files import check_writable, is_uri, place_in, read_file, write_file
+from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.runs.rank import RunJob, build_order
 from hvp_ray.runs.storage import local_weights, working_folder
@@ -94,7 +95,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, training=training)
 
 
-def check_before_start(config: RunConfig) -> Dataset:
+def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
     """Find what is wrong with images, network and output folder before anything is started; return the opened data.
 
     Raises:
@@ -103,7 +104,7 @@ def check_before_start(config: RunConfig) -> Dataset:
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
     location = output_location(config)
-    dataset = _open_checked(config)
+    dataset = _open_checked(config, dataset)
     _check_view_sizes(config, build_untrained_method(config))
     if is_uri(location):
         check_writable(location, option="run.output")
@@ -169,9 +170,9 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
         raise _no_record(run)
     config = with_absolute_paths(config)
     resolved = resolve(
-        config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=config.cluster.device
+        config, open_dataset(config.data), renderer=renderer_of(config.cluster), device=config.cluster.device
     )
-    chosen = [name for name in ("renderer", "device") if getattr(config.cluster, name) == "auto"]
+    chosen = names_left_to_auto(config.cluster)
     difference = difference_from_record(run, config, identity_of(config, resolved), ignored=(*VERSIONS, *chosen))
     if difference:
         raise CheckpointError(
@@ -238,9 +239,8 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
 
 def prepare_run(
     config: RunConfig,
+    resolved: ResolvedRun,
     *,
-    renderer: RendererName,
-    device: str,
     is_writer: bool = True,
     planned: Identity | None = None,
     dataset: Dataset | None = None,
@@ -249,8 +249,7 @@ def prepare_run(
 
     Args:
         config: the run.
-        renderer: resolved renderer.
-        device: cpu or cuda.
+        resolved: values in place of its `auto` settings.
         is_writer: False on ranks that only read what another one prepared.
         planned: the identity that the run must have. None: any.
         dataset: the data of the run if it is open. None: it is opened.
@@ -263,9 +262,9 @@ def prepare_run(
             the run is not the planned one.
     """
     dataset = _open_checked(config, dataset)
-    resolved = resolve(config, dataset, renderer=renderer, device=device)
-    fingerprint = resolved.training_data["training data"]
-    identity = identity_of(config, resolved)
+    result = resolve(config, dataset, renderer=resolved.renderer, device=resolved.device)
+    fingerprint = result.training_data["training data"]
+    identity = identity_of(config, result)
     if planned is not None and planned != identity:
         before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
         raise CheckpointError(
@@ -284,8 +283,8 @@ def prepare_run(
         "method": config.method.name,
         "selection_rule": config.selection.rule,
         "seed": str(config.run.seed),
-        "renderer": renderer,
-        "device": device,
+        "renderer": resolved.renderer,
+        "device": resolved.device,
         "data_fingerprint": fingerprint,
         "run_identity": identity.digest,
         "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
@@ -300,12 +299,12 @@ def prepare_run(
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
         run_identity=identity.digest,
-        renderer=renderer,
+        resolved=resolved,
         mlflow_uri=uri,
         mlflow_artifact_root=artifact_root,
         tags=tags,
         data_fingerprint=fingerprint,
-        test_data=resolved.test_data["test data"],
+        test_data=result.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
 

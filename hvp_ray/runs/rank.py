@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvp_ray.config import RendererName, RunConfig, config_to_dict, flatten
+from hvp_ray.config import RunConfig, config_to_dict, flatten
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import DataInventory
 from hvp_ray.data.order import SampleOrder
@@ -28,6 +28,7 @@ from hvp_ray.errors import CheckpointError
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
 from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.remote_files import place_in, write_file
+from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.stream.batches import BatchStream, RequestOf, requests_of_rank
 from hvp_ray.stream.isolation import CRASHES_DECODER
 from hvp_ray.stream.metrics import WatchNumbers
@@ -63,7 +64,7 @@ class RunJob:
     run_uri: str | None = None
     """The run's folder on a bucket; None: it is `run_dir`, which all trainers see."""
     run_identity: str
-    renderer: RendererName
+    resolved: ResolvedRun
     mlflow_uri: str | None
     mlflow_artifact_root: str | None
     tags: dict[str, str]
@@ -408,7 +409,7 @@ def _summarize(
         "other_iou_mean": mean_value("selection/other_iou"),
         "weights_digest": weights_digest(trainee.method.state_dict()),
         "run_identity": job.run_identity,
-        "renderer": job.renderer,
+        "renderer": job.resolved.renderer,
         "device": trainee.device.type,
         "num_trainers": config.cluster.num_trainers,
     }

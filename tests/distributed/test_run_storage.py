@@ -8,6 +8,7 @@ import torch
 
 from hvp_ray import remote_files
 from hvp_ray.errors import CheckpointError
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.rank import push_on_all_ranks
 from hvp_ray.runs.storage import RunStorage
@@ -22,7 +23,7 @@ def _push_twice(rank: int, num_ranks: int, bucket: str, cache: str) -> list[str]
     os.environ["XDG_CACHE_HOME"] = f"{cache}/machine-{rank}"
     remote_files._PAUSES_SECONDS = (0.01,)
     config = tiny_config(Path(bucket).as_uri(), run={"name": "run"}, cluster={"num_trainers": num_ranks})
-    job = prepare_run(config, renderer="cpu", device="cpu", is_writer=rank == 0)
+    job = prepare_run(config, resolve_inline(config.cluster), is_writer=rank == 0)
     with RunStorage(job.run_dir, job.run_uri, rank=rank) as storage:
         (storage.folder / f"unreadable-rank-{rank}.jsonl").write_text('{"step": 0, "replacements": []}\n')
         results = []

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvp_ray.launch import driver as launch_module
-from hvp_ray.launch.driver import Watchers
+from hvp_ray.launch import ray_train
+from hvp_ray.launch.driver import Watchers, launch
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.tracking.journal import read_journal
@@ -130,7 +130,7 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_sigterm_stops_after_writing_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def stop(step: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -142,7 +142,7 @@ def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, capfd: pytest.Capture
     stopper.end()
     assert status == 1
     printed = capfd.readouterr().err
-    assert "stopped behind a checkpoint" in printed
+    assert "stopped after writing a checkpoint" in printed
     assert "Traceback" not in printed
     assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*/manifest.json"))) == 1
 
@@ -151,14 +151,14 @@ def test_sigterm_stops_behind_a_checkpoint(tmp_path: Path, capfd: pytest.Capture
 def test_stop_without_patience_ends_ray_train_before_the_driver_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch_module, "_END_SECONDS", 0.0)  # its trainers would end by themselves in a second
+    monkeypatch.setattr(ray_train, "END_SECONDS", 0.0)  # its trainers would end by themselves in a second
     config = tiny_config(str(tmp_path), run={"name": "stopped"}, training={"epochs": 100_000, "keep_checkpoints": 1})
     stop = StopRequest()
     asker = AtStep(tmp_path / "stopped", [5], lambda _step: stop.ask(patience_seconds=-1.0))
     asker.start()
     nothing = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
     with pytest.raises(StoppedError):
-        launch_module.launch(config, nothing, stop=stop)
+        launch(config, nothing, stop=stop)
     asker.end()
     assert "ray-train" not in {thread.name for thread in threading.enumerate()}
 
@@ -175,7 +175,7 @@ def test_small_object_store_is_refused(tmp_path: Path, capfd: pytest.CaptureFixt
     options = [word for key, value in settings.items() for word in (f"--{key}", value)]
     assert main(["--run.name", "small", "--run.output", str(tmp_path), *options]) == 1
     printed = capfd.readouterr().err
-    assert "the look-ahead needs" in printed
+    assert "prefetching needs" in printed
     assert "set cluster.batches_in_flight=" in printed
     assert not (tmp_path / "small").exists()
 

@@ -15,15 +15,17 @@ import ray
 import torch
 
 from hvp_ray.config import ClusterConfig, RunConfig, config_to_dict
+from hvp_ray.costs.prefetch import batch_bytes, step_bytes
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
+from hvp_ray.launch.placement import decide_batches_in_flight
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import DeviceBatch, DeviceHandOver
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import render_batch
+from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_finisher import ViewFinisher, start_finishers
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewWorker, open_render_context
@@ -56,15 +58,17 @@ def _stream(
     request_of: Any = None,
     finishers: Sequence[Any] = (),
     hand_over: DeviceHandOver | None = None,
+    batches_in_flight: int = 3,
     **cluster: Any,
 ) -> ViewStream:
-    settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
+    settings = dataclasses.replace(ClusterConfig(), **cluster)
     return ViewStream(
         workers,
         request_of or _requests(),
         first_step=0,
         end_step=end_step,
         cluster=settings,
+        batches_in_flight=batches_in_flight,
         hand_over=hand_over or DeviceHandOver(CPU),
         finishers=finishers,
     )
@@ -290,15 +294,14 @@ def test_worker_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) ->
     pool.close()
 
 
-def test_look_ahead_that_would_spill_is_refused_with_a_number_that_fits() -> None:
+def test_prefetch_that_would_spill_is_refused_with_a_number_that_fits() -> None:
     config = tiny_config("unused", training={"images_per_step": 180}, cluster={"batches_in_flight": 100})
+    per_step = step_bytes(config)
+    assert per_step == batch_bytes(config) == 4 * 180 * 8 * 8 * 3
     store = ray.cluster_resources()["object_store_memory"]
-    check_store(config, store)
-    per_batch = batch_bytes(config)
-    assert per_batch == 4 * 180 * 8 * 8 * 3
-    assert look_ahead_bytes(config) == 101 * per_batch
+    assert decide_batches_in_flight(config.cluster, 1, store, per_step) == 100
     with pytest.raises(ConfigError, match=r"cluster.batches_in_flight=34.*object_store_mib"):
-        check_store(config, 50.0 * per_batch)
+        decide_batches_in_flight(config.cluster, 1, 50.0 * per_step, per_step)
 
 
 def test_spilled_bytes_are_measured() -> None:

@@ -14,8 +14,7 @@ HEAVY = {"ray", "torch", "nvidia", "mlflow"}
 MAY_IMPORT = {
     "ray": (
         "stream/",
-        "launch/driver.py",
-        "launch/board.py",
+        "launch/",
         "evaluation/feature_pool.py",
         "comparison/runner.py",
     ),
@@ -28,7 +27,7 @@ LEVELS = [
     ("randomness.py", "credentials.py"),
     ("remote_files.py",),
     ("config.py",),
-    ("records.py", "identity.py", "methods/configs.py"),
+    ("records.py", "identity.py", "resolved_run.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
     ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),
     (

@@ -20,8 +20,9 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.stream.capacity import PROCESS_BYTES, Machine
-from tests.helpers import encode, resolved_of, tiny_config
+from hvp_ray.launch.placement import ClusterState
+from hvp_ray.stream.machine import PROCESS_BYTES, Machine
+from tests.helpers import encode, tiny_config
 
 import torch  # isort: skip
 
@@ -53,12 +54,11 @@ class _Stopwatch:
 def _open(base: RunConfig, machine: _Stopwatch, *arms: str, seeds: tuple[int, ...] = (0, 1), **options: Any) -> Study:
     return open_study(
         base,
-        resolved_of(base),
+        open_dataset(base.data),
         name="study",
         arm_names=arms or ("vanilla", "hardest", "vanilla-long"),
         seeds=seeds,
         accounting=options.get("accounting", "measured"),
-        steps_per_epoch=10,
         measure=machine,
     )
 
@@ -71,7 +71,7 @@ def test_costs_are_measured_once_and_new_arms_are_brought_to_their_scale(tmp_pat
     assert study.compute_ratio == 1.5
     grown = _open(base, slower, "vanilla", "hardest", "vanilla-long", "every-2", seeds=(0, 1, 2))
     assert slower.asked == [["vanilla", "every-2"]]
-    assert grown.compute_ratio == 1.5 and grown.ratio_of("every-2") == pytest.approx(1.25)
+    assert grown.compute_ratio == 1.5 and grown.ratio_of(get_arm("every-2")) == pytest.approx(1.25)
     assert len(grown.runs()) == 12
     _open(base, slower)
     assert len(slower.asked) == 1
@@ -158,8 +158,8 @@ def test_a_run_is_not_taken_by_its_name(tmp_path: Path) -> None:
     ("arms", "seeds", "message"),
     [
         (("hardest",), (0,), "vanilla is missing"),
-        (("vanilla", "hardest", "hardest"), (0,), "each only once"),
-        (("vanilla", "hardest"), (0, 0), "each only once"),
+        (("vanilla", "hardest", "hardest"), (0,), "only once"),
+        (("vanilla", "hardest"), (0, 0), "only once"),
         (("vanilla", "vanilla-long"), (0,), "needs an arm with hard views"),
     ],
 )
@@ -288,12 +288,14 @@ def test_inline_runs_of_a_local_ray_are_as_many_as_the_memory_holds(
     runs = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=(0, 1, 2)).runs()
     small = Machine(num_cpus=16, memory_bytes=2**33, free_bytes=4 * PROCESS_BYTES, shared_memory_bytes=2**33)
     monkeypatch.setattr(runner, "this_machine", lambda: small)
-    monkeypatch.setattr(runner.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0}}])
+    state = ClusterState(total={}, free={}, nodes=[{"CPU": 16.0}])
+    monkeypatch.setattr(runner, "read_cluster", lambda: state)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert num_parallel(runs, "inline", wanted=None) == 2
+    dataset = open_dataset(runs[0].config.data)
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 2
     with pytest.raises(ConfigError, match="--parallel 3 is not allowed: 2 "):
-        num_parallel(runs, "inline", wanted=3)
+        num_parallel(runs, dataset, "inline", wanted=3)
     monkeypatch.setattr(runner, "this_machine", lambda: dataclasses.replace(small, free_bytes=0))
-    assert num_parallel(runs, "inline", wanted=None) == 1
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 1
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # the nodes' memory is not this machine's
-    assert num_parallel(runs, "inline", wanted=None) == 9
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 9

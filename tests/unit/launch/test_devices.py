@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hvp_ray.config import config_to_dict
 from hvp_ray.distributed.world import World
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs import recorder
 from hvp_ray.runs.online_knn import AnswerAtHand
 from hvp_ray.runs.prepare import prepare_run
@@ -60,7 +61,7 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
         return InlineBatches(context, request_of, first_step=first_step, hand_over=DeviceHandOver(device))
 
     summary = train_rank(
-        prepare_run(config, renderer="cpu", device=device.type),
+        prepare_run(config, ResolvedRun(renderer="cpu", device="cuda" if device.type == "cuda" else "cpu")),
         World(),
         device,
         open_stream=open_stream,

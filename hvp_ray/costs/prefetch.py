@@ -1,0 +1,70 @@
+"""How many batches each trainer prefetches, and the bytes of object store that they take."""
+
+import math
+
+import numpy as np
+
+from hvp_ray.config import ClusterConfig, RunConfig
+from hvp_ray.data.dataset import Dataset
+from hvp_ray.data.decode import read_size
+from hvp_ray.errors import UnreadableImageError
+from hvp_ray.stream.render_batch import SAMPLE_IMAGES, read_sample
+
+USABLE_STORE_FRACTION = 0.7
+"""Ray starts to spill at 0.8 of the object store."""
+
+
+def batch_bytes(config: RunConfig) -> int:
+    """Return the bytes of pixels of one rank's largest batch."""
+    selection, views = config.selection, config.views
+    pixels = selection.num_views_at(0) * views.global_views.size_px**2
+    if views.local_views is not None:
+        pixels += selection.num_local_views_at(0) * views.local_views.size_px**2
+    return pixels * config.images_per_rank * 3
+
+
+def step_bytes(config: RunConfig, decoded_bytes: float = 0.0) -> int:
+    """Return the bytes of object store that one step of all trainers takes.
+
+    Args:
+        config: the run.
+        decoded_bytes: see `mean_decoded_bytes`. Decoded images stay in the store until their views are rendered.
+    """
+    decoded = int(decoded_bytes * config.images_per_rank) if config.cluster.ship == "pixels" else 0
+    return config.cluster.num_trainers * (batch_bytes(config) + decoded)
+
+
+def mean_decoded_bytes(config: RunConfig, dataset: Dataset) -> float:
+    """Return the mean bytes of a decoded image, from the headers of a sample; 0 if no decoded pixels are shipped.
+
+    Raises:
+        DataError: the storage failed repeatedly.
+    """
+    if config.cluster.ship != "pixels":
+        return 0.0
+    sizes = []
+    for image in read_sample(dataset.source, dataset.training_ids, SAMPLE_IMAGES):
+        try:
+            height, width = read_size(image, max_pixels=config.data.max_image_pixels)
+        except UnreadableImageError:
+            continue
+        sizes.append(height * width * 3)
+    return float(np.mean(sizes)) if sizes else 0.0
+
+
+def batches_for_workers(cluster: ClusterConfig, num_view_workers: int) -> int:
+    """Return how many batches a trainer prefetches to keep its view workers and finishers busy.
+
+    Each of them works on one batch. Two more cover the time in which the trainer takes a batch.
+    """
+    return max(4, math.ceil(num_view_workers / cluster.num_trainers) + cluster.num_finishers + 2)
+
+
+def prefetch_bytes(batches_in_flight: int, bytes_per_step: int) -> int:
+    """Return the bytes of all prefetched batches and of the batch in use."""
+    return (batches_in_flight + 1) * bytes_per_step
+
+
+def batches_that_fit(store_bytes: float, bytes_per_step: int) -> int:
+    """Return how many batches fit an object store beside the batch in use, without spilling."""
+    return int(USABLE_STORE_FRACTION * store_bytes // bytes_per_step) - 1
