@@ -163,8 +163,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
 
     base = with_absolute_paths(base)
     output_folder(base)  # refuses a bucket before the data is opened
-    arms = check_arms_and_seeds(options.arms, options.seeds)
-    dataset = open_dataset(base.data)
+    arms, dataset = check_arms_and_seeds(options.arms, options.seeds), open_dataset(base.data)
     for arm in arms:
         check_before_start(arm.configure(base), dataset)
     remark = check_intensities(base.data, dataset)
@@ -201,8 +200,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     say("all runs are done; writing the report ...")
     report = write_report(study, metric=options.metric)
     say(describe_report(report))
-    link = publish_report(study, report)
-    if link is not None:
+    if (link := publish_report(study, report)) is not None:
         say(link)
 
 

@@ -85,7 +85,6 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
         tracking_uri: URI of MLflow. None: MLflow is off.
         size_px: size of the evaluated images.
     """
-    from hvp_ray.evaluation.report import title_of_pixels
     from hvp_ray.remote_files import place_in
 
     lines = [
@@ -100,13 +99,7 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             f"overlap  of the chosen pair's crops {summary['chosen_iou_mean']:.3f}, "
             f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over the run)"
         )
-    if any(summary.get(f"knn_top1{suffix}") is not None for suffix in ("", "_untrained", "_pixels")):
-        lines += ["", "k-NN accuracy           all labels   5 labels per class"]
-        pixels = title_of_pixels(size_px)
-        for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), (pixels, "_pixels")):
-            values = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
-            top1, few = ("not known" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"  {title:<20}    {top1:<10}   {few}")
+    lines += _describe_knn(summary, size_px)
     warnings = summary.get("num_collapse_warnings")
     if warnings is not None:
         lines += ["", f"collapse {'no warning' if not warnings else f'{warnings} warning(s), see above'}"]
@@ -124,21 +117,34 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
         f"figures  {place_in(location, 'figures')}",
     ]
     if tracking_uri is not None:
-        experiment = summary.get("mlflow_experiment_id")
-        if experiment is None:
-            return "\n".join(
-                [*lines, "curves   MLflow was unreachable; start the run again with its name to send them"]
-            )
-        page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-        if tracking_uri.startswith(("http://", "https://")):
-            # A browser outside the cluster may know the server by another name than the nodes.
-            address = os.environ.get("HVP_MLFLOW_PAGE", tracking_uri)
-            lines.append(f"curves   {address.rstrip('/')}{page}")
-        else:
-            from hvp_ray.tracking.mlflow_store import ui_command
-
-            lines.append(f"curves   `{ui_command(tracking_uri)}`, then http://127.0.0.1:5000{page}")
+        lines.append(f"curves   {_describe_mlflow(tracking_uri, summary.get('mlflow_experiment_id'))}")
     return "\n".join(lines)
+
+
+def _describe_knn(summary: dict[str, Any], size_px: int) -> list[str]:
+    from hvp_ray.evaluation.report import title_of_pixels
+
+    rows = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": title_of_pixels(size_px)}
+    if all(summary.get(f"knn_top1{suffix}") is None for suffix in rows):
+        return []
+    lines = ["", "k-NN accuracy           all labels   5 labels per class"]
+    for suffix, title in rows.items():
+        values = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
+        top1, few = ("not known" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"  {title:<20}    {top1:<10}   {few}")
+    return lines
+
+
+def _describe_mlflow(tracking_uri: str, experiment: str | None) -> str:
+    from hvp_ray.tracking.mlflow_store import ui_command
+
+    if experiment is None:
+        return "MLflow was unreachable; start the run again with its name to send them"
+    page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    if tracking_uri.startswith(("http://", "https://")):
+        # A browser outside the cluster may know the server by another name than the nodes.
+        return f"{os.environ.get('HVP_MLFLOW_PAGE', tracking_uri).rstrip('/')}{page}"
+    return f"`{ui_command(tracking_uri)}`, then http://127.0.0.1:5000{page}"
 
 
 def show_finished(config: RunConfig) -> bool:

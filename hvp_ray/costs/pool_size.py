@@ -37,8 +37,6 @@ class PoolSize:
     batches_in_flight: int
     store_bytes: float
     """Object store on the node of a trainer, for its prefetched batches and the batch in use."""
-    calls_per_second: float
-    """Requests of all trainers to view workers."""
 
 
 def size_pool(
@@ -69,7 +67,6 @@ def size_pool(
         link_bytes_per_second=images_per_second / trainers * shipped,
         batches_in_flight=batches,
         store_bytes=(batches + 1) * config.images_per_rank * stored,
-        calls_per_second=images_per_second / config.images_per_rank,
     )
 
 

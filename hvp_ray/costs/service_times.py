@@ -9,14 +9,12 @@ import cv2
 import numpy as np
 import torch
 
-from hvp_ray.config import RunConfig, ViewGroupConfig
+from hvp_ray.config import RunConfig
 from hvp_ray.costs.prefetch import batch_bytes
+from hvp_ray.costs.step_plans import draw_step_plans
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.errors import UnreadableImageError
-from hvp_ray.randomness import Purpose
-from hvp_ray.records import ViewPlan
 from hvp_ray.views.decoded import decode_used
-from hvp_ray.views.plan import draw_plan
 from hvp_ray.views.render_cpu import CpuRenderer
 
 
@@ -50,7 +48,7 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
     Raises:
         UnreadableImageError: no image can be decoded.
     """
-    data, selection, views = config.data, config.selection, config.views
+    data = config.data
     readable, sizes = [], []
     reason = "there are no images"
     for image in images:
@@ -63,14 +61,12 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
         sizes.append(pixels.shape[:2])
     if not readable:
         raise UnreadableImageError(reason)
-    of_globals = _draw_plan(Purpose.GLOBAL_VIEWS, selection.num_views_at(0), views.global_views, sizes)
-    of_locals = None
-    if views.local_views is not None:
-        of_locals = _draw_plan(Purpose.LOCAL_VIEWS, selection.num_local_views_at(0), views.local_views, sizes)
+    heights, widths = (np.array(edges, np.int32) for edges in zip(*sizes, strict=True))
+    plans = draw_step_plans(config, heights, widths)
     limit, intensity_range = data.max_image_pixels, data.intensity_range
-    renderer = CpuRenderer(views, max_image_pixels=limit, intensity_range=intensity_range)
+    renderer = CpuRenderer(config.views, max_image_pixels=limit, intensity_range=intensity_range)
     decode = partial(decode_used, max_image_pixels=limit, intensity_range=intensity_range)
-    decoded = decode(readable, of_globals, of_locals)
+    decoded = decode(readable, *plans)
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -78,9 +74,9 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
         whole_seconds, decode_seconds, finish_seconds = (
             _cpu_seconds(work, seconds) / len(readable)
             for work in (
-                partial(renderer.render, readable, of_globals, of_locals),
-                partial(decode, readable, of_globals, of_locals),
-                partial(renderer.render_decoded, decoded, of_globals, of_locals),
+                partial(renderer.render, readable, *plans),
+                partial(decode, readable, *plans),
+                partial(renderer.render_decoded, decoded, *plans),
             )
         )
     finally:
@@ -94,20 +90,6 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
         encoded_bytes=sum(map(len, readable)) / len(readable),
         shipped_pixel_bytes=decoded.pixels.nbytes / len(readable),
         view_bytes=batch_bytes(config) / config.images_per_rank,
-    )
-
-
-def _draw_plan(purpose: Purpose, num_views: int, group: ViewGroupConfig, sizes: Sequence[tuple[int, ...]]) -> ViewPlan:
-    heights, widths = (np.array(edges, np.int32) for edges in zip(*sizes, strict=True))
-    return draw_plan(
-        seed=0,
-        purpose=purpose,
-        epoch=0,
-        sample_ids=np.arange(len(sizes)),
-        heights=heights,
-        widths=widths,
-        num_views=num_views,
-        group=group,
     )
 
 

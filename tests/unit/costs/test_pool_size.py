@@ -28,7 +28,6 @@ def test_pool_for_views_and_for_pixels_by_hand() -> None:
     assert views.link_bytes_per_second == 1000 * 600_000
     assert views.batches_in_flight == 8  # 24 / 4 + 2
     assert views.store_bytes == 9 * 256 * 600_000
-    assert views.calls_per_second == pytest.approx(4000 / 256)
     pixels = size_pool(config, TIMES, images_per_second=4000.0, ship="pixels")
     assert pixels.num_view_workers == 10  # 1.2 x 4,000 x 0.0020 = 9.6
     assert pixels.finishers_per_trainer == 4  # 1.2 x 1,000 x 0.0030 = 3.6

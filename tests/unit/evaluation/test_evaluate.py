@@ -58,4 +58,4 @@ def test_run_of_an_earlier_version_is_evaluated(config: RunConfig, tmp_path: Pat
     evaluation = Evaluation(tmp_path / "r", config, parse_arguments(["--checkpoint", "r"]))
     is_known = name == "data fingerprint"
     assert evaluation.num_trained_on == (0 if is_known else None)
-    assert any("does not say what it was trained on" in remark for remark in evaluation.remarks) is not is_known
+    assert any("did not record what it was trained on" in remark for remark in evaluation.remarks) is not is_known
