@@ -40,32 +40,34 @@ class Arm:
         return dataclasses.replace(config, selection=dataclasses.replace(config.selection, **self.selection))
 
 
-def _rule(name: str, title: str, rule: str, **fields: Any) -> Arm:
-    """Return an arm that applies its rule in every step, without what the recipe sets for hard views."""
-    neutral = {"every": 1, "limit": None, "score_always": False, "scoring_resolution_px": None}
-    is_control = title.startswith("control")
-    return Arm(name=name, title=title, selection={"rule": rule} | neutral | fields, is_control=is_control)
+_EVERY_STEP = {"every": 1, "limit": None, "score_always": False, "scoring_resolution_px": None}
+"""Neutral values of what a recipe sets for hard views."""
+_RANDOM_VIEWS = _EVERY_STEP | {"rule": "first"}
 
 
-def _hardest(name: str, title: str, **fields: Any) -> Arm:
+def _hardest(name: str, title: str, **selection: Any) -> Arm:
     """Return an arm with hard views, scored as the recipe says."""
-    return Arm(name=name, title=title, selection={"rule": "hardest"} | fields)
+    return Arm(name=name, title=title, selection={"rule": "hardest"} | selection)
+
+
+def _control(name: str, title: str, **selection: Any) -> Arm:
+    return Arm(name=name, title=f"control: {title}", selection=_EVERY_STEP | selection, is_control=True)
 
 
 ARMS = {
     arm.name: arm
     for arm in (
-        _rule(VANILLA, "random views", "first"),
+        Arm(name=VANILLA, title="random views", selection=_RANDOM_VIEWS),
         _hardest(HARDEST, "hard views (HVP)"),
-        _rule(VANILLA_LONG, "random views, trained longer (equal compute)", "first"),
-        _rule("random", "control: a random pair of the rendered views", "random"),
-        _rule("easiest", "control: the easiest pair", "easiest"),
-        _rule("min-iou", "control: the pair of least overlap (no model)", "min_iou"),
-        _rule("all-pairs", "control: mean loss over all pairs", "all_pairs"),
-        _rule(
+        Arm(name=VANILLA_LONG, title="random views, trained longer (equal compute)", selection=_RANDOM_VIEWS),
+        _control("random", "a random pair of the rendered views", rule="random"),
+        _control("easiest", "the easiest pair", rule="easiest"),
+        _control("min-iou", "the pair of least overlap (no model)", rule="min_iou"),
+        _control("all-pairs", "mean loss over all pairs", rule="all_pairs"),
+        _control(
             "batch-norm",
-            "control: random pair; the other views are seen by BatchNorm only",
-            "random",
+            "random pair; the other views are seen by BatchNorm only",
+            rule="random",
             score_always=True,
             scoring_batch_norm="faithful",
         ),
