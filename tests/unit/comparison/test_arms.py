@@ -1,4 +1,4 @@
-"""Arms change the choice of views and nothing else; the long arm changes the length."""
+"""Arms change only the choice of views; the long arm changes the length instead."""
 
 import dataclasses
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:
     assert runs[0].config.tracking.arm == "vanilla" and runs[0].config.tracking.comparison == "c"
 
 
-def test_unknown_arm_names_the_nearest() -> None:
+def test_unknown_arm_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hardest'"):
         get_arm("hardst")
 

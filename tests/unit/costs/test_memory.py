@@ -1,4 +1,4 @@
-"""What lies on a trainer's device: two batches, and both are counted."""
+"""A trainer's device holds two batches, and both are counted."""
 
 import weakref
 from pathlib import Path

@@ -50,7 +50,7 @@ def test_without_labels_everything_may_be_anywhere() -> None:
     assert placement.view_worker_resources == {"CPU": 1.0}
 
 
-def test_labels_send_each_to_its_nodes_and_limit_their_number() -> None:
+def test_labels_place_processes_and_limit_their_number() -> None:
     placement = _place(_config(num_view_workers="auto"), CPU=40, view=3, trainer=2)
     assert placement.trainer_resources == {"CPU": 1.0, "trainer": 1.0}
     assert placement.view_worker_resources == {"CPU": 1.0, "view": 1.0}
@@ -85,7 +85,7 @@ def test_trainers_leave_view_workers_their_share_of_each_gpu() -> None:
         ({"num_view_workers": 2, "gpus_per_trainer": 0.4, "num_trainers": 2}, "needs 2 GPU"),
     ],
 )
-def test_gpus_that_do_not_suffice_for_trainers_and_view_workers_are_said(cluster: dict[str, Any], says: str) -> None:
+def test_too_few_gpus_for_trainers_and_view_workers_are_refused(cluster: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         _place(_config(renderer="dali-gpu", device="cuda", **cluster), CPU=64, GPU=1)
 
@@ -101,7 +101,7 @@ def test_anywhere_ignores_labels() -> None:
     assert placement.view_worker_resources == {"CPU": 1.0}
 
 
-def test_labels_wait_for_nodes_that_are_to_come() -> None:
+def test_labels_wait_for_nodes_that_will_join() -> None:
     named = {"placement": "labels", "num_view_workers": 16, "num_trainers": 2}
     placement = _place(_config(device="cpu", **named), CPU=0)
     assert placement.num_view_workers == 16
@@ -113,7 +113,7 @@ def test_labels_wait_for_nodes_that_are_to_come() -> None:
         _place(_config(**named), CPU=8, GPU=1)
 
 
-def test_one_label_without_the_other_may_be_a_cluster_that_is_coming_up() -> None:
+def test_one_label_without_the_other_may_be_a_starting_cluster() -> None:
     assert lacks_a_label(_config().cluster, {"view": 2.0})
     assert lacks_a_label(_config().cluster, {"trainer": 2.0})
     assert not lacks_a_label(_config().cluster, {"view": 2.0, "trainer": 1.0})
@@ -139,14 +139,14 @@ def test_elastic_training_on_several_nodes_needs_labels() -> None:
         ({"renderer": "dali-gpu"}, {"CPU": 4}, "no node of the cluster has a GPU"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(
+def test_run_that_does_not_fit_is_refused_with_the_numbers(
     cluster: dict[str, Any], total: dict[str, int], says: str
 ) -> None:
     with pytest.raises(ConfigError, match=says):
         _place(_config(**cluster), **total)
 
 
-def test_auto_counts_what_is_free_and_a_number_what_there_is() -> None:
+def test_auto_counts_free_resources_and_a_number_all_resources() -> None:
     assert _place(_config(num_view_workers="auto"), free={"CPU": 3}, CPU=8).num_view_workers == 2
     assert _place(_config(num_view_workers=5), free={"CPU": 3}, CPU=8).num_view_workers == 5
 
@@ -182,7 +182,7 @@ def test_trainers_must_fit_on_single_nodes() -> None:
 
 
 def test_runs_that_share_a_cluster_fit_it_together() -> None:
-    """The free resources are those that the first of them sees, or the last one: each decides for its own part."""
+    """Free resources depend on which run starts first, so each run decides for its own part."""
     total = {"CPU": 64.0, "GPU": 4.0}
     config = _config(device="cuda", num_view_workers="auto")
     for free in (total, {"CPU": 1.0}):
