@@ -84,12 +84,11 @@ def write_report(study: Study, *, metric: str) -> Report:
     summaries = [summarize_metric(study, results, name) for name in metrics]
     analyses = _analyse(study, results)
     figures = _draw_figures(study, results, summaries[0], analyses)
-    sentences = [describe_result(study, summary) for summary in summaries]
-    problems = tuple(f"{r.folder.name}: {problem}" for r in results for problem in r.summary.get("problems", ()))
+    sentence = describe_result(study, summaries[0])
     json_path, html_path = study.folder / "report.json", study.folder / "report.html"
     content = {
         "comparison": study.name,
-        "result": sentences[0],
+        "result": sentence,
         "recipe": study.base.recipe,
         "seeds": list(study.seeds),
         "accounting": study.accounting,
@@ -101,30 +100,33 @@ def write_report(study: Study, *, metric: str) -> Report:
         "settings": flatten(config_to_dict(study.base)),
     }
     _write(json_path, json.dumps(content, indent=1) + "\n")
-    page = _template().render(
-        study=study,
-        runs={run.arm.name: run for run in study.runs()},
-        results=results,
-        summaries=summaries,
-        sentences=sentences,
-        collapsed=[r.folder.name for r in results if r.summary.get("num_collapse_warnings")],
-        problems=problems,
-        analyses=analyses,
-        figures=figures,
-        settings=content["settings"],
-    )
-    _write(html_path, page)
+    _write(html_path, render_page(study, results, summaries, analyses, figures))
     return Report(
-        sentence=sentences[0],
+        sentence=sentence,
         html_path=html_path,
         json_path=json_path,
         figures=tuple(figures),
         primary=summaries[0],
-        problems=problems,
+        problems=_problems_of(results),
     )
 
 
-def _template() -> jinja2.Template:
+def render_page(
+    study: Study,
+    results: Sequence[RunResult],
+    summaries: Sequence[MetricResult],
+    analyses: dict[str, SelectionAnalysis],
+    figures: Sequence[Path],
+) -> str:
+    """Return the HTML page.
+
+    Args:
+        study: the comparison.
+        results: of all its runs.
+        summaries: of all metrics, the primary one first.
+        analyses: arm -> what its rule chose.
+        figures: PNG files. The page embeds them.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hvp_ray.comparison", package_path=""),
         autoescape=True,
@@ -138,7 +140,22 @@ def _template() -> jinja2.Template:
         "describe": describe_difference,
         "percent": lambda value: f"{100 * value:.2f}",
     }
-    return environment.get_template("report.html.jinja")
+    return environment.get_template("report.html.jinja").render(
+        study=study,
+        runs={run.arm.name: run for run in study.runs()},
+        results=results,
+        summaries=summaries,
+        sentences=[describe_result(study, summary) for summary in summaries],
+        collapsed=[result.folder.name for result in results if result.summary.get("num_collapse_warnings")],
+        problems=_problems_of(results),
+        analyses=analyses,
+        figures=figures,
+        settings=flatten(config_to_dict(study.base)),
+    )
+
+
+def _problems_of(results: Sequence[RunResult]) -> tuple[str, ...]:
+    return tuple(f"{r.folder.name}: {problem}" for r in results for problem in r.summary.get("problems", ()))
 
 
 def _analyse(study: Study, results: Sequence[RunResult]) -> dict[str, SelectionAnalysis]:

@@ -19,6 +19,7 @@ MAY_IMPORT = {
         "comparison/runner.py",
     ),
     "nvidia": ("views/render_dali.py",),
+    "jinja2": ("comparison/report.py",),
     "mlflow": ("tracking/mlflow.py", "tracking/mlflow_store.py"),
     "torch.distributed": ("distributed/", "launch/local.py"),
 }
