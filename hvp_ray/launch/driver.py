@@ -22,7 +22,7 @@ from hvp_ray.identity import Identity
 from hvp_ray.launch.board import RunBoardActor
 from hvp_ray.launch.knn_actor import start_knn
 from hvp_ray.launch.local_cluster import plan_local_ray
-from hvp_ray.launch.placement import ClusterState, lacks_a_label, resolve_on_cluster
+from hvp_ray.launch.placement import ClusterState, PrefetchError, lacks_a_label, resolve_on_cluster
 from hvp_ray.launch.ray_train import TrainersThread
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.launch.trainer import TrainerSetup
@@ -131,6 +131,8 @@ def _wait_for_nodes(
             if waited > _OTHER_LABEL_SECONDS or not lacks_a_label(cluster, ray.cluster_resources()):
                 return resolved
             reason = "only nodes of one label have joined"
+        except PrefetchError:
+            raise
         except ConfigError as error:
             if waited > _JOIN_SECONDS:
                 raise

@@ -24,6 +24,10 @@ Resources = Mapping[str, float]
 """Ray resource -> amount."""
 
 
+class PrefetchError(ConfigError):
+    """The prefetched batches do not fit the object stores."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterState:
     """Resources of a Ray cluster at one moment."""
@@ -54,7 +58,8 @@ def resolve_on_cluster(config: RunConfig, state: ClusterState, bytes_per_step: i
         bytes_per_step: see `costs.prefetch.step_bytes`.
 
     Raises:
-        ConfigError: the cluster has too little. The message has the numbers.
+        PrefetchError: the prefetched batches do not fit its object stores.
+        ConfigError: the cluster has too little else. The message has the numbers.
     """
     cluster, (total, free) = config.cluster, state.part
     gpus = total.get("GPU", 0.0)
@@ -125,7 +130,7 @@ def decide_batches_in_flight(
     """Return how many batches each trainer prefetches. `auto` keeps all view workers busy if the object stores allow it.
 
     Raises:
-        ConfigError: the batches would spill.
+        PrefetchError: the batches would spill.
     """
     fits = batches_that_fit(store_bytes, bytes_per_step)
     wanted = min(batches_for_workers(cluster, num_view_workers), fits)
@@ -134,7 +139,7 @@ def decide_batches_in_flight(
     if needed <= USABLE_STORE_FRACTION * store_bytes:
         return batches
     advice = f"set cluster.batches_in_flight={fits}" if fits >= 1 else "use fewer images per step or smaller views"
-    raise ConfigError(
+    raise PrefetchError(
         f"prefetching needs {needed / 2**20:.0f} MiB of the object store (cluster.batches_in_flight={batches} batches and "
         f"one in use, {bytes_per_step / cluster.num_trainers / 2**20:.1f} MiB each, {cluster.num_trainers} trainer(s)), but "
         f"of its {store_bytes / 2**20:.0f} MiB only {USABLE_STORE_FRACTION:.0%} can be used without spilling to disk; "
