@@ -24,7 +24,7 @@ from hvp_ray.comparison.results import METRIC_TITLES
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
 from hvp_ray.comparison.study import PlannedRun
 from hvp_ray.config import ClusterConfig, RunConfig, config_from_dict, config_to_dict
-from hvp_ray.costs.prefetch import mean_decoded_bytes, step_bytes
+from hvp_ray.costs.prefetch import step_bytes
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import ConfigError, StageError
 from hvp_ray.identity import Identity
@@ -75,7 +75,7 @@ def connect(base: RunConfig, dataset: Dataset, mode: Mode | None) -> None:
 
     def size_of_local() -> LocalRay:
         machine = this_machine()
-        size = plan_local_ray(base.cluster, machine, step_bytes(base, mean_decoded_bytes(base, dataset)))
+        size = plan_local_ray(base.cluster, machine, step_bytes(base, dataset))
         renders_inline = mode != "workers" and base.cluster.num_trainers == 1
         cpus = machine.num_cpus if renders_inline else size.num_cpus
         return dataclasses.replace(size, num_cpus=max(cpus, base.training.torch_threads))

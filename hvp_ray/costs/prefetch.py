@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 
-from hvp_ray.config import ClusterConfig, RunConfig
+from hvp_ray.config import ClusterConfig, DataConfig, RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.errors import UnreadableImageError
-from hvp_ray.stream.render_batch import SAMPLE_IMAGES, read_sample
+from hvp_ray.stream.render_batch import read_sample
 
 USABLE_STORE_FRACTION = 0.7
 """Ray starts to spill at 0.8 of the object store."""
@@ -23,29 +23,30 @@ def batch_bytes(config: RunConfig) -> int:
     return pixels * config.images_per_rank * 3
 
 
-def step_bytes(config: RunConfig, decoded_bytes: float = 0.0) -> int:
+def step_bytes(config: RunConfig, dataset: Dataset) -> int:
     """Return the bytes of object store that one step of all trainers takes.
+
+    If decoded pixels are shipped, they stay in the store until their views are rendered.
 
     Args:
         config: the run.
-        decoded_bytes: see `mean_decoded_bytes`. Decoded images stay in the store until their views are rendered.
-    """
-    decoded = int(decoded_bytes * config.images_per_rank) if config.cluster.ship == "pixels" else 0
-    return config.cluster.num_trainers * (batch_bytes(config) + decoded)
-
-
-def mean_decoded_bytes(config: RunConfig, dataset: Dataset) -> float:
-    """Return the mean bytes of a decoded image, from the headers of a sample; 0 if no decoded pixels are shipped.
+        dataset: its data, of which a sample is read if decoded pixels are shipped.
 
     Raises:
         DataError: the storage failed repeatedly.
     """
-    if config.cluster.ship != "pixels":
-        return 0.0
+    num_bytes = batch_bytes(config)
+    if config.cluster.ship == "pixels":
+        num_bytes += int(_mean_decoded_bytes(config.data, dataset) * config.images_per_rank)
+    return config.cluster.num_trainers * num_bytes
+
+
+def _mean_decoded_bytes(data: DataConfig, dataset: Dataset) -> float:
+    """Return the mean bytes of a decoded image, from the headers of a sample."""
     sizes = []
-    for image in read_sample(dataset.source, dataset.training_ids, SAMPLE_IMAGES):
+    for image in read_sample(dataset.source, dataset.training_ids):
         try:
-            height, width = read_size(image, max_pixels=config.data.max_image_pixels)
+            height, width = read_size(image, max_pixels=data.max_image_pixels)
         except UnreadableImageError:
             continue
         sizes.append(height * width * 3)

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hvp_ray.config import ClusterConfig, RunConfig
-from hvp_ray.costs.prefetch import batches_for_workers, mean_decoded_bytes, prefetch_bytes, step_bytes
+from hvp_ray.costs.prefetch import batches_for_workers, prefetch_bytes, step_bytes
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.errors import ConfigError, StageError, first_line
 from hvp_ray.evaluation.report import check_knn_labels
@@ -67,7 +67,7 @@ def launch(
     for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
         if remark is not None:
             watchers.show_message(remark)
-    bytes_per_step = step_bytes(config, mean_decoded_bytes(config, dataset))
+    bytes_per_step = step_bytes(config, dataset)
     is_ours = not ray.is_initialized()
     joined = connect_ray(lambda: plan_local_ray(config.cluster, this_machine(), bytes_per_step))
     try:
@@ -99,7 +99,7 @@ def num_side_by_side(config: RunConfig, dataset: Dataset, limit: int) -> int:
     """
     if config.cluster.placement == "labels":
         return 1  # nodes may be missing: several runs could each get a part of what they need, and wait forever
-    bytes_per_step = step_bytes(config, mean_decoded_bytes(config, dataset))
+    bytes_per_step = step_bytes(config, dataset)
     for num_sharing in range(limit, 1, -1):
         with contextlib.suppress(ConfigError):
             resolve_on_cluster(config, read_cluster(num_sharing), bytes_per_step)

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from hvp_ray.config import ClusterConfig, RunConfig, config_to_dict
-from hvp_ray.costs.prefetch import batch_bytes, step_bytes
+from hvp_ray.costs.prefetch import batch_bytes
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
 from hvp_ray.launch.placement import decide_batches_in_flight
@@ -296,8 +296,8 @@ def test_worker_that_cannot_start_again_is_tried_until_it_can(tmp_path: Path) ->
 
 def test_prefetch_that_would_spill_is_refused_with_a_number_that_fits() -> None:
     config = tiny_config("unused", training={"images_per_step": 180}, cluster={"batches_in_flight": 100})
-    per_step = step_bytes(config)
-    assert per_step == batch_bytes(config) == 4 * 180 * 8 * 8 * 3
+    per_step = batch_bytes(config)
+    assert per_step == 4 * 180 * 8 * 8 * 3
     store = ray.cluster_resources()["object_store_memory"]
     assert decide_batches_in_flight(config.cluster, 1, store, per_step) == 100
     with pytest.raises(ConfigError, match=r"cluster.batches_in_flight=34.*object_store_mib"):

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from hvp_ray.config import RunConfig
-from hvp_ray.costs.prefetch import prefetch_bytes, step_bytes
+from hvp_ray.costs.prefetch import batch_bytes, prefetch_bytes
 from hvp_ray.errors import ConfigError
 from hvp_ray.launch.local_cluster import plan_local_ray
 from hvp_ray.launch.placement import decide_batches_in_flight
@@ -18,13 +18,13 @@ MACHINE = Machine(num_cpus=4, memory_bytes=16 * 2**30, free_bytes=12 * 2**30, sh
 
 
 def _plan(config: RunConfig, machine: Machine = MACHINE) -> LocalRay:
-    return plan_local_ray(config.cluster, machine, step_bytes(config))
+    return plan_local_ray(config.cluster, machine, batch_bytes(config) * config.cluster.num_trainers)
 
 
 def test_local_ray_has_three_times_the_prefetched_batches_and_the_cpus_that_the_run_reserves() -> None:
     config = tiny_config("x", training={"images_per_step": 180_000}, cluster={"batches_in_flight": 9})
     local = _plan(config)
-    assert local.object_store_bytes == 3 * prefetch_bytes(9, step_bytes(config)) > 2**28
+    assert local.object_store_bytes == 3 * prefetch_bytes(9, batch_bytes(config)) > 2**28
     assert local.num_cpus == 4
     assert _plan(tiny_config("x")).object_store_bytes == 2**28
     assert _plan(tiny_config("x", cluster={"object_store_mib": 100})).object_store_bytes == 100 * 2**20
@@ -37,8 +37,8 @@ def test_local_ray_shrinks_to_the_machine_if_the_batches_still_fit() -> None:
     assert _plan(by_itself).object_store_bytes == int(0.3 * MACHINE.memory_bytes)
     config = tiny_config("x", **large, cluster={"batches_in_flight": 4})
     store = _plan(config).object_store_bytes
-    assert store < 3 * prefetch_bytes(4, step_bytes(config))
-    assert decide_batches_in_flight(config.cluster, 1, float(store), step_bytes(config)) == 4
+    assert store < 3 * prefetch_bytes(4, batch_bytes(config))
+    assert decide_batches_in_flight(config.cluster, 1, float(store), batch_bytes(config)) == 4
 
 
 @pytest.mark.parametrize(
