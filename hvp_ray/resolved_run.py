@@ -1,4 +1,4 @@
-"""What the settings that may be `auto` resolve to: made once before a run starts, and read by everything after."""
+"""Values of the settings that may be `auto`, resolved once before a run starts and read by all code after that."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -25,7 +25,7 @@ def exit_status(work: Callable[[], None], *, stopped: str = "stopped") -> int:
 
     Args:
         work: raises `HvpRayError` with a sentence for the user.
-        stopped: what is printed after Ctrl-C.
+        stopped: message after Ctrl-C.
     """
     try:
         work()

@@ -25,7 +25,7 @@ class Arm:
 
     name: str
     title: str
-    """For tables and figures."""
+    """Description in tables and figures."""
     selection: Mapping[str, Any]
     """Fields of `SelectionConfig` that the arm sets."""
     is_control: bool = False

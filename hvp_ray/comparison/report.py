@@ -57,7 +57,7 @@ _RUN_VALUES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What was written."""
+    """A written report."""
 
     sentence: str
     html_path: Path
@@ -65,7 +65,7 @@ class Report:
     figures: tuple[Path, ...]
     primary: MetricResult
     problems: tuple[str, ...]
-    """What failed in the runs after training, with the run's name."""
+    """Failures after training, each with the run's name."""
 
 
 def write_report(study: Study, *, metric: str) -> Report:
@@ -122,8 +122,8 @@ def render_page(
 
     Args:
         study: the comparison.
-        results: of all its runs.
-        summaries: of all metrics, the primary one first.
+        results: results of all its runs.
+        summaries: all metrics, the primary one first.
         analyses: arm -> what its rule chose.
         figures: PNG files. The page embeds them.
     """

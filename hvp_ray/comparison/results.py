@@ -35,7 +35,7 @@ class CurvePoint:
     step: int
     epoch: float
     compute: float
-    """In epochs of the vanilla arm, by the comparison's accounting."""
+    """Compute in epochs of the vanilla arm, by the comparison's accounting."""
     values: dict[str, float]
     """Metric -> accuracy."""
 
@@ -84,7 +84,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to claim."""
+        """Return the claim that the interval allows."""
         if self.test is None:
             return "not known"
         if self.test.interval.low > 0.0:

@@ -65,7 +65,7 @@ def connect(base: RunConfig, dataset: Dataset, mode: Mode | None) -> None:
     """Join the cluster that RAY_ADDRESS names, or start a local Ray.
 
     Args:
-        base: what all runs have in common.
+        base: config that all runs share.
         dataset: its data.
         mode: None: it is chosen later, by `choose_mode`.
 
@@ -106,9 +106,9 @@ def num_parallel(runs: Sequence[PlannedRun], dataset: Dataset, mode: Mode, *, wa
     """Return how many runs are done side by side.
 
     Args:
-        runs: of the comparison. Finished ones do not count.
+        runs: runs of the comparison. Finished ones do not count.
         dataset: their data.
-        mode: who renders.
+        mode: how the runs render.
         wanted: None: as many as fit.
 
     Raises:

@@ -59,11 +59,11 @@ class _StepKind:
 
     config: RunConfig
     share: float
-    """Of the arm's steps."""
+    """Fraction of the arm's steps."""
     batch: DeviceBatch
     render_cpu_seconds: float
     seconds: list[float] = field(default_factory=list)
-    """Of each measured step."""
+    """Seconds of each measured step."""
 
 
 def measure_step_costs(
@@ -79,8 +79,8 @@ def measure_step_costs(
 
     Args:
         base: recipe and overrides. One trainer's share of a step is run.
-        arms: what is measured.
-        dataset: of `base`.
+        arms: arms to measure.
+        dataset: data of `base`.
         device: device of the trainers.
         repeats: least number of turns.
         at_least_seconds: least time of all measured steps together. Short steps need more turns: on a shared core hardly

@@ -35,7 +35,7 @@ class PlannedRun:
     arm: Arm
     seed: int
     config: RunConfig
-    """With a name, so that a second start resumes the run."""
+    """Config with a name, so that a second start resumes the run."""
     identity: Identity
     num_steps: int
 
@@ -53,7 +53,7 @@ class Study:
     folder: Path
     base: RunConfig
     resolved: Resolved
-    """What the settings of all runs result in."""
+    """Data and device that the settings of all runs result in."""
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     accounting: Accounting
@@ -117,8 +117,8 @@ def open_study(
         dataset: its data.
         name: None: `compare-<recipe>`.
         arm_names: see `arms.get_arm`.
-        seeds: of the runs.
-        accounting: what equal compute means.
+        seeds: seeds of the runs.
+        accounting: meaning of equal compute.
         measure: arm names -> costs; called with arms whose costs are unknown.
 
     Raises:

@@ -27,13 +27,13 @@ USABLE_LINK_FRACTION = 0.8
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolSize:
-    """What a demand needs."""
+    """Resources that a demand of images per second needs."""
 
     ship: Literal["views", "pixels"]
     num_view_workers: int
     finishers_per_trainer: int
     link_bytes_per_second: float
-    """Into the node of one trainer."""
+    """Traffic into the node of one trainer."""
     batches_in_flight: int
     store_bytes: float
     """Object store on the node of a trainer, for its prefetched batches and the batch in use."""
@@ -42,11 +42,11 @@ class PoolSize:
 def size_pool(
     config: RunConfig, times: ServiceTimes, *, images_per_second: float, ship: Literal["views", "pixels"]
 ) -> PoolSize:
-    """Return what a demand needs.
+    """Return the resources that a demand needs.
 
     Args:
         config: the run.
-        times: of the machine that renders.
+        times: service times of the machine that renders.
         images_per_second: demand of all trainers together.
         ship: `cluster.ship`.
     """

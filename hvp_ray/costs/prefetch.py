@@ -1,4 +1,4 @@
-"""How many batches each trainer prefetches, and the bytes of object store that they take."""
+"""Prefetched batches: how many keep the view workers busy, and the bytes of object store that they take."""
 
 import math
 

@@ -12,7 +12,7 @@ from hvp_ray.runs.progress import Progress
 
 @dataclass(slots=True)
 class BoardContent:
-    """What is on the board."""
+    """Content of the board."""
 
     progress: Progress | None = None
     messages: list[str] = field(default_factory=list)

@@ -25,7 +25,7 @@ def plan_local_ray(cluster: ClusterConfig, machine: Machine, bytes_per_step: int
 
     Args:
         cluster: settings of the run.
-        machine: what this machine has.
+        machine: resources of this machine.
         bytes_per_step: see `costs.prefetch.step_bytes`.
 
     Raises:

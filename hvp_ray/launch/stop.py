@@ -36,12 +36,12 @@ class StopRequest:
 
     @property
     def is_asked(self) -> bool:
-        """Whether the run shall stop."""
+        """Return whether the run shall stop."""
         return self._is_asked
 
     @property
     def is_overdue(self) -> bool:
-        """Whether the time for a checkpoint is over."""
+        """Return whether the deadline has passed."""
         return time.monotonic() > self._deadline
 
 

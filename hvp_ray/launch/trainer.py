@@ -31,7 +31,7 @@ _CLUSTER_METRICS_SECONDS = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerSetup:
-    """What the driver gives to every trainer."""
+    """Values and handles that the driver passes to every trainer."""
 
     job: RunJob
     pool: ViewWorkerPool

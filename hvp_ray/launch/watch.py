@@ -24,7 +24,7 @@ _TRAINED = "stopped during the evaluation, after all steps; start the run again 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Announcement:
-    """What is known when everything is decided and nothing has started."""
+    """Facts of a run that is resolved and prepared, before anything starts."""
 
     job: RunJob
     joined_cluster: bool
