@@ -94,8 +94,7 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
         requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={}),
         first_step=0,
         end_step=warm_up + steps,
-        cluster=config.cluster,
-        batches_in_flight=batches_in_flight,
+        cluster=dataclasses.replace(config.cluster, batches_in_flight=batches_in_flight),
         hand_over=DeviceHandOver(torch.device("cpu")),
         finishers=beside,
     )

@@ -189,7 +189,6 @@ def _with_pool(
         first_step=0,
         end_step=steps,
         cluster=setting.config.cluster,
-        batches_in_flight=setting.config.cluster.batches_in_flight,
         hand_over=DeviceHandOver(training.CPU),
     )
     try:

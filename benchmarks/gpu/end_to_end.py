@@ -206,16 +206,9 @@ def _stream(pool: Any, config: RunConfig, request_of: RequestOf, steps: int, che
     from hvp_ray.stream.view_stream import ViewStream
 
     # Every worker has two batches in hand at least.
-    batches_in_flight = max(6, 2 * len(pool.workers))
-    stream = ViewStream(
-        pool.workers,
-        request_of,
-        first_step=0,
-        end_step=steps,
-        cluster=config.cluster,
-        batches_in_flight=batches_in_flight,
-        hand_over=DeviceHandOver(torch.device(check.device)),
-    )
+    cluster = dataclasses.replace(config.cluster, batches_in_flight=max(6, 2 * len(pool.workers)))
+    hand_over = DeviceHandOver(torch.device(check.device))
+    stream = ViewStream(pool.workers, request_of, first_step=0, end_step=steps, cluster=cluster, hand_over=hand_over)
     try:
         yield stream
     finally:

@@ -103,7 +103,6 @@ def _stream(workers: list[Any], setting: Setting, steps: int) -> Iterator[ViewSt
         first_step=0,
         end_step=steps,
         cluster=setting.config.cluster,
-        batches_in_flight=setting.config.cluster.batches_in_flight,
         hand_over=DeviceHandOver(CPU),
     )
     try:

@@ -1,5 +1,6 @@
 """One trainer: what runs inside each worker of Ray Train."""
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ def trainer_main(settings: dict[str, Any]) -> None:
 def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     """Train this rank; return the summary on rank 0 of a finished run."""
     job, pool, board = setup.job, setup.pool, setup.board
-    cluster = job.config.cluster
+    cluster = dataclasses.replace(job.config.cluster, batches_in_flight=job.resolved.batches_in_flight)
     torch.set_num_threads(job.config.training.torch_threads)
     cv2.setNumThreads(1)
     device = _take_device(job.resolved)
@@ -102,7 +103,6 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
             first_step=first_step,
             end_step=end_step,
             cluster=cluster,
-            batches_in_flight=job.resolved.batches_in_flight,
             hand_over=hand_over,
             rank=world.rank,
             num_ranks=world.num_ranks,

@@ -86,7 +86,6 @@ class ViewStream:
         first_step: int,
         end_step: int,
         cluster: ClusterConfig,
-        batches_in_flight: int,
         hand_over: DeviceHandOver,
         rank: int = 0,
         num_ranks: int = 1,
@@ -98,7 +97,7 @@ class ViewStream:
         self._request_of = request_of
         self._end_step = end_step
         self._cluster = cluster
-        self._num_ahead = batches_in_flight
+        self._num_ahead = int(cluster.batches_in_flight)  # a number: the caller has resolved auto
         self._hand_over = hand_over
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)

@@ -58,17 +58,15 @@ def _stream(
     request_of: Any = None,
     finishers: Sequence[Any] = (),
     hand_over: DeviceHandOver | None = None,
-    batches_in_flight: int = 3,
     **cluster: Any,
 ) -> ViewStream:
-    settings = dataclasses.replace(ClusterConfig(), **cluster)
+    settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
     return ViewStream(
         workers,
         request_of or _requests(),
         first_step=0,
         end_step=end_step,
         cluster=settings,
-        batches_in_flight=batches_in_flight,
         hand_over=hand_over or DeviceHandOver(CPU),
         finishers=finishers,
     )

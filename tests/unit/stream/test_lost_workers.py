@@ -74,8 +74,7 @@ def test_last_worker_that_cannot_start_again_ends_the_stream_with_its_reason(
         lambda step: BatchRequest(step=step, epoch=0, first_position=0, sample_ids=np.arange(4), num_views=2),
         first_step=0,
         end_step=2,
-        cluster=ClusterConfig(),
-        batches_in_flight=2,
+        cluster=ClusterConfig(batches_in_flight=2),
         hand_over=DeviceHandOver(device("cpu")),
     )
     with pytest.raises(StageError, match=f"no view worker is left.*{REASON}"):
