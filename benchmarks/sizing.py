@@ -2,7 +2,7 @@
 
 python benchmarks/sizing.py [--data PARQUET] [--images-per-step N] [--steps N] [--only measured paper] [--json FILE]
 
-measured: service times of this machine (CPU ms an image, one thread: `stream.sizing.measure_service_times`), then pools of
+measured: service times of this machine (CPU ms an image, one thread: `costs/service_times.py`), then pools of
 one and of two view workers, and of one view worker with one view finisher that ship decoded pixels, each emptied by a trainer
 that does nothing else. Predicted is what the slowest stage can do. Busy: CPU time of the processes that render, as a share
 of the wall time and of their number; below 1 the machine was short of cores, so beside the ratio stands that for the time in
@@ -39,13 +39,15 @@ from benchmarks.photographs import load_photographs
 from benchmarks.pool_simulation import Pool, simulate
 from benchmarks.results_file import Result, describe_machine, open_results
 from hvp_ray.config import RunConfig
+from hvp_ray.costs.prefetch import batches_for_workers
+from hvp_ray.costs.service_times import ServiceTimes, measure_service_times
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.pool import start_pool
-from hvp_ray.stream.sizing import ServiceTimes, measure_service_times, sample_images
+from hvp_ray.stream.reading import read_sample
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import start_finishers
 
@@ -85,12 +87,13 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
     pool = start_pool(config, "cpu", workers, {"CPU": 1.0})
     beside = start_finishers(config, rank=0)
     process_ids = ray.get([actor.process_id.remote() for actor in [*pool.workers, *beside]])
-    warm_up = config.cluster.num_batches_in_flight(workers) + 2
+    batches_in_flight = batches_for_workers(config.cluster, workers)
+    warm_up = batches_in_flight + 2
     stream = ViewStream(
         pool.workers,
         requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={}),
         range(warm_up + steps),
-        cluster=config.cluster,
+        cluster=dataclasses.replace(config.cluster, batches_in_flight=batches_in_flight),
         hand_over=CopyToDevice(torch.device("cpu")),
         finishers=beside,
     )
@@ -117,7 +120,8 @@ def _cpu_seconds(process_ids: list[int]) -> float:
 def measured(data: str, images_per_step: int, steps: int) -> Iterator[Result]:
     """Measure the pools beside the formula."""
     config = configure(data, images_per_step, finishers=0)
-    times = measure_service_times(config, sample_images(open_dataset(config.data)), seconds=3.0)
+    dataset = open_dataset(config.data)
+    times = measure_service_times(config, list(read_sample(dataset.source, dataset.training_ids)), seconds=3.0)
     print(
         f"\nan image: {times.whole_seconds * 1e3:.2f} CPU ms whole; {times.decode_seconds * 1e3:.2f} decoded, "
         f"{times.finish_seconds * 1e3:.2f} rendered from that; kB: {times.encoded_bytes / 1e3:.0f} encoded, "

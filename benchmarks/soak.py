@@ -38,8 +38,9 @@ from benchmarks.soaking.growth import Sample, draw, growth_mb_per_1000_steps, th
 from benchmarks.soaking.processes import KINDS, memory_of_processes, trainer_id, view_workers
 from hvp_ray.config import RunConfig
 from hvp_ray.data.digits import DigitsSource
-from hvp_ray.launch.driver import Watchers, launch
+from hvp_ray.launch.driver import launch
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.launch.watch import Watchers
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.progress import Progress
 from hvp_ray.tracking.run_log import METRICS, last_recorded_step, read_records

@@ -56,9 +56,9 @@ from benchmarks.streams.cpu_time import CpuSpent, CpuTimes, cpu_spent, read_cpu_
 from benchmarks.streams.setting import Setting, build_setting, requests_of
 from benchmarks.streams.timed_loop import LoopTimes, run_timed
 from benchmarks.streams.touched_store import touch_store
-from hvp_ray.stream.capacity import spilled_bytes
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.pool import ViewWorkerPool, start_pool
+from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_stream import ViewStream
 
 IDLE_SECONDS = 4.0

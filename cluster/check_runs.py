@@ -1,9 +1,9 @@
-"""Compare runs on the cluster with each other and with what MLflow has; run where the runs and MLflow are (the head).
+"""Compare runs of a cluster with each other and with MLflow; run it on the head, which sees the runs and MLflow.
 
 python check_runs.py RUNS_FOLDER CALM=DISTURBED [CALM=DISTURBED ...]
 
-Prints one line for each pair and ends with 1 where weights differ, a step is missing or doubled, or MLflow holds other
-points than metrics.jsonl.
+Prints one line for each pair. Ends with 1 if weights differ, a step is missing or doubled, or the points in MLflow differ
+from metrics.jsonl.
 """
 
 import itertools
@@ -22,7 +22,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def find_faults(name: str, summary: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
-    """Return what is wrong with a run's steps, here and in MLflow."""
+    """Return the faults of a run's steps, in its journal and in MLflow."""
     steps = list(range(1, summary["num_steps"] + 1))
     faults = (
         [] if [record["step"] for record in records] == steps else [f"{name}: metrics.jsonl lacks or doubles steps"]
@@ -30,7 +30,7 @@ def find_faults(name: str, summary: dict[str, Any], records: list[dict[str, Any]
     client = mlflow.MlflowClient()
     run = client.get_run(summary["mlflow_run_id"])
     if run.info.status != "FINISHED":
-        faults.append(f"{name}: MLflow says {run.info.status}")
+        faults.append(f"{name}: its status in MLflow is {run.info.status}")
     for key in ("train/loss", "collapse/embedding_std"):
         expected = [(record["step"], record["metrics"][key]) for record in records]
         found = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
@@ -40,7 +40,7 @@ def find_faults(name: str, summary: dict[str, Any], records: list[dict[str, Any]
 
 
 def main(folder: Path, pairs: list[str]) -> int:
-    """See the module."""
+    """Compare all pairs; return the exit status."""
     faults: list[str] = []
     for pair in pairs:
         names = pair.split("=")

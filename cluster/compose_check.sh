@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The compose cluster for real: build, start, submit hard-view and random-view runs from a client container and from the
-# host, knock at the doors, kill a view node and a trainer node in mid-run, stop MLflow for a minute; then compare weights
-# and curves. Needs a Docker engine and compose; where there is none it says so and ends well.
+# Test the compose cluster: build and start it, submit hard-view and random-view runs from a client container and from the
+# host, try to access it without credentials, kill a view node and a trainer node during a run, stop MLflow for a minute.
+# Then compare weights and curves. Needs a Docker engine and compose; without them it prints so and ends with 0.
 #
 #   cluster/compose_check.sh            builds and checks everything, then removes it (about 20 minutes on 2 cores)
 #   KEEP=1 cluster/compose_check.sh     leaves the cluster running
@@ -56,7 +56,7 @@ done
 [ "$alive" = 5 ] || fail "$alive of 5 nodes came up"
 say "head, two view nodes, two trainer nodes, MLflow and its database are up"
 
-# ---- doors ------------------------------------------------------------------------------------------------------------
+# ---- access ------------------------------------------------------------------------------------------------------------
 refused() { # what, command...: must fail
     local what=$1
     shift
@@ -145,22 +145,22 @@ for rule in hard random; do
     wait_for_step $rule-disturbed $((steps / 5))
     view_node=$(containers views | head -1)
     docker kill "$view_node" > /dev/null
-    say "$rule-disturbed, step $(steps_done $rule-disturbed): a view node is killed"
+    say "$rule-disturbed, step $(steps_done $rule-disturbed): kills a view node"
     wait_for_step $rule-disturbed $((steps * 2 / 5))
     docker start "$view_node" > /dev/null
     if [ $rule = hard ]; then
         "${compose[@]}" stop mlflow > /dev/null 2>&1
-        say "$rule-disturbed, step $(steps_done $rule-disturbed): MLflow is stopped for $outage_seconds s"
+        say "$rule-disturbed, step $(steps_done $rule-disturbed): stops MLflow for $outage_seconds s"
         stopped_at=$SECONDS
     fi
     wait_for_step $rule-disturbed $((steps / 2))
     trainer_node=$(trainer_of $rule-disturbed)
     docker kill "$trainer_node" > /dev/null
-    say "$rule-disturbed, step $(steps_done $rule-disturbed): the trainer's node is killed (the other one takes over)"
+    say "$rule-disturbed, step $(steps_done $rule-disturbed): kills the trainer's node (the other one replaces it)"
     if [ $rule = hard ]; then
         sleep $((outage_seconds - (SECONDS - stopped_at) > 0 ? outage_seconds - (SECONDS - stopped_at) : 0))
         "${compose[@]}" start mlflow > /dev/null 2>&1
-        say "$rule-disturbed, step $(steps_done $rule-disturbed): MLflow is back after $((SECONDS - stopped_at)) s"
+        say "$rule-disturbed, step $(steps_done $rule-disturbed): starts MLflow again after $((SECONDS - stopped_at)) s"
     fi
     wait $job || fail "$rule-disturbed ended with an error (/tmp/compose_check.$rule)"
     docker start "$trainer_node" > /dev/null
@@ -168,4 +168,4 @@ done
 
 on_head python - runs hard-calm=hard-disturbed random-calm=random-disturbed < cluster/check_runs.py |
     sed 's/^/compose_check: /' || fail "the runs differ"
-say "OK: jobs from container and host, doors shut, killed nodes and a stopped MLflow changed nothing"
+say "OK: jobs from container and host, access refused without credentials, killed nodes and a stopped MLflow changed nothing"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the secrets of the compose cluster, once: random values in cluster/secrets/ that only this account (and the user
-# of the containers) can read, and .env with the user's id. Safe to repeat: what is there stays.
+# of the containers) can read, and .env with the user's id. Safe to repeat: existing files stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 umask 077
@@ -9,7 +9,7 @@ for name in ray_token database_password mlflow_password; do
     file=cluster/secrets/$name
     [ -s "$file" ] || head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$file"
 done
-# Containers run as this user's id, so that they can read the files above; never as root.
+# Containers run with this user's id, so that they can read the files above, and never as root.
 uid=$(id -u)
 if [ "$uid" = 0 ]; then
     uid=1000

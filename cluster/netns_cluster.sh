@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Three hosts on one machine, as network namespaces: head, trainer (which also renders a little), views. Real `ray start` on
-# each, one job that nobody disturbs, and one during which
+# Simulate three hosts by network namespaces: head, trainer (which also renders a little), views. Each runs `ray start`. One
+# job runs undisturbed. During the other job
 #   - the link of the view host is cut for 20 s,
-#   - the trainer's host is killed, and comes back,
-#   - the link of the view host is cut for good.
-# Both must end with the same weights, bit for bit, and every step once in metrics.jsonl. Prints one closing line.
+#   - the trainer's host is killed and started again,
+#   - the link of the view host is cut permanently.
+# Both jobs must end with the same weights, bit for bit, and each step once in metrics.jsonl. Prints one line at the end.
 #
-# Needs root and `ip` (iproute2); touches nothing outside its own namespaces. Takes about five minutes on 2 cores.
+# Needs root and `ip` (iproute2); changes nothing outside its own namespaces. Takes about five minutes on 2 cores.
 #   cluster/netns_cluster.sh [FOLDER FOR RUNS AND LOGS]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# NOT RUN by this project: no Slurm was at hand. Checked by shellcheck, and by a test with programs in place of Slurm's
-# and Ray's that write down how they were called.
+# NOT RUN by this project, which has no Slurm. Checked by shellcheck, and by a test in which programs in place of Slurm's
+# and Ray's record how they are called.
 #
 # One run on a Slurm allocation: the head and the trainers on the nodes of the first group, view workers on those of the
-# second (CPU nodes). From the checkout, which all nodes see at the same place, with `make setup` done:
+# second (CPU nodes). Run it in the checkout, after `make setup`, at a path that is the same on all nodes:
 #
 #   sbatch cluster/slurm.sh simsiam-imagenet-r50-100ep --run.name NAME --data.source FOLDER ...
 #
-# What follows the file's name are the arguments of pipelines/pretrain.py. Submit the same line again to go on after a
-# time limit or a failure: a run with a name resumes. Sizes of the groups: the lines below. HVP_DEVICE=cpu trains without GPUs.
+# Arguments after the file's name go to pipelines/pretrain.py. Submit the same line again after a time limit or a failure:
+# a run with a name resumes. The lines below set the sizes of the groups. HVP_DEVICE=cpu trains without GPUs.
 #SBATCH --job-name=hvp_ray
 #SBATCH --output=slurm-%j.log
 #SBATCH --signal=B:TERM@120
@@ -27,11 +27,11 @@ train_cpus=${SLURM_CPUS_PER_TASK_HET_GROUP_0:?} view_cpus=${SLURM_CPUS_PER_TASK_
 mapfile -t train_nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_0:?expected a heterogeneous job}")
 mapfile -t view_nodes < <(scontrol show hostnames "${SLURM_JOB_NODELIST_HET_GROUP_1:?expected a heterogeneous job}")
 head_node=${train_nodes[0]}
-# Of the network that the nodes share; name it by HVP_HEAD_IP where the host's name means another.
+# Address in the network that the nodes share; set HVP_HEAD_IP if the host's name resolves to another one.
 head_ip=${HVP_HEAD_IP:-$(hostname --ip-address | cut -d ' ' -f 1)}
 
-# The token: one for this job, in a file on the shared disk that only this account can read. It is in no command line,
-# which other users of a node could see.
+# A token for this job, in a file on the shared disk that only this account can read. Other users of a node could read a
+# command line.
 mkdir -p runs
 state=$(mktemp --directory --tmpdir="$PWD/runs" .slurm-XXXXXXXX) # mode 0700
 (umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$state/token")
@@ -52,13 +52,13 @@ trap finish EXIT
 # Slurm's warning before the time limit goes to the driver, which lets the trainers write a checkpoint.
 trap '[ -z "$driver" ] || kill -TERM "$driver"' TERM
 
-# A node that loses the head ends by itself; the loop starts it again, and it joins anew.
+# A node that loses the head ends. The loop starts it again, and it joins again.
 # shellcheck disable=SC2016 # expanded on the node
 keep_running='while true; do "$@" || true; sleep 5; done'
 common=(--block --disable-usage-stats)
 resources="{\"trainer\": $trainers_per_node, \"view\": $views_per_train_node}"
 
-# Neither srun nor Ray takes the number of CPUs from the allocation: both are told.
+# Neither srun nor Ray reads the number of CPUs from the allocation, so set it for both.
 srun --het-group=0 --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$train_cpus" \
     ray start --head --port="$port" --node-ip-address="$head_ip" --include-dashboard=false \
     --num-cpus="$train_cpus" --resources="$resources" "${common[@]}" &
@@ -78,8 +78,8 @@ srun --het-group=1 --cpus-per-task="$view_cpus" bash -c "$keep_running" node \
     ray start --address="$head_ip:$port" --num-cpus="$view_cpus" --resources="{\"view\": $view_cpus}" "${common[@]}" &
 nodes+=($!)
 
-# The driver runs on the head's node, in this script. With numbers and a device that are named it waits for nodes that are
-# still to come. What stands in the arguments counts for more: the last one of an option is taken.
+# The driver runs on the head's node, in this script. With explicit numbers and device it waits for nodes that will join.
+# Arguments override these options: the last value of an option counts.
 recipe=${1:?usage: sbatch cluster/slurm.sh RECIPE [--section.field VALUE ...]}
 shift
 RAY_ADDRESS=$head_ip:$port python pipelines/pretrain.py "$recipe" --cluster.placement labels \
@@ -88,7 +88,7 @@ RAY_ADDRESS=$head_ip:$port python pipelines/pretrain.py "$recipe" --cluster.plac
 driver=$!
 status=0
 wait "$driver" || status=$?
-# A signal ends `wait` early; the driver needs some seconds more for its checkpoint.
+# A signal ends `wait` early; the driver needs some more seconds for its checkpoint.
 if kill -0 "$driver" 2> /dev/null; then
     status=0
     wait "$driver" || status=$?

@@ -6,10 +6,10 @@ bin=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -1)
 export PGDATA=/database/data
 
 if [ ! -s "$PGDATA/PG_VERSION" ]; then
-    # Made beside its place and moved when complete: a container killed in between begins anew.
+    # Written to a temporary path and moved when complete, so that a killed container starts over.
     rm -rf "$PGDATA" /database/new
     "$bin/initdb" --pgdata=/database/new --username=postgres --auth=reject --encoding=UTF8 --locale=C.UTF-8 > /dev/null
-    # Over the network only the role of MLflow, which is no superuser, and only with its password.
+    # The network admits only the role of MLflow, which is no superuser, and only with its password.
     printf 'host mlflow,mlflow_auth mlflow all scram-sha-256\n' > /database/new/pg_hba.conf
     {
         printf "CREATE ROLE mlflow LOGIN PASSWORD '%s';\n" "$(cat "$secrets/database_password")"

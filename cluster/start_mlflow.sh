@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run the MLflow server: PostgreSQL behind it, artifacts through it, basic authentication in front of it.
+# Run the MLflow server with PostgreSQL as its store, as a proxy of its artifacts, with basic authentication.
 #
 #   DATABASE_HOST          host of PostgreSQL (default: database)
-#   MLFLOW_ALLOWED_HOSTS   Host headers that are answered (others get 403)
+#   MLFLOW_ALLOWED_HOSTS   accepted Host headers (others get 403)
 #   MLFLOW_ALLOWED_ORIGINS pages that may call it from a browser
 #   /run/secrets/database_password, /run/secrets/mlflow_password
 set -euo pipefail

@@ -6,13 +6,13 @@
 #   HVP_CPUS            CPUs that it offers (default: one for each slot, of both kinds)
 #   HVP_STORE_BYTES     its object store (default: 500 MB; must fit into /dev/shm)
 #   HVP_METRICS_PORT    where Prometheus reads (default: 8080; no authentication, see docs/operations.md)
-#   RAY_NODE_IP         the node's own address, where it has several
-#   HVP_DASHBOARD_HOST  address on which the head answers to `ray job submit` (default: 127.0.0.1)
+#   RAY_NODE_IP         the node's own address, if it has several
+#   HVP_DASHBOARD_HOST  address on which the head accepts `ray job submit` (default: 127.0.0.1)
 #   RAY_AUTH_TOKEN_PATH file with the token, the same on all nodes (default: ~/.ray/auth_token)
 #
-# Further arguments go to `ray start`. Without a token nothing is started: Ray would take jobs from anybody.
+# Further arguments go to `ray start`. Without a token nothing starts: Ray would accept jobs from any host.
 #
-# A node that loses the head ends; who started it (compose, Kubernetes, systemd) starts it again, and it joins anew.
+# A node that loses the head ends. Its supervisor (compose, Kubernetes, systemd) starts it again, and it joins again.
 set -euo pipefail
 role=${1:?role: head, views, trainers or both}
 shift
@@ -35,7 +35,7 @@ common=(--block --disable-usage-stats --object-store-memory="$store" --metrics-e
 if [ -n "${RAY_NODE_IP:-}" ]; then common+=(--node-ip-address="$RAY_NODE_IP"); fi
 case $role in
 head)
-    # A node that does not answer for 5 x 3 s is given up: cut links are noticed in 20 s instead of 65.
+    # A node that does not answer for 5 x 3 s counts as dead, so a cut link is detected in 20 s instead of 65.
     export RAY_health_check_period_ms=${RAY_health_check_period_ms:-1000}
     export RAY_health_check_timeout_ms=${RAY_health_check_timeout_ms:-3000}
     export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-5}

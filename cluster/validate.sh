@@ -4,7 +4,7 @@
 #   cluster/validate.sh                        tools of .venv (make setup)
 #   KUBERAY_CRDS=FOLDER cluster/validate.sh    compare with KubeRay's own definitions too (helm-chart/kuberay-operator/crds)
 #
-# Every check is run; the exit status says whether one of them found something.
+# All checks run; the exit status is 1 if one of them fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${VENV_BIN:-$PWD/.venv/bin}

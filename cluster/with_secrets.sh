@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Entry point of the cluster image: turns secret files into what Ray and MLflow read, then runs the command.
-# Secrets come as files (compose and Kubernetes mount them in /run/secrets); none is ever part of an image or a command line.
+# Entry point of the cluster image: passes secret files to Ray and MLflow, then runs the command.
+# Compose and Kubernetes mount secrets as files in /run/secrets. No image and no command line contains one.
 set -euo pipefail
 secrets=${HVP_SECRETS:-/run/secrets}
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.errors import HvpRayError
+from hvp_ray.errors import ConfigError
 from hvp_ray.launch.environment import prepare_home
 from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, read_selection_log
 from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
 from hvp_ray.tracking.selection_models import AUTHORS_FANOVA, ChoiceModel, ScoreModel
-from pipelines.command_line import find_run, keep_results
+from pipelines.command_line import exit_status, find_run, keep_results, say
 
 _MEASURE_TITLES = {
     "iou": "IoU of the crops",
@@ -157,33 +157,37 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Analyse the run and return the exit status."""
-    options = parse_arguments(arguments)
-    try:
-        prepare_home()
-        run_dir = find_run(options.run, needs=(), folders=("log",))
-        analysis = analyse_selection(read_selection_log(run_dir))
-        print(describe_analysis(analysis), end="", flush=True)
-        from hvp_ray.tracking.selection_figures import draw_selection_figures
+def analyse(options: argparse.Namespace) -> None:
+    """Analyse; print and write the results.
 
-        json_path = options.json or run_dir / "selection_analysis.json"
+    Raises:
+        HvpRayError: the run has no log of choices, or the results cannot be written.
+    """
+    prepare_home()
+    run_dir = find_run(options.run, needs=(), folders=("log",))
+    analysis = analyse_selection(read_selection_log(run_dir))
+    say(describe_analysis(analysis).removesuffix("\n"))
+    from hvp_ray.tracking.selection_figures import draw_selection_figures
+
+    json_path = options.json or run_dir / "selection_analysis.json"
+    try:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         temporary = json_path.with_name(json_path.name + ".part")
         temporary.write_text(json.dumps(analysis.to_dict(), indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, json_path)
         figures = draw_selection_figures(options.figures or run_dir / "figures", analysis)
-        keep_results(options.run, run_dir, [json_path, *figures])
-    except (HvpRayError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return 130
-    print(f"numbers  {json_path}")
+    except OSError as error:
+        raise ConfigError(f"the analysis cannot be written: {error}; give --json and --figures") from error
+    keep_results(options.run, run_dir, [json_path, *figures])
+    say(f"numbers  {json_path}")
     for index, path in enumerate(figures):
-        print(f"{'figures' if not index else '':<8} {path}")
-    return 0
+        say(f"{'figures' if not index else '':<8} {path}")
+
+
+def main(arguments: list[str]) -> int:
+    """Analyse; return the exit status."""
+    options = parse_arguments(arguments)
+    return exit_status(lambda: analyse(options))
 
 
 if __name__ == "__main__":

@@ -1,25 +1,50 @@
-"""What the programs of this folder share: RECIPE and overrides -> a run; the name of a run -> its folder."""
+"""The command line of all programs: parse a run, find a run's folder, print, and end with an exit status."""
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import tyro
 
 from hvp_ray.config import RunConfig, deferred_checks
-from hvp_ray.errors import CheckpointError, ConfigError
+from hvp_ray.errors import CheckpointError, ConfigError, HvpRayError
 from hvp_ray.recipes import describe_recipes, get_recipe
 
 DEFAULT_RECIPE = "simsiam-digits"
+
+
+def say(text: str) -> None:
+    """Print at once."""
+    print(text, flush=True)
+
+
+def exit_status(work: Callable[[], None], *, stopped: str = "stopped") -> int:
+    """Do the work of a program; return 0, or 1 after an error of ours, or 130 after Ctrl-C.
+
+    Args:
+        work: raises `HvpRayError` with a sentence for the user.
+        stopped: message after Ctrl-C.
+    """
+    try:
+        work()
+    except HvpRayError as error:
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", []))
+        print(f"error: {error}{notes}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr, flush=True)
+        return 130
+    return 0
 
 
 def parse_run(arguments: list[str], *, program: str, description: str) -> RunConfig:
     """Return the run that `[RECIPE] [--section.field VALUE ...]` describes.
 
     Raises:
-        ConfigError: unknown recipe, or a value out of range.
-        SystemExit: unknown or wrong option (tyro has printed why), or --help.
+        ConfigError: the recipe is unknown, or a value is out of range.
+        SystemExit: an option is unknown or wrong (tyro has printed why), or --help was given.
     """
     name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
     rest = arguments[1:] if arguments and not arguments[0].startswith("-") else arguments
@@ -49,18 +74,18 @@ def parse_run(arguments: list[str], *, program: str, description: str) -> RunCon
 def find_run(
     name: str, *, option: str = "", needs: tuple[str, ...] = ("config.json",), folders: tuple[str, ...] = ()
 ) -> Path:
-    """Return the folder of a run, absolute: a path, or a name under `runs/` here or `hvp_runs/` in the home folder.
+    """Return the absolute folder of a run: a path, or a name under `runs/` here or `hvp_runs/` in the home folder.
 
-    Of a run on a bucket, what is needed is copied to this machine first, and the folder is that copy.
+    The needed files of a run on a bucket are copied to this machine first. The folder is that copy.
 
     Args:
-        name: path, name, or the URI of a run's folder.
-        option: what it was given by, for messages.
-        needs: files that must be there.
+        name: path, name, or URI of a run's folder.
+        option: command-line option that gave the name, for messages.
+        needs: required files.
         folders: folders in it that are read.
 
     Raises:
-        CheckpointError: there is no such folder, or a file is missing in it.
+        CheckpointError: there is no such folder, or it lacks a file.
         ConfigError: the URI cannot be used.
     """
     if "://" in name:
@@ -81,7 +106,7 @@ def find_run(
 
 
 def leave(status: int) -> NoReturn:
-    """End the program and the Ray that it started. Skip the clean-up, which waits for Ray, if Ray died."""
+    """End the program and the Ray that it started. If Ray died, skip the clean-up, which would wait for Ray."""
     connect = sys.modules.get("hvp_ray.stream.connect")
     if connect is not None:
         connect.end_ray()
@@ -93,11 +118,11 @@ def leave(status: int) -> NoReturn:
 
 
 def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
-    """Bring results to a run on a bucket; those that lie elsewhere than in its copy were asked for elsewhere.
+    """Copy results to a run on a bucket, if they are in the local copy of its folder.
 
     Args:
-        name: of the run, as `find_run` took it.
-        run_dir: what `find_run` returned.
+        name: name of the run that `find_run` got.
+        run_dir: folder that `find_run` returned.
         paths: files.
 
     Raises:
@@ -113,7 +138,7 @@ def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
             try:
                 remote.write(path.relative_to(run_dir).as_posix(), path.read_bytes())
             except OSError as error:
-                raise ConfigError(f"{path} could not be brought to {name}: {error}") from error
+                raise ConfigError(f"{path} could not be copied to {name}: {error}") from error
 
 
 def _checked(folder: Path, name: str, option: str, needs: tuple[str, ...]) -> Path:

@@ -1,4 +1,4 @@
-"""Compare hard views with random views: arms x seeds, at equal epochs and at equal compute, and a report.
+"""Compare hard views with random views: arms x seeds, at equal epochs and at equal compute, and write a report.
 
 python pipelines/compare.py [RECIPE] [--arms NAME ...] [--seeds N ...] [--section.field VALUE ...]
 """
@@ -12,20 +12,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.errors import HvpRayError
 from hvp_ray.launch.environment import prepare_ray_environment
-from pipelines.command_line import DEFAULT_RECIPE, leave, parse_run
+from pipelines.command_line import DEFAULT_RECIPE, exit_status, leave, parse_run, say
 
 _LINE_SECONDS = 20.0
 
 
-def say(text: str) -> None:
-    """Print at once."""
-    print(text, flush=True)
-
-
 def positive(text: str) -> int:
-    """Return a number of one or more."""
+    """Parse a number of 1 or more."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
@@ -49,7 +43,7 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "min-iou, all-pairs, batch-norm (default: %(default)s)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--comparison", metavar="NAME", help="its folder under run.output; the same name goes on")
+    parser.add_argument("--comparison", metavar="NAME", help="its folder under run.output; the same name continues it")
     parser.add_argument(
         "--accounting",
         choices=["measured", "counted"],
@@ -68,12 +62,12 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--parallel", type=positive, help="runs side by side (default: as many as the cluster has room for)"
     )
-    parser.add_argument("--plan-only", action="store_true", help="say what would be done and how long it takes")
+    parser.add_argument("--plan-only", action="store_true", help="print the plan and its duration, and start nothing")
     return parser.parse_known_args(arguments)
 
 
 class ProgressLines:
-    """A line every twenty seconds."""
+    """Prints a line every twenty seconds."""
 
     def __init__(self) -> None:
         self._line_at = 0.0
@@ -81,22 +75,21 @@ class ProgressLines:
         self._first_steps: int | None = None
 
     def __call__(self, progress: Any) -> None:
-        """Show how far the comparison is."""
+        """Print the progress of the comparison if it is time."""
         now = time.monotonic()
         if self._first_steps is None:
             self._first_steps = progress.steps_done
         if now - self._line_at < _LINE_SECONDS:
             return
         self._line_at = now
-        done_here = progress.steps_done - self._first_steps
-        rest = ""
+        done_here, rest = progress.steps_done - self._first_steps, ""
         if done_here > 0:
             seconds = (now - self._started) / done_here * (progress.num_steps - progress.steps_done)
             rest = f", about {describe_seconds(seconds)} left"
-        working = ", ".join(f"{name} {share:.0%}" for name, share in progress.running.items())
+        running = ", ".join(f"{name} {share:.0%}" for name, share in progress.running.items())
         say(
             f"{progress.num_done} of {progress.num_runs} runs done, {progress.steps_done / progress.num_steps:.0%} of all "
-            f"steps{rest}{'; at work: ' if working else ''}{working}"
+            f"steps{rest}{'; running: ' if running else ''}{running}"
         )
 
 
@@ -119,33 +112,30 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
     total = 0.0
     runs = {run.arm.name: run for run in study.runs()}
     for arm in study.arms:
-        run = runs[arm.name]
-        priced = "vanilla" if arm.name == "vanilla-long" else arm.name
-        cost, ratio = study.costs[priced], study.ratio_of(priced)
-        compute = ratio * run.num_steps / study.num_steps
-        epochs = run.num_steps / study.steps_per_epoch
-        lines.append(f"{arm.name:<14}{run.num_steps:>8}{epochs:>8.1f}{ratio:>14.2f}{compute:>15.2f}   {arm.title}")
+        num_steps, cost, ratio = runs[arm.name].num_steps, study.costs[arm.priced_as], study.ratio_of(arm)
+        compute, epochs = ratio * num_steps / study.num_steps, num_steps / study.steps_per_epoch
+        lines.append(f"{arm.name:<14}{num_steps:>8}{epochs:>8.1f}{ratio:>14.2f}{compute:>15.2f}   {arm.title}")
         rendering = cost.render_cpu_seconds if mode == "inline" else 0.0
-        total += run.num_steps * (cost.step_seconds / threads + rendering) + 10.0
+        total += num_steps * (cost.step_seconds / threads + rendering) + 10.0
     what = (
-        "measured before the start: CPU time of the trainer's step (GPU: device time), arms by turns"
+        "measured before the start: CPU time of the trainer's step (GPU: device time), arms in turn"
         if study.accounting == "measured"
         else "counted operations of the trainer's step"
     )
-    lines += [
-        f"costs are in random steps and in runs of the vanilla arm; rendering is not in them;\n{what}",
-        "",
-    ]
     duration = describe_seconds(total * len(study.seeds) / parallel)
-    lines += [
-        f"{parallel} run(s) side by side; all of it takes about {duration} if the machine has nothing else to do; what is "
-        "done already is not done again",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            *lines,
+            f"costs are in random steps and in runs of the vanilla arm, without rendering;\n{what}",
+            "",
+            f"{parallel} run(s) side by side; all of it takes about {duration} on an idle machine; finished runs are not "
+            f"repeated",
+        ]
+    )
 
 
 def describe_report(report: Any) -> str:
-    """Return the result and where it lies."""
+    """Return the result and its files."""
     lines = ["", report.sentence, ""]
     lines += [f"  {arm.arm:<14} {100 * arm.mean:6.2f} %   {arm.title}" for arm in report.primary.arms]
     lines += [f"  {name:<14} {100 * value:6.2f} %" for name, value in report.primary.references.items()]
@@ -154,81 +144,71 @@ def describe_report(report: Any) -> str:
 
 
 def compare(options: argparse.Namespace, rest: list[str]) -> None:
-    """Do what is missing, and write the report.
+    """Do the missing runs, and write the report.
 
     Raises:
-        HvpRayError: with a sentence for the user.
+        HvpRayError: the message tells the user what to do.
     """
     base = parse_run(rest or [DEFAULT_RECIPE], program="compare.py", description=__doc__ or "")
     prepare_ray_environment()
+    from hvp_ray.comparison.publish import publish_report
+    from hvp_ray.comparison.report import write_report
     from hvp_ray.comparison.runner import choose_mode, connect, do_runs, measure_on_cluster, num_parallel
     from hvp_ray.comparison.step_cost import StepCost
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
     from hvp_ray.runs.intensity_check import check_intensities
-    from hvp_ray.runs.prepare import check_before_start, output_folder, resolve, with_absolute_paths
-    from hvp_ray.runs.rank import build_order
+    from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
 
     base = with_absolute_paths(base)
-    output_folder(base)  # a bucket is refused before anything else
-    for arm in check_arms_and_seeds(options.arms, options.seeds):
-        check_before_start(arm.configure(base))
-    dataset = open_dataset(base.data)
-    for line in (*take_inventory(dataset, base.data).lines(), *check_labels(base, dataset)):
-        say(line)
+    output_folder(base)  # refuses a bucket before the data is opened
+    arms, dataset = check_arms_and_seeds(options.arms, options.seeds), open_dataset(base.data)
+    for arm in arms:
+        check_before_start(arm.configure(base), dataset)
     remark = check_intensities(base.data, dataset)
-    if remark is not None:
-        say(remark)
-    device = connect(base, options.views)
-    mode = choose_mode(base, device) if options.views == "auto" else options.views
-    if mode == "inline" and base.cluster.device == "auto":
-        device = "cpu"
-    # Decided once for all runs: one that chose for itself might choose another device than its neighbours.
+    for line in (
+        *take_inventory(dataset, base.data).lines(),
+        *check_labels(base, dataset),
+        *([remark] if remark else []),
+    ):
+        say(line)
+    asked = None if options.views == "auto" else options.views
+    connect(base, dataset, asked)
+    mode, device = choose_mode(base.cluster, asked)
+    # One device for all runs: a run that decided alone might take another one than its neighbours.
     base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
 
-    def measure(arms: list[str]) -> dict[str, StepCost]:
-        say(f"measuring what a step of {', '.join(arms)} costs ...")
-        return measure_on_cluster(base, arms, device)
+    def measure(names: list[str]) -> dict[str, StepCost]:
+        say(f"measuring what a step of {', '.join(names)} costs ...")
+        return measure_on_cluster(base, names, device)
 
     study = open_study(
         base,
-        resolve(base, dataset, renderer=base.cluster.chosen_renderer, device=device),
+        dataset,
         name=options.comparison,
         arm_names=options.arms,
         seeds=options.seeds,
         accounting=options.accounting,
-        steps_per_epoch=build_order(base, dataset).steps_per_epoch,
         measure=measure,
     )
-    parallel = num_parallel(study.runs(), mode, wanted=options.parallel)
+    parallel = num_parallel(study.runs(), dataset, mode, wanted=options.parallel)
     say(describe_plan(study, mode, parallel))
     if options.plan_only:
         return
     do_runs(study.runs(), study.folder.parent, mode=mode, parallel=parallel, show=ProgressLines())
     say("all runs are done; writing the report ...")
-    from hvp_ray.comparison.publish import publish_report
-    from hvp_ray.comparison.report import write_report
-
     report = write_report(study, metric=options.metric)
     say(describe_report(report))
-    link = publish_report(study, report)
-    if link is not None:
+    if (link := publish_report(study, report)) is not None:
         say(link)
 
 
 def main(arguments: list[str]) -> int:
     """Compare; return the exit status."""
-    try:
-        options, rest = parse_options(arguments)
-        compare(options, rest)
-    except HvpRayError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoints", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    options, rest = parse_options(arguments)
+    stopped = "stopped; the same command continues from the last checkpoints"
+    return exit_status(lambda: compare(options, rest), stopped=stopped)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Evaluate the encoder of a run: k-NN, linear and logistic probes, few labels, fine-tuning; on its data or on others.
+"""Evaluate the encoder of a run by k-NN, linear and logistic probes, few labels or fine-tuning, on its data or other data.
 
 python pipelines/evaluate.py --checkpoint RUN [--protocol knn linear ...] [--data SOURCE [--test-data SOURCE]]
 
-Images that the run was trained on are known by their fingerprint, and by the bytes of three images if the run's data are
-still there. If --data holds the images of the run, the run's own split
-is used. Test images that the run was trained on are counted. Classes of training and test images are matched by name.
+If --data holds the images of the run, the run's own split is used. The program counts test images that the run was trained
+on. It recognises the run's images by their fingerprint, and by the bytes of three images if the run's data can be read.
+Classes of training and test images are matched by name.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source, open_source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, LabelError
 from hvp_ray.launch.environment import prepare_ray_environment
-from pipelines.command_line import find_run, keep_results, leave
+from pipelines.command_line import exit_status, find_run, keep_results, leave, say
 
 PROTOCOLS = ("knn", "linear", "logistic", "few-label", "finetune")
 SHOTS = (1, 5, 10)
 AUTO_WORKERS_FROM_IMAGES = 5_000
-"""With fewer images starting a local Ray takes longer than the work."""
+"""With fewer images, starting a local Ray takes longer than the work."""
 _DEFAULT_TEST_FRACTION = 0.2
 _LINEAR_EPOCHS = 100
 _FINE_TUNING_EPOCHS = 30
@@ -44,16 +44,16 @@ _LINE_SECONDS = 5.0
 
 MEANINGS = {
     "knn": "the k most similar training images vote (cosine, weights exp(similarity / 0.07)); nothing is trained",
-    "linear": "linear classifier on the frozen encoder, SGD; its rate was chosen on held-out training images",
+    "linear": "linear classifier on the frozen encoder, SGD; its learning rate was chosen on held-out training images",
     "logistic": "logistic regression on the frozen encoder; C was chosen on held-out training images",
-    "few-label": "logistic regression with so many labelled images per class; mean over 20 draws of them",
+    "few-label": "logistic regression with a few labelled images per class; mean over 20 draws of them",
     "finetune": "encoder and classifier trained together (AdamW, no setting chosen on the test images)",
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One number of the table."""
+    """One row of the table."""
 
     protocol: str
     accuracy: float
@@ -64,12 +64,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Images:
-    """Labelled images of one part of the data: ids, then what was read of them."""
+    """Labelled images of one part of the data."""
 
     source: Source
     sample_ids: NDArray[np.int64]
     all_labels: NDArray[np.int64]
-    """Of all images of the source, in the numbering of the training source."""
+    """Labels of all images of the source, numbered as in the training source."""
 
     def labels(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the labels of these ids."""
@@ -82,12 +82,12 @@ class TrainedOn:
 
     data: DataConfig
     fingerprint: str | None
-    """Of `data.source` when the run was prepared; None: the run does not say."""
+    """Fingerprint of `data.source` when the run was prepared. None: the run did not record it."""
 
     def are(self, source: Source) -> bool:
-        """Tell whether a source holds the images of the run, whatever its name.
+        """Return whether a source holds the images of the run, whatever its name.
 
-        Files of equal names and sizes share a fingerprint. Bytes are compared if the run's data can still be read.
+        Files of equal names and sizes share a fingerprint, so bytes are compared if the run's data can still be read.
         """
         if source.fingerprint() != self.fingerprint:
             return False
@@ -100,7 +100,7 @@ class TrainedOn:
             return True
 
     def count(self, images: Images) -> int | None:
-        """Return how many of these images were trained on; None: they are of another source, so it is not known."""
+        """Return how many of these images were trained on. None: unknown, because their source is another one."""
         if not self.are(images.source):
             return None
         return len(np.intersect1d(split_source(self.data, images.source)[0], images.sample_ids))
@@ -108,7 +108,7 @@ class TrainedOn:
 
 @functools.lru_cache(maxsize=1)
 def _open_again(data: DataConfig) -> Source | None:
-    """Return the source that a run was trained on; None: it cannot be opened."""
+    """Return the source that a run was trained on. None: it cannot be opened."""
     try:
         return open_source(data.source, data)
     except HvpRayError:
@@ -116,7 +116,7 @@ def _open_again(data: DataConfig) -> Source | None:
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return the options; unknown ones end the program with a usage line."""
+    """Parse the options. Unknown ones end the program with a usage line."""
 
     def count(text: str) -> int:
         number = int(text)
@@ -144,12 +144,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--epochs", type=count, metavar="N", help=f"default: linear {_LINEAR_EPOCHS}, finetune {_FINE_TUNING_EPOCHS}")
     add("--learning-rate", type=float, metavar="X", help="of finetune, per 256 images; default: 5e-4")
     add("--last-blocks", type=count, default=1, metavar="N",
-        help="Vision Transformers: the probes see class tokens of the last N blocks (DINO, ViT-S: 4)")  # fmt: skip
+        help="Vision Transformers: the probes use class tokens of the last N blocks (DINO, ViT-S: 4)")  # fmt: skip
     add("--num-workers", type=workers, default="auto", metavar="N",
         help=f"Ray tasks that extract features; auto: 1 below {AUTO_WORKERS_FROM_IMAGES} images, else all CPUs")  # fmt: skip
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--seed", type=int, default=0, help="of the classifiers (not of the run)")
-    add("--no-cache", action="store_true", help="neither read nor keep features in RUN/features")
+    add("--no-cache", action="store_true", help="neither read nor write features in RUN/features")
     add("--json", metavar="FILE", help="default: RUN/evaluation-DATA-TIME.json")
     return parser.parse_args(arguments)
 
@@ -159,13 +159,13 @@ def read_config(run_dir: Path) -> RunConfig:
 
     Raises:
         CheckpointError: config.json is damaged.
-        ConfigError: it is of another version.
+        ConfigError: another version wrote it.
     """
     return config_from_dict(_read_entry(run_dir, "config"))
 
 
 def read_trained_on(run_dir: Path, config: RunConfig) -> TrainedOn:
-    """Return what a run was trained on, as far as it says.
+    """Return what a run was trained on, as far as it recorded that.
 
     Raises:
         CheckpointError: config.json is damaged.
@@ -187,7 +187,7 @@ def _read_entry(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def choose_data(trained_on: TrainedOn, options: argparse.Namespace) -> DataConfig:
-    """Return which data to evaluate on: the run's own, with the run's own split, or what the options name.
+    """Return the data to evaluate on: the run's own with its own split, or the data that the options name.
 
     Raises:
         DataError: `--data` cannot be used.
@@ -211,7 +211,7 @@ def load_labels(dataset: Dataset) -> MatchedLabels:
     """Return the labels of training and test images.
 
     Raises:
-        DataError: there are none, or they cannot be matched.
+        DataError: labels are missing or cannot be matched.
     """
     try:
         return match_labels(dataset)
@@ -222,7 +222,7 @@ def load_labels(dataset: Dataset) -> MatchedLabels:
 
 
 def choose_images(dataset: Dataset, labels: MatchedLabels, options: argparse.Namespace) -> tuple[Images, Images]:
-    """Return the labelled training and test images, at most as many as the options say."""
+    """Return labelled training and test images, at most as many as the options allow."""
 
     def choose(source: Source, ids: NDArray[np.int64], limit: int | None, all_labels: NDArray[np.int64]) -> Images:
         rows = choose_subset(len(ids), None if limit is None else min(limit, len(ids)))
@@ -235,7 +235,7 @@ def choose_images(dataset: Dataset, labels: MatchedLabels, options: argparse.Nam
 
 
 class Evaluation:
-    """One encoder, one data set; features and pixels are had when a protocol first asks for them."""
+    """One encoder on one data set. Features and pixels are computed when a protocol first needs them."""
 
     def __init__(self, run_dir: Path, config: RunConfig, options: argparse.Namespace) -> None:
         from hvp_ray.evaluation.features import check_last_blocks
@@ -273,12 +273,12 @@ class Evaluation:
         )
 
     def _describe_overlap(self, trained_on: TrainedOn, *, is_own: bool) -> list[str]:
-        """Return what is known of test images that the run was trained on, a sentence each."""
+        """Return remarks on test images that the run was trained on, one sentence each."""
         remarks = []
         if is_own and self.options.data is not None and self.options.test_data is None:
             remarks.append(f"{self.data.source} holds the images of the run: the run's own split is used")
         if trained_on.fingerprint is None:
-            remarks.append("the run does not say what it was trained on: it may have been trained on test images")
+            remarks.append("the run did not record what it was trained on: it may have been trained on test images")
         elif not is_own and self.data.source == trained_on.data.source:
             remarks.append(
                 f"the images of {self.data.source} changed since the run: test images may have been trained on by it"
@@ -291,7 +291,7 @@ class Evaluation:
         return remarks
 
     def run(self, protocols: list[str]) -> Iterator[Row]:
-        """Yield the rows of these protocols, in their order."""
+        """Yield the rows of these protocols in order."""
         from hvp_ray.evaluation.feature_pool import start_workers
 
         num_workers = self.options.num_workers
@@ -399,21 +399,21 @@ class Evaluation:
 
 
 class Progress:
-    """A line when extraction takes long, and at its end."""
+    """Prints a line every few seconds of an extraction, and at its end."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._line_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Print the progress if it is time."""
         if time.monotonic() - self._line_at > _LINE_SECONDS or done == total:
             self._line_at = time.monotonic()
             say(f"{self._title}: {done:,} of {total:,}")
 
 
 def row(protocol: str, correct: NDArray[Any], details: dict[str, Any]) -> Row:
-    """Return a row of the table: accuracy with its interval over test images."""
+    """Return accuracy and its interval over test images as a row of the table."""
     from hvp_ray.evaluation.intervals import bootstrap_interval
 
     interval = bootstrap_interval(correct)
@@ -421,7 +421,7 @@ def row(protocol: str, correct: NDArray[Any], details: dict[str, Any]) -> Row:
 
 
 def describe_row(entry: Row) -> str:
-    """Return the line of the table."""
+    """Return a row as text."""
     details = ", ".join(
         f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
         for name, value in entry.details.items()
@@ -442,17 +442,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise ConfigError(f"the results cannot be written to {path}: {error.strerror or error}; give --json") from error
 
 
-def say(text: str) -> None:
-    """Print at once."""
-    print(text, flush=True)
-
-
 def evaluate(options: argparse.Namespace) -> None:
-    """Evaluate, print and write.
+    """Evaluate; print and write the results.
 
     Raises:
-        HvpRayError: with a sentence for the user.
+        HvpRayError: the message tells the user what to do.
     """
+    prepare_ray_environment()
     run_dir = find_run(options.checkpoint, option="--checkpoint ", needs=("config.json", "backbone.safetensors"))
     config = read_config(run_dir)
     torch.set_num_threads(config.training.torch_threads)  # as in training; more were slower on a busy machine
@@ -465,12 +461,10 @@ def evaluate(options: argparse.Namespace) -> None:
             say(f"\n{'protocol':<11} accuracy   95 % interval     details")
         rows.append(entry)
         say(describe_row(entry))
-    say("\nAccuracy is top-1 on the test images. What it means:")
+    say("\nAccuracy is top-1 on the test images. The protocols:")
     for protocol in protocols:
         say(f"  {protocol:<10} {MEANINGS[protocol]}")
-    say(
-        "The interval (bootstrap) is over test images only: it does not say how much another seed of the run would change."
-    )
+    say("The interval (bootstrap) covers the choice of test images, and not the seed of the run.")
     name = Path(evaluation.data.source).stem
     path = run_dir / f"evaluation-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
     path = path if options.json is None else Path(options.json).expanduser()
@@ -497,16 +491,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     """Run; return the exit status."""
     options = parse_arguments(arguments)
-    try:
-        prepare_ray_environment()
-        evaluate(options)
-    except HvpRayError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    return exit_status(lambda: evaluate(options))
 
 
 if __name__ == "__main__":

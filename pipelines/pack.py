@@ -18,8 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, from any working folder
 
 from hvp_ray.config import DataConfig
-from hvp_ray.errors import HvpRayError
 from hvp_ray.files import place_in
+from pipelines.command_line import exit_status, say
 
 _LINE_SECONDS = 10.0
 _MIB = 2**20
@@ -91,11 +91,6 @@ class Display:
             self._bar = None
 
 
-def say(text: str) -> None:
-    """Print and flush."""
-    print(text, flush=True)
-
-
 def pack(options: argparse.Namespace) -> None:
     """Pack, or continue packing.
 
@@ -160,18 +155,8 @@ def verify(location: str) -> None:
 def main(arguments: list[str]) -> int:
     """Pack or verify; return the exit status."""
     options = parse_options(arguments)
-    try:
-        if options.verify is not None:
-            verify(options.verify)
-        else:
-            pack(options)
-    except HvpRayError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; give the same command again to continue", file=sys.stderr, flush=True)
-        return 130
-    return 0
+    work = (lambda: pack(options)) if options.verify is None else (lambda: verify(options.verify))
+    return exit_status(work, stopped="stopped; the same command goes on")
 
 
 if __name__ == "__main__":

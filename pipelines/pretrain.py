@@ -1,4 +1,4 @@
-"""Pretrain an encoder with hard views, on the Ray cluster that this is submitted to, or on a local Ray.
+"""Pretrain an encoder with hard views, on the Ray cluster that the program is submitted to, or on a local Ray.
 
 python pipelines/pretrain.py [RECIPE] [--section.field VALUE ...]
 """
@@ -11,15 +11,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from hvp_ray.errors import HvpRayError
+from hvp_ray.config import RunConfig
 from hvp_ray.launch.environment import prepare_ray_environment
-from pipelines.command_line import leave, parse_run
+from pipelines.command_line import exit_status, leave, parse_run, say
 
 _LINE_SECONDS = 10.0
 
 
 class Display:
-    """A progress bar on a terminal, a line every ten seconds elsewhere."""
+    """Shows a progress bar on a terminal, and otherwise a line every ten seconds."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -27,19 +27,20 @@ class Display:
         self._is_terminal = sys.stderr.isatty()
 
     def announce(self, announcement: Any) -> None:
-        """Say what is about to run."""
-        where = "the Ray cluster it was submitted to" if announcement.joined_cluster else "a local Ray"
-        work = f"rendering with {announcement.renderer}"
-        if announcement.num_finishers:
-            work = f"decoding for {announcement.num_finishers} view finisher(s) beside the trainers"
-        say(f"run      {announcement.run_name}")
-        say(f"folder   {announcement.location}")
-        for line in announcement.inventory.lines():
+        """Show what will run."""
+        job = announcement.job
+        resolved, cluster = job.resolved, job.config.cluster
+        work = f"rendering with {resolved.renderer}"
+        if cluster.num_finishers:
+            work = f"decoding for {cluster.num_trainers * cluster.num_finishers} view finisher(s) beside the trainers"
+        say(f"run      {job.run_name}")
+        say(f"folder   {job.location}")
+        for line in job.inventory.lines():
             say(line)
         say(
-            f"on       {where}: {announcement.num_trainers} trainer(s) on {announcement.device}, "
-            f"{announcement.num_view_workers} view worker(s) {work}, "
-            f"at most {announcement.look_ahead_bytes / 2**20:.1f} MiB of views in flight"
+            f"on       {'the Ray cluster it was submitted to' if announcement.joined_cluster else 'a local Ray'}: "
+            f"{cluster.num_trainers} trainer(s) on {resolved.device}, {resolved.num_view_workers} view worker(s) {work}, "
+            f"at most {announcement.prefetch_bytes / 2**20:.1f} MiB of views in flight"
         )
 
     def show_progress(self, progress: Any) -> None:
@@ -69,27 +70,21 @@ class Display:
         say(message)
 
     def close(self) -> None:
-        """Leave the bar on its line."""
+        """End the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
-def say(text: str) -> None:
-    """Print at once."""
-    print(text, flush=True)
-
-
 def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | None, *, size_px: int) -> str:
-    """Return what a person wants to know at the end of the run in this folder, path or URI.
+    """Return the result of a run, and where its files are.
 
     Args:
-        summary: of the run.
-        location: the run's folder, path or URI.
-        tracking_uri: of MLflow; None: it is off.
-        size_px: of the evaluated images.
+        summary: summary of the run.
+        location: its folder, path or URI.
+        tracking_uri: URI of MLflow. None: MLflow is off.
+        size_px: size of the evaluated images.
     """
-    from hvp_ray.evaluation.report import title_of_pixels
     from hvp_ray.files import place_in
 
     lines = [
@@ -104,16 +99,10 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             f"overlap  of the chosen pair's crops {summary['chosen_iou_mean']:.3f}, "
             f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over the run)"
         )
-    if any(summary.get(f"knn_top1{suffix}") is not None for suffix in ("", "_untrained", "_pixels")):
-        lines += ["", "k-NN accuracy           all labels   5 labels per class"]
-        pixels = title_of_pixels(size_px)
-        for title, suffix in (("trained encoder", ""), ("untrained encoder", "_untrained"), (pixels, "_pixels")):
-            values = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
-            top1, few = ("not known" if value is None else f"{value:.4f}" for value in values)
-            lines.append(f"  {title:<20}    {top1:<10}   {few}")
+    lines += _describe_knn(summary, size_px)
     warnings = summary.get("num_collapse_warnings")
     if warnings is not None:
-        lines += ["", f"collapse {'none was seen' if not warnings else f'warned of {warnings} time(s), see above'}"]
+        lines += ["", f"collapse {'no warning' if not warnings else f'{warnings} warning(s), see above'}"]
     if summary["num_unreadable_images"]:
         lines += [
             "",
@@ -128,61 +117,86 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
         f"figures  {place_in(location, 'figures')}",
     ]
     if tracking_uri is not None:
-        experiment = summary.get("mlflow_experiment_id")
-        if experiment is None:
-            return "\n".join([*lines, "curves   MLflow was away; start the run again by its name to send them"])
-        page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
-        if tracking_uri.startswith(("http://", "https://")):
-            # Nodes may know the server by another name than a browser outside.
-            address = os.environ.get("HVP_MLFLOW_PAGE", tracking_uri)
-            lines.append(f"curves   {address.rstrip('/')}{page}")
-        else:
-            from hvp_ray.tracking.mlflow_store import ui_command
-
-            lines.append(f"curves   `{ui_command(tracking_uri)}`, then http://127.0.0.1:5000{page}")
+        lines.append(f"curves   {_describe_mlflow(tracking_uri, summary.get('mlflow_experiment_id'))}")
     return "\n".join(lines)
+
+
+def _describe_knn(summary: dict[str, Any], size_px: int) -> list[str]:
+    from hvp_ray.evaluation.report import title_of_pixels
+
+    rows = {"": "trained encoder", "_untrained": "untrained encoder", "_pixels": title_of_pixels(size_px)}
+    if all(summary.get(f"knn_top1{suffix}") is None for suffix in rows):
+        return []
+    lines = ["", "k-NN accuracy           all labels   5 labels per class"]
+    for suffix, title in rows.items():
+        values = summary[f"knn_top1{suffix}"], summary[f"knn5shot_top1{suffix}"]
+        top1, few = ("not known" if value is None else f"{value:.4f}" for value in values)
+        lines.append(f"  {title:<20}    {top1:<10}   {few}")
+    return lines
+
+
+def _describe_mlflow(tracking_uri: str, experiment: str | None) -> str:
+    from hvp_ray.tracking.mlflow_store import ui_command
+
+    if experiment is None:
+        return "MLflow was unreachable; start the run again with its name to send them"
+    page = f"/#/experiments/{experiment}/runs?compareRunsMode=CHART&workflowType=machine_learning"
+    if tracking_uri.startswith(("http://", "https://")):
+        # A browser outside the cluster may know the server by another name than the nodes.
+        return f"{os.environ.get('HVP_MLFLOW_PAGE', tracking_uri).rstrip('/')}{page}"
+    return f"`{ui_command(tracking_uri)}`, then http://127.0.0.1:5000{page}"
+
+
+def show_finished(config: RunConfig) -> bool:
+    """Show the result of a run of this name that has finished; return whether there is one.
+
+    Raises:
+        HvpRayError: the finished run has other settings.
+    """
+    from hvp_ray.files import place_in
+    from hvp_ray.runs.backfill import send_missing_records
+    from hvp_ray.runs.prepare import finished_summary, local_output, mlflow_location, output_location
+
+    summary = finished_summary(config)
+    if summary is None or config.run.name is None:
+        return False
+    say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
+    sent = send_missing_records(config)
+    if sent is not None:
+        say("MLflow lacked some records of it, which were sent now")
+        summary = sent
+    location, uri = place_in(output_location(config), config.run.name), mlflow_location(config, local_output(config))[0]
+    say(describe_result(summary, location, uri, size_px=config.views.global_views.size_px))
+    return True
+
+
+def pretrain(arguments: list[str], display: Display) -> None:
+    """Run to the end and show the result.
+
+    Raises:
+        HvpRayError: the message tells the user what to do.
+    """
+    config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
+    prepare_ray_environment()
+    if show_finished(config):
+        return
+    from hvp_ray.launch.driver import launch
+    from hvp_ray.launch.watch import Watchers
+
+    watchers = Watchers(
+        announce=display.announce, show_progress=display.show_progress, show_message=display.show_message
+    )
+    try:
+        summary, job = launch(config, watchers)
+    finally:
+        display.close()
+    say(describe_result(summary, job.location, job.mlflow_uri, size_px=config.views.global_views.size_px))
 
 
 def main(arguments: list[str]) -> int:
     """Run; return the exit status."""
-    display = Display()
-    try:
-        config = parse_run(arguments, program="pretrain.py", description=__doc__ or "")
-        prepare_ray_environment()
-        from hvp_ray.files import place_in
-        from hvp_ray.runs.prepare import finished_summary, local_output, mlflow_location, output_location
-
-        summary = finished_summary(config)
-        if summary is not None and config.run.resume:
-            assert config.run.name is not None
-            say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
-            location = place_in(output_location(config), config.run.name)
-            from hvp_ray.runs.backfill import send_missing_records
-
-            sent = send_missing_records(config)
-            if sent is not None:
-                say("MLflow had not got everything of it; it has now")
-                summary = sent
-            uri, size_px = mlflow_location(config, local_output(config))[0], config.views.global_views.size_px
-            say(describe_result(summary, location, uri, size_px=size_px))
-            return 0
-        from hvp_ray.launch.driver import Watchers, launch
-
-        watchers = Watchers(
-            announce=display.announce, show_progress=display.show_progress, show_message=display.show_message
-        )
-        summary, job = launch(config, watchers)
-    except HvpRayError as error:
-        display.close()
-        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", []))
-        print(f"error: {error}{notes}", file=sys.stderr, flush=True)
-        return 1
-    except KeyboardInterrupt:
-        display.close()
-        print("stopped; start the run again with its --run.name to go on", file=sys.stderr, flush=True)
-        return 130
-    say(describe_result(summary, job.location, job.mlflow_uri, size_px=config.views.global_views.size_px))
-    return 0
+    stopped = "stopped; start the run again with its --run.name to continue"
+    return exit_status(lambda: pretrain(arguments, Display()), stopped=stopped)
 
 
 if __name__ == "__main__":

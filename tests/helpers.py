@@ -15,6 +15,7 @@ from hvp_ray.config import RunConfig, TransformConfig, ViewGroupConfig, ViewsCon
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.identity import Resolved
 from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.resolved_run import renderer_of
 from hvp_ray.runs.prepare import resolve
 
 NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
@@ -54,7 +55,7 @@ def tiny_config(output: str, recipe: str = "simsiam-digits", **sections: dict[st
 def resolved_of(config: RunConfig) -> Resolved:
     """Return what a run's settings result in, in this process."""
     device = "cuda" if config.cluster.device == "cuda" else "cpu"
-    return resolve(config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=device)
+    return resolve(config, open_dataset(config.data), renderer=renderer_of(config.cluster), device=device)
 
 
 def slow_hardest_pairs(projections: NDArray[np.float64], predictions: NDArray[np.float64]) -> list[tuple[int, int]]:

@@ -47,7 +47,7 @@ def run(check: Check) -> Results:
     prepare_ray_environment()
     import ray
 
-    from hvp_ray.stream.capacity import spilled_bytes
+    from hvp_ray.stream.spilling import spilled_bytes
 
     config = _config(check)
     trainee = build_trainee(config, World(), torch.device(check.device), None)
@@ -325,7 +325,8 @@ def _views_per_second(ends: list[float], during: Callable[[], object], config: R
 
 def _launch(config: RunConfig) -> Results:
     """The product as `pretrain.py` starts it: Ray Train, shares of the GPU by Ray resources, a limit on torch's memory."""
-    from hvp_ray.launch.driver import Watchers, launch
+    from hvp_ray.launch.driver import launch
+    from hvp_ray.launch.watch import Watchers
 
     quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
     summary, _ = launch(config, quiet)

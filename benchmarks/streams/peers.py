@@ -90,8 +90,8 @@ def ray_data_batches(setting: Setting, num_workers: int, between_epochs: Between
             compute=ray.data.TaskPoolStrategy(size=num_workers),
             num_cpus=1,
         )
-        look_ahead = setting.config.cluster.batches_in_flight
-        for row in rendered.iter_batches(batch_size=1, prefetch_batches=look_ahead, batch_format="numpy"):
+        prefetched = setting.config.cluster.batches_in_flight
+        for row in rendered.iter_batches(batch_size=1, prefetch_batches=prefetched, batch_format="numpy"):
             yield PeerBatch(
                 pixels=row["pixels"],
                 render_cpu_seconds=float(row["cpu_seconds"][0]),

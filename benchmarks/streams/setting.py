@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.photographs import CHAINS, load_photographs
 from hvp_ray.config import RunConfig
+from hvp_ray.costs.prefetch import batch_bytes
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import RequestOf, requests_of_rank
-from hvp_ray.stream.capacity import batch_bytes
 
 ROW_GROUP = 100  # rows; what Hugging Face's `datasets` writes for images
 

@@ -97,7 +97,8 @@ def training_inline(config: RunConfig, steps: int) -> TrainingSpeed:
 
 def training_launched(config: RunConfig, steps: int, num_workers: int) -> tuple[TrainingSpeed, float]:
     """Run the product as `pretrain.py` does, on the Ray of this process; return its summary's figures and spilled bytes."""
-    from hvp_ray.launch.driver import Watchers, launch
+    from hvp_ray.launch.driver import launch
+    from hvp_ray.launch.watch import Watchers
 
     config = dataclasses.replace(
         config,

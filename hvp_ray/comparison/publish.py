@@ -1,4 +1,4 @@
-"""The report into MLflow: a run of its own with the report as artifact, and the result as the experiment's description."""
+"""Publish the report to MLflow: a run with the report as artifact, and the result as the experiment's description."""
 
 from hvp_ray.comparison.report import Report
 from hvp_ray.comparison.study import Study
@@ -8,10 +8,9 @@ from hvp_ray.tracking.mlflow_store import ui_command
 
 
 def publish_report(study: Study, report: Report) -> str | None:
-    """Log the report; return where to look at it, or None where MLflow is off.
+    """Log the report; return a line that says where to see it. None: MLflow is off or unreachable.
 
-    A server that cannot be reached costs the publication only: the report lies in its folder, and the next start of the
-    comparison publishes it.
+    The report stays in its folder. If the server is unreachable, the next start of the comparison publishes it.
     """
     uri, artifact_root = mlflow_location(study.base, study.folder.parent)
     if uri is None:

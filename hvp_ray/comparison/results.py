@@ -1,4 +1,4 @@
-"""What the runs of a comparison gave: values by arm and seed, differences with intervals, and the summing-up sentence."""
+"""Results of a comparison: values by arm and seed, paired differences with intervals, and the summary sentence."""
 
 import json
 from collections.abc import Sequence
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hvp_ray.comparison.arms import HARDEST, VANILLA, VANILLA_LONG, PlannedRun, hard_arm_of
-from hvp_ray.comparison.study import Study
+from hvp_ray.comparison.arms import HARDEST, VANILLA, VANILLA_LONG, hard_arm_of
+from hvp_ray.comparison.study import PlannedRun, Study
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
 from hvp_ray.evaluation.report import title_of_pixels
@@ -20,6 +20,12 @@ METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",
     "knn5shot_top1": "k-NN accuracy, 5 labels per class",
 }
+_JUDGEMENTS = {
+    "better": "more than chance explains",
+    "worse": "less than random views, more than chance explains",
+    "no difference shown": "which chance explains as well",
+    "not known": "of which one seed cannot say whether it is chance",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,14 +35,14 @@ class CurvePoint:
     step: int
     epoch: float
     compute: float
-    """In epochs of the vanilla arm, by the comparison's accounting."""
+    """Compute in epochs of the vanilla arm, by the comparison's accounting."""
     values: dict[str, float]
-    """Name of the metric -> accuracy."""
+    """Metric -> accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
-    """What is read from one run's folder."""
+    """Content of one run's folder."""
 
     arm: str
     seed: int
@@ -55,12 +61,12 @@ class ArmValues:
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Average over seeds."""
         return float(np.mean(list(self.by_seed.values())))
 
     @property
     def std(self) -> float | None:
-        """Over the seeds; None: one seed."""
+        """Standard deviation over seeds. None: there is one seed."""
         values = list(self.by_seed.values())
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -74,28 +80,55 @@ class Difference:
     question: str
     mean: float
     test: PairedDifference | None
-    """None: one seed, so nothing can be said about chance."""
+    """None: one seed says nothing about chance."""
 
     @property
     def verdict(self) -> str:
-        """What may be said: better, worse, or neither."""
+        """Return the claim that the interval allows."""
         if self.test is None:
             return "not known"
         if self.test.interval.low > 0.0:
             return "better"
         return "worse" if self.test.interval.high < 0.0 else "no difference shown"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        test = self.test
+        return {
+            "arm": self.arm,
+            "reference": self.reference,
+            "question": self.question,
+            "mean": self.mean,
+            "interval": None if test is None else [test.interval.low, test.interval.high],
+            "level": None if test is None else test.interval.level,
+            "p_value": None if test is None else test.p_value,
+            "verdict": self.verdict,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricResult:
-    """Everything about one metric."""
+    """One metric of all arms."""
 
     metric: str
     title: str
     arms: tuple[ArmValues, ...]
     differences: tuple[Difference, ...]
     references: dict[str, float]
-    """Untrained encoder and raw pixels, mean over the runs that have them."""
+    """Untrained encoder and raw pixels, averaged over the runs that have them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "metric": self.metric,
+            "title": self.title,
+            "references": self.references,
+            "arms": {
+                arm.arm: {"title": arm.title, "by_seed": arm.by_seed, "mean": arm.mean, "std": arm.std}
+                for arm in self.arms
+            },
+            "differences": [difference.to_dict() for difference in self.differences],
+        }
 
 
 def read_run(study: Study, run: PlannedRun) -> RunResult:
@@ -103,13 +136,12 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
 
     Raises:
         DataError: it has not finished, or is another run than the planned one.
-        CheckpointError: its config.json is damaged, or of a version that recorded less.
+        CheckpointError: its config.json is damaged, or an earlier version wrote it.
     """
     folder = study.folder.parent / run.name
     if not is_finished(run.config, run.identity):
         raise DataError(f"{folder} does not hold the finished run of this comparison; start the comparison again")
-    priced = VANILLA if run.arm.name == VANILLA_LONG else run.arm.name
-    ratio = study.ratio_of(priced)
+    ratio = study.ratio_of(run.arm)
     points = {}
     for record in read_records(folder, EVALUATIONS):
         epoch = record["step"] / study.steps_per_epoch
@@ -129,47 +161,47 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
     """
     values: dict[str, dict[int, float]] = {}
     for result in results:
-        value = result.summary.get(metric)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            if problems := result.summary.get("problems"):
-                raise DataError(
-                    f"{result.folder} finished without {metric}: {'; '.join(problems)}. Repair the cause and "
-                    f"start the comparison again: it repeats the evaluation and trains nothing"
-                )
-            known = [name for name, value in result.summary.items() if isinstance(value, float)]
-            raise ConfigError(
-                f"--metric {metric}: the runs have no such number (the data may have no labels); there are: "
-                f"{', '.join(known)}"
-            )
-        values.setdefault(result.arm, {})[result.seed] = float(value)
-    arms = tuple(ArmValues(arm=arm.name, title=arm.title, by_seed=values[arm.name]) for arm in study.arms)
-    by_name = {arm.arm: arm for arm in arms}
-    differences = [
-        _difference(by_name[arm.name], by_name[VANILLA], f"{arm.name} against random views, equal epochs")
-        for arm in study.arms
-        if arm.name not in (VANILLA, VANILLA_LONG)
-    ]
-    if VANILLA_LONG in by_name:
-        hard = hard_arm_of(study.arms).name
-        question = f"{hard} against random views, equal compute"
-        place = 1 + [difference.arm for difference in differences].index(hard)
-        differences.insert(place, _difference(by_name[hard], by_name[VANILLA_LONG], question))
+        values.setdefault(result.arm, {})[result.seed] = _value_of(result, metric)
+    arms = {arm.name: ArmValues(arm=arm.name, title=arm.title, by_seed=values[arm.name]) for arm in study.arms}
+    differences = []
+    for arm in study.arms:
+        if arm.name in (VANILLA, VANILLA_LONG):
+            continue
+        question = f"{arm.name} against random views, equal"
+        differences.append(_compare(arms[arm.name], arms[VANILLA], f"{question} epochs"))
+        if VANILLA_LONG in arms and arm is hard_arm_of(study.arms):
+            differences.append(_compare(arms[arm.name], arms[VANILLA_LONG], f"{question} compute"))
     references = {}
     pixels = title_of_pixels(study.base.views.global_views.size_px)
     for title, suffix in (("untrained encoder", "_untrained"), (pixels, "_pixels")):
-        known_values = [value for result in results if (value := result.summary.get(metric + suffix)) is not None]
-        if known_values:
-            references[title] = float(np.mean(known_values))
+        known = [value for result in results if (value := result.summary.get(metric + suffix)) is not None]
+        if known:
+            references[title] = float(np.mean(known))
     return MetricResult(
         metric=metric,
         title=METRIC_TITLES.get(metric, metric),
-        arms=arms,
+        arms=tuple(arms.values()),
         differences=tuple(differences),
         references=references,
     )
 
 
-def _difference(arm: ArmValues, reference: ArmValues, question: str) -> Difference:
+def _value_of(result: RunResult, metric: str) -> float:
+    value = result.summary.get(metric)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if problems := result.summary.get("problems"):
+        raise DataError(
+            f"{result.folder} finished without {metric}: {'; '.join(problems)}. Repair the cause and "
+            f"start the comparison again: it repeats the evaluation and trains nothing"
+        )
+    known = [name for name, value in result.summary.items() if isinstance(value, float)]
+    raise ConfigError(
+        f"--metric {metric}: the runs have no such metric (the data may have no labels); there are: {', '.join(known)}"
+    )
+
+
+def _compare(arm: ArmValues, reference: ArmValues, question: str) -> Difference:
     seeds = sorted(arm.by_seed)
     ours = np.array([arm.by_seed[seed] for seed in seeds])
     theirs = np.array([reference.by_seed[seed] for seed in seeds])
@@ -192,55 +224,19 @@ def describe_difference(difference: Difference) -> str:
 
 
 def describe_result(study: Study, result: MetricResult) -> str:
-    """Return the finding in one sentence or two, without claiming more than the intervals do."""
+    """Return the finding in one or two sentences, claiming no more than the intervals allow."""
     seeds = f"{len(study.seeds)} paired seed{'s' if len(study.seeds) > 1 else ''}"
-    by_reference = {(d.arm, d.reference): d for d in result.differences}
     parts = []
-    for (arm, reference), difference in by_reference.items():
-        if (arm, reference) == (HARDEST, VANILLA):
-            parts.append(f"at equal epochs hard views gave {describe_difference(difference)}, {_judged(difference)}")
-        elif reference == VANILLA_LONG:
-            who = "" if arm == HARDEST else f"{arm} gave "
-            parts.append(f"at equal compute {who}{describe_difference(difference)}, {_judged(difference)}")
+    for difference in result.differences:
+        finding = f"{describe_difference(difference)}, {_JUDGEMENTS[difference.verdict]}"
+        if (difference.arm, difference.reference) == (HARDEST, VANILLA):
+            parts.append(f"at equal epochs hard views gave {finding}")
+        elif difference.reference == VANILLA_LONG:
+            who = "" if difference.arm == HARDEST else f"{difference.arm} gave "
+            parts.append(f"at equal compute {who}{finding}")
     if not parts:
         return f"{result.title}: see the table ({seeds})."
-    subject = study.base.recipe
-    text = f"{result.title} on {subject}, {seeds}: {'; '.join(parts)}."
+    text = f"{result.title} on {study.base.recipe}, {seeds}: {'; '.join(parts)}."
     if len(study.seeds) < 5:
         text += " With so few seeds only large effects can be told from chance."
     return text
-
-
-def _judged(difference: Difference) -> str:
-    return {
-        "better": "more than chance explains",
-        "worse": "less than random views, more than chance explains",
-        "no difference shown": "which chance explains as well",
-        "not known": "of which one seed cannot say whether it is chance",
-    }[difference.verdict]
-
-
-def result_to_dict(result: MetricResult) -> dict[str, Any]:
-    """Return plain values for JSON."""
-    return {
-        "metric": result.metric,
-        "title": result.title,
-        "references": result.references,
-        "arms": {
-            arm.arm: {"title": arm.title, "by_seed": arm.by_seed, "mean": arm.mean, "std": arm.std}
-            for arm in result.arms
-        },
-        "differences": [
-            {
-                "arm": d.arm,
-                "reference": d.reference,
-                "question": d.question,
-                "mean": d.mean,
-                "interval": None if d.test is None else [d.test.interval.low, d.test.interval.high],
-                "level": None if d.test is None else d.test.interval.level,
-                "p_value": None if d.test is None else d.test.p_value,
-                "verdict": d.verdict,
-            }
-            for d in result.differences
-        ],
-    }

@@ -1,7 +1,7 @@
-"""Do the runs of a comparison on Ray, side by side where resources allow; what is done is not done again.
+"""Do the runs of a comparison on Ray, side by side if resources allow. A finished run is not repeated.
 
-Two ways. `inline`: each run is one Ray task that renders its views itself: the most runs on few CPUs, for single-trainer
-runs. `workers`: each run has view workers and trainers of its own, as pretrain.py starts them. Both give the same bits.
+There are two modes, which give the same bits. `inline`: each run is one Ray task that renders its own views. Most runs of
+one trainer fit few CPUs in this way. `workers`: each run has view workers and trainers, as pretrain.py starts them.
 """
 
 import dataclasses
@@ -18,24 +18,29 @@ from typing import Any, Literal
 import ray
 import torch
 
-from hvp_ray.comparison.arms import PlannedRun, get_arm
+from hvp_ray.comparison.arms import get_arm
 from hvp_ray.comparison.results import METRIC_TITLES
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
-from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
-from hvp_ray.data.dataset import open_dataset
+from hvp_ray.comparison.study import PlannedRun
+from hvp_ray.config import ClusterConfig, RunConfig, config_from_dict, config_to_dict
+from hvp_ray.costs.prefetch import step_bytes
+from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import ConfigError, StageError
 from hvp_ray.identity import Identity
-from hvp_ray.launch.driver import Watchers, decoded_bytes_of, launch, num_side_by_side
+from hvp_ray.launch.driver import launch, num_side_by_side, read_cluster
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.launch.local_cluster import plan_local_ray
+from hvp_ray.launch.placement import resolve_device, room_for
 from hvp_ray.launch.stop import RayProcesses, StopRequest, stop_on_signals
+from hvp_ray.launch.watch import Watchers
+from hvp_ray.resolved_run import Device
 from hvp_ray.runs.after_training import MAX_DEATHS, forgive_death
 from hvp_ray.runs.prepare import is_finished, output_folder
-from hvp_ray.stream.capacity import num_processes_that_fit, plan_local_ray, room_for, this_machine
 from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
+from hvp_ray.stream.machine import num_processes_that_fit, this_machine
 from hvp_ray.tracking.run_log import last_recorded_step
 
 Mode = Literal["inline", "workers"]
-Device = Literal["cpu", "cuda"]
 
 _POLL_SECONDS = 1.0
 _STOP_PATIENCE_SECONDS = 15.0
@@ -43,70 +48,83 @@ _STOP_PATIENCE_SECONDS = 15.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparisonProgress:
-    """How far a comparison is."""
+    """Progress of a comparison."""
 
     num_done: int
     num_runs: int
     steps_done: int
     num_steps: int
     running: dict[str, float]
-    """Name of a run at work -> share done."""
+    """Name of a run in progress -> share of its steps that are done."""
 
 
 ShowProgress = Callable[[ComparisonProgress], None]
 
 
-def connect(base: RunConfig, views: Mode | Literal["auto"]) -> Device:
-    """Join the cluster that RAY_ADDRESS names, or start a local Ray; return what trainers run on.
+def connect(base: RunConfig, dataset: Dataset, mode: Mode | None) -> None:
+    """Join the cluster that RAY_ADDRESS names, or start a local Ray.
 
     Args:
-        base: what all runs have in common.
-        views: who renders, if it is decided already.
+        base: config that all runs share.
+        dataset: its data.
+        mode: None: it is chosen later, by `choose_mode`.
 
     Raises:
-        ConfigError: no cluster answers, this machine is too small, or GPUs are asked for that are not there.
+        ConfigError: no cluster answers, or this machine is too small.
     """
 
     def size_of_local() -> LocalRay:
         machine = this_machine()
-        size = plan_local_ray(base, machine, decoded_bytes_of(base))
-        renders_inline = views != "workers" and base.cluster.num_trainers == 1
+        size = plan_local_ray(base.cluster, machine, step_bytes(base, dataset))
+        renders_inline = mode != "workers" and base.cluster.num_trainers == 1
         cpus = machine.num_cpus if renders_inline else size.num_cpus
         return dataclasses.replace(size, num_cpus=max(cpus, base.training.torch_threads))
 
     connect_ray(size_of_local)
-    gpus, wanted = ray.cluster_resources().get("GPU", 0.0), base.cluster.num_trainers
-    if base.cluster.device == "cuda" and gpus < wanted:
-        raise ConfigError(f"cluster.device=cuda needs {wanted} GPU(s), the cluster has {gpus:g}")
-    if base.cluster.device != "auto":
-        return base.cluster.device
-    return "cuda" if gpus >= wanted else "cpu"
 
 
-def choose_mode(base: RunConfig, device: Device) -> Mode:
-    """Return `inline` for runs of one trainer on a CPU, else `workers`."""
-    return "inline" if base.cluster.num_trainers == 1 and device == "cpu" else "workers"
+def choose_mode(cluster: ClusterConfig, mode: Mode | None) -> tuple[Mode, Device]:
+    """Return how runs render, and what their trainers run on; both once for all runs of a comparison.
+
+    Args:
+        cluster: settings of all runs.
+        mode: None: `inline` for runs of one trainer on a CPU, else `workers`.
+
+    Raises:
+        ConfigError: the cluster has fewer GPUs than the runs ask for.
+    """
+    now = dataclasses.replace(cluster, placement="anywhere")  # nodes that may join later do not count
+    device = resolve_device(now, ray.cluster_resources().get("GPU", 0.0))
+    if mode is None:
+        mode = "inline" if cluster.num_trainers == 1 and device == "cpu" else "workers"
+    if mode == "inline" and cluster.device != "cuda":
+        device = "cpu"
+    return mode, device
 
 
-def num_parallel(runs: Sequence[PlannedRun], mode: Mode, *, wanted: int | None) -> int:
+def num_parallel(runs: Sequence[PlannedRun], dataset: Dataset, mode: Mode, *, wanted: int | None) -> int:
     """Return how many runs are done side by side.
 
     Args:
-        runs: of the comparison; those that are done are not counted.
-        mode: who renders.
+        runs: runs of the comparison. Finished ones do not count.
+        dataset: their data.
+        mode: how the runs render.
         wanted: None: as many as fit.
 
     Raises:
-        ConfigError: not one run fits the cluster, or fewer than wanted.
+        ConfigError: the cluster holds no run, or fewer than wanted.
     """
     missing = [run for run in runs if not is_done(run)]
-    fits = len(missing) if wanted is None else min(wanted, len(missing))
     if not missing:
         return 1
+    wanted_here = len(missing) if wanted is None else min(wanted, len(missing))
+    fits = wanted_here
     for config in {run.arm.name: run.config for run in missing}.values():
-        threads = config.training.torch_threads
-        fits = num_side_by_side(config, fits) if mode == "workers" else min(fits, _num_inline(threads))
-    if wanted is not None and fits < min(wanted, len(missing)):
+        if mode == "workers":
+            fits = num_side_by_side(config, dataset, fits)
+        else:
+            fits = min(fits, _num_inline(config.training.torch_threads))
+    if wanted is not None and fits < wanted_here:
         raise ConfigError(
             f"--parallel {wanted} is not allowed: {fits} run(s) of this comparison fit the cluster at once; give "
             f"--parallel {fits}"
@@ -115,12 +133,12 @@ def num_parallel(runs: Sequence[PlannedRun], mode: Mode, *, wanted: int | None) 
 
 
 def _num_inline(threads: int) -> int:
-    """Return how many tasks of this many CPUs the cluster's nodes can take at once; a local Ray also as its memory allows.
+    """Return how many tasks of this many CPUs the cluster runs at once. A local Ray also needs memory for them.
 
     Raises:
-        ConfigError: not one.
+        ConfigError: no node has as many CPUs.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = read_cluster().nodes
     fits = sum(room_for(node, {"CPU": float(threads)}) for node in nodes)
     if fits < 1:
         raise ConfigError(
@@ -131,12 +149,12 @@ def _num_inline(threads: int) -> int:
 
 
 def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: int, show: ShowProgress) -> None:
-    """Do what is not done yet, in order, `parallel` at once.
+    """Do the missing runs in order, `parallel` at once.
 
-    SIGTERM and the first Ctrl-C stop the runs under way after a checkpoint, a second Ctrl-C stops them at once.
+    SIGTERM and the first Ctrl-C stop the runs in progress after a checkpoint. A second Ctrl-C stops them at once.
 
     Raises:
-        StageError: some run failed; the others were done. Starting again does only what is missing.
+        StageError: some run failed. All others were done, and a new start does only what is missing.
         KeyboardInterrupt: the runs were stopped.
     """
     missing = [run for run in runs if not is_done(run)]
@@ -144,7 +162,7 @@ def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: i
     work = _work_inline if mode == "inline" else partial(_work_with_workers, num_sharing=parallel)
     failures: dict[str, BaseException] = {}
     with (
-        ThreadPoolExecutor(max_workers=max(1, min(parallel, len(missing) or 1))) as pool,
+        ThreadPoolExecutor(max_workers=max(1, min(parallel, len(missing)))) as pool,
         stop_on_signals(stop, patience_seconds=_STOP_PATIENCE_SECONDS),
     ):
         futures: dict[Future[None], PlannedRun] = {pool.submit(work, run, stop): run for run in missing}
@@ -153,26 +171,26 @@ def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: i
                 for future in [future for future in futures if future.done()]:
                     run = futures.pop(future)
                     if not future.cancelled() and (error := future.exception()) is not None:
-                        failures[str(run.config.run.name)] = error
+                        failures[run.name] = error
                 show(_progress(runs, output))
                 if stop.is_asked:
                     pool.shutdown(wait=False, cancel_futures=True)
                 time.sleep(_POLL_SECONDS)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            stop.ask(patience_seconds=0.0)  # the threads that are waited for return at once
+            stop.ask(patience_seconds=0.0)  # lets the threads return at once
             raise
     if stop.is_asked:
         raise KeyboardInterrupt
     if failures:
-        text = "\n".join(f"  {name}: {_first_line(error)}" for name, error in failures.items())
-        raise StageError(f"{len(failures)} run(s) failed; start the comparison again to go on:\n{text}")
+        text = "\n".join(f"  {name}: {_last_line(error)}" for name, error in failures.items())
+        raise StageError(f"{len(failures)} run(s) failed; start the comparison again to continue:\n{text}")
 
 
 def is_done(run: PlannedRun) -> bool:
-    """Tell whether a run has finished with the values that are compared: the planned one, not any run of its name.
+    """Return whether the planned run, and not only one of its name, has finished with all compared metrics.
 
-    One whose evaluation failed is started again: it trains no step, and evaluates.
+    A run whose evaluation failed is not done: started again, it trains no step and evaluates.
     """
     if not is_finished(run.config, run.identity):
         return False
@@ -181,7 +199,7 @@ def is_done(run: PlannedRun) -> bool:
 
 
 def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: Device) -> dict[str, StepCost]:
-    """Measure the cost of a step of every arm, where a trainer would run; see `step_cost.py`.
+    """Measure the cost of a step of every arm on a node that a trainer could use; see `step_cost.py`.
 
     Raises:
         ConfigError: no node has CPUs for the trainer's threads.
@@ -201,7 +219,7 @@ def _measure_task(config: dict[str, Any], arm_names: list[str], device: str) -> 
 
 @ray.remote(max_retries=MAX_DEATHS)
 def _pretrain_task(config: dict[str, Any], planned: Identity) -> None:
-    """Do one run in this process; `ray.cancel`, which arrives as SIGINT, stops it after a checkpoint."""
+    """Do one run in this process. `ray.cancel` arrives as SIGINT and stops it after a checkpoint."""
     logging.getLogger("hvp_ray").setLevel(logging.ERROR)
     stop = StopRequest()
     with stop_on_signals(stop):
@@ -214,9 +232,9 @@ def _pretrain_task(config: dict[str, Any], planned: Identity) -> None:
 
 
 def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
-    threads = run.config.training.torch_threads
-    options = {"num_cpus": threads, "name": run.config.run.name}
-    task = _pretrain_task.options(**options).remote(config_to_dict(run.config), run.identity)
+    task = _pretrain_task.options(num_cpus=run.config.training.torch_threads, name=run.name).remote(
+        config_to_dict(run.config), run.identity
+    )
     was_cancelled, was_forced, ray_processes = False, False, RayProcesses(stop)
     while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
         ray_processes.check()
@@ -234,24 +252,25 @@ def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
 
 
 def _work_with_workers(run: PlannedRun, stop: StopRequest, *, num_sharing: int) -> None:
-    quiet = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
-    launch(run.config, quiet, num_sharing=num_sharing, stop=stop, planned=run.identity)
+    launch(run.config, Watchers(), num_sharing=num_sharing, stop=stop, planned=run.identity)
 
 
 def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:
-    running, steps, done = {}, 0, 0
+    steps = {run.name: run.num_steps if is_done(run) else 0 for run in runs}
+    done = {name for name, count in steps.items() if count}
+    running = {}
     for run in runs:
-        name = str(run.config.run.name)
-        if is_done(run):
-            done, steps = done + 1, steps + run.num_steps
-            continue
-        step = last_recorded_step(output / name)
-        if step:
-            running[name], steps = step / run.num_steps, steps + step
-    num_steps = sum(run.num_steps for run in runs)
-    return ComparisonProgress(num_done=done, num_runs=len(runs), steps_done=steps, num_steps=num_steps, running=running)
+        if run.name not in done and (step := last_recorded_step(output / run.name)):
+            steps[run.name], running[run.name] = step, step / run.num_steps
+    return ComparisonProgress(
+        num_done=len(done),
+        num_runs=len(runs),
+        steps_done=sum(steps.values()),
+        num_steps=sum(run.num_steps for run in runs),
+        running=running,
+    )
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

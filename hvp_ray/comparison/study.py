@@ -1,8 +1,9 @@
-"""A comparison as it lies on disk: its settings, the cost of a step (measured once), and the runs that belong to it.
+"""A comparison on disk: its settings, the cost of a step (measured once), and the runs that belong to it.
 
-`<run.output>/<comparison>/` holds `comparison.json`, the report and its figures; the runs lie beside it, under their names.
+`<run.output>/<comparison>/` holds `comparison.json`, the report and its figures. The runs' folders are beside it.
 """
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -10,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, PlannedRun, get_arm, hard_arm_of, plan_runs
+from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, get_arm, hard_arm_of
 from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.labels import match_labels
 from hvp_ray.errors import ConfigError, LabelError
-from hvp_ray.identity import Resolved, describe_difference, flat_values, identity_of
+from hvp_ray.identity import Identity, Resolved, describe_difference, flat_values, identity_of
 from hvp_ray.randomness import check_seed
-from hvp_ray.runs.prepare import difference_from_record, output_folder
+from hvp_ray.resolved_run import resolve_inline
+from hvp_ray.runs.prepare import difference_from_record, output_folder, resolve
+from hvp_ray.runs.rank import build_order
 
 Accounting = Literal["measured", "counted"]
 
@@ -26,120 +29,140 @@ _FILE = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedRun:
+    """One run of a comparison."""
+
+    arm: Arm
+    seed: int
+    config: RunConfig
+    """Config with a name, so that a second start resumes the run."""
+    identity: Identity
+    num_steps: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return str(self.config.run.name)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """Everything that the runs and the report of a comparison follow from."""
+    """Everything that determines the runs and the report of a comparison."""
 
     name: str
     folder: Path
     base: RunConfig
     resolved: Resolved
-    """What the settings of `base`, and so of every run, result in."""
+    """Data and device that the settings of all runs result in."""
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     accounting: Accounting
     costs: dict[str, StepCost]
-    num_steps: int
-    """Of the arms at equal epochs."""
     steps_per_epoch: int
 
     @property
+    def num_steps(self) -> int:
+        """Steps of the arms at equal epochs."""
+        return self.base.training.num_steps or self.base.training.epochs * self.steps_per_epoch
+
+    @property
     def compute_ratio(self) -> float:
-        """Cost of the run with hard views in runs of the same length with random views."""
+        """Cost of a run with hard views / cost of a run of the same length with random views."""
         if VANILLA_LONG not in {arm.name for arm in self.arms}:
             return 1.0
-        return self.ratio_of(hard_arm_of(self.arms).name)
+        return self.ratio_of(hard_arm_of(self.arms))
 
-    def ratio_of(self, arm_name: str) -> float:
-        """Cost of an arm's step in random steps, by this comparison's accounting."""
-        cost, reference = self.costs[arm_name], self.costs[VANILLA]
+    def ratio_of(self, arm: Arm) -> float:
+        """Return cost of the arm's step / cost of a random step, by this comparison's accounting."""
+        cost, reference = self.costs[arm.priced_as], self.costs[VANILLA]
         if self.accounting == "measured":
             return cost.step_seconds / reference.step_seconds
         return cost.counted_operations / reference.counted_operations
 
     def runs(self) -> list[PlannedRun]:
-        """Return all runs."""
-        return plan_runs(
-            self.base,
-            self.arms,
-            self.seeds,
-            self.resolved,
-            comparison=self.name,
-            steps_per_epoch=self.steps_per_epoch,
-            compute_ratio=self.compute_ratio,
+        """Return all runs, seed by seed, so that a comparison that is stopped early has whole seeds."""
+        return [self._plan(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def _plan(self, arm: Arm, seed: int) -> PlannedRun:
+        config, label, num_steps = arm.configure(self.base), arm.name, self.num_steps
+        if arm.name == VANILLA_LONG:
+            # Its name has its length: an arm that is added later may change the compute to be equalled.
+            num_steps = round(num_steps * self.compute_ratio)
+            label = f"{arm.name}-{num_steps}steps"
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=num_steps))
+        knn_every = self.base.tracking.knn_every_epochs or max(1, round(self.num_steps / self.steps_per_epoch / 10))
+        config = dataclasses.replace(
+            config,
+            run=dataclasses.replace(config.run, name=f"{self.name}-{label}-s{seed}", seed=seed, resume=True),
+            tracking=dataclasses.replace(config.tracking, comparison=self.name, arm=label, knn_every_epochs=knn_every),
         )
+        identity = identity_of(config, self.resolved)
+        return PlannedRun(arm=arm, seed=seed, config=config, identity=identity, num_steps=num_steps)
 
 
 def open_study(
     base: RunConfig,
-    resolved: Resolved,
+    dataset: Dataset,
     *,
     name: str | None,
     arm_names: Sequence[str],
     seeds: Sequence[int],
     accounting: Accounting,
-    steps_per_epoch: int,
     measure: Callable[[list[str]], dict[str, StepCost]],
 ) -> Study:
-    """Make the folder of a new comparison, or continue an existing one: arms and seeds may be added, nothing else.
+    """Make the folder of a new comparison, or continue one. Only arms and seeds may be added.
 
     Args:
-        base: recipe and overrides, with absolute paths.
-        resolved: what its settings result in.
+        base: recipe and overrides, with absolute paths and a decided device.
+        dataset: its data.
         name: None: `compare-<recipe>`.
         arm_names: see `arms.get_arm`.
-        seeds: of the runs.
-        accounting: what equal compute means.
-        steps_per_epoch: of the data.
-        measure: arm names -> costs; called with arms whose costs are not known yet.
+        seeds: seeds of the runs.
+        accounting: meaning of equal compute.
+        measure: arm names -> costs; called with arms whose costs are unknown.
 
     Raises:
-        ConfigError: unknown or repeated arms or seeds, or the comparison, or one of its runs, exists with other settings.
-        CheckpointError: config.json of one of its runs is damaged, or of a version that recorded less.
+        ConfigError: arms or seeds are unknown or repeated, or the comparison or one of its runs has other settings.
+        CheckpointError: config.json of one of its runs is damaged, or an earlier version wrote it.
     """
     arms = check_arms_and_seeds(arm_names, seeds)
     name = name or f"compare-{base.recipe.replace(':', '-')}"
-    folder = output_folder(base) / name
-    path = folder / _FILE
+    path = output_folder(base) / name / _FILE
+    inline = resolve_inline(base.cluster)
+    resolved = resolve(base, dataset, renderer=inline.renderer, device=inline.device)
     settings = settings_of(base, resolved, accounting)
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if known:
-        _check_settings(folder, known, settings, flat_values(base))
+        _check_settings(path.parent, known, settings, flat_values(base))
     costs = {arm: StepCost(**cost) for arm, cost in known.get("costs", {}).items()}
-    needed = [name for name in dict.fromkeys([VANILLA, *(arm.name for arm in arms)]) if name != VANILLA_LONG]
-    new = [arm for arm in needed if arm not in costs]
-    if new:
-        # Before time is spent on costs. How long `vanilla-long` is follows from them, so its runs are checked after that.
-        known_arms = [arm for arm in arms if arm.name != VANILLA_LONG]
-        plan = plan_runs(
-            base, known_arms, seeds, resolved, comparison=name, steps_per_epoch=steps_per_epoch, compute_ratio=1.0
-        )
-        _check_runs(folder.parent, plan)
-        # Costs are ratios of one measurement: what is known is kept, and what is new is brought to its scale.
-        measured = measure(list(dict.fromkeys([VANILLA, *new])))
-        scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
-        for arm in new:
-            costs[arm] = measured[arm].scaled(scale)
     study = Study(
         name=name,
-        folder=folder,
+        folder=path.parent,
         base=base,
         resolved=resolved,
         arms=tuple(arms),
         seeds=tuple(seeds),
         accounting=accounting,
         costs=costs,
-        num_steps=base.training.num_steps or base.training.epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=build_order(base, dataset).steps_per_epoch,
     )
-    _check_runs(folder.parent, study.runs())
+    new = [arm for arm in dict.fromkeys([VANILLA, *(arm.priced_as for arm in arms)]) if arm not in costs]
+    if new:
+        # Check before time is spent on costs. The length of `vanilla-long` follows from them, so it is checked below.
+        _check_runs(dataclasses.replace(study, arms=tuple(arm for arm in arms if arm.name != VANILLA_LONG)))
+        # Costs are ratios of one measurement: known ones stay, and new ones are scaled to them.
+        measured = measure(list(dict.fromkeys([VANILLA, *new])))
+        scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
+        study.costs.update((arm, measured[arm].scaled(scale)) for arm in new)
+    _check_runs(study)
     if new:
         content = {"settings": settings, "config": flat_values(base)}
-        _write(path, content | {"costs": {arm: cost.to_dict() for arm, cost in costs.items()}})
+        _write(path, content | {"costs": {arm: dataclasses.asdict(cost) for arm, cost in study.costs.items()}})
     return study
 
 
 def settings_of(base: RunConfig, resolved: Resolved, accounting: Accounting) -> dict[str, Any]:
-    """Return what all runs of a comparison have in common, by name: all that their numbers depend on but arm and seed."""
+    """Return by name everything that the metrics of a comparison depend on, but arm and seed."""
     identity = identity_of(base, resolved)
     shared = {name: value for name, value in identity.weights.items() if name != "run.seed"}
     return shared | identity.evaluation | {"accounting": accounting}
@@ -148,37 +171,37 @@ def settings_of(base: RunConfig, resolved: Resolved, accounting: Accounting) -> 
 def _check_settings(folder: Path, known: dict[str, Any], settings: dict[str, Any], values: dict[str, Any]) -> None:
     if "config" not in known:
         raise ConfigError(
-            f"the comparison {folder} was started by an earlier version of hvp_ray, which did not record all that its "
-            f"numbers depend on; continue it with that version, or choose another --comparison NAME"
+            f"the comparison {folder} was started by an earlier version of hvp_ray, which did not record all settings; "
+            f"continue it with that version, or choose another --comparison NAME"
         )
     difference = describe_difference(known["settings"], settings, known["config"], values)
     if difference:
         lines = "\n  ".join(difference)
         raise ConfigError(
             f"the comparison {folder} was started with other settings (its value -> yours):\n  {lines}\n"
-            f"Take its settings and versions, or another --comparison NAME"
+            f"Use its settings and versions, or another --comparison NAME"
         )
 
 
-def _check_runs(output: Path, runs: Sequence[PlannedRun]) -> None:
-    """Check that folders with the names of planned runs hold these runs: none is taken by its name alone."""
-    for run in runs:
-        folder = output / run.name
+def _check_runs(study: Study) -> None:
+    """Check that each folder with the name of a planned run is empty or holds this run."""
+    for run in study.runs():
+        folder = study.folder.parent / run.name
         difference = difference_from_record(str(folder), run.config, run.identity)
         if difference:
             lines = "\n  ".join(difference)
             raise ConfigError(
                 f"{folder} holds another run than this comparison plans (its value -> planned):\n  {lines}\n"
-                f"Take its settings and versions, choose another --comparison NAME, or move the folder away"
+                f"Use its settings and versions, choose another --comparison NAME, or move the folder away"
             )
 
 
 def check_labels(base: RunConfig, dataset: Dataset) -> tuple[str, ...]:
-    """Check before training that the arms can be judged; return remarks on the labels, one sentence each.
+    """Check before training that k-NN can judge the arms; return remarks on the labels, one sentence each.
 
     Raises:
-        ConfigError: there is no k-NN, because labels or test images are missing or it is switched off.
-        DataError: training and test images have labels that cannot be matched.
+        ConfigError: labels or test images are missing, or the k-NN is switched off.
+        DataError: the labels of training and test images cannot be matched.
     """
     needed = "the arms are judged by k-NN on labelled images"
     if not base.tracking.knn_images:
@@ -196,18 +219,16 @@ def check_arms_and_seeds(arm_names: Sequence[str], seeds: Sequence[int]) -> list
     """Return the arms of these names.
 
     Raises:
-        ConfigError: unknown, repeated or missing arms, or seeds that cannot be.
+        ConfigError: arms are unknown, repeated or missing, or a seed is not allowed.
     """
     arms = [get_arm(name) for name in arm_names]
     for seed in seeds:
         check_seed(seed)
     for what, values in (("--arms", list(arm_names)), ("--seeds", list(seeds))):
         if len(set(values)) != len(values):
-            raise ConfigError(f"{what} {' '.join(map(str, values))}: each only once")
+            raise ConfigError(f"{what} {' '.join(map(str, values))}: name each only once")
     if VANILLA not in arm_names:
-        raise ConfigError(
-            f"--arms {' '.join(arm_names)}: {VANILLA} is missing; it is what the others are compared with"
-        )
+        raise ConfigError(f"--arms {' '.join(arm_names)}: {VANILLA} is missing; add it, because it is the reference")
     if VANILLA_LONG in arm_names:
         hard_arm_of(arms)
     return arms

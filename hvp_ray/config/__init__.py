@@ -23,7 +23,7 @@ from hvp_ray.config.method import BackboneConfig, MethodConfig
 from hvp_ray.config.optimizer import OptimizerConfig
 from hvp_ray.config.run import RunSettings
 from hvp_ray.config.run_config import RunConfig
-from hvp_ray.config.selection import RULES_THAT_SCORE, Rule, SelectionConfig
+from hvp_ray.config.selection import Rule, SelectionConfig
 from hvp_ray.config.serialising import METHOD_TYPE, config_from_dict, config_to_dict, flatten
 from hvp_ray.config.tracking import TrackingConfig
 from hvp_ray.config.training import TrainingConfig
@@ -31,7 +31,6 @@ from hvp_ray.config.views import MaskConfig, TransformConfig, ViewGroupConfig, V
 
 __all__ = [
     "METHOD_TYPE",
-    "RULES_THAT_SCORE",
     "AtLeast0",
     "AtLeast1",
     "BackboneConfig",

@@ -97,19 +97,6 @@ class ClusterConfig(Checked):
         fits = self.ship == "views" or self.renderer in ("auto", "cpu")
         require(fits, f"{prefix}ship", self.ship, allowed)
 
-    def num_batches_in_flight(self, num_view_workers: int | None = None) -> int:
-        """Return `batches_in_flight`; auto: for this many view workers (None: as many as are set, or 1)."""
-        if self.batches_in_flight != "auto":
-            return self.batches_in_flight
-        if num_view_workers is None:
-            num_view_workers = 1 if self.num_view_workers == "auto" else self.num_view_workers
-        return max(4, -(-num_view_workers // self.num_trainers) + self.num_finishers + 2)
-
-    @property
-    def chosen_renderer(self) -> RendererName:
-        """The renderer of a run: `renderer`, or cpu if that is auto."""
-        return "cpu" if self.renderer == "auto" else self.renderer
-
     @property
     def num_finishers(self) -> int:
         """View finishers beside each trainer; 0 if views are shipped."""

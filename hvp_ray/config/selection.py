@@ -13,7 +13,6 @@ hardest: the pair with the largest loss under the current weights (HVP). first: 
 overlap least; no model involved), all_pairs (mean loss over all pairs).
 """
 
-RULES_THAT_SCORE: frozenset[str] = frozenset({"hardest", "easiest"})
 
 _NumViews = Annotated[int, Range(least=2, most=64)]
 

@@ -1,1 +1,1 @@
-"""What a run would need, computed before it starts: operations, memory, the bytes of prefetched batches."""
+"""What a run needs, computed before it starts: operations, memory, prefetched bytes, size of the pool."""

@@ -1,8 +1,8 @@
-"""A step without content: the real networks, sizes and code of a run on tensors that have shapes and no storage.
+"""An imaginary step: the real networks and code of a run on tensors that have shapes and no storage.
 
-Torch's fake tensors go through scoring, choice, forward, backward and update as real ones do, so that memory and
-operations of a step can be counted for any recipe, on any machine, in seconds and in hardly more than the memory of the
-weights. `memory.py` and `operations.py` do so.
+Torch's fake tensors go through scoring, choice, forward, backward and update as real ones do. So `memory.py` and
+`operations.py` can count memory and operations of any recipe, on any machine, in seconds and in little more than the
+memory of the weights.
 """
 
 import contextlib
@@ -17,21 +17,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from hvp_ray.config import RunConfig, ViewGroupConfig
+from hvp_ray.costs.step_plans import draw_step_plans
 from hvp_ray.distributed.world import World
-from hvp_ray.randomness import Purpose
-from hvp_ray.records import Views
+from hvp_ray.records import ViewPlan, Views
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.trainee import Trainee, build_trainee_of, build_untrained_method
-from hvp_ray.views.masks import draw_masks
-from hvp_ray.views.plan import draw_plan
 
 _IMAGE_PX = 256
-"""Size of the imaginary images; it has no effect on a step."""
+"""Size of the imaginary images. It has no effect on a step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImaginaryStep:
-    """What a step needs; to be used inside `imagine_step`."""
+    """Inputs of a step, valid inside `imagine_step`."""
 
     config: RunConfig
     """One trainer of the run, alone."""
@@ -42,7 +40,7 @@ class ImaginaryStep:
 
 @contextlib.contextmanager
 def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
-    """Yield one trainer's networks and batch without content; what is computed in the context has none either."""
+    """Yield one trainer's networks and batch without content. Results computed in the context have none either."""
     alone = dataclasses.replace(
         config,
         training=dataclasses.replace(
@@ -68,8 +66,8 @@ def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
 def _drop_content(method: nn.Module, fake_mode: FakeTensorMode) -> None:
     """Replace all weights by tensors without content.
 
-    A network cannot be built without content: timm reads some numbers. The parameters are new objects, so the optimizer is
-    built afterwards.
+    A network cannot be built without content, because timm reads some values. The parameters are new objects, so build the
+    optimizer afterwards.
     """
     for module in method.modules():
         for name, parameter in module._parameters.items():
@@ -84,43 +82,21 @@ def _drop_content(method: nn.Module, fake_mode: FakeTensorMode) -> None:
 def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> DeviceBatch:
     """Return a batch of step 0 with a real plan and made-up pixels, `pixels_of(shape, dtype=torch.uint8)`."""
     count = config.training.images_per_step
-    ids, sizes = np.arange(count), np.full(count, _IMAGE_PX, np.int32)
-    selection, groups = config.selection, config.views
+    sizes = np.full(count, _IMAGE_PX, np.int32)
 
-    def views(purpose: Purpose, num_views: int, group: ViewGroupConfig) -> tuple[Views, Tensor]:
-        plan = draw_plan(
-            seed=0,
-            purpose=purpose,
-            epoch=0,
-            sample_ids=ids,
-            heights=sizes,
-            widths=sizes,
-            num_views=num_views,
-            group=group,
-        )
-        if groups.masks is not None and purpose == Purpose.GLOBAL_VIEWS:
-            mask = draw_masks(
-                seed=0,
-                purpose=Purpose.MASKS,
-                epoch=0,
-                sample_ids=ids,
-                num_views=num_views,
-                size_px=group.size_px,
-                masks=groups.masks,
-            )
-            plan = dataclasses.replace(plan, mask=mask)
-        shape = (num_views, count, group.size_px, group.size_px, 3)
-        no_pixels = np.broadcast_to(np.uint8(0), shape)
-        return Views(pixels=no_pixels, plan=plan), pixels_of(shape, dtype=torch.uint8)
+    def views(plan: ViewPlan, group: ViewGroupConfig) -> tuple[Views, Tensor]:
+        shape = (plan.num_views, count, group.size_px, group.size_px, 3)
+        return Views(pixels=np.broadcast_to(np.uint8(0), shape), plan=plan), pixels_of(shape, dtype=torch.uint8)
 
-    of_globals, global_pixels = views(Purpose.GLOBAL_VIEWS, selection.num_views_at(0), groups.global_views)
+    global_plan, local_plan = draw_step_plans(config, sizes, sizes)
+    of_globals, global_pixels = views(global_plan, config.views.global_views)
     of_locals, local_pixels = None, None
-    if groups.local_views is not None:
-        of_locals, local_pixels = views(Purpose.LOCAL_VIEWS, selection.num_local_views_at(0), groups.local_views)
+    if local_plan is not None and config.views.local_views is not None:
+        of_locals, local_pixels = views(local_plan, config.views.local_views)
     return DeviceBatch(
         step=0,
         epoch=0,
-        sample_ids=ids,
+        sample_ids=np.arange(count),
         heights=sizes,
         widths=sizes,
         global_views=of_globals,
@@ -135,7 +111,7 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
 
 
 class _UpdateWithoutContent(torch.optim.Optimizer):
-    """AdamW reads its step counter, which has no content here: by then its state is made, which is what counts."""
+    """Ends AdamW's update when it reads its step counter, which has no content. Its state exists by then."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

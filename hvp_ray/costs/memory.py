@@ -1,4 +1,4 @@
-"""How much memory a trainer takes, counted over an imaginary step: one formula for all recipes, no constant of any."""
+"""Memory of a trainer, counted over an imaginary step in the same way for all recipes."""
 
 import weakref
 from collections.abc import Iterable
@@ -18,31 +18,31 @@ from hvp_ray.training.step import choose_step_views, forward_backward, update_we
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one trainer's device, without what torch itself and its kernels' workspaces take."""
+    """Bytes on one trainer's device, without torch itself and its kernels' workspaces."""
 
     weights: int
     """Parameters and buffers, a teacher's included."""
     gradients: int
     optimizer_state: int
     batches: int
-    """Candidate views of the hard step in use and of the next, `BATCHES_ON_DEVICE` in all, as bytes."""
+    """Candidate views of `BATCHES_ON_DEVICE` hard steps: the one in use and the next."""
     scoring_peak: int
-    """Most that is alive at a moment of the scoring pass, with all of the above but gradients."""
+    """Largest number of live bytes in the scoring pass, with all of the above but gradients."""
     training_peak: int
-    """The same of forward, backward and update."""
+    """Largest number of live bytes in forward, backward and update."""
     peak: int
-    """The larger of the two: what the device must have."""
+    """The larger peak, which the device must hold."""
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
-    """Return what one hard step of one trainer allocates, the first step of the optimizer behind it."""
+    """Count the memory of one hard step of one trainer, after the optimizer's first step."""
     with imagine_step(config) as imagined, _LiveBytes() as live:
         trainee, method = imagined.trainee, imagined.trainee.method
         batch = [t for t in (imagined.batch.global_pixels, imagined.batch.local_pixels) if t is not None]
         weights = [*method.parameters(), *method.buffers()]
         waiting = [torch.empty_like(pixels) for pixels in batch for _ in range(BATCHES_ON_DEVICE - 1)]
         live.add([*weights, *batch, *waiting])
-        for _ in range(2):  # the optimizer makes its state in the first step
+        for _ in range(2):  # the optimizer allocates its state in the first step
             live.start_peak()
             chosen = choose_step_views(trainee, imagined.batch, imagined.config)
             scoring_peak = live.peak
@@ -70,7 +70,7 @@ def _bytes_of(tensors: Iterable[Any]) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, from their making to their end."""
+    """Counts the bytes of all storages that operations allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def start_peak(self) -> None:
-        """Look for the largest value from here on."""
+        """Start to record the largest value."""
         self.peak = self._now
 
     def add(self, tensors: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""How many operations a step takes, counted over an imaginary step: the model that measured costs are held against."""
+"""Operations of a step, counted over an imaginary step. Measured costs are compared with them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,26 +13,26 @@ from hvp_ray.training.step import choose_step_views, forward_backward
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepOperations:
-    """Multiplications and additions of convolutions, products and attention of one step of one trainer."""
+    """Multiplications and additions of convolutions, matrix products and attention in one trainer's step."""
 
     random_step: int
     """Forward and backward on the views that the vanilla arm trains on."""
     scoring: int
-    """What a hard step does besides; less what it then need not do again (`selection.reuse_teacher`)."""
+    """Additional operations of a hard step, less those that it saves in training (`selection.reuse_teacher`)."""
 
     @property
     def ratio(self) -> float:
-        """Cost of a hard step in random steps."""
+        """Cost of a hard step / cost of a random step."""
         return (self.random_step + self.scoring) / self.random_step
 
 
 def count_operations(config: RunConfig) -> StepOperations:
     """Count the operations of a random and of a hard step.
 
-    Elementwise work (normalisation, softmax, the update) is not counted: it is bound by memory, not by arithmetic.
+    Elementwise work (normalisation, softmax, the update) is not counted, because memory bounds it, not arithmetic.
     """
     hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
-    # The counter knows attention as two products; the fused kernels of some devices are not on its list.
+    # The counter supports attention as two products, and not the fused kernels of some devices.
     with imagine_step(hard) as imagined, sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             chosen = choose_step_views(imagined.trainee, imagined.batch, imagined.config)

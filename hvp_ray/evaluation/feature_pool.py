@@ -33,8 +33,8 @@ from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError,
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.methods.backbones import load_exported_backbone
 from hvp_ray.stored_archive import check_stored_archive
-from hvp_ray.stream.capacity import MAX_AUTO_WORKERS, num_auto_workers, plan_local_tasks, this_machine
 from hvp_ray.stream.connect import connect_ray, end_ray, joins_cluster
+from hvp_ray.stream.machine import MAX_AUTO_WORKERS, num_tasks_that_fit, plan_local_tasks, this_machine
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +335,7 @@ def start_workers(num_workers: int | Literal["auto"], device: Literal["auto", "c
     Raises:
         ConfigError: no cluster answers, this machine is too small, or `device` is cuda and there is no GPU.
     """
-    wanted = num_workers if num_workers != "auto" else num_auto_workers(this_machine())
+    wanted = num_workers if num_workers != "auto" else num_tasks_that_fit(this_machine())
     if not joins_cluster() and wanted == 1:
         yield Workers(device=_resolve(device, float(torch.cuda.device_count())))
         return

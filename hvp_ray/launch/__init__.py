@@ -1,1 +1,1 @@
-"""Everything that starts processes: the driver, trainers, view workers' placement, and runs without Ray."""
+"""Start a run: the driver, trainers and placement on Ray, or a run without Ray."""

@@ -1,4 +1,4 @@
-"""The board of a run: a tiny Ray actor between driver and trainers. Progress and warnings go up, a stop comes down."""
+"""The board of a run: a small Ray actor between driver and trainers. Progress and warnings go up, a stop comes down."""
 
 import dataclasses
 import logging
@@ -12,66 +12,50 @@ from hvp_ray.runs.progress import Progress
 
 @dataclass(slots=True)
 class BoardContent:
-    """What the driver reads."""
+    """Content of the board."""
 
     progress: Progress | None = None
     messages: list[str] = field(default_factory=list)
-    """Warnings since the last look."""
+    """Warnings since the driver's last poll."""
     fatal: str | None = None
-    """An error that starting again does not mend."""
+    """An error that would return if the trainers started again."""
     summary: dict[str, Any] | None = None
     is_trained: bool = False
-    """All steps are done; the trainers evaluate."""
+    """All steps are done, and the trainers evaluate."""
+    controller: Any = None
+    """Handle of Ray Train's controller, which ends the trainers when it is killed."""
 
 
 class RunBoard:
-    """See the module."""
+    """Keep the content of the board, and the driver's wish to stop."""
 
     def __init__(self) -> None:
         self._content = BoardContent()
         self._stop = False
-        self._controller: Any = None
 
-    def post_progress(self, progress: Progress) -> bool:
-        """Take progress from rank 0; return whether the run shall stop."""
-        self._content.progress = progress
-        return self._stop
-
-    def post_evaluation(self) -> bool:
-        """Take from rank 0 that it evaluates; return whether the run shall stop."""
-        self._content.is_trained = True
+    def post(self, **fields: Any) -> bool:
+        """Set fields of the content; return whether the run shall stop."""
+        self._content = dataclasses.replace(self._content, **fields)
         return self._stop
 
     def post_message(self, message: str) -> None:
-        """Take a warning from any rank."""
+        """Add a warning of any rank."""
         self._content.messages.append(message)
 
     def post_fatal(self, message: str) -> None:
-        """Take an error from any rank; the first one counts."""
+        """Set the error that ends the run. The first one counts."""
         self._content.fatal = self._content.fatal or message
-
-    def post_summary(self, summary: dict[str, Any]) -> None:
-        """Take the summary from rank 0."""
-        self._content.summary = summary
 
     def request_stop(self) -> None:
         """Ask the trainers to stop at the next step, or between two parts of the evaluation."""
         self._stop = True
 
-    def post_controller(self, controller: Any) -> None:
-        """Take the handle of Ray Train's controller from the controller itself."""
-        self._controller = controller
-
-    def read_controller(self) -> Any:
-        """Return the handle of Ray Train's controller; None: it has not started."""
-        return self._controller
-
-    def read_fatal(self) -> str | None:
-        """Return the error that ended the run, if there is one."""
-        return self._content.fatal
-
     def read(self) -> BoardContent:
-        """Return what is there; messages are handed out once."""
+        """Return the content."""
+        return self._content
+
+    def take(self) -> BoardContent:
+        """Return the content and remove its messages."""
         content = self._content
         self._content = dataclasses.replace(content, messages=[])
         return content
@@ -80,8 +64,44 @@ class RunBoard:
 RunBoardActor: Any = ray.remote(num_cpus=0, max_restarts=0, enable_task_events=False)(RunBoard)
 
 
+class BoardReader:
+    """Polls the board, and returns in time if Ray does not answer."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+
+    def poll(self, timeout_seconds: float) -> BoardContent | None:
+        """Return the content. None: no answer yet."""
+        self._answer = self._answer or self._board.take.remote()
+        ready, _ = ray.wait([self._answer], timeout=timeout_seconds)
+        if not ready:
+            return None
+        answer, self._answer = self._answer, None
+        content: BoardContent = ray.get(answer)
+        return content
+
+
+class ProgressPoster:
+    """Posts progress without waiting. The answer to one post is read at the next."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+
+    def __call__(self, progress: Progress) -> bool:
+        """Post; return whether the run shall stop."""
+        stop = False
+        if self._answer is not None:
+            if not ray.wait([self._answer], timeout=0)[0]:
+                return False
+            stop = ray.get(self._answer)
+        self._answer = self._board.post.remote(progress=progress)
+        return stop
+
+
 class BoardLogHandler(logging.Handler):
-    """Sends warnings of `hvp_ray` to the board, so that they reach the person at the driver."""
+    """Sends warnings of `hvp_ray` to the board, so that the user at the driver reads them."""
 
     def __init__(self, board: Any, prefix: str) -> None:
         super().__init__(level=logging.WARNING)

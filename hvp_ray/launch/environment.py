@@ -1,8 +1,7 @@
-"""Environment of Ray, set before it is imported: authentication always explicit, telemetry off, folders that work.
+"""Environment of Ray, set before Ray is imported: explicit authentication, no telemetry, usable folders.
 
-Ray 2.60 has three different defaults for token authentication, depending on who starts what; here it is always said. A
-container may run under a user id that has no account and no home folder, and a scheduler may set a TMPDIR that is too long
-for Ray's sockets; libraries fail on both with tracebacks.
+Ray 2.60 has three different defaults for token authentication, so it is always set here. Libraries fail with tracebacks if
+the user id of a container has no account or home folder, or if TMPDIR is too long for Ray's sockets.
 """
 
 import contextlib
@@ -21,14 +20,14 @@ _LONGEST_TEMPORARY_FOLDER = 41
 
 
 def prepare_ray_environment() -> None:
-    """Set what is not set yet; call before `import ray`.
+    """Set the variables that are unset; call before `import ray`.
 
     Raises:
-        ConfigError: there is no folder for Ray's files.
+        ConfigError: no folder can hold Ray's files.
     """
     prepare_home()
     _shorten_temporary_folder()
-    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for no cluster
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's name for no cluster
         del os.environ["RAY_ADDRESS"]
     joins = bool(os.environ.get("RAY_ADDRESS"))
     if "RAY_AUTH_MODE" not in os.environ:
@@ -52,7 +51,7 @@ def prepare_home() -> None:
     try:
         pwd.getpwuid(user)
     except KeyError:
-        os.environ.setdefault("USER", f"uid-{user}")  # what `getpass` reads before it asks for the account
+        os.environ.setdefault("USER", f"uid-{user}")  # read by `getpass` before it looks up the account
     try:
         home = Path.home()
     except RuntimeError:  # neither HOME nor an account
@@ -62,10 +61,10 @@ def prepare_home() -> None:
 
 
 def _private_folder() -> Path:
-    """Return a folder for what belongs into a home folder.
+    """Return a folder that replaces the home folder.
 
     Raises:
-        ConfigError: its name is taken by another user, or by something else than a folder.
+        ConfigError: the path belongs to another user or is no folder.
     """
     folder = Path(tempfile.gettempdir()) / f"hvp_ray-home-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -73,13 +72,13 @@ def _private_folder() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise ConfigError(
-            f"there is no home folder that can be used, and {folder} is no folder of this user; set HOME to a folder of yours"
+            f"there is no usable home folder, and {folder} is no folder of this user; set HOME to a folder of yours"
         )
     return folder
 
 
 def _shorten_temporary_folder() -> None:
-    """Let Ray use /tmp if TMPDIR is too long for its sockets; everything else stays in TMPDIR.
+    """Let Ray use /tmp if TMPDIR is too long for its sockets. Other files stay in TMPDIR.
 
     Raises:
         ConfigError: /tmp cannot be written.
@@ -104,7 +103,7 @@ def _has_token() -> bool:
 
 
 def _write_token() -> None:
-    """Make a token that only this account can read; Ray itself would make one that everybody can read."""
+    """Write a token that only this account can read. Ray's own would be readable by all accounts."""
     path = _TOKEN_PATH.expanduser()
     flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600
     try:

@@ -1,4 +1,4 @@
-"""A run without Ray: in this process, or one of the processes that torchrun started. Views are rendered inline."""
+"""A run without Ray: in this process, or in the processes that torchrun started. Each renders its own views."""
 
 import dataclasses
 import logging
@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
-from hvp_ray.distributed.world import current_world, share_from_rank_0
+from hvp_ray.distributed.world import World, current_world, share_from_rank_0
 from hvp_ray.errors import ConfigError
 from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.evaluation.snapshot import SnapshotKnn
 from hvp_ray.identity import Identity
+from hvp_ray.resolved_run import Device, resolve_inline
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.online_knn import AnswerAtHand
@@ -37,28 +38,22 @@ def pretrain_in_process(
     is_stop_asked: Callable[[], bool] = lambda: False,
     planned: Identity | None = None,
 ) -> dict[str, Any] | None:
-    """Train without Ray; return the summary on rank 0, None on the others and of a run that was stopped.
+    """Train without Ray; return the summary on rank 0, and None on other ranks or after a stop.
 
-    Under torchrun every process calls this; `cluster.num_trainers` must be the number of processes.
+    Under torchrun every process calls this. `cluster.num_trainers` must be the number of processes.
 
     Args:
         config: the run.
         report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
-        is_stop_asked: called on rank 0 between the parts of the evaluation; tells whether the run shall stop.
+        is_stop_asked: called on rank 0 between the parts of the evaluation; returns whether the run shall stop.
         planned: see `prepare_run`.
 
     Raises:
-        ConfigError: the number of processes is another one, or the run cannot be prepared.
+        ConfigError: the number of processes differs from `cluster.num_trainers`, or the run cannot be prepared.
         DataError: the data cannot be used, or the labels of training and test images cannot be matched.
     """
-    device_type = "cuda" if config.cluster.device == "cuda" else "cpu"
-    device = torch.device("cpu")
-    if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)  # else every process of torchrun also holds a context on the first GPU
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
-    world = current_world()
+    resolved = resolve_inline(config.cluster)
+    world, device = _join_processes(resolved.device)
     if world.num_ranks != config.cluster.num_trainers:
         raise ConfigError(
             f"cluster.num_trainers={config.cluster.num_trainers}, but there are {world.num_ranks} processes; "
@@ -68,21 +63,13 @@ def pretrain_in_process(
     if config.run.name is None and world.num_ranks > 1:
         name = share_from_rank_0(draw_run_name(config), device)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-    renderer = config.cluster.chosen_renderer
     dataset = open_dataset(config.data)
     if world.rank == 0:
         for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
             if remark is not None:
                 logger.warning("%s", remark)
-    job = prepare_run(
-        config,
-        renderer=renderer,
-        device=device_type,
-        is_writer=world.rank == 0,
-        planned=planned,
-        dataset=dataset,
-    )
-    context = open_render_context(config_to_dict(config), renderer, job.data_fingerprint)
+    job = prepare_run(config, resolved, is_writer=world.rank == 0, planned=planned, dataset=dataset)
+    context = open_render_context(config_to_dict(config), resolved.renderer, job.data_fingerprint)
     hand_over = CopyToDevice(device)
     evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
@@ -97,3 +84,14 @@ def pretrain_in_process(
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )
     return train_rank(job, world, device, services)
+
+
+def _join_processes(device_type: Device) -> tuple[World, torch.device]:
+    """Take this process's device, and join the other processes of torchrun."""
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)  # otherwise every process also holds a context on the first GPU
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+    return current_world(), device

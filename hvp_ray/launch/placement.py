@@ -1,126 +1,178 @@
-"""Where a run fits on a cluster: which device, which renderer, how many view workers, and on nodes of which label.
+"""Placement: resolve a run's `auto` settings on a cluster, and refuse a run that the cluster cannot hold.
 
-A node says what it is for by a Ray resource: `view` (so many view workers may be there), `trainer` (so many trainers).
-`ray start --resources '{"view": 4}'` sets it. Where no node says anything, everything may be anywhere.
+Ray resources label the nodes: `view` is the number of view workers that a node takes, `trainer` the number of trainers.
+`ray start --resources '{"view": 4}'` sets them. On a cluster without labels every process may run on every node.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.config import ClusterConfig, RunConfig
+from hvp_ray.costs.prefetch import USABLE_STORE_FRACTION, batches_for_workers, batches_that_fit, prefetch_bytes
 from hvp_ray.errors import ConfigError
-from hvp_ray.stream.capacity import MAX_AUTO_WORKERS, room_for
+from hvp_ray.resolved_run import Device, ResolvedRun, renderer_of
+from hvp_ray.stream.machine import MAX_AUTO_WORKERS
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 AUTO_DALI_WORKERS_PER_GPU = 1
-"""A second one beside a trainer gave no more images per second on an H100 (docs/experiments.md)."""
+"""On an H100 a second worker beside a trainer gave no more images per second (docs/experiments.md)."""
 
 _LEAST_TRAINER_SHARE = 0.1
 
+Resources = Mapping[str, float]
+"""Ray resource -> amount."""
+
+
+class PrefetchError(ConfigError):
+    """The prefetched batches do not fit the object stores."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Placement:
-    """What is asked of Ray."""
+class ClusterState:
+    """Resources of a Ray cluster at one moment."""
 
-    renderer: RendererName
-    device: str
-    """cpu or cuda, for the trainers."""
-    num_view_workers: int
-    trainer_resources: dict[str, float]
-    """Of one trainer."""
-    view_worker_resources: dict[str, float]
-    """Of one view worker."""
+    total: Resources
+    free: Resources
+    """Resources that no process has reserved."""
+    nodes: Sequence[Resources]
+    """Resources of each node that is alive."""
+    num_sharing: int = 1
+    """Runs that share the cluster. Each gets an equal part."""
+
+    @property
+    def part(self) -> tuple[Resources, Resources]:
+        """Total and free resources of one run. What other runs have reserved says nothing about the part of this run."""
+        if self.num_sharing == 1:
+            return self.total, self.free
+        part = {name: amount / self.num_sharing for name, amount in self.total.items()}
+        return part, part
 
 
-def decide_placement(config: RunConfig, total: Mapping[str, float], free: Mapping[str, float]) -> Placement:
-    """Fit the run to the cluster.
+def resolve_on_cluster(config: RunConfig, state: ClusterState, bytes_per_step: int) -> ResolvedRun:
+    """Decide device, renderer, number of view workers, reservations and prefetch of a run.
 
     Args:
         config: the run.
-        total: Ray resource -> amount of the whole cluster.
-        free: the same, of what nobody has reserved.
+        state: the cluster.
+        bytes_per_step: see `costs.prefetch.step_bytes`.
 
     Raises:
-        ConfigError: the cluster has too little; the message has the numbers.
+        PrefetchError: the prefetched batches do not fit its object stores.
+        ConfigError: the cluster has too little else. The message has the numbers.
     """
-    cluster = config.cluster
-    device = _decide_device(config, total.get("GPU", 0.0))
-    renderer = cluster.chosen_renderer
-    if renderer == "dali-gpu" and total.get("GPU", 0.0) == 0 and cluster.placement != "labels":
+    cluster, (total, free) = config.cluster, state.part
+    gpus = total.get("GPU", 0.0)
+    device = resolve_device(cluster, gpus)
+    if config.training.compile and device != "cuda":
+        raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
+    renderer = renderer_of(cluster)
+    if renderer == "dali-gpu" and gpus == 0 and cluster.placement != "labels":
         raise ConfigError("cluster.renderer=dali-gpu, but no node of the cluster has a GPU; choose cpu or dali-cpu")
     trainer = {"CPU": cluster.cpus_with_finishers}
     worker = {"CPU": cluster.cpus_per_view_worker}
     if renderer == "dali-gpu":
         worker["GPU"] = cluster.gpus_per_dali_worker
-    if _uses_label(config, TRAINER_LABEL, total):
+    if _uses_label(cluster, TRAINER_LABEL, total):
         trainer[TRAINER_LABEL] = 1.0
-        _check_trainers(config, total)
-    elif cluster.min_trainers is not None and _num_nodes(total) > 1:
-        raise ConfigError(
-            f"cluster.min_trainers={cluster.min_trainers} on a cluster of several nodes needs nodes labelled "
-            f"`{TRAINER_LABEL}` (ray start --resources '{{\"{TRAINER_LABEL}\": 1}}'): without them Ray "
-            f"counts CPUs that view workers use as free, and waits for trainers that never fit"
-        )
-    if _uses_label(config, VIEW_LABEL, total):
+    if _uses_label(cluster, VIEW_LABEL, total):
         worker[VIEW_LABEL] = 1.0
-    num_view_workers = _decide_num_view_workers(config, total, free, worker)
+    _check_trainer_label(cluster, total)
+    num_view_workers = _decide_num_view_workers(cluster, free if cluster.num_view_workers == "auto" else total, worker)
     if device == "cuda":
-        trainer["GPU"] = _decide_gpu_share(config, total.get("GPU", 0.0), num_view_workers * worker.get("GPU", 0.0))
-    return Placement(
+        of_knn = cluster.gpus_for_knn if config.tracking.knn_every_epochs else 0.0
+        trainer["GPU"] = _decide_gpu_share(cluster, gpus, num_view_workers * worker.get("GPU", 0.0), of_knn)
+    _check_trainers_fit(cluster, state, trainer)
+    store_bytes = store_for_prefetch(cluster, state.nodes, trainer, worker) / state.num_sharing
+    return ResolvedRun(
         renderer=renderer,
         device=device,
         num_view_workers=num_view_workers,
+        batches_in_flight=decide_batches_in_flight(cluster, num_view_workers, store_bytes, bytes_per_step),
         trainer_resources=trainer,
         view_worker_resources=worker,
     )
 
 
-def place_in_part(
-    config: RunConfig,
-    total: Mapping[str, float],
-    free: Mapping[str, float],
-    *,
-    nodes: Sequence[Mapping[str, float]],
-    num_sharing: int = 1,
-) -> Placement:
-    """Fit the run to the cluster, or to an equal part of it if several such runs share the cluster.
-
-    Args:
-        config: the run.
-        total: Ray resource -> amount of the whole cluster.
-        free: the same, of what nobody has reserved.
-        nodes: the same, of every node.
-        num_sharing: how many runs share the cluster, this one included.
+def resolve_device(cluster: ClusterConfig, gpus: float) -> Device:
+    """Return what trainers run on, in a cluster with this many GPUs.
 
     Raises:
-        ConfigError: the cluster, or the part, has too little; the message has the numbers.
+        ConfigError: there are too few GPUs, or `auto` cannot know how many there will be.
     """
-    if num_sharing > 1:
-        # What the other runs have reserved by now says nothing about the part of this one.
-        total = free = {name: amount / num_sharing for name, amount in total.items()}
-    placement = decide_placement(config, total, free)
-    check_places(config, nodes, placement, num_sharing=num_sharing)
-    return placement
+    needed = cluster.min_trainers or cluster.num_trainers
+    if cluster.device == "auto":
+        if cluster.placement == "labels":
+            raise ConfigError(
+                "cluster.placement=labels may wait for nodes that do not exist yet, so auto cannot tell what they will have; "
+                "set cluster.device to cuda or cpu"
+            )
+        return "cuda" if gpus >= needed else "cpu"
+    if cluster.device == "cuda" and gpus < needed and cluster.placement != "labels":
+        raise ConfigError(f"cluster.device=cuda needs {needed} GPU(s), the cluster has {gpus:g}")
+    return cluster.device
 
 
-def check_places(
-    config: RunConfig, nodes: Sequence[Mapping[str, float]], placement: Placement, *, num_sharing: int = 1
-) -> None:
-    """Check that the trainers fit on single nodes, not only on all of them together: else Ray waits without a word.
+def room_for(node: Resources, needed: Resources) -> int:
+    """Return how many processes with these reservations fit a node."""
+    return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0.0), default=1)
 
-    Args:
-        config: the run.
-        nodes: Ray resource -> amount, of every node.
-        placement: what a trainer reserves.
-        num_sharing: how many runs like this one are to fit.
+
+def lacks_a_label(cluster: ClusterConfig, total: Resources) -> bool:
+    """Return whether nodes of only one label are there. Nodes of the other label may be about to join."""
+    there = [total.get(label, 0.0) > 0.0 for label in (VIEW_LABEL, TRAINER_LABEL)]
+    return cluster.placement == "auto" and any(there) and not all(there)
+
+
+def decide_batches_in_flight(
+    cluster: ClusterConfig, num_view_workers: int, store_bytes: float, bytes_per_step: int
+) -> int:
+    """Return how many batches each trainer prefetches. `auto` keeps all view workers busy if the object stores allow it.
 
     Raises:
-        ConfigError: too few nodes are large enough.
+        PrefetchError: the batches would spill.
     """
-    cluster, needs = config.cluster, placement.trainer_resources
-    needed = (cluster.min_trainers or cluster.num_trainers) * num_sharing
-    places = sum(room_for(node, needs) for node in nodes)
+    fits = batches_that_fit(store_bytes, bytes_per_step)
+    wanted = min(batches_for_workers(cluster, num_view_workers), fits)
+    batches = max(1, wanted) if cluster.batches_in_flight == "auto" else cluster.batches_in_flight
+    needed = prefetch_bytes(batches, bytes_per_step)
+    if needed <= USABLE_STORE_FRACTION * store_bytes:
+        return batches
+    advice = f"set cluster.batches_in_flight={fits}" if fits >= 1 else "use fewer images per step or smaller views"
+    raise PrefetchError(
+        f"prefetching needs {needed / 2**20:.0f} MiB of the object store (cluster.batches_in_flight={batches} batches and "
+        f"one in use, {bytes_per_step / cluster.num_trainers / 2**20:.1f} MiB each, {cluster.num_trainers} trainer(s)), but "
+        f"of its {store_bytes / 2**20:.0f} MiB only {USABLE_STORE_FRACTION:.0%} can be used without spilling to disk; "
+        f"{advice}, or give Ray a larger object store (cluster.object_store_mib for a local Ray, `ray start "
+        f"--object-store-memory` otherwise)"
+    )
+
+
+def store_for_prefetch(
+    cluster: ClusterConfig, nodes: Sequence[Resources], trainer: Resources, view_worker: Resources
+) -> float:
+    """Return the bytes of object store that the prefetched batches of all trainers can use.
+
+    A batch is stored on the node that rendered it and copied to the node of its trainer. So the nodes of view workers
+    must hold all batches together. A node of trainers must hold those of as many trainers as it takes.
+    """
+    of_views = [_store_of(node) for node in nodes if room_for(node, view_worker) >= 1]
+    counts = {index: min(room_for(node, trainer), cluster.num_trainers) for index, node in enumerate(nodes)}
+    of_trainers = [
+        _store_of(nodes[index]) / count * cluster.num_trainers for index, count in counts.items() if count >= 1
+    ]
+    # Nodes that will join are unknown. If no node fits yet, all present stores count.
+    return min([*of_trainers, sum(of_views or map(_store_of, nodes))])
+
+
+def _store_of(node: Resources) -> float:
+    return node.get("object_store_memory", 0.0)
+
+
+def _check_trainers_fit(cluster: ClusterConfig, state: ClusterState, trainer: Resources) -> None:
+    """Check that each trainer fits on a single node. Ray would queue one that does not, silently."""
+    needed = (cluster.min_trainers or cluster.num_trainers) * state.num_sharing
+    places = sum(room_for(node, trainer) for node in state.nodes)
     if places >= needed or cluster.placement == "labels":  # labels: nodes may be added
         return
     beside = (
@@ -131,70 +183,46 @@ def check_places(
     )
     raise ConfigError(
         f"{needed} trainer(s) are needed, and the cluster's nodes have room for {places}: each must find "
-        f"{dict(needs)} on one node{beside}; lower cluster.cpus_per_trainer or cluster.num_trainers, or add larger nodes"
+        f"{dict(trainer)} on one node{beside}; lower cluster.cpus_per_trainer or cluster.num_trainers, or add larger nodes"
     )
 
 
-def _num_nodes(total: Mapping[str, float]) -> int:
-    """Return how many nodes there are: each has a resource of its own, named by its address."""
-    return sum(name.startswith("node:") and not name.startswith("node:__") for name in total)
+def _uses_label(cluster: ClusterConfig, label: str, total: Resources) -> bool:
+    return cluster.placement == "labels" or (cluster.placement == "auto" and total.get(label, 0.0) > 0.0)
 
 
-def lacks_a_label(config: RunConfig, total: Mapping[str, float]) -> bool:
-    """Tell whether nodes of one label are there and none of the other: the others may be about to join."""
-    there = [total.get(label, 0.0) > 0.0 for label in (VIEW_LABEL, TRAINER_LABEL)]
-    return config.cluster.placement == "auto" and any(there) and not all(there)
-
-
-def _uses_label(config: RunConfig, label: str, total: Mapping[str, float]) -> bool:
-    placement = config.cluster.placement
-    return placement == "labels" or (placement == "auto" and total.get(label, 0.0) > 0.0)
-
-
-def _decide_device(config: RunConfig, gpus: float) -> str:
-    cluster = config.cluster
-    needed = cluster.min_trainers or cluster.num_trainers
-    device = cluster.device
-    if device == "auto" and cluster.placement == "labels":
-        raise ConfigError(
-            "cluster.placement=labels may wait for nodes that do not exist yet, so auto cannot tell what they will have; "
-            "set cluster.device to cuda or cpu"
-        )
-    if device == "auto":
-        device = "cuda" if gpus >= needed else "cpu"
-    if device == "cuda" and gpus < needed and cluster.placement != "labels":
-        raise ConfigError(f"cluster.device=cuda needs {needed} GPU(s), the cluster has {gpus:g}")
-    if config.training.compile and device != "cuda":
-        raise ConfigError("training.compile=True works on GPUs only, and this run is on CPUs; set it to False")
-    return device
-
-
-def _check_trainers(config: RunConfig, total: Mapping[str, float]) -> None:
-    cluster = config.cluster
+def _check_trainer_label(cluster: ClusterConfig, total: Resources) -> None:
+    """Check that labels leave room for the trainers, and that elastic training has labels on several nodes."""
     needed, room = cluster.min_trainers or cluster.num_trainers, total.get(TRAINER_LABEL, 0.0)
-    if cluster.placement == "auto" and room < needed:
+    if not _uses_label(cluster, TRAINER_LABEL, total):
+        num_nodes = sum(name.startswith("node:") and not name.startswith("node:__") for name in total)
+        if cluster.min_trainers is not None and num_nodes > 1:
+            raise ConfigError(
+                f"cluster.min_trainers={cluster.min_trainers} on a cluster of several nodes needs nodes labelled "
+                f"`{TRAINER_LABEL}` (ray start --resources '{{\"{TRAINER_LABEL}\": 1}}'): without them Ray "
+                f"counts CPUs that view workers use as free, and waits for trainers that never fit"
+            )
+    elif cluster.placement == "auto" and room < needed:
         raise ConfigError(
             f"the run needs {needed} trainer(s), but the nodes labelled `{TRAINER_LABEL}` have room for {room:g}; lower "
-            f"cluster.num_trainers, add nodes, or set cluster.placement=labels to wait for nodes that are to come"
+            f"cluster.num_trainers, add nodes, or set cluster.placement=labels to wait for nodes that will join"
         )
 
 
-def _decide_gpu_share(config: RunConfig, gpus: float, gpus_of_workers: float) -> float:
-    """Return the GPUs of one trainer: a device of its own, or its share of one that view workers use too."""
-    cluster = config.cluster
-    needed = cluster.min_trainers or cluster.num_trainers
-    others = gpus_of_workers + (cluster.gpus_for_knn if config.tracking.knn_every_epochs else 0.0)
+def _decide_gpu_share(cluster: ClusterConfig, gpus: float, of_workers: float, of_knn: float) -> float:
+    """Return the GPUs of one trainer: a whole device, or its share of a device that view workers use too."""
+    needed, others = cluster.min_trainers or cluster.num_trainers, of_workers + of_knn
+    least = 0.0
     share: float
     if cluster.gpus_per_trainer != "auto":
         share = cluster.gpus_per_trainer
-    elif needed + others <= gpus or gpus < needed:  # fewer are there with placement=labels only: they are to come
+    elif needed + others <= gpus or gpus < needed:  # too few only if nodes will join
         share = 1.0
     else:
         per_worker = cluster.gpus_per_dali_worker
-        workers_beside_one = math.ceil(round(gpus_of_workers / per_worker) / gpus) if gpus_of_workers else 0
-        share = round(1.0 - workers_beside_one * per_worker - (others - gpus_of_workers), 3)
-    is_enough = cluster.gpus_per_trainer != "auto" or share >= _LEAST_TRAINER_SHARE
-    if not (is_enough and needed * share + others <= gpus + 1e-6) and cluster.placement != "labels":
+        workers_beside_one = math.ceil(round(of_workers / per_worker) / gpus) if of_workers else 0
+        share, least = round(1.0 - workers_beside_one * per_worker - of_knn, 3), _LEAST_TRAINER_SHARE
+    if (share < least or needed * share + others > gpus + 1e-6) and cluster.placement != "labels":
         raise ConfigError(
             f"the cluster has {gpus:g} GPU(s); view workers of renderer dali-gpu and the k-NN need {others:g} of them, which "
             f"leaves too little for {needed} trainer(s) of cluster.gpus_per_trainer={cluster.gpus_per_trainer}; lower that, "
@@ -202,34 +230,30 @@ def _decide_gpu_share(config: RunConfig, gpus: float, gpus_of_workers: float) ->
         )
     if cluster.num_trainers > 1 and share <= 0.5:
         raise ConfigError(
-            f"{cluster.num_trainers} trainers with {share:g} of a GPU each: two could land on one, which nccl refuses; "
+            f"{cluster.num_trainers} trainers with {share:g} of a GPU each: two could share one GPU, which nccl refuses; "
             f"with several trainers cluster.gpus_per_trainer must be above 0.5"
         )
     return share
 
 
-def _decide_num_view_workers(
-    config: RunConfig, total: Mapping[str, float], free: Mapping[str, float], worker: Mapping[str, float]
-) -> int:
-    cluster, wanted = config.cluster, config.cluster.num_view_workers
-    labelled = VIEW_LABEL in worker
+def _decide_num_view_workers(cluster: ClusterConfig, resources: Resources, worker: Resources) -> int:
+    """Return the number of view workers that the resources hold: free ones for `auto`, all for a number."""
+    wanted, per_worker = cluster.num_view_workers, cluster.cpus_per_view_worker
     if cluster.placement == "labels" and wanted != "auto":
         return wanted  # nodes may be added for them (autoscaling)
-    # auto takes what is free now; an explicit number is judged by what the cluster has.
-    resources = free if wanted == "auto" else total
     cpus = resources.get("CPU", 0.0)
     left = cpus - cluster.num_trainers * cluster.cpus_with_finishers
-    room = int(left / cluster.cpus_per_view_worker) if cluster.cpus_per_view_worker > 0 else MAX_AUTO_WORKERS
-    if labelled:
+    room = int(left / per_worker) if per_worker > 0 else MAX_AUTO_WORKERS
+    if VIEW_LABEL in worker:
         room = min(room, int(resources.get(VIEW_LABEL, 0.0)))
     if wanted == "auto" and "GPU" in worker:
         room = min(room, AUTO_DALI_WORKERS_PER_GPU * max(1, int(resources.get("GPU", 0.0))))
     if room < (1 if wanted == "auto" else wanted):
-        labels = f" and {resources.get(VIEW_LABEL, 0.0):g} free `{VIEW_LABEL}`" if labelled else ""
+        labels = f" and {resources.get(VIEW_LABEL, 0.0):g} free `{VIEW_LABEL}`" if VIEW_LABEL in worker else ""
         raise ConfigError(
             f"the cluster has {cpus:g} free CPUs{labels}; {cluster.num_trainers} trainer(s) of "
             f"{cluster.cpus_with_finishers:g} leave room for {max(room, 0)} view worker(s) of "
-            f"{cluster.cpus_per_view_worker:g}, but cluster.num_view_workers={wanted}; ask for fewer, lower "
+            f"{per_worker:g}, but cluster.num_view_workers={wanted}; ask for fewer, lower "
             f"cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
         )
     return min(room, MAX_AUTO_WORKERS) if wanted == "auto" else wanted

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from hvp_ray.config import RendererName, RunConfig
+from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.inventory import DataInventory
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World
+from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.online_knn import AskKnn
 from hvp_ray.runs.progress import ReportProgress, RunSteps, StepClock
@@ -37,7 +38,7 @@ class RunJob:
     run_uri: str | None = None
     """The run's folder on a bucket; None: it is `run_dir`, which all trainers see."""
     run_identity: str
-    renderer: RendererName
+    resolved: ResolvedRun
     mlflow: MlflowRun | None
     """None: MLflow is off."""
     data_fingerprint: str

@@ -31,6 +31,7 @@ from hvp_ray.identity import (
 )
 from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.methods.method import Method
+from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
@@ -97,8 +98,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, training=training)
 
 
-def check_before_start(config: RunConfig) -> Dataset:
-    """Check images, network and output folder before anything is started; return the opened data.
+def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
+    """Find what is wrong with images, network and output folder before anything is started; return the opened data.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -106,7 +107,7 @@ def check_before_start(config: RunConfig) -> Dataset:
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
     location = output_location(config)
-    dataset = _open_checked(config)
+    dataset = _open_checked(config, dataset)
     _check_view_sizes(config, build_untrained_method(with_local_weights(config)))
     if is_uri(location):
         check_writable(location, option="run.output")
@@ -172,9 +173,9 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
         raise _no_record(run)
     config = with_absolute_paths(config)
     resolved = resolve(
-        config, open_dataset(config.data), renderer=config.cluster.chosen_renderer, device=config.cluster.device
+        config, open_dataset(config.data), renderer=renderer_of(config.cluster), device=config.cluster.device
     )
-    chosen = [name for name in ("renderer", "device") if getattr(config.cluster, name) == "auto"]
+    chosen = names_left_to_auto(config.cluster)
     difference = difference_from_record(run, config, identity_of(config, resolved), ignored=(*VERSIONS, *chosen))
     if difference:
         raise CheckpointError(
@@ -231,9 +232,8 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
 
 def prepare_run(
     config: RunConfig,
+    resolved: ResolvedRun,
     *,
-    renderer: RendererName,
-    device: str,
     is_writer: bool = True,
     planned: Identity | None = None,
     dataset: Dataset | None = None,
@@ -242,8 +242,7 @@ def prepare_run(
 
     Args:
         config: the run.
-        renderer: resolved renderer.
-        device: cpu or cuda.
+        resolved: values in place of its `auto` settings.
         is_writer: False on ranks that only read what another one prepared.
         planned: the identity that the run must have. None: any.
         dataset: the opened data of the run. None: it is opened.
@@ -255,9 +254,9 @@ def prepare_run(
             evaluation (the message has the difference). Or its folder has a summary.json but no config.json.
     """
     dataset = _open_checked(config, dataset)
-    resolved = resolve(config, dataset, renderer=renderer, device=device)
-    fingerprint = resolved.training_data["training data"]
-    identity = identity_of(config, resolved)
+    result = resolve(config, dataset, renderer=resolved.renderer, device=resolved.device)
+    fingerprint = result.training_data["training data"]
+    identity = identity_of(config, result)
     if planned is not None:
         _check_planned(config, planned, identity)
     output = output_location(config)
@@ -268,8 +267,8 @@ def prepare_run(
         _write_or_check(location, config, identity, commit)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     tags = {
-        "renderer": renderer,
-        "device": device,
+        "renderer": resolved.renderer,
+        "device": resolved.device,
         "data_fingerprint": fingerprint,
         "run_identity": identity.digest,
         "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
@@ -282,10 +281,10 @@ def prepare_run(
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
         run_identity=identity.digest,
-        renderer=renderer,
+        resolved=resolved,
         mlflow=_describe_for_mlflow(config, name, fingerprint, tags),
         data_fingerprint=fingerprint,
-        test_data=resolved.test_data["test data"],
+        test_data=result.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
 

@@ -10,6 +10,7 @@ import torch
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
+from hvp_ray.local_cache import with_local_weights
 from hvp_ray.runs.after_training import AfterTraining
 from hvp_ray.runs.checkpoint import weights_digest
 from hvp_ray.runs.job import OpenedRank, RestoredRank
@@ -50,7 +51,7 @@ def summarize(rank: OpenedRank, restored: RestoredRank, result: LoopResult) -> d
         **_summarize_log(rank),
         "weights_digest": weights_digest(trainee.method.state_dict()),
         "run_identity": job.run_identity,
-        "renderer": job.renderer,
+        "renderer": job.resolved.renderer,
         "device": trainee.device.type,
         "num_trainers": config.cluster.num_trainers,
     }
@@ -93,7 +94,9 @@ def knn_results(config: RunConfig, dataset: Dataset, trainee: Trainee, after: Af
         return evaluate_encoder(trainee.method.encoder, knn_data, config, device)
 
     def untrained() -> dict[str, float]:
-        return evaluate_encoder(build_untrained_method(config).encoder.to(device), knn_data, config, device)
+        return evaluate_encoder(
+            build_untrained_method(with_local_weights(config)).encoder.to(device), knn_data, config, device
+        )
 
     found = {
         "": after.attempt("k-NN of the trained encoder", trained),

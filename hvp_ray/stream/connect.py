@@ -1,7 +1,7 @@
 """Connect this process to Ray: join the cluster that RAY_ADDRESS names, or start a Ray on this machine.
 
-Every program connects to Ray through this module. It reports a missing cluster or too small a machine in one sentence,
-without Ray's traceback. Call `launch.environment.prepare_ray_environment` before you import this module.
+Every program connects through this module, which reports failures in one sentence without Ray's traceback. Call
+`launch.environment.prepare_ray_environment` before you import it.
 """
 
 import logging
@@ -21,7 +21,7 @@ from hvp_ray.errors import ConfigError, first_line
 
 _VITAL_PROCESSES = {"gcs_server", "raylet"}
 _HEAD_SECONDS = 30.0
-"""A head that is being started answers within this time; Ray itself would wait for a dead one for 15 minutes."""
+"""A starting head answers within this time. Ray itself would wait 15 minutes for a dead one."""
 
 
 @dataclass(slots=True)
@@ -41,12 +41,12 @@ class LocalRay:
     """Size of a Ray that is started on this machine."""
 
     num_cpus: int
-    """CPUs that Ray hands out; may be more than the machine has."""
+    """CPUs that Ray schedules, which may be more than the machine has."""
     object_store_bytes: int
 
 
 def joins_cluster() -> bool:
-    """Return whether the environment names a cluster to join; `local` is Ray's word for one on this machine."""
+    """Return whether the environment names a cluster to join. `local` is Ray's name for this machine."""
     return os.environ.get("RAY_ADDRESS", "") not in ("", "local")
 
 
@@ -54,10 +54,10 @@ def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
     """Use the Ray of this process, or join the cluster of RAY_ADDRESS, or start a local one.
 
     Args:
-        size_of_local: called only if a local Ray is started; raises ConfigError if the machine is too small.
+        size_of_local: called only to start a local Ray; raises ConfigError if the machine is too small.
 
     Returns:
-        Whether there was a cluster already.
+        Whether a cluster existed already.
 
     Raises:
         ConfigError: the cluster does not answer, or the local Ray does not start.
@@ -96,7 +96,7 @@ def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
 
 
 def dead_processes() -> list[str]:
-    """Return which processes of a Ray that was started here have ended: their names in Ray."""
+    """Return Ray's names of the ended processes of a Ray that was started here."""
     node = ray._private.worker._global_node
     return [] if not _connection.is_ours or node is None else [kind for kind, _ in node.dead_processes()]
 
@@ -107,10 +107,10 @@ def is_ray_lost() -> bool:
 
 
 def end_ray(*, threads_have_ended: bool = True) -> None:
-    """Disconnect, and end a Ray that was started here; a connection that another part of the program made stays.
+    """Disconnect, and end a Ray that was started here. A connection that other code opened stays.
 
-    `ray.shutdown()` waits for minutes for a vital process that is gone, and crashes this process if a thread still calls
-    Ray. In these cases the processes are killed, and the program has to end without clean-up, see `is_abandoned`.
+    `ray.shutdown()` waits minutes for a vital process that died, and crashes this process if a thread still calls Ray. In
+    these cases Ray's processes are killed, and the program must end without clean-up, see `is_abandoned`.
     """
     if not _connection.is_ours:
         return
@@ -126,15 +126,15 @@ def end_ray(*, threads_have_ended: bool = True) -> None:
 
 
 def is_abandoned() -> bool:
-    """Return whether Ray could not be ended properly, so that its clean-up at exit has to be skipped (`os._exit`)."""
+    """Return whether Ray could not be shut down, so that its clean-up at exit must be skipped (`os._exit`)."""
     return _connection.is_abandoned
 
 
 def _wait_for_head(address: str) -> None:
-    """Wait until the head's GCS speaks gRPC; an open port alone may belong to a head that hangs.
+    """Wait until the head's GCS answers gRPC. An open port alone may belong to a head that hangs.
 
     Raises:
-        ConnectionError: nobody answers, or no cluster runs here.
+        ConnectionError: the head does not answer, or no cluster runs here.
         ValueError: `address` is no address.
     """
     if address.startswith("ray://"):

@@ -96,7 +96,7 @@ class ViewStream:
         self._request_of = request_of
         self._end_step = steps.stop
         self._cluster = cluster
-        self._max_in_flight = cluster.num_batches_in_flight(len(workers))
+        self._max_in_flight = int(cluster.batches_in_flight)  # a number: the caller has resolved auto
         self._hand_over = hand_over
         self._changed = threading.Condition(threading.RLock())
         """Guards everything below."""

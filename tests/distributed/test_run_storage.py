@@ -9,6 +9,7 @@ import torch
 
 import hvp_ray.files
 from hvp_ray.errors import CheckpointError
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.recorder import push_on_all_ranks
 from hvp_ray.runs.storage import RunStorage
@@ -26,7 +27,7 @@ def _push_twice(rank: int, num_ranks: int, bucket: str, cache: str) -> list[str]
     os.environ["XDG_CACHE_HOME"] = f"{cache}/machine-{rank}"
     hvp_ray.files._PAUSES_SECONDS = (0.01,)
     config = tiny_config(Path(bucket).as_uri(), run={"name": "run"}, cluster={"num_trainers": num_ranks})
-    job = prepare_run(config, renderer="cpu", device="cpu", is_writer=rank == 0)
+    job = prepare_run(config, resolve_inline(config.cluster), is_writer=rank == 0)
     with RunStorage(job.run_dir, job.run_uri, rank=rank) as storage:
         RunLog(storage.folder).write(f"unreadable-rank-{rank}", {"step": 0, "replacements": []})
         results = []

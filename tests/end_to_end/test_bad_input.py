@@ -139,7 +139,7 @@ def test_describe_says_what_a_run_needs_and_starts_nothing(
         "PEAK",
     ):
         assert text in printed
-    assert "tell the link" in printed
+    assert "give --link" in printed
     pool = printed.split("cluster.ship  ")[-1]
     # 4 x 8 x 8 x 3 + 4 x 6 x 6 x 3 = 1.2 kB of views; workers and links follow from what is measured here and now
     assert [line.split()[1] for line in pool.splitlines() if line.startswith("  views")] == ["1"]

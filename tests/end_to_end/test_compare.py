@@ -15,10 +15,10 @@ import ray
 from hvp_ray.comparison.report import write_report
 from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.comparison.study import open_study
+from hvp_ray.data.dataset import open_dataset
 from hvp_ray.launch.local import pretrain_in_process
 from pipelines.command_line import parse_run
 from pipelines.compare import main
-from tests.helpers import resolved_of
 from tests.ray.runs import recorded_steps
 from tests.waiting import wait_until
 
@@ -73,12 +73,11 @@ def _undisturbed_report(output: Path, costs: dict[str, Any]) -> dict[str, Any]:
     base = parse_run([*_options(output), "--cluster.device", "cpu"], program="compare.py", description="")
     study = open_study(
         base,
-        resolved_of(base),
+        open_dataset(base.data),
         name="c",
         arm_names=["vanilla", "hardest", "vanilla-long"],
         seeds=[0],
         accounting="counted",
-        steps_per_epoch=10,
         measure=lambda arms: {arm: StepCost(**costs[arm]) for arm in arms},
     )
     for run in study.runs():
@@ -194,7 +193,7 @@ def test_runs_side_by_side_are_all_placed_and_an_interrupt_stops_them_after_a_ch
     program.send_signal(signal.SIGINT)
     printed = program.communicate()[0]
     assert program.returncode == 130, printed
-    assert "the same command" in printed
+    assert "the same command continues" in printed
     assert "Traceback" not in printed
     for run in runs:
         assert not (run / "summary.json").exists()

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from hvp_ray.errors import TrainingError
-from hvp_ray.launch import driver as launch_module
-from hvp_ray.launch.driver import Watchers
+from hvp_ray.launch import ray_train
+from hvp_ray.launch.driver import Watchers, launch
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.recipes import get_recipe
@@ -189,7 +189,7 @@ def test_sigterm_stops_a_run_after_writing_a_checkpoint(tmp_path: Path, capfd: p
     stopper.end()
     assert status == 1
     printed = capfd.readouterr().err
-    assert "stopped" in printed and "checkpoint" in printed
+    assert "stopped after writing a checkpoint" in printed
     assert "Traceback" not in printed
     assert len(list((tmp_path / "stopped" / "checkpoints").glob("step-*/manifest.json"))) == 1
 
@@ -199,14 +199,14 @@ def test_sigterm_stops_a_run_after_writing_a_checkpoint(tmp_path: Path, capfd: p
 def test_stop_without_patience_ends_ray_train_before_the_driver_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch_module, "_END_SECONDS", 0.0)  # its trainers would end by themselves in a second
+    monkeypatch.setattr(ray_train, "END_SECONDS", 0.0)  # its trainers would end by themselves in a second
     config = tiny_config(str(tmp_path), run={"name": "stopped"}, training={"epochs": 100_000, "keep_checkpoints": 1})
     stop = StopRequest()
     asker = AtStep(tmp_path / "stopped", [5], lambda _step: stop.ask(patience_seconds=-1.0))
     asker.start()
     nothing = Watchers(announce=lambda _: None, show_progress=lambda _: None, show_message=lambda _: None)
     with pytest.raises(StoppedError):
-        launch_module.launch(config, nothing, stop=stop)
+        launch(config, nothing, stop=stop)
     asker.end()
     assert "ray-train" not in {thread.name for thread in threading.enumerate()}
 
@@ -222,6 +222,7 @@ def test_small_object_store_is_refused(tmp_path: Path, capfd: pytest.CaptureFixt
     }
     assert main(_options(tmp_path, "small", **large)) == 1
     printed = capfd.readouterr().err
+    assert "prefetching needs" in printed
     assert "set cluster.batches_in_flight=" in printed
     assert not (tmp_path / "small").exists()
 

@@ -15,15 +15,17 @@ import ray
 import torch
 
 from hvp_ray.config import ClusterConfig, RunConfig, config_to_dict
+from hvp_ray.costs.prefetch import batch_bytes
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError, HvpRayError, StageError
+from hvp_ray.launch.placement import decide_batches_in_flight
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.capacity import batch_bytes, check_store, look_ahead_bytes, spilled_bytes
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.pool import start_pool
 from hvp_ray.stream.render_batch import open_render_context, render_batch
+from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import ViewFinisher, ViewWorker, start_finishers
 from tests.helpers import encode, photograph_like, tiny_config
@@ -301,13 +303,12 @@ def test_worker_that_fails_to_restart_is_restarted_until_it_succeeds(tmp_path: P
 
 def test_prefetch_that_would_spill_is_refused_with_a_number_that_fits() -> None:
     config = tiny_config("unused", training={"images_per_step": 180}, cluster={"batches_in_flight": 100})
+    per_step = batch_bytes(config)
+    assert per_step == 4 * 180 * 8 * 8 * 3
     store = ray.cluster_resources()["object_store_memory"]
-    check_store(config, store)
-    per_batch = batch_bytes(config)
-    assert per_batch == 4 * 180 * 8 * 8 * 3
-    assert look_ahead_bytes(config) == 101 * per_batch
+    assert decide_batches_in_flight(config.cluster, 1, store, per_step) == 100
     with pytest.raises(ConfigError, match=r"cluster.batches_in_flight=34.*object_store_mib"):
-        check_store(config, 50.0 * per_batch)
+        decide_batches_in_flight(config.cluster, 1, 50.0 * per_step, per_step)
 
 
 def test_spilled_bytes_are_measured() -> None:

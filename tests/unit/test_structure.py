@@ -14,13 +14,13 @@ HEAVY = {"ray", "torch", "nvidia", "mlflow"}
 MAY_IMPORT = {
     "ray": (
         "stream/",
-        "launch/driver.py",
-        "launch/board.py",
+        "launch/",
         "evaluation/feature_pool.py",
         "comparison/runner.py",
     ),
     "nvidia": ("views/render_dali.py",),
     "mlflow": ("tracking/mlflow.py", "tracking/mlflow_report.py", "tracking/mlflow_store.py"),
+    "jinja2": ("comparison/report.py",),
     "torch.distributed": ("distributed/", "launch/local.py"),
 }
 LEVELS = [
@@ -29,7 +29,7 @@ LEVELS = [
     ("files.py",),
     ("config/",),
     ("local_cache.py",),
-    ("records.py", "identity.py", "methods/configs.py"),
+    ("records.py", "identity.py", "resolved_run.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
     ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),
     (

@@ -1,10 +1,13 @@
-"""Arms change the choice of views and nothing else; the long arm changes the length."""
+"""Arms change only the choice of views; the long arm changes the length instead."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from hvp_ray.comparison.arms import ARMS, get_arm, hard_arm_of, plan_runs
+from hvp_ray.comparison.arms import ARMS, get_arm, hard_arm_of
+from hvp_ray.comparison.step_cost import StepCost
+from hvp_ray.comparison.study import Study
 from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import RECIPES, get_recipe
@@ -41,15 +44,22 @@ def test_vanilla_renders_two_views_and_the_batch_norm_control_all() -> None:
 
 def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:
     base = tiny_config("unused")
-    runs = plan_runs(
-        base,
-        [get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")],
-        [3, 5],
-        resolved_of(base),
-        comparison="c",
+    same = dict.fromkeys(("render_cpu_seconds", "views_per_image", "forwards_per_image", "memory_bytes"), 1.0)
+    costs = {
+        name: StepCost(step_seconds=seconds, counted_operations=1.0, **same)
+        for name, seconds in (("vanilla", 1.0), ("hardest", 1.54))
+    }
+    runs = Study(
+        name="c",
+        folder=Path("unused"),
+        base=base,
+        resolved=resolved_of(base),
+        arms=tuple(get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")),
+        seeds=(3, 5),
+        accounting="measured",
+        costs=costs,
         steps_per_epoch=10,
-        compute_ratio=1.54,
-    )
+    ).runs()
     assert [run.config.run.name for run in runs] == [
         f"c-{arm}-s{seed}" for seed in (3, 5) for arm in ("vanilla", "hardest", "vanilla-long-31steps")
     ]
@@ -59,7 +69,7 @@ def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:
     assert runs[0].config.tracking.arm == "vanilla" and runs[0].config.tracking.comparison == "c"
 
 
-def test_unknown_arm_names_the_nearest() -> None:
+def test_unknown_arm_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'hardest'"):
         get_arm("hardst")
 

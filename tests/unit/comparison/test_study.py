@@ -1,4 +1,4 @@
-"""A comparison on disk: it grows by arms and seeds, and by nothing else; its costs are measured once."""
+"""A comparison on disk grows by arms and seeds only, and measures its costs once."""
 
 import dataclasses
 import json
@@ -20,8 +20,9 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.stream.capacity import PROCESS_BYTES, Machine
-from tests.helpers import encode, resolved_of, tiny_config
+from hvp_ray.launch.placement import ClusterState
+from hvp_ray.stream.machine import PROCESS_BYTES, Machine
+from tests.helpers import encode, tiny_config
 
 import torch  # isort: skip
 
@@ -38,7 +39,7 @@ def _cost(seconds: float, operations: float = 10.0) -> StepCost:
 
 
 class _Stopwatch:
-    """Stands for a machine: `speed` seconds for a random step, 1.5 times as much for hard ones."""
+    """Simulates a machine: `speed` seconds for a random step, 1.5 times that for a hard step."""
 
     def __init__(self, speed: float) -> None:
         self.speed = speed
@@ -53,17 +54,16 @@ class _Stopwatch:
 def _open(base: RunConfig, machine: _Stopwatch, *arms: str, seeds: tuple[int, ...] = (0, 1), **options: Any) -> Study:
     return open_study(
         base,
-        resolved_of(base),
+        open_dataset(base.data),
         name="study",
         arm_names=arms or ("vanilla", "hardest", "vanilla-long"),
         seeds=seeds,
         accounting=options.get("accounting", "measured"),
-        steps_per_epoch=10,
         measure=machine,
     )
 
 
-def test_costs_are_measured_once_and_new_arms_are_brought_to_their_scale(tmp_path: Path) -> None:
+def test_costs_are_measured_once_and_new_arms_are_scaled_to_them(tmp_path: Path) -> None:
     base = tiny_config(str(tmp_path))
     first, slower = _Stopwatch(1.0), _Stopwatch(3.0)
     study = _open(base, first)
@@ -71,7 +71,7 @@ def test_costs_are_measured_once_and_new_arms_are_brought_to_their_scale(tmp_pat
     assert study.compute_ratio == 1.5
     grown = _open(base, slower, "vanilla", "hardest", "vanilla-long", "every-2", seeds=(0, 1, 2))
     assert slower.asked == [["vanilla", "every-2"]]
-    assert grown.compute_ratio == 1.5 and grown.ratio_of("every-2") == pytest.approx(1.25)
+    assert grown.compute_ratio == 1.5 and grown.ratio_of(get_arm("every-2")) == pytest.approx(1.25)
     assert len(grown.runs()) == 12
     _open(base, slower)
     assert len(slower.asked) == 1
@@ -99,7 +99,7 @@ def test_other_settings_under_the_same_name_are_refused_with_the_difference(tmp_
         ("views", {"evaluation_resize_px": 40}, r"views.evaluation_resize_px: 8 -> 40"),
     ],
 )
-def test_two_protocols_do_not_stand_in_one_comparison(
+def test_two_protocols_in_one_comparison_are_refused(
     tmp_path: Path, section: str, values: dict[str, object], message: str
 ) -> None:
     _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
@@ -107,7 +107,7 @@ def test_two_protocols_do_not_stand_in_one_comparison(
         _open(tiny_config(str(tmp_path), **{section: values}), _Stopwatch(1.0), seeds=(0, 1, 2))
 
 
-def test_comparison_of_an_earlier_version_is_refused_in_words(tmp_path: Path) -> None:
+def test_comparison_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
     path = study.folder / "comparison.json"
     path.write_text(json.dumps({"settings": {"training.epochs": 2}, "costs": json.loads(path.read_text())["costs"]}))
@@ -128,7 +128,7 @@ def test_an_arm_that_changes_equal_compute_plans_another_long_run(tmp_path: Path
     assert {run.arm.name for run in after.runs() if is_done(run)} == {"vanilla", "every-2"}
 
 
-def test_a_run_is_not_taken_by_its_name(tmp_path: Path) -> None:
+def test_a_run_is_not_reused_by_its_name_alone(tmp_path: Path) -> None:
     base = tiny_config(str(tmp_path), training={"num_steps": 2})
     study = _open(base, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
     vanilla, hardest = study.runs()
@@ -146,7 +146,7 @@ def test_a_run_is_not_taken_by_its_name(tmp_path: Path) -> None:
     shutil.rmtree(study.folder)
     with pytest.raises(ConfigError, match=r"study-vanilla-s0 holds another run.*\n.*learning_rate_per_256: .* -> 0.01"):
         _open(other, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
-    assert not study.folder.exists(), "a refused comparison leaves nothing that the next one meets"
+    assert not study.folder.exists(), "a refused comparison writes nothing"
     planned = dataclasses.replace(study, base=other).runs()[0]
     assert not is_done(planned)
     with pytest.raises(DataError, match="does not hold the finished run"):
@@ -158,8 +158,8 @@ def test_a_run_is_not_taken_by_its_name(tmp_path: Path) -> None:
     ("arms", "seeds", "message"),
     [
         (("hardest",), (0,), "vanilla is missing"),
-        (("vanilla", "hardest", "hardest"), (0,), "each only once"),
-        (("vanilla", "hardest"), (0, 0), "each only once"),
+        (("vanilla", "hardest", "hardest"), (0,), "only once"),
+        (("vanilla", "hardest"), (0, 0), "only once"),
         (("vanilla", "vanilla-long"), (0,), "needs an arm with hard views"),
     ],
 )
@@ -218,7 +218,7 @@ def test_a_small_gain_that_all_seeds_share_is_shown_by_pairing(tmp_path: Path) -
     assert "+1.0 points (95% interval +0.8 to +1.2)" in describe_difference(difference)
 
 
-def test_nothing_is_claimed_where_chance_explains_it(tmp_path: Path) -> None:
+def test_no_claim_is_made_if_chance_explains_the_difference(tmp_path: Path) -> None:
     study, difference = _compared(tmp_path, [0.03, -0.01, 0.01])
     assert difference.verdict == "no difference shown"
     one = dataclasses.replace(difference, test=None)
@@ -226,7 +226,7 @@ def test_nothing_is_claimed_where_chance_explains_it(tmp_path: Path) -> None:
     assert json.loads((study.folder / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
 
 
-def test_the_sentence_names_the_arm_that_equal_compute_is_of(tmp_path: Path) -> None:
+def test_the_sentence_names_the_arm_whose_compute_is_equalled(tmp_path: Path) -> None:
     arms = ("vanilla", "every-2", "vanilla-long")
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), *arms, seeds=(0,))
     metric = summarize_metric(study, [_result(study, arm, 0, 0.5) for arm in arms], "knn_top1")
@@ -237,13 +237,13 @@ def test_the_sentence_names_the_arm_that_equal_compute_is_of(tmp_path: Path) -> 
     assert pairs == [("every-2", "vanilla"), ("hardest", "vanilla"), ("hardest", "vanilla-long")]
 
 
-def test_metric_that_no_run_has_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
+def test_unknown_metric_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
     with pytest.raises(ConfigError, match="there are: knn_top1"):
         summarize_metric(study, [_result(study, "vanilla", 0, 0.5)], "accuracy")
 
 
-def test_pixels_that_were_scaled_down_are_called_so(tmp_path: Path) -> None:
+def test_downscaled_pixels_are_named_by_their_size(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=(0,))
     results = [_result(study, arm.name, 0, 0.5) for arm in study.arms]
     results[0].summary["knn_top1_pixels"] = 0.25
@@ -266,7 +266,7 @@ def test_run_whose_evaluation_failed_is_an_error_that_says_how_to_repeat_it(tmp_
         summarize_metric(study, [_result(study, "vanilla", 1, 0.5), failed], "knn_top1")
 
 
-def test_comparison_is_refused_before_it_starts_when_nothing_can_judge_its_arms(tmp_path: Path) -> None:
+def test_comparison_whose_arms_cannot_be_judged_is_refused_before_it_starts(tmp_path: Path) -> None:
     def check(**sections: dict[str, object]) -> tuple[str, ...]:
         base = tiny_config(str(tmp_path), **sections)
         return check_labels(base, open_dataset(base.data))
@@ -288,12 +288,14 @@ def test_inline_runs_of_a_local_ray_are_as_many_as_the_memory_holds(
     runs = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=(0, 1, 2)).runs()
     small = Machine(num_cpus=16, memory_bytes=2**33, free_bytes=4 * PROCESS_BYTES, shared_memory_bytes=2**33)
     monkeypatch.setattr(runner, "this_machine", lambda: small)
-    monkeypatch.setattr(runner.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 16.0}}])
+    state = ClusterState(total={}, free={}, nodes=[{"CPU": 16.0}])
+    monkeypatch.setattr(runner, "read_cluster", lambda: state)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert num_parallel(runs, "inline", wanted=None) == 2
+    dataset = open_dataset(runs[0].config.data)
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 2
     with pytest.raises(ConfigError, match="--parallel 3 is not allowed: 2 "):
-        num_parallel(runs, "inline", wanted=3)
+        num_parallel(runs, dataset, "inline", wanted=3)
     monkeypatch.setattr(runner, "this_machine", lambda: dataclasses.replace(small, free_bytes=0))
-    assert num_parallel(runs, "inline", wanted=None) == 1
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 1
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # the nodes' memory is not this machine's
-    assert num_parallel(runs, "inline", wanted=None) == 9
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 9

@@ -1,4 +1,4 @@
-"""What lies on a trainer's device: two batches, and both are counted."""
+"""A trainer's device holds two batches, and both are counted."""
 
 import weakref
 from pathlib import Path
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from hvp_ray.costs.memory import estimate_memory
+from hvp_ray.costs.prefetch import batch_bytes
 from hvp_ray.launch import local
 from hvp_ray.recipes import get_recipe
 from hvp_ray.stream.batches import InlineBatches
-from hvp_ray.stream.capacity import batch_bytes
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceBatch
 from tests.helpers import tiny_config
 

@@ -9,6 +9,7 @@ import pytest
 from hvp_ray.config import RunConfig
 from hvp_ray.data.source import open_source
 from hvp_ray.methods.backbones import build_backbone, export_backbone
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import prepare_run
 from pipelines.evaluate import Evaluation, parse_arguments, read_trained_on
 from tests.helpers import encode, photograph_like, tiny_config
@@ -29,7 +30,7 @@ def config(tmp_path: Path, generator: np.random.Generator) -> RunConfig:
 def test_images_of_the_run_are_known_by_more_than_names_and_sizes(
     config: RunConfig, tmp_path: Path, generator: np.random.Generator
 ) -> None:
-    prepare_run(config, renderer="cpu", device="cpu")
+    prepare_run(config, resolve_inline(config.cluster))
     trained_on = read_trained_on(tmp_path / "r", config)
     own, other = (
         open_source(str(folder), config.data) for folder in (tmp_path / "images", _write(tmp_path / "o", generator))
@@ -40,14 +41,14 @@ def test_images_of_the_run_are_known_by_more_than_names_and_sizes(
 
 
 def test_without_the_images_of_the_run_the_fingerprint_decides(config: RunConfig, tmp_path: Path) -> None:
-    prepare_run(config, renderer="cpu", device="cpu")
+    prepare_run(config, resolve_inline(config.cluster))
     moved = (tmp_path / "images").rename(tmp_path / "moved")
     assert read_trained_on(tmp_path / "r", config).are(open_source(str(moved), config.data))
 
 
 @pytest.mark.parametrize("name", ["data fingerprint", "something else"])
 def test_run_of_an_earlier_version_is_evaluated(config: RunConfig, tmp_path: Path, name: str) -> None:
-    prepare_run(config, renderer="cpu", device="cpu")
+    prepare_run(config, resolve_inline(config.cluster))
     path = tmp_path / "r" / "config.json"
     record = json.loads(path.read_text())
     record["identity"][name] = record["identity"].pop("training data")
@@ -57,4 +58,4 @@ def test_run_of_an_earlier_version_is_evaluated(config: RunConfig, tmp_path: Pat
     evaluation = Evaluation(tmp_path / "r", config, parse_arguments(["--checkpoint", "r"]))
     is_known = name == "data fingerprint"
     assert evaluation.num_trained_on == (0 if is_known else None)
-    assert any("does not say what it was trained on" in remark for remark in evaluation.remarks) is not is_known
+    assert any("did not record what it was trained on" in remark for remark in evaluation.remarks) is not is_known

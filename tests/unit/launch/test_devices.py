@@ -1,4 +1,4 @@
-"""Which GPU a process works on, and how soon a trainer notices a stop. What needs a GPU is in tests/gpu."""
+"""The GPU of a process, and the time until a trainer notices a stop. Tests that need a GPU are in tests/gpu."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from hvp_ray.config import config_to_dict
 from hvp_ray.distributed.world import World
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs import recorder
 from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.online_knn import AnswerAtHand
@@ -22,20 +23,20 @@ from tests.helpers import tiny_config
 
 
 class _ReachedError(Exception):
-    """The process group would be made now."""
+    """The process group would be created now."""
 
 
-def test_process_of_torchrun_takes_its_gpu_before_it_meets_the_others(
+def test_process_of_torchrun_takes_its_gpu_before_it_joins_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CUDA itself is replaced, because there is no GPU here."""
+    """CUDA itself is replaced, because this machine has no GPU."""
     taken: list[torch.device] = []
 
-    def meet(*_: object, **__: object) -> None:
+    def join(*_: object, **__: object) -> None:
         raise _ReachedError
 
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    monkeypatch.setattr(dist, "init_process_group", meet)
+    monkeypatch.setattr(dist, "init_process_group", join)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     config = tiny_config(str(tmp_path), cluster={"num_trainers": 2, "device": "cuda"})
@@ -45,7 +46,7 @@ def test_process_of_torchrun_takes_its_gpu_before_it_meets_the_others(
 
 
 def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device) -> list[int]:
-    """Train with a record only at step 1; the driver asks to stop in the answer to its third report."""
+    """Train with a record at step 1 only; request a stop in the answer to the third report."""
     config = tiny_config(
         str(output), run={"name": "run"}, training={"num_steps": 40}, tracking={"log_every_steps": 1000}
     )
@@ -63,7 +64,8 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
     services = RankServices(
         open_stream=open_stream, report_progress=report, ask_knn=lambda _: AnswerAtHand({}), cluster_facts=dict
     )
-    summary = train_rank(prepare_run(config, renderer="cpu", device=device.type), World(), device, services)
+    resolved = ResolvedRun(renderer="cpu", device="cuda" if device.type == "cuda" else "cpu")
+    summary = train_rank(prepare_run(config, resolved), World(), device, services)
     assert summary is None
     return [int(path.name.removeprefix("step-")) for path in sorted((output / "run" / "checkpoints").iterdir())]
 
@@ -71,4 +73,4 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
 def test_stop_is_noticed_between_two_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "_PROGRESS_SECONDS", 0.0)
     steps = steps_until_the_stop_of_the_third_report(tmp_path, torch.device("cpu"))
-    assert steps[-1] == 4  # asked to stop after step 3: step 4 carries it to all ranks and ends with a checkpoint
+    assert steps[-1] == 4  # requested after step 3: step 4 sends it to all ranks and ends with a checkpoint

@@ -1,4 +1,4 @@
-"""Surroundings that libraries do not survive: no account, no home folder, a temporary folder of a long name."""
+"""Environments in which libraries fail: no account, no home folder, a temporary folder with a long name."""
 
 import getpass
 import os
@@ -18,7 +18,7 @@ def _no_account(_user: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A copy of the environment, of which nothing is left; temporary files in `tmp_path`."""
+    """Let each test change a copy of the environment, with temporary files in `tmp_path`."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
     for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
         os.environ.pop(name, None)
@@ -42,14 +42,14 @@ def test_user_without_account_or_home_gets_both(
     assert getpass.getuser() == f"uid-{os.getuid()}"
 
 
-def test_home_and_user_that_work_stay(tmp_path: Path) -> None:
+def test_usable_home_and_user_stay(tmp_path: Path) -> None:
     before = {"HOME": str(tmp_path), "USER": "somebody"}
     os.environ.update(before)
     prepare_ray_environment()
     assert {name: os.environ[name] for name in before} == before
 
 
-def test_folder_that_another_user_has_put_in_the_place_is_refused(tmp_path: Path) -> None:
+def test_link_in_place_of_the_private_folder_is_refused(tmp_path: Path) -> None:
     os.environ["HOME"] = "/absent"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"hvp_ray-home-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
@@ -80,7 +80,7 @@ def test_local_address_names_no_cluster(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("taken", [".ray", ".ray/auth_token"])
 def test_token_is_written_elsewhere_if_it_cannot_be_written_at_home(taken: str, tmp_path: Path) -> None:
-    """Names that are taken refuse every account, unlike a read-only folder."""
+    """A path that is taken refuses every account, root included, unlike a read-only folder."""
     os.environ["HOME"] = str(tmp_path / "home")
     (tmp_path / "home" / taken).parent.mkdir(parents=True)
     if taken == ".ray":
@@ -93,7 +93,7 @@ def test_token_is_written_elsewhere_if_it_cannot_be_written_at_home(taken: str, 
     assert token.stat().st_size > 0
 
 
-def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_file_in_place_of_the_private_folder_is_refused(tmp_path: Path) -> None:
     os.environ["HOME"] = "/absent"
     (tmp_path / f"hvp_ray-home-{os.getuid()}").touch()
     with pytest.raises(ConfigError, match="set HOME to a folder of yours"):

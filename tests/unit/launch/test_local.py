@@ -21,11 +21,11 @@ from tests.helpers import tiny_config
 run, training = {"name": "local"}, {"epochs": 1}
 summary = pretrain_in_process(tiny_config(sys.argv[1], run=run, training=training))
 assert summary["num_steps"] == 10
-assert "ray" not in sys.modules, "imported without need"
+assert "ray" not in sys.modules, "a run without Ray imported it"
 """
 
 
-def test_run_without_ray_imports_no_ray_and_its_numbers_are_documented(tmp_path: Path) -> None:
+def test_run_without_ray_imports_no_ray_and_its_metrics_are_documented(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

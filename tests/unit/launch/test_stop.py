@@ -1,4 +1,4 @@
-"""A stop: asked for by the first signal, at once by the second, and by other threads."""
+"""A stop, requested by the first signal, by the second at once, or by another thread."""
 
 import signal
 import threading
@@ -25,7 +25,7 @@ def test_first_signal_asks_and_second_interrupts(number: signal.Signals) -> None
     assert signal.getsignal(number) == before
 
 
-def test_earlier_deadline_stands() -> None:
+def test_earlier_deadline_stays() -> None:
     stop = StopRequest()
     assert not stop.is_asked
     stop.ask(patience_seconds=-1.0)
@@ -54,7 +54,7 @@ def test_another_thread_receives_no_signals_and_changes_no_handler() -> None:
 def test_only_processes_that_ray_cannot_work_without_end_the_run(
     dead: list[str], is_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the others Ray answers: the trainers write their checkpoint, and the driver ends the actors."""
+    """Without other processes Ray still answers: trainers write a checkpoint, and the driver ends the actors."""
     node = SimpleNamespace(dead_processes=lambda: [(name, None) for name in dead])
     monkeypatch.setattr(ray._private.worker, "_global_node", node)
     monkeypatch.setattr(connect, "_connection", connect._Connection(is_ours=True))

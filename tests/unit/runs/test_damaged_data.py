@@ -10,6 +10,7 @@ from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.errors import CheckpointError, DataError
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.records import BatchRequest
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.stream.render_batch import open_render_context, render_batch
 from tests.helpers import encode, photograph_like, tiny_config
@@ -52,7 +53,7 @@ def test_run_without_a_readable_image_ends_with_a_file_and_a_reason(tmp_path: Pa
 def test_image_that_goes_away_is_damaged_and_a_resume_says_how_many_there_were(tmp_path: Path) -> None:
     """The file goes after the data was opened. Processes that open it later refuse it: ids would name other images."""
     config = _config(tmp_path, num_images=50, damaged=range(0))
-    job = prepare_run(config, renderer="cpu", device="cpu")
+    job = prepare_run(config, resolve_inline(config.cluster))
     context = open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
     place = context.source.describe(int(context.training_ids[0]))
     Path(place).unlink()
@@ -62,7 +63,5 @@ def test_image_that_goes_away_is_damaged_and_a_resume_says_how_many_there_were(t
     assert "gone" in replacement.reason
     with pytest.raises(DataError, match="has changed since the run was started: it has 49 images now"):
         open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
-    with pytest.raises(
-        CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*restore missing files"
-    ):
-        prepare_run(config, renderer="cpu", device="cpu")
+    with pytest.raises(CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*put back"):
+        prepare_run(config, resolve_inline(config.cluster))

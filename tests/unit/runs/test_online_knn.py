@@ -14,6 +14,7 @@ from hvp_ray.errors import CheckpointError, DataError
 from hvp_ray.evaluation.snapshot import SnapshotKnn, snapshot_encoder
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.backbones import build_backbone
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.online_knn import AnswerAtHand, KnnDuringTraining
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import RunSteps
@@ -193,7 +194,7 @@ def test_images_that_changed_since_the_run_was_prepared_are_not_evaluated_on(
         folders["test_source"] = write_folder(tmp_path / "test", draw_images(12, generator))
     data: dict[str, object] = {name: str(folder) for name, folder in folders.items()}
     config = tiny_config(str(tmp_path / "runs"), run={"name": "r"}, data=data | {"num_images": None})
-    job = prepare_run(config, renderer="cpu", device="cpu")
+    job = prepare_run(config, resolve_inline(config.cluster))
     snapshot = snapshot_encoder(build_backbone(config.method.backbone))
 
     def evaluate() -> dict[str, float]:

@@ -13,6 +13,7 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import CheckpointError
 from hvp_ray.identity import identity_of
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import finished_summary, is_finished, prepare_run
 from hvp_ray.runs.rank import RunJob
 from tests.helpers import resolved_of, tiny_config
@@ -24,7 +25,7 @@ def _config(folder: Path, **sections: dict[str, object]) -> RunConfig:
 
 
 def _prepare(config: RunConfig) -> RunJob:
-    return prepare_run(config, renderer="cpu", device="cpu")
+    return prepare_run(config, resolve_inline(config.cluster))
 
 
 @pytest.fixture
@@ -62,9 +63,9 @@ def test_run_that_is_not_the_planned_one_is_refused_before_it_trains(tmp_path: P
     planned = identity_of(config, resolved_of(config))
     next(test_images.rglob("*.png")).unlink()
     with pytest.raises(CheckpointError, match=r"not be the planned one.*test data: "):
-        prepare_run(config, renderer="cpu", device="cpu", planned=planned)
+        prepare_run(config, resolve_inline(config.cluster), planned=planned)
     assert not (tmp_path / "r").exists()
-    prepare_run(config, renderer="cpu", device="cpu", planned=identity_of(config, resolved_of(config)))
+    prepare_run(config, resolve_inline(config.cluster), planned=identity_of(config, resolved_of(config)))
 
 
 def test_moved_data_is_the_same_data(tmp_path: Path, test_images: Path) -> None:
@@ -185,7 +186,7 @@ def test_data_that_is_open_is_not_opened_again_and_only_the_writer_counts_it(tmp
     config = _config(tmp_path, data=data, training={"images_per_step": 4})
     dataset = open_dataset(config.data)
     test_images.rename(tmp_path / "moved")
-    job = prepare_run(config, renderer="cpu", device="cpu", dataset=dataset)
+    job = prepare_run(config, resolve_inline(config.cluster), dataset=dataset)
     assert job.inventory is not None and job.inventory.source.num_images == 12
-    reader = prepare_run(config, renderer="cpu", device="cpu", dataset=dataset, is_writer=False)
+    reader = prepare_run(config, resolve_inline(config.cluster), dataset=dataset, is_writer=False)
     assert reader.inventory is None and reader.run_identity == job.run_identity

@@ -9,6 +9,7 @@ import pytest
 
 from hvp_ray.data.source import open_source
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import git_commit, prepare_run
 from hvp_ray.tracking.mlflow import lacks_records
 from tests.helpers import encode, photograph_like, tiny_config
@@ -63,7 +64,7 @@ def test_run_that_lies_in_its_own_data_finds_the_same_images_when_it_is_resumed(
     assert list(root.glob("runs/mlflow-artifacts/*/artifacts/figures/*.png"))
     after = open_source(str(root), config.data)
     assert (after.num_samples, after.fingerprint()) == (before.num_samples, before.fingerprint())
-    job = prepare_run(config, renderer="cpu", device="cpu")
+    job = prepare_run(config, resolve_inline(config.cluster))
     kept = json.loads((root / "runs" / "one" / "summary.json").read_text())
     assert job.inventory is not None
     assert kept["data"]["source"]["num_images"] == job.inventory.source.num_images == 40

@@ -24,6 +24,7 @@ from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.files import Folder, check_writable, is_inside, join_uri
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.local_cache import local_weights
+from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs import storage as run_storage
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.job import RankServices
@@ -332,7 +333,7 @@ class _LateAnswer:
 
 def _train_and_die(config: RunConfig, *, at_step: int) -> None:
     """Train as `pretrain_in_process` does, until the batch of step `at_step` (from 0) is asked for."""
-    job = prepare_run(config, renderer="cpu", device="cpu")
+    job = prepare_run(config, resolve_inline(config.cluster))
     device = torch.device("cpu")
     context = open_render_context(config_to_dict(config), "cpu")
 
@@ -463,8 +464,8 @@ def test_run_on_a_bucket_gives_initial_weights(
     for weights in (both_runs.uri, str(both_runs.undisturbed)):
         config = tiny_config(str(tmp_path))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=weights))
-        encoders.append(build_untrained_method(run_storage.with_local_weights(config)).encoder.state_dict())
-        job = prepare_run(config, renderer="cpu", device="cpu")
+        encoders.append(build_untrained_method(config).encoder.state_dict())
+        job = prepare_run(config, resolve_inline(config.cluster))
         assert json.loads((job.run_dir / "config.json").read_text())["identity"]["initial weights"] != "missing"
     assert all(torch.equal(encoders[0][name], tensor) for name, tensor in encoders[1].items())
     missing = join_uri(both_runs.uri, "absent.safetensors")
@@ -476,10 +477,10 @@ def test_bucket_remembers_the_identity_of_a_run(both_runs: _BothRuns) -> None:
     config = both_runs.config
     other = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
     with pytest.raises(CheckpointError, match=r"cannot be resumed with other settings(.|\n)*run.seed: 0 -> 1"):
-        prepare_run(other, renderer="cpu", device="cpu")
+        prepare_run(other, resolve_inline(other.cluster))
     again = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=False))
     with pytest.raises(ConfigError, match="exists, and run.resume=False"):
-        prepare_run(again, renderer="cpu", device="cpu")
+        prepare_run(again, resolve_inline(again.cluster))
 
 
 def test_checkpoint_that_cannot_be_reached_is_not_passed_over(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Connecting to Ray: a cluster that does not answer is one sentence, within a bounded time."""
+"""Connecting to Ray: a cluster that does not answer is reported in one sentence, within a bounded time."""
 
 import socket
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from hvp_ray.stream.connect import LocalRay, connect_ray, end_ray, is_abandoned,
 
 
 def _must_not_start() -> LocalRay:
-    raise AssertionError("a local Ray beside the cluster that was named")
+    raise AssertionError("a local Ray was started beside the named cluster")
 
 
 @pytest.fixture
 def hanging_head() -> Iterator[str]:
-    """A port that accepts connections and never answers, as the head of a stopped machine does."""
+    """Yield an address that accepts connections and never answers, like the head of a suspended machine."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -55,7 +55,7 @@ def test_address_that_names_no_cluster(address: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("dead", "is_lost"), [("log_monitor", False), ("raylet", True)])
-def test_ray_is_abandoned_only_without_a_process_that_its_shutdown_asks(
+def test_ray_is_abandoned_only_without_a_process_that_its_shutdown_needs(
     dead: str, is_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []

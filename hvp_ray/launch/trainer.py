@@ -1,0 +1,137 @@
+"""One trainer: what runs inside each worker of Ray Train."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import ray
+import ray.train.torch
+import torch
+
+from hvp_ray.distributed.world import World, current_world
+from hvp_ray.errors import HvpRayError
+from hvp_ray.launch.board import BoardLogHandler, ProgressPoster
+from hvp_ray.launch.knn_actor import ActorAnswer
+from hvp_ray.logs import set_up_logging
+from hvp_ray.resolved_run import ResolvedRun
+from hvp_ray.runs.job import RankServices, RunJob
+from hvp_ray.runs.rank import train_rank
+from hvp_ray.stream.batches import BatchStream, RequestOf
+from hvp_ray.stream.device import CopyToDevice
+from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
+from hvp_ray.stream.pool import ViewWorkerPool
+from hvp_ray.stream.spilling import spilled_bytes
+from hvp_ray.stream.view_stream import ViewStream
+from hvp_ray.stream.view_worker import start_finishers
+
+logger = logging.getLogger(__name__)
+
+_CLUSTER_METRICS_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerSetup:
+    """Values and handles that the driver passes to every trainer."""
+
+    job: RunJob
+    pool: ViewWorkerPool
+    board: Any
+    """Handle of `RunBoard`."""
+    knn: Any
+    """Handle of `SnapshotKnnActor`. None: no k-NN during training."""
+    spilled_before: int
+    """Bytes that the object stores had spilled before the run."""
+
+    def cluster_facts(self) -> dict[str, float]:
+        """Return what the cluster did for this run so far."""
+        return {
+            "spilled_bytes": spilled_bytes() - self.spilled_before,
+            "num_worker_restarts": self.pool.num_restarts(),
+        }
+
+    def cluster_metrics(self) -> dict[str, float]:
+        """Return the facts under their names in Prometheus."""
+        facts = self.cluster_facts()
+        return {
+            "hvp_ray_spilled_bytes": float(facts["spilled_bytes"]),
+            "hvp_ray_worker_restarts": float(facts["num_worker_restarts"]),
+        }
+
+
+def trainer_main(settings: dict[str, Any]) -> None:
+    """Run one trainer to the end, and post its summary or its error."""
+    setup: TrainerSetup = settings["setup"]
+    world, board, run_name = current_world(), setup.board, setup.job.run_name
+    set_up_logging(run=run_name, origin=f"rank={world.rank}")
+    handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
+    logging.getLogger("hvp_ray").addHandler(handler)
+    try:
+        if ray.get(board.read.remote()).fatal is not None:
+            return  # another rank met an error that a restart does not fix
+        summary = _train(setup, world)
+    except HvpRayError as error:
+        # A restart would fail in the same way, so the driver ends the run.
+        error.add_note(f"rank {world.rank} of {world.num_ranks}, run {run_name}")
+        ray.get(board.post_fatal.remote("\n".join([str(error), *error.__notes__])))
+        if world.num_ranks == 1:
+            return
+        raise  # frees the other ranks, which wait in a collective
+    finally:
+        logging.getLogger("hvp_ray").removeHandler(handler)
+        handler.close()
+    if summary is not None:
+        ray.get(board.post.remote(summary=summary))
+
+
+def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
+    """Train this rank; return the summary on rank 0 of a finished run."""
+    job, pool, board = setup.job, setup.pool, setup.board
+    cluster = dataclasses.replace(job.config.cluster, batches_in_flight=job.resolved.batches_in_flight)
+    torch.set_num_threads(job.config.training.torch_threads)
+    cv2.setNumThreads(1)
+    device = _take_device(job.resolved)
+    publisher = MetricsPublisher(TRAINER_METRICS, {"run": job.run_name, "rank": str(world.rank)})
+    hand_over = CopyToDevice(device)
+    finishers = start_finishers(job.config, rank=world.rank)
+
+    def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
+        logger.info("steps %d to %d, views from %d workers", first_step, end_step, len(pool.workers))
+        stream = ViewStream(
+            pool.workers,
+            request_of,
+            range(first_step, end_step),
+            cluster=cluster,
+            hand_over=hand_over,
+            world=world,
+            finishers=finishers,
+        )
+        publisher.watch(stream.numbers)
+        return stream
+
+    try:
+        if world.rank == 0:
+            publisher.watch(setup.cluster_metrics, every_seconds=_CLUSTER_METRICS_SECONDS)
+        services = RankServices(
+            open_stream=open_stream,
+            report_progress=ProgressPoster(board),
+            ask_knn=lambda snapshot: ActorAnswer(setup.knn.evaluate.remote(snapshot)),
+            cluster_facts=setup.cluster_facts,
+            watch_numbers=publisher.watch,
+            is_stop_asked=lambda: bool(ray.get(board.post.remote(is_trained=True))),
+        )
+        return train_rank(job, world, device, services)
+    finally:
+        publisher.close()
+
+
+def _take_device(resolved: ResolvedRun) -> torch.device:
+    """Return this trainer's device. On a shared GPU, limit the memory to the trainer's share."""
+    if resolved.device == "cpu":
+        return torch.device("cpu")
+    device: torch.device = ray.train.torch.get_device()
+    share = resolved.trainer_resources["GPU"]
+    if share < 1.0:
+        torch.cuda.set_per_process_memory_fraction(share, device)
+    return device

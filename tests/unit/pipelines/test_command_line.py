@@ -1,0 +1,32 @@
+"""How a program ends: an error of ours is one sentence, Ctrl-C is told apart, and other errors keep their traceback."""
+
+import pytest
+
+from hvp_ray.errors import ConfigError
+from pipelines.command_line import exit_status
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def test_work_that_succeeds_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_error_is_a_sentence_with_its_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    error = ConfigError("run.seed=-1 is not allowed")
+    error.add_note("rank 0 of 2")
+    assert exit_status(lambda: _raise(error)) == 1
+    assert capsys.readouterr().err == "error: run.seed=-1 is not allowed\n(rank 0 of 2)\n"
+
+
+def test_interrupt_has_its_own_status_and_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(lambda: _raise(KeyboardInterrupt()), stopped="stopped; start again") == 130
+    assert capsys.readouterr().err == "stopped; start again\n"
+
+
+def test_error_of_the_program_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        exit_status(lambda: _raise(RuntimeError("a bug")))
