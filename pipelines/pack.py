@@ -156,7 +156,7 @@ def main(arguments: list[str]) -> int:
     """Pack or verify; return the exit status."""
     options = parse_options(arguments)
     work = (lambda: pack(options)) if options.verify is None else (lambda: verify(options.verify))
-    return exit_status(work, stopped="stopped; the same command goes on")
+    return exit_status(work, stopped="stopped; give the same command again to continue")
 
 
 if __name__ == "__main__":

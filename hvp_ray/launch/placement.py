@@ -16,7 +16,7 @@ from hvp_ray.stream.machine import MAX_AUTO_WORKERS
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 AUTO_DALI_WORKERS_PER_GPU = 1
-"""On an H100 a second worker beside a trainer gave no more images per second (docs/experiments.md)."""
+"""On an H100 a second worker beside a trainer gave no more images per second (docs/experiments/2026-11-26-h100.md)."""
 
 _LEAST_TRAINER_SHARE = 0.1
 

@@ -65,7 +65,7 @@ class DaliExecution:
 
 ON_A_CPU = DaliExecution()
 ON_A_GPU = DaliExecution(num_lanes=4, num_threads=2)
-"""The fastest setting measured on an H100 (docs/experiments.md)."""
+"""The fastest setting measured on an H100 (docs/experiments/2026-11-26-h100.md)."""
 
 
 class DaliRenderer:

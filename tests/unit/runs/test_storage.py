@@ -23,7 +23,7 @@ from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.files import Folder, check_writable, is_inside, join_uri
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.local_cache import local_weights
+from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs import storage as run_storage
 from hvp_ray.runs.checkpoint import CheckpointStore
@@ -464,7 +464,7 @@ def test_run_on_a_bucket_gives_initial_weights(
     for weights in (both_runs.uri, str(both_runs.undisturbed)):
         config = tiny_config(str(tmp_path))
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, initial_weights=weights))
-        encoders.append(build_untrained_method(config).encoder.state_dict())
+        encoders.append(build_untrained_method(with_local_weights(config)).encoder.state_dict())
         job = prepare_run(config, resolve_inline(config.cluster))
         assert json.loads((job.run_dir / "config.json").read_text())["identity"]["initial weights"] != "missing"
     assert all(torch.equal(encoders[0][name], tensor) for name, tensor in encoders[1].items())
