@@ -16,13 +16,13 @@ import mlflow
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the summary and the records of the journal."""
+    """Return the summary and the records of `metrics.jsonl`."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary, [json.loads(line) for line in (folder / "metrics.jsonl").open()]
 
 
 def find_faults(name: str, summary: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
-    """Return the faults of a run's steps, in its journal and in MLflow."""
+    """Return the faults of a run's steps, in its `metrics.jsonl` and in MLflow."""
     steps = list(range(1, summary["num_steps"] + 1))
     faults = (
         [] if [record["step"] for record in records] == steps else [f"{name}: metrics.jsonl lacks or doubles steps"]

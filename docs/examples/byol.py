@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hvp_ray.config import MethodConfig, RunConfig
+from hvp_ray.config import AtLeast1, Fraction, MethodConfig, RunConfig
 from hvp_ray.methods.backbones import build_backbone, feature_dim
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, StepPosition, ViewTensors
 from hvp_ray.methods.self_distillation import frozen_copy, teacher_momentum_at, update_teacher
@@ -26,13 +26,13 @@ class ByolConfig(MethodConfig):
     name: ClassVar[str] = "byol"
     implementation: ClassVar[str] = "byol:Byol"
 
-    hidden_dim: int = 4096
+    hidden_dim: AtLeast1 = 4096
     """Width of the hidden layers of projector and predictor."""
 
-    projector_dim: int = 256
+    projector_dim: AtLeast1 = 256
     """Output dimension of projector and predictor."""
 
-    teacher_momentum: float = 0.996
+    teacher_momentum: Fraction = 0.996
     """Momentum of the target network at the start; rises to 1 along a cosine."""
 
 
