@@ -192,7 +192,7 @@ def _quiet_pil() -> Iterator[None]:
 def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not image:
         raise UnreadableImageError(
-            "there are no bytes: the file is empty (0 bytes), gone or forbidden, a null, or over data.max_image_mib"
+            "there are no bytes: the file is empty (0 bytes), missing or forbidden, a null, or over data.max_image_mib"
         )
     try:
         check_bytes(image, max_pixels=max_pixels)

@@ -54,7 +54,7 @@ class FileSet:
 
         Raises:
             ConfigError: the URI cannot be used.
-            DataError: there is nothing there, or it cannot be listed.
+            DataError: the location does not exist, or cannot be listed.
         """
         self.location = location
         self.is_remote = is_uri(location)
@@ -114,7 +114,7 @@ class FileSet:
         return self._shown_root if self._is_single else f"{self._shown_root.rstrip('/')}/{name}"
 
     def places(self, names: Sequence[str]) -> set[str]:
-        """Return where files are: paths without links, or URIs."""
+        """Return the locations of files: paths without links, or URIs."""
         shown = map(self.shown, names)
         return set(shown if self.is_remote else (os.path.realpath(Path(path).expanduser()) for path in shown))
 

@@ -56,7 +56,7 @@ def pack(
     """Pack a source, or continue an interrupted packing.
 
     Args:
-        location: of the source; see `DataConfig.source`.
+        location: path or URI of the source; see `DataConfig.source`.
         target_location: folder for the shards, a path or a URI.
         config: columns and limits.
         shard_mib: a shard is closed at this many MiB of images.

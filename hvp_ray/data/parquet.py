@@ -49,7 +49,7 @@ def may_hold_images(files: FileSet, config: DataConfig) -> bool:
     """Tell whether a Parquet file of a set looks like one of images. Tables about images (paths, digests) do not."""
     for found in read_summaries(files, files.names(*PARQUET_SUFFIXES), _columns(config)):
         if isinstance(found, DataError) or found.may_hold_images:
-            return True  # if it is damaged, opening the source says how
+            return True  # if it is damaged, opening the source reports how
     return False
 
 

@@ -32,7 +32,7 @@ class Source(ABC):
     """Encoded images, addressed by sample id 0..N-1. Ids are stable between processes and runs."""
 
     kind: str
-    """What it is, for people."""
+    """Kind of the source, for people."""
     num_samples: int
     """N."""
     num_bytes: int
@@ -40,7 +40,7 @@ class Source(ABC):
     has_labels: bool
     """Whether any image may have a label, known without reading labels."""
     left_out: tuple[LeftOut, ...] = ()
-    """What lies at the source and is not read."""
+    """Entries at the source that are not read."""
     block_starts: NDArray[np.int64] | None = None
     """First sample id of every group of images that lie together. None: there are no groups."""
     reads_whole_blocks: bool = False

@@ -83,7 +83,7 @@ class Workers:
     num_workers: int = 1
     """Chunks in flight. Ray is used if it is initialised; otherwise this process does the work."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where encoders run."""
+    """Device of the encoders."""
     gpus_per_worker: float = 0.0
     """Share of a GPU that Ray reserves for a task."""
 

@@ -30,7 +30,7 @@ class PairedDifference:
     interval: Interval
     standard_error: float
     p_value: float
-    """Two-sided, of the hypothesis that the mean difference is 0; 1.0 if all differences are 0."""
+    """Two-sided p-value of the hypothesis that the mean difference is 0; 1.0 if all differences are 0."""
     num_seeds: int
 
 

@@ -37,9 +37,9 @@ the weights."""
 
 FEW_LABEL_INVERSE_REGULARISATION = 100.0
 """C with few labels. Accuracies on scanned digits (10 labels per class, 10 draws) with C = 1, 100, 10,000: 0.886, 0.895,
-0.891 of the raw pixels, 0.32, 0.53, 0.59 of an encoder of 60 steps, whose features vary along few directions. They were
-measured on the test part of the digits, so few-label results on digits are not blind to this constant. On other data they
-are."""
+0.891 of the raw pixels. 0.32, 0.53, 0.59 of an encoder of 60 steps, whose features vary along few directions. They were
+measured on the test part of the digits, so few-label results on digits are not blind to this constant. Results on other
+data are."""
 
 MOMENTUM = 0.9
 INITIAL_DEVIATION = 0.01
@@ -91,7 +91,7 @@ class ProbeResult:
     correct: NDArray[np.bool_]
     """[M], for each test image."""
     held_out_accuracies: tuple[float, ...]
-    """Of every setting of the sweep, in its order; empty if there was one setting."""
+    """Held-out accuracy of every setting of the sweep, in its order; empty if there was one setting."""
 
     @property
     def accuracy(self) -> float:
@@ -106,7 +106,7 @@ class LinearProbe(ProbeResult):
     learning_rate: float
     """Chosen rate per 256 images."""
     weights: Float[Tensor, "dim classes"]
-    """Of the final classifier, on the CPU."""
+    """Weights of the final classifier, on the CPU."""
     bias: Float[Tensor, " classes"]
 
 
@@ -198,8 +198,8 @@ def linear_probe(
         DataError: no class has two images, so that no rate can be chosen.
 
     Source: HVP paper and automl/hvp eval_linear.py (SGD 0.9, no decay, cosine, N(0, 0.01)).
-    Differs: no augmentation of the training images (features are computed once); the reference reports the best epoch on
-        the test set and has one fixed rate per data set; here neither is chosen on test images.
+    Differs: no augmentation of the training images (features are computed once). The reference reports the best epoch on
+        the test set and has one fixed rate per data set. Here neither is chosen on test images.
     """
     if epochs < 1 or images_per_step < 1:
         raise ConfigError(f"{epochs=} and {images_per_step=} must be 1 or more")

@@ -24,7 +24,7 @@ class SnapshotKnn:
 
     Args:
         config: the run.
-        device: where to evaluate.
+        device: device to evaluate on.
         fingerprint: of the run's data, see `open_dataset`.
         test_data: of the run's test images, see `open_dataset`.
     """

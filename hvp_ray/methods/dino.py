@@ -39,7 +39,7 @@ class Dino(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        """The teacher's: DINO, section 3.1, finds it better than the student throughout training."""
+        """The teacher's encoder, which DINO, section 3.1, finds better than the student's throughout training."""
         return self.teacher_backbone
 
     @property
@@ -49,7 +49,7 @@ class Dino(Method):
 
     @property
     def patch_px(self) -> int:
-        """Views are multiples of the patch."""
+        """The patch size, which divides the size of every view."""
         return patch_px(self.backbone)
 
     def begin_step(self, position: StepPosition) -> None:

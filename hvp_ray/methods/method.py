@@ -1,7 +1,7 @@
 """The interface of a self-supervised method to the training step. A new method implements it.
 
-A method is one file: a `Method` whose `forward` is the training loss on the chosen views, so that DDP, compilation and
-autocast wrap it, and whose `score` gives the loss of each candidate. docs/new_method.md has an example.
+A method is one file with a `Method`. Its `forward` is the training loss on the chosen views, so that DDP, compilation
+and autocast wrap it. Its `score` gives the loss of each candidate. docs/new_method.md has an example.
 
 Legend: V global views, L local views, B images, h, w patches (cells of a mask).
 """

@@ -103,8 +103,8 @@ def nt_xent(
         first_image: which of the N images is the first of the B.
         temperature: t.
 
-    Source: SimCLR, equation 1. The mean over ranks of this loss is the loss of the global batch, and with a gather whose
-    gradient reaches the other ranks so is its gradient. (automl/hvp keeps the local part only: 1 / R of the gradient.)
+    Source: SimCLR, equation 1. The mean over ranks of this loss is the loss of the global batch. So is its gradient, with
+    a gather whose gradient reaches the other ranks. (automl/hvp keeps the local part only: 1 / R of the gradient.)
     """
     positions = first_image + torch.arange(own_SBD.shape[1], device=own_SBD.device)
     losses = []

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 TRAINED = "trained.json"
 _MAX_DEATHS_IN_PART = 2
-"""One death may be that of the machine."""
+"""One death may be the machine's fault."""
 MAX_DEATHS = 3
 """After this number of deaths only parts that survived once run. Launchers grant as many restarts, so the run finishes."""
 
@@ -31,7 +31,7 @@ class StopAskedError(Exception):
 
 
 def forgive_death(run: str) -> None:
-    """Do not count the process as dead that was ended on request in one of the parts.
+    """Do not count a process as dead if it was stopped on request in one of the parts.
 
     Args:
         run: the run's folder, path or URI.

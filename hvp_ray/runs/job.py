@@ -70,7 +70,7 @@ class RankServices:
     cluster_facts: Callable[[], dict[str, float]]
     """Returns spilled_bytes and num_worker_restarts; called on rank 0 after training."""
     watch_numbers: WatchNumbers = lambda _read: None
-    """Publishes this rank's metrics while it trains; by default nobody does."""
+    """Publishes this rank's metrics while it trains; by default they are not published."""
     is_stop_asked: Callable[[], bool] = lambda: False
     """Tells rank 0 between the parts of the evaluation whether the run was asked to stop."""
 

@@ -45,12 +45,12 @@ class StepClock:
         self._last_step_at = 0.0
 
     def start_step(self) -> None:
-        """Note that a batch has arrived."""
+        """Record that a batch has arrived."""
         if not self.started_at:
             self.started_at = self._last_step_at = time.perf_counter()
 
     def end_step(self) -> None:
-        """Note that a step is done."""
+        """Record that a step is done."""
         self._last_step_at = time.perf_counter()
         self.num_steps += 1
 

@@ -132,7 +132,7 @@ class RunRecorder(RankRecorder):
             self._restored.log.write(METRICS, {"step": steps_done, "time": time.time(), "metrics": values})
             self._last_values = values
             self.collapse.see(steps_done, values)
-        # Between records too, because the answer says whether to stop. The last recorded loss costs no synchronisation.
+        # Post between records too: the answer carries a stop request. The last recorded loss costs no synchronisation.
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now

@@ -35,7 +35,7 @@ _REQUESTS_AT_ONCE = 8
 _LOCK_PATIENCE_SECONDS = 60.0
 
 _State = tuple[int, int, int]
-"""Inode, time of the last change in ns, size in bytes: other values, other content."""
+"""Inode, time of the last change in ns, size in bytes; they change if the content does."""
 
 
 class RunStorage:
@@ -54,7 +54,7 @@ class RunStorage:
             CheckpointError: the bucket failed while it was read.
         """
         self.folder = run_dir
-        """Where this rank reads and writes the run's files."""
+        """Folder in which this rank reads and writes the run's files."""
         self._rank = rank
         self._remote: Folder | None = None
         if run_uri is None:
@@ -181,7 +181,7 @@ def fetch_run(uri: str, *, files: tuple[str, ...] = (), folders: tuple[str, ...]
         uri: the run's folder on a bucket.
         files: names; one that is missing there is missing here.
         folders: names; older content here is deleted.
-        option: what the URI was given by, for messages.
+        option: setting that gave the URI, for messages.
 
     Raises:
         ConfigError: the URI or the local disk cannot be used.

@@ -34,11 +34,11 @@ class RuleInput:
     num_images: int
     """B."""
     device: torch.device
-    """Where the indices must lie."""
+    """Device of the returned indices."""
     scores: CandidateScores | None = None
     """Loss that each candidate would give; higher is harder."""
     plan: ViewPlan | None = None
-    """Of the V global views."""
+    """Plan of the V global views."""
     draw: Draw | None = None
 
     def required_scores(self) -> CandidateScores:

@@ -73,7 +73,7 @@ def _open_in_ray(name: str, metric: Metric, tags: Mapping[str, str]) -> Publish:
 
 
 class MetricsPublisher:
-    """Publishes the metrics of one process; see the module."""
+    """Publishes the metrics of one process from a thread of its own."""
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT_ATTEMPTS = 1000
 
 _NOT_BY_CHANCE = 1e-9
-"""A batch fails if no image was readable so far and damage within the limit explains that with a lower probability."""
+"""If no image was readable so far, a batch fails once damage within the limit makes that less probable than this."""
 
 _Made = TypeVar("_Made", RenderedBatch, DecodedImages)
 """What a batch is made into: views, or the pixels to render them from."""

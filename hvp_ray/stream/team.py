@@ -43,7 +43,7 @@ class Team:
         return sum(member.is_up for member in self.members)
 
     def describe(self) -> str:
-        """Return a line for an error."""
+        """Describe the team in a line for an error message."""
         lost = "; ".join(f"{member.name} is lost: {member.lost}" for member in self.members if member.lost is not None)
         return f"{self.num_up()} of {len(self.members)} {self.title}s are up" + (f" ({lost})" if lost else "")
 

@@ -76,7 +76,7 @@ class _Call:
 
 
 class ViewStream:
-    """See the module. One thread watches calls, one copies to the device; `next_batch` belongs to the trainer's thread."""
+    """Yields batches. One thread watches calls, one copies to the device; the trainer's thread calls `next_batch`."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class ViewStream:
             held.clear()
 
     def _run(self, work: Callable[[], None]) -> None:
-        """Do the work of a thread; `next_batch` raises what it raises."""
+        """Run the work of a thread; `next_batch` re-raises its errors."""
         try:
             work()
         except BaseException as error:
@@ -306,7 +306,7 @@ class ViewStream:
         self._changed.notify_all()
 
     def _fail(self, call: _Call, error: Exception) -> None:
-        """Note who failed. `_submit_waiting` submits the request again.
+        """Record the actor that failed. `_submit_waiting` submits the request again.
 
         Raises:
             HvpRayError: a retry does not help.
@@ -353,7 +353,7 @@ class ViewStream:
         logger.warning("%s has recovered", member.name)
 
     def _give_up(self, member: Member, error: RayActorError) -> None:
-        """Note that the constructor of an actor raised, after which Ray does not restart it.
+        """Record that the constructor of an actor raised, after which Ray does not restart it.
 
         Raises:
             StageError: it was the last one.

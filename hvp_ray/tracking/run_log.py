@@ -47,7 +47,7 @@ class Segment:
     """Steps done when it was started."""
 
     def folder(self, run_dir: Path) -> Path:
-        """Return where its files are."""
+        """Return the folder of its files."""
         return run_dir / FOLDER / f"attempt-{self.attempt:04d}-step-{self.first_step:08d}"
 
 

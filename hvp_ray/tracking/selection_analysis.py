@@ -42,7 +42,7 @@ class Contrast:
     chosen: float
     other: float
     standard_error: float | None
-    """Of chosen minus other, over the images; None: one image."""
+    """Standard error of chosen minus other, over the images; None: one image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
