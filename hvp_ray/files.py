@@ -277,7 +277,7 @@ class OpenFile:
             handler = getattr(filesystem, "handler", None)
             self._raw: Any
             if isinstance(handler, pafs.FSSpecHandler):
-                # fsspec's files read megabytes ahead of every small range unless told not to.
+                # fsspec's files prefetch megabytes for every small range by default.
                 self._raw = handler.fs.open(path, "rb", cache_type="none")
             else:
                 self._raw = filesystem.open_input_file(path)

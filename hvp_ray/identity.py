@@ -138,7 +138,7 @@ class Resolved:
     initial_weights: str | None
     """See `file_digest`."""
     torch_version: str
-    """With build, for instance 2.13.0+cu130."""
+    """Version of torch with its build, for instance 2.13.0+cu130."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,8 +192,8 @@ def recorded_difference(
     """Return how a recorded run differs from the run of this identity; empty: they are one run.
 
     Args:
-        content: of a config.json.
-        config: of the run that `identity` is of.
+        content: content of a config.json.
+        config: config of the run that `identity` belongs to.
         identity: compared with the recorded one.
         path: of config.json, for messages.
         ignored: names of parts that need not be equal.

@@ -48,7 +48,7 @@ class FileSet:
 
         Args:
             location: a path, or a URI (s3://, gs://, hf://, file://, whatever pyarrow.fs knows).
-            suffixes: of a folder on this machine, only files with one of these endings (in lower case).
+            suffixes: endings (in lower case) of the files to list in a folder on this machine.
             recursive: also those in folders of the folder.
             option: setting that gave it, for messages.
 

@@ -95,7 +95,7 @@ def pack(
 
 
 def _load_labels(source: Source) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels and class names. None: there are no labels, and a warning says why."""
+    """Return labels and class names. None: there are no labels; a warning has the reason."""
     try:
         return source.load_labels(), source.load_class_names()
     except LabelError as error:

@@ -213,7 +213,7 @@ class ParquetFile:
         If the footer is correct, a part has at most `max_bytes`. Otherwise reading stops at 2 x `max_bytes` + 1 GiB.
 
         Args:
-            path: of the column, such as `image.bytes`.
+            path: path of the column, such as `image.bytes`.
             group: index of the row group.
             chunk: [4], see `FileSummary`.
             max_bytes: data.max_row_group_mib.

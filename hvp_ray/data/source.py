@@ -51,7 +51,7 @@ class Source(ABC):
         """Return all labels, [N], `UNLABELLED` for an image without one. The first call reads them.
 
         Raises:
-            LabelError: there are no labels, or they cannot be used. The message says why.
+            LabelError: there are no labels, or they cannot be used. The message has the reason.
             DataError: the storage failed.
         """
 
@@ -89,12 +89,12 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
     """Open `digits`, a folder of images in class folders, Parquet in the Hugging Face image layout, or packed shards.
 
     Args:
-        source: what `DataConfig.source` says.
+        source: value of `DataConfig.source`.
         config: columns and limits.
         in_order: images will be read once, in order, so nothing is cached on the disk.
 
     Raises:
-        DataError: there is nothing usable at `source`. The message says what was found and what is expected.
+        DataError: there is nothing usable at `source`. The message states what was found and what is expected.
         ConfigError: a URI that cannot be used.
     """
     if source == "digits":

@@ -180,8 +180,8 @@ def pool_features(
     this process have the same processor and number of threads. Ray retries a task whose process dies three times.
 
     Args:
-        request: which features of which images.
-        workers: which resources to use.
+        request: features to extract, and their images.
+        workers: resources to use.
         cache: read first, and written with the result; None: no cache.
         report_progress: called after every chunk, unless the cache has the result.
 

@@ -81,7 +81,7 @@ def fine_tune(
 ) -> FineTuneResult:
     """Train a copy of the encoder with a linear head by AdamW, cosine to 0; test it after the last epoch.
 
-    Training images are cropped and flipped as `views.global_views.even` says (digits are never flipped), test images are
+    Training images are cropped and flipped by `views.global_views.even` (digits are never flipped), test images are
     not. The last images of an epoch that do not fill a step are left out. Random numbers are addressed by (seed, step);
     torch's global generators are restored.
 

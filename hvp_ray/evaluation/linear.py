@@ -191,7 +191,7 @@ def linear_probe(
         learning_rates: rates per 256 images of a step.
         images_per_step: B; the last step of an epoch takes what is left.
         held_out_fraction: share of every class that rates are compared on.
-        seed: of the initial weights, the order and the held-out part.
+        seed: seed of the initial weights, the order and the held-out part.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -293,7 +293,7 @@ def logistic_probe(
         data: features and labels.
         inverse_regularisations: the values of C that are compared.
         held_out_fraction: share of every class that they are compared on.
-        seed: of the held-out part.
+        seed: seed of the held-out part.
 
     Raises:
         ConfigError: a setting is out of range.

@@ -25,8 +25,8 @@ class SnapshotKnn:
     Args:
         config: the run.
         device: device to evaluate on.
-        fingerprint: of the run's data, see `open_dataset`.
-        test_data: of the run's test images, see `open_dataset`.
+        fingerprint: fingerprint of the run's data, see `open_dataset`.
+        test_data: fingerprint of the run's test images, see `open_dataset`.
     """
 
     def __init__(

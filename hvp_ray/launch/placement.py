@@ -42,7 +42,7 @@ class ClusterState:
 
     @property
     def part(self) -> tuple[Resources, Resources]:
-        """Total and free resources of one run. What other runs have reserved says nothing about the part of this run."""
+        """Total and free resources of one run. Reservations of other runs do not affect the part of this run."""
         if self.num_sharing == 1:
             return self.total, self.free
         part = {name: amount / self.num_sharing for name, amount in self.total.items()}

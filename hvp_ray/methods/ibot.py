@@ -75,7 +75,7 @@ class IBot(Dino):
         return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable)
 
     def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Class loss over views, plus the mean patch loss of the global slots."""
+        """Return the class loss over views, plus the mean patch loss of the global slots."""
         config = self._ibot
         with torch.no_grad():
             teacher = self._teacher(views)

@@ -2,8 +2,8 @@
 
 `trained.json` in the run's folder marks a run whose last checkpoint and encoder are written. It holds what training
 measured, and which parts were begun and survived. If the process dies, the next attempt reads it, trains no step again, and
-skips a part in which the process died twice. `summary.json` says that a run has finished; a comparison may evaluate such a
-run again.
+skips a part in which the process died twice. `summary.json` marks a finished run, which a
+comparison may evaluate again.
 """
 
 import json

@@ -72,7 +72,7 @@ class RankServices:
     watch_numbers: WatchNumbers = lambda _read: None
     """Publishes this rank's metrics while it trains; by default they are not published."""
     is_stop_asked: Callable[[], bool] = lambda: False
-    """Tells rank 0 between the parts of the evaluation whether the run was asked to stop."""
+    """Returns whether the run was asked to stop; called on rank 0 between the parts of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

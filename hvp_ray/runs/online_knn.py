@@ -60,7 +60,7 @@ class KnnDuringTraining:
             ask: evaluates snapshots.
             problems: gets a sentence about each evaluation that fails.
             interval: steps between two snapshots; 0: none.
-            steps: of the run.
+            steps: steps of the run.
         """
         self._folder = log.run_dir / "knn_pending"
         self._log = log

@@ -330,7 +330,7 @@ def draw_run_name(config: RunConfig) -> str:
 
 
 def local_output(config: RunConfig) -> Path:
-    """Return the default folder of MLflow's SQLite file; for a run on a bucket that of runs without `run.output`."""
+    """Return the default folder of MLflow's SQLite file; for a run on a bucket, that of runs without `run.output`."""
     if config.run.output is not None and is_uri(config.run.output):
         return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
     return output_folder(config)

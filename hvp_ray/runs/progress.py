@@ -56,7 +56,7 @@ class StepClock:
 
     @property
     def seconds(self) -> float:
-        """From the first batch to the end of the last step."""
+        """Seconds from the first batch to the end of the last step."""
         return max(self._last_step_at - self.started_at, 1e-9)
 
     @property

@@ -63,7 +63,7 @@ class RankRecorder:
         push_on_all_ranks(self._rank.storage, self._rank.job.run_uri, self._rank.device)
 
     def stop_requested(self) -> bool:
-        """Tell whether this rank was asked to stop; the step spreads it to all ranks."""
+        """Tell whether this rank was asked to stop; the step shares the answer with all ranks."""
         return False
 
     def numbers(self) -> Numbers:

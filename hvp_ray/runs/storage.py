@@ -47,7 +47,7 @@ class RunStorage:
         Args:
             run_dir: the run's folder if `run_uri` is None.
             run_uri: the run's folder on a bucket.
-            rank: of this process.
+            rank: rank of this process.
 
         Raises:
             ConfigError: the bucket or the local disk cannot be used, or another process works on the run.

@@ -93,7 +93,7 @@ def open_render_context(
     """Open the data and make the renderer of a run, in the process that renders.
 
     Args:
-        config_values: of the run.
+        config_values: config of the run, see `config_to_dict`.
         renderer: the resolved renderer.
         data_fingerprint: see `open_dataset`.
 
@@ -235,8 +235,8 @@ class _Assembly(Generic[_Made]):
     """One batch while it is put together.
 
     Args:
-        context: of the run.
-        request: which batch.
+        context: context of the run.
+        request: address of the batch.
         make: makes the views, or the pixels to render them from.
     """
 
@@ -326,7 +326,7 @@ class _Assembly(Generic[_Made]):
     def _replace(
         self, made: _Made, failures: dict[int, str], known: dict[int, Replacement]
     ) -> tuple[_Made, dict[int, str]]:
-        """Replace the failed images by others; return what is made now, and which images failed again."""
+        """Replace the failed images by others; return the new results, and the images that failed again."""
         for index, reason in sorted(failures.items()):
             self._replace_id(index, reason, known.get(index))
         rows = np.array(sorted(failures), dtype=np.int64)

@@ -64,7 +64,7 @@ class StreamStats:
         """Count a batch that the trainer took after waiting for `seconds`.
 
         Args:
-            seconds: of waiting.
+            seconds: seconds of waiting.
             since_start: seconds since the first request; None: as many as `seconds`.
         """
         if self.num_batches == 0:

@@ -27,8 +27,8 @@ class Team:
     run in step load all members equally, without bursts.
 
     Args:
-        title: of one member.
-        handles: of the members.
+        title: title of one member.
+        handles: handles of the members.
         rank: this trainer.
         num_ranks: trainers that share the members.
     """

@@ -102,7 +102,7 @@ class ViewStream:
         """Guards everything below."""
         self._pending: dict[int, _Pending] = {}
         self._calls: dict[Any, _Call] = {}
-        """By reference of the result."""
+        """Calls in flight, by reference of the result."""
         self._probes: dict[Any, Member] = {}
         """Calls that end when a member that is down has recovered, by reference."""
         self._quarantined_ids: tuple[int, ...] = ()

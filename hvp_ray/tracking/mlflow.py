@@ -228,7 +228,7 @@ class MlflowFeed:
             if self._monitor._process is not None and self._monitor._process.is_alive():
                 return
             self._client.get_run(self.run_id)  # raises during an outage, in which the monitor would begin at step 0
-            self._monitor.finish()  # sends what it has left
+            self._monitor.finish()  # sends the rest
         self._monitor = SystemMetricsMonitor(
             self.run_id,
             sampling_interval=5,

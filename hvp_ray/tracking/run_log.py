@@ -106,7 +106,7 @@ def read_records(run_dir: Path, name: str, *, dropped: bool = False) -> Iterator
 
     Args:
         run_dir: the run's folder.
-        name: of the file; may be a glob pattern (`unreadable-rank-*`).
+        name: name of the file; may be a glob pattern (`unreadable-rank-*`).
         dropped: yield those that a resume dropped too.
     """
     return (record for _, record in read_records_after(run_dir, name, START, dropped=dropped))
