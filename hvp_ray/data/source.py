@@ -1,4 +1,4 @@
-"""What a data source is, and how `data.source` names one.
+"""The interface of data sources, and opening the one that `data.source` names.
 
 A source returns encoded images by sample id. Every process that reads (view workers, evaluation) opens it anew, so it keeps
 little state and is never sent.

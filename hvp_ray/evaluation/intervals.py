@@ -78,7 +78,7 @@ def paired_difference(
 
     It covers the seeds: initial weights, order and views of pretraining. It assumes normally distributed differences, which
     a few seeds cannot show. It does not cover the test set: all seeds share the test images, so an advantage on these images
-    only goes unnoticed. With 2 or 3 seeds the interval is wide (t = 12.7 and 4.3 standard errors), and rightly so.
+    only goes unnoticed. With 2 or 3 seeds the interval is wide (t = 12.7 and 4.3 standard errors), as it should be.
 
     Raises:
         ConfigError: the level is out of range.

@@ -41,7 +41,7 @@ class ViewTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contrast:
-    """What a part of a step contrasts with, if gradients are accumulated and the loss is not per sample."""
+    """Features that a part of a step contrasts with, if gradients are accumulated and the loss is not per sample."""
 
     features: Float[Tensor, "parts slots batch dim"]
     """`Method.contrast_features` of all parts of the step on this rank."""
@@ -80,7 +80,7 @@ class StepPosition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """What a method needs to know of the other trainers."""
+    """The information about the other trainers that a method needs."""
 
     rank: int = 0
     gather: Callable[[Tensor], Tensor] = lambda values: values[None]

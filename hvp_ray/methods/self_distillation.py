@@ -1,4 +1,4 @@
-"""What DINO and iBOT share: a teacher that follows the student, and cross-entropies over prototypes.
+"""Common parts of DINO and iBOT: a teacher that follows the student, and cross-entropies over prototypes.
 
 Legend: A teacher views, V student views, G global views, L local views, B images, K prototypes, P pairs, k local views
 trained on.

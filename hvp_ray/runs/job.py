@@ -49,7 +49,7 @@ class RunJob:
 
     @property
     def location(self) -> str:
-        """The run's folder as all processes and people know it: path or URI."""
+        """The run's folder for all processes and for messages: path or URI."""
         return self.run_uri or str(self.run_dir)
 
     @property

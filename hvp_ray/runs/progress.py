@@ -1,4 +1,4 @@
-"""How far and how fast a run is; imports nothing heavy, because the board imports it."""
+"""Progress and speed of a run. Imports nothing slow, because the board imports it."""
 
 import time
 from collections.abc import Callable

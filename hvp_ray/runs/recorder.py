@@ -1,4 +1,4 @@
-"""What is recorded while a run trains. Every rank logs its decisions on images; rank 0 records everything else."""
+"""Records a run while it trains. Every rank logs its decisions on images; rank 0 records everything else."""
 
 import math
 import time
@@ -29,7 +29,7 @@ Numbers = dict[str, float | list[float]]
 
 
 class RankRecorder:
-    """The recorder of every rank but 0, and what all ranks do; implements `loop.LoopObserver`. A context manager."""
+    """The recorder of all ranks but 0, and base of rank 0's; implements `loop.LoopObserver`. A context manager."""
 
     def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
         self._rank = rank

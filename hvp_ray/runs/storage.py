@@ -1,7 +1,7 @@
 """A run's folder on a bucket, and each rank's working copy of it on the local disk.
 
 A rank reads and writes files in its working copy as if it were the run's folder. Checkpoints alone go straight to the bucket
-(`checkpoint.py`) and are never here. Three promises:
+(`checkpoint.py`) and are never here. Three guarantees:
 
 - What a checkpoint presupposes (the log up to its step, with the decisions of every rank) is on the bucket before its
   manifest is. `recorder.push_on_all_ranks` pushes before each commit.

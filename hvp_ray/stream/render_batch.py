@@ -47,10 +47,10 @@ _NOT_BY_CHANCE = 1e-9
 """If no image was readable so far, a batch fails once damage within the limit makes that less probable than this."""
 
 _Made = TypeVar("_Made", RenderedBatch, DecodedImages)
-"""What a batch is made into: views, or the pixels to render them from."""
+"""Content of a batch: views, or the pixels to render them from."""
 
 _Make = Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made]
-"""Maps encoded images and their global and local plans to what is made of them."""
+"""Maps encoded images and their global and local plans to the content of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

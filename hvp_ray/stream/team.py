@@ -23,7 +23,7 @@ class Member:
 class Team:
     """Interchangeable actors, used in turn.
 
-    Trainers do not know each other's calls. Each starts at its own member, evenly spread, and goes round. So trainers that
+    Trainers do not know each other's calls. Each starts at another member, evenly spread, and goes round. So trainers that
     run in step load all members equally, without bursts.
 
     Args:

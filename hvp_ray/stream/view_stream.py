@@ -1,6 +1,6 @@
 """A trainer's stream of batches from a pool of view workers.
 
-What it promises:
+Guarantees:
 - Order: `next_batch` returns the batches in step order, each exactly once.
 - Back-pressure: at most `batches_in_flight` requests are submitted and not yet taken. One batch is copied to the device
   ahead of its step; other finished batches wait in the object store. So the device holds two batches, the next one and the
