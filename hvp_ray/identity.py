@@ -20,7 +20,7 @@ from hvp_ray.errors import CheckpointError, first_line
 
 
 class Effect(Enum):
-    """What a field of the config may change."""
+    """The effect that a field of the config may have."""
 
     WEIGHTS = auto()
     """A bit of the weights: its value is part of the identity."""
@@ -126,7 +126,7 @@ def effect_of(name: str) -> Effect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolved:
-    """What the settings of a run result in; made by `runs.prepare.resolve`, once for all runs of a comparison."""
+    """Values that a run's settings result in; made by `runs.prepare.resolve`, once for all runs of a comparison."""
 
     renderer: RendererName
     device: str
@@ -143,12 +143,12 @@ class Resolved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What must be equal for two runs to be the same run, as plain values by name."""
+    """Facts that must be equal for two runs to be the same run, as plain values by name."""
 
     weights: dict[str, Any]
-    """What may change a bit of the weights."""
+    """Facts that may change a bit of the weights."""
     evaluation: dict[str, Any]
-    """What else the metrics depend on."""
+    """Further facts that the metrics depend on."""
 
     @property
     def digest(self) -> str:

@@ -92,7 +92,7 @@ class Checked:
     __slots__ = ()
 
     path: ClassVar[str] = ""
-    """Name of the section in a `RunConfig`. Empty: the section stands in several places."""
+    """Name of the section in a `RunConfig`. Empty: the section occurs in several places."""
 
     def __post_init__(self) -> None:
         """Check this section, unless its checks are deferred."""

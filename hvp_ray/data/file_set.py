@@ -64,7 +64,7 @@ class FileSet:
         self._lock = threading.Lock()
         self._last_change = 0
         self.leftovers = Leftovers()
-        """What was not listed; empty for a pattern."""
+        """Entries that were not listed; empty for a pattern."""
         self.num_bytes_read = 0
         """Bytes that the storage has returned."""
         path, mark, query = location.partition("?") if self.is_remote else (location, "", "")
@@ -94,7 +94,7 @@ class FileSet:
 
     @property
     def state(self) -> str:
-        """Where the files are and when one last changed: the key of a cache of their content."""
+        """Location and last change of the files: the key of a cache of their content."""
         return f"{self.location} {self._root} {self._last_change}"
 
     def names(self, *suffixes: str) -> list[str]:

@@ -35,7 +35,7 @@ class LabelledPixels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuneSettings:
-    """How to fine-tune."""
+    """Settings of `fine_tune`."""
 
     epochs: int = 30
     """Passes over the training images."""
@@ -98,7 +98,7 @@ def fine_tune(
 
     Source: automl/hvp run_pipeline.py (AdamW, weight decay 0.05, cosine, rate x B / 256).
     Differs: its rate is set per data set (5e-6 to 5e-4, for 100 to 300 epochs at 224 px). Crops come from the centre crop
-        rather than from the whole image, and a crop that would stick out is made smaller instead of drawn again.
+        rather than from the whole image, and a crop that would stick out is made smaller instead of redrawn.
     """
     counts = [len(training.pixels), len(training.labels), len(test.pixels), len(test.labels)]
     if counts[0] < 2 or counts[0] != counts[1] or not counts[2] or counts[2] != counts[3]:

@@ -86,7 +86,7 @@ class ProbeData:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ProbeResult:
-    """What the final classifier does on the test images."""
+    """Results of the final classifier on the test images."""
 
     correct: NDArray[np.bool_]
     """[M], for each test image."""

@@ -201,7 +201,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
 
 
 _ALLOWED_ARGUMENTS = {"channels", "dynamic_img_size", *_TRANSFORMER_OPTIONS.values()}
-"""What `backbone_arguments` writes."""
+"""Names of the arguments that `backbone_arguments` writes."""
 
 
 def _described_network(path: Path, metadata: dict[str, str], *, num_tensors: int) -> tuple[str, dict[str, Any]]:

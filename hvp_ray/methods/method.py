@@ -46,7 +46,7 @@ class Contrast:
     features: Float[Tensor, "parts slots batch dim"]
     """`Method.contrast_features` of all parts of the step on this rank."""
     part: int
-    """Which of them is being trained on."""
+    """Index of the part that is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

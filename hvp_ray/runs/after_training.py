@@ -78,7 +78,7 @@ class AfterTraining:
         elif may_continue and (finished := run_dir / "summary.json").exists():
             known = {"summary": json.loads(finished.read_text())}  # evaluated again, for a comparison
         self.summary: dict[str, Any] = known.get("summary", summary)
-        """What training measured, in the attempt that did the last step."""
+        """Measurements of training, from the attempt that did the last step."""
         self.problems = problems
         problems[:0] = known.get("problems", [])
         self._survived: list[str] = known.get("survived", [])

@@ -34,7 +34,7 @@ class RunJob:
     config: RunConfig
     run_name: str
     run_dir: Path
-    """Where this process reads and writes the run's files: the run's folder, or a working copy of it on this machine."""
+    """Folder of the run's files for this process: the run's folder, or a working copy of it on this machine."""
     run_uri: str | None = None
     """The run's folder on a bucket; None: it is `run_dir`, which all trainers see."""
     run_identity: str
@@ -60,7 +60,7 @@ class RunJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankServices:
-    """What the launcher provides to a rank."""
+    """Services that the launcher provides to a rank."""
 
     open_stream: OpenStream
     report_progress: ReportProgress
@@ -90,7 +90,7 @@ class OpenedRank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoredRank:
-    """What a rank trains with, at the state of its newest checkpoint or at the start."""
+    """Objects that a rank trains with, at the state of its newest checkpoint or at the start."""
 
     trainee: Trainee
     steps: RunSteps

@@ -52,7 +52,7 @@ class KnnDuringTraining:
         interval: int,
         steps: RunSteps,
     ) -> None:
-        """Submit again the snapshots that an earlier attempt left without an answer.
+        """Resubmit the snapshots that an earlier attempt left without an answer.
 
         Args:
             log: takes the answers.

@@ -17,7 +17,7 @@ class RunSteps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """What is shown while a run trains."""
+    """Values that are shown while a run trains."""
 
     steps_done: int
     num_steps: int
@@ -41,7 +41,7 @@ class StepClock:
         self._wait_seconds = wait_seconds
         self.num_steps = 0
         self.started_at = 0.0
-        """When the first batch arrived."""
+        """Time at which the first batch arrived."""
         self._last_step_at = 0.0
 
     def start_step(self) -> None:

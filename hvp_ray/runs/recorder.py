@@ -91,7 +91,7 @@ class RunRecorder(RankRecorder):
         self._stats = restored.stream.stats
         self.collapse = CollapseWatch()
         self.problems: list[str] = []
-        """What failed so far, one sentence each."""
+        """Failures so far, one sentence each."""
         self._selection_log = SelectionLogWriter(
             restored.log, config, run_name=rank.job.run_name, steps_per_epoch=steps.steps_per_epoch
         )

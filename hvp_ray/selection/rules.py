@@ -28,7 +28,7 @@ from hvp_ray.views.geometry import crop_iou
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuleInput:
-    """What a rule may read about the images of one rank's step."""
+    """Inputs of a rule: facts about the images of one rank's step."""
 
     candidates: Candidates
     num_images: int

@@ -55,7 +55,7 @@ _Make = Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderContext:
-    """What all batches of a run share."""
+    """Objects that all batches of a run share."""
 
     seed: int
     source: Source

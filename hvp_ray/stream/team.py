@@ -15,7 +15,7 @@ class Member:
     num_calls: int = 0
     """Requests of this trainer that it serves now."""
     probe_after: float = 0.0
-    """When to probe it next while it is down, in seconds of `time.perf_counter`."""
+    """Time of the next probe while it is down, in seconds of `time.perf_counter`."""
     lost: str | None = None
     """Why it never recovers; None: it may."""
 

@@ -7,7 +7,7 @@ Guarantees:
   one in use, which the trainer drops before it takes the next.
 - One reference per request: with view finishers (`cluster.ship=pixels`) a worker decodes and a finisher beside the trainer
   renders. The calls are chained, and only the result of the last one is watched.
-- Retries: if an actor dies, is unavailable or late, or an object is lost, the whole request is submitted again, to other
+- Retries: if an actor dies, is unavailable or late, or an object is lost, the whole request is retried, on other
   actors if any are up. A request is a pure address, so the retried batch has the same bits.
 - Lost actors: if the constructor of an actor raises (its code is missing, the data has changed), Ray does not restart it. The
   stream warns and uses the others. Without others `next_batch` raises `StageError` with the reason.
@@ -306,7 +306,7 @@ class ViewStream:
         self._changed.notify_all()
 
     def _fail(self, call: _Call, error: Exception) -> None:
-        """Record the actor that failed. `_submit_waiting` submits the request again.
+        """Record the actor that failed. `_submit_waiting` retries the request.
 
         Raises:
             HvpRayError: a retry does not help.
@@ -365,7 +365,7 @@ class ViewStream:
                 raise StageError(f"no {team.title} is left: {member.lost}")
 
     def _retry_late(self) -> None:
-        """Submit a request again if its newest call takes much longer than usual."""
+        """Retry a request if its newest call takes much longer than usual."""
         typical = self.stats.typical_seconds()
         if typical is None:
             return
@@ -379,7 +379,7 @@ class ViewStream:
             if pending is None or pending.batch is not None or seconds <= limit:
                 continue
             if self._submit(pending, late=[member for call in calls for member in call.members]):
-                logger.warning("step %d is late (%.1f s) and was submitted again", step, seconds)
+                logger.warning("step %d is late (%.1f s) and was retried", step, seconds)
 
     def _describe_stall(self) -> str:
         return (
