@@ -31,7 +31,7 @@ _GCS_PATIENCE = "retry_limit_seconds=60"
 """Limit on Google's own retries, without which an attempt takes 15 minutes to fail."""
 
 _BUCKETS = ("s3", "gcs", "abfs")
-"""Storages that need no folder before a file."""
+"""Storages in which a file needs no existing folder."""
 
 
 class StorageError(OSError):
@@ -115,7 +115,7 @@ class Folder:
     """
 
     def __init__(self, location: str, *, option: str = "run.output", pauses: tuple[float, ...] | None = None) -> None:
-        """Open it.
+        """Open the folder.
 
         Args:
             location: a path or a URI.
@@ -257,7 +257,7 @@ class OpenFile:
     def __init__(
         self, filesystem: pafs.FileSystem, path: str, *, size: int, shown: str, count: Callable[[int], None]
     ) -> None:
-        """Open it.
+        """Open the file.
 
         Args:
             filesystem: file system of the file.

@@ -37,7 +37,7 @@ _EXIF = b"Exif\x00\x00"
 _MAX_EXIF_BYTES = 65_536
 _ROWS_PER_BLOCK_PIXELS = 2**20
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
-"""Formats that PIL may open: images only, and none that runs another program."""
+"""Formats that PIL may open: only images, without formats that run another program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,7 +47,7 @@ class FileSet:
         """List the files.
 
         Args:
-            location: a path, or a URI (s3://, gs://, hf://, file://, whatever pyarrow.fs knows).
+            location: a path, or a URI (s3://, gs://, hf://, file://, or another of pyarrow.fs).
             suffixes: endings (in lower case) of the files to list in a folder on this machine.
             recursive: also those in folders of the folder.
             option: setting that gave it, for messages.

@@ -281,7 +281,7 @@ def _digested(name: str, num_bytes: int, summary: FileSummary) -> bytes:
 
 
 def _refuse_splits(files: FileSet, names: list[str]) -> None:
-    """Check that images of a training split and of another one are not trained on together.
+    """Check that a source does not mix images of a training split with those of another split.
 
     Raises:
         DataError: some files are of the training split by their names, and others of another one.

@@ -35,7 +35,7 @@ def label_problem(schema: pa.Schema, column: str) -> str:
 
 
 def missing_column(schema: pa.Schema, column: str) -> str:
-    """Return that a file has no column of this name, or several, as a part of a sentence about it."""
+    """Describe that a file has no column of this name, or several, as a part of a sentence about it."""
     count = schema.names.count(column)
     shown = f"{schema.names[:20]}{' and more' if len(schema.names) > 20 else ''}"
     return f" has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {shown}"

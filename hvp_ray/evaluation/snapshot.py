@@ -1,4 +1,4 @@
-"""Evaluate snapshots of an encoder by k-NN during training. Knows neither Ray nor the trainer."""
+"""Evaluate snapshots of an encoder by k-NN during training. Imports neither Ray nor the trainer."""
 
 import dataclasses
 

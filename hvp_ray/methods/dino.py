@@ -44,7 +44,7 @@ class Dino(Method):
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """Student and teacher."""
+        """The encoders of student and teacher."""
         return [self.backbone, self.teacher_backbone]
 
     @property

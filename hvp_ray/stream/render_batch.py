@@ -1,6 +1,6 @@
 """Make a batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
 
-View workers call this; it knows no Ray, and `InlineBatches` calls it in the trainer's process. `decode_batch` and
+View workers call this. It does not use Ray, and `InlineBatches` calls it in the trainer's process. `decode_batch` and
 `finish_batch` split the work between two processes, with the same bits as `render_batch`.
 """
 
@@ -123,7 +123,7 @@ def render_batch(context: RenderContext, request: BatchRequest, *, worker: str =
 def decode_batch(
     context: RenderContext, request: BatchRequest, *, worker: str = "inline"
 ) -> tuple[BatchDraft, DecodedImages]:
-    """Return everything of `render_batch` but the views, and the pixels to render them from.
+    """Return the result of `render_batch` without the views, and the pixels to render them from.
 
     Raises:
         DataError: see `render_batch`.
@@ -257,7 +257,7 @@ class _Assembly(Generic[_Made]):
         """Images that failed -> why."""
 
     def fill(self) -> _Made:
-        """Make everything; replace until nothing fails."""
+        """Make the batch; replace images until none fails."""
         known = {replacement.index: replacement for replacement in self._request.known_replacements}
         ids = self.sample_ids.tolist()
         failures = {index: CRASHES_DECODER for index, i in enumerate(ids) if i in self._request.quarantined_ids}

@@ -1,4 +1,4 @@
-"""Choose the actor that serves a trainer's next request. Knows no Ray."""
+"""Choose the actor that serves a trainer's next request. Imports no Ray."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

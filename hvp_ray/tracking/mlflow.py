@@ -2,7 +2,7 @@
 
 The thread reads new records of metrics and evaluations, sends them in batches, and continues after an outage. After every
 failure it looks the run up again, because a user may have deleted it in MLflow's page. It then creates a new run and sends
-everything. The server knows the last step that it has, so records that a resume rewrites are not sent twice.
+everything. The server reports the last step that it has, so records that a resume rewrites are not sent twice.
 
 `finish` waits a limited time for the rest. `catch_up` sends what is still missing, when the run is started again by its name.
 `mlflow.json` in the run's folder is the feed's state, replaced as a whole: the description of the run, its ids in MLflow, and
