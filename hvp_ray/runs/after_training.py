@@ -21,7 +21,7 @@ TRAINED = "trained.json"
 _MAX_DEATHS_IN_PART = 2
 """One death may be the machine's fault."""
 MAX_DEATHS = 3
-"""After this many deaths, run only parts that survived once. Launchers grant this many restarts, so the run finishes."""
+"""After this many deaths, run only parts that survived once. Launchers grant this many restarts, so a run finishes."""
 
 Result = TypeVar("Result")
 
