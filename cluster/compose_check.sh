@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test the compose cluster: build and start it, submit hard-view and random-view runs from a client container and from the
 # host, try to access it without credentials, kill a view node and a trainer node during a run, stop MLflow for a minute.
-# Then compare weights and curves. Needs a Docker engine and compose; without them it prints so and ends with 0.
+# Then compare weights and curves. Needs a Docker engine and compose; without them it skips everything and ends with 0.
 #
 #   cluster/compose_check.sh            builds and checks everything, then removes it (about 20 minutes on 2 cores)
 #   KEEP=1 cluster/compose_check.sh     leaves the cluster running
@@ -20,7 +20,7 @@ if docker compose version > /dev/null 2>&1; then
 elif command -v docker-compose > /dev/null; then
     compose=(docker-compose)
 else
-    echo "compose_check: skipped: neither docker compose nor docker-compose is here"
+    echo "compose_check: skipped: neither docker compose nor docker-compose is installed"
     exit 0
 fi
 export COMPOSE_PROJECT_NAME=hvpcheck
@@ -38,7 +38,7 @@ fail() {
     exit 1
 }
 on_head() { docker exec --interactive "$(docker ps -q --filter "label=com.docker.compose.project=$COMPOSE_PROJECT_NAME" \
-    --filter label=com.docker.compose.service=head)" cluster/with_secrets.sh "$@"; } # not by compose, which takes its time
+    --filter label=com.docker.compose.service=head)" cluster/with_secrets.sh "$@"; } # not by compose, which is slow
 client() { "${compose[@]}" run --rm -T client "$@"; }
 containers() { "${compose[@]}" ps -q "$1"; }
 

@@ -27,7 +27,7 @@ export RAY_USAGE_STATS_REPORT_URL=${RAY_USAGE_STATS_REPORT_URL:-http://127.0.0.1
 token=${RAY_AUTH_TOKEN_PATH:-${HOME:-}/.ray/auth_token}
 if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$token" ]; then
     echo "start_node.sh: no token in $token: make one on one machine, (umask 077; RAY_AUTH_MODE=token ray get-auth-token" \
-        "--generate), and copy it to ~/.ray/auth_token on every node and to whoever submits" >&2
+        "--generate), and copy it to ~/.ray/auth_token on every node and on every machine that submits jobs" >&2
     exit 2
 fi
 

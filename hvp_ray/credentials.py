@@ -1,4 +1,4 @@
-"""Passwords, keys and tokens never stand in a URI of a run: it is written to config.json, to logs and to MLflow.
+"""Refuse passwords, keys and tokens in URIs, because URIs are written to config.json, to logs and to MLflow.
 
 Called for every setting that may be a URI (`config/`), and for every URI that is opened (`files.py`).
 """
@@ -28,26 +28,26 @@ def refuse_credentials(path: str, location: str | None) -> None:
     """Refuse a password, key or token in a URI: it would be written to config.json, to logs and to MLflow.
 
     Args:
-        path: what the location was given by, for the message.
+        path: setting that gave the location, for the message.
         location: a path or a URI. None: nothing was given.
 
     Raises:
-        ConfigError: there is one. The message says where it belongs, and does not repeat the URI.
+        ConfigError: the URI has one. The message names the right place for it, and does not repeat the URI.
     """
     scheme, mark, rest = (location or "").partition("://")
     if not mark:
         return
     scheme = scheme.lower()
     before_query, _, query = rest.partition("?")
-    # A secret that was pasted as it is may hold slashes, so the whole path is looked at, and not the host alone.
+    # A pasted secret may contain slashes, so the search covers the whole path and not only the host.
     named = (
         before_query.partition("/")[0] if scheme in ("file", "hdfs") or scheme.startswith("sqlite") else before_query
     )
-    is_user_secret = scheme in ("s3", "http", "https")  # access keys and tokens stand there without a colon
+    is_user_secret = scheme in ("s3", "http", "https")  # access keys and tokens have no colon there
     has_user = "@" in (named.partition("/")[0] if is_user_secret else "") or re.match(r"[^@]*:(?!\d+/)[^@]*@", named)
     parameters = [name for name, value in parse_qsl(query) if _SECRET_PARAMETERS.search(name) or "@" in value]
     if has_user or parameters:
-        what = f"the parameter {parameters[0]!r}" if parameters else "what stands before the @"
+        what = f"the parameter {parameters[0]!r}" if parameters else "the part before the @"
         place = place_of_credentials(scheme) or "in the environment of the processes"
         raise ConfigError(
             f"{path} carries credentials ({what}), and it is written to logs, to config.json and to MLflow; take them out of "
@@ -56,5 +56,5 @@ def refuse_credentials(path: str, location: str | None) -> None:
 
 
 def place_of_credentials(scheme: str) -> str | None:
-    """Return where the credentials of a kind of storage or server belong, for messages; None: not known."""
+    """Return where the credentials of a kind of storage or server belong, for messages; None: unknown."""
     return _PLACES_OF_CREDENTIALS.get(scheme.partition("+")[0])

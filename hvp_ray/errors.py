@@ -1,4 +1,4 @@
-"""The errors of hvp_ray. Every message says what was expected, what was found and what to do."""
+"""The errors of hvp_ray. Every message states what happened, what was expected and what to do next."""
 
 
 class HvpRayError(Exception):

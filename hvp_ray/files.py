@@ -2,7 +2,7 @@
 
 One layer for everything that reads or writes files by location: `Folder` for whole files, `OpenFile` for ranges of bytes.
 Storage failures leave this file as OSError, and URIs are retried with a warning (`retried`). A URI that cannot be used is a
-ConfigError that names the way out.
+ConfigError that names the remedy.
 """
 
 import logging
@@ -25,13 +25,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _PAUSES_SECONDS = (1.0, 3.0, 10.0)
-"""Between attempts at a URI. The libraries behind pyarrow retry for some seconds within each attempt."""
+"""Retry delays for a URI. The libraries behind pyarrow also retry for some seconds within each attempt."""
 
 _GCS_PATIENCE = "retry_limit_seconds=60"
-"""Without it an attempt takes 15 minutes to fail."""
+"""Limit on Google's own retries, without which an attempt takes 15 minutes to fail."""
 
 _BUCKETS = ("s3", "gcs", "abfs")
-"""Storages that need no folder before a file."""
+"""Storages in which a file needs no existing folder."""
 
 
 class StorageError(OSError):
@@ -115,7 +115,7 @@ class Folder:
     """
 
     def __init__(self, location: str, *, option: str = "run.output", pauses: tuple[float, ...] | None = None) -> None:
-        """Open it.
+        """Open the folder.
 
         Args:
             location: a path or a URI.
@@ -154,14 +154,14 @@ class Folder:
         self._retried(lambda: self._write(name, content), f"writing {place_in(self.location, name)}")
 
     def delete(self, name: str) -> None:
-        """Delete a file; it may be gone already."""
+        """Delete a file; a missing one is no error."""
         try:
             self._retried(lambda: self._filesystem.delete_file(f"{self._root}/{name}"), f"deleting {self.location}")
         except FileNotFoundError:
             pass
 
     def delete_all(self) -> None:
-        """Delete the folder and what is in it; it may be gone already."""
+        """Delete the folder and its content; a missing one is no error."""
         try:
             self._retried(lambda: self._filesystem.delete_dir(self._root), f"deleting {self.location}")
         except FileNotFoundError:
@@ -192,11 +192,11 @@ class Folder:
 
 
 def retried(action: Callable[[], T], what: str, *, pauses: tuple[float, ...] | None = None) -> T:
-    """Do it, and again after each of the pauses while the storage fails.
+    """Call `action`; while the storage fails, retry after each of the pauses.
 
     Args:
-        action: may be done twice.
-        what: for the warning.
+        action: function that may run more than once.
+        what: description of the action, for the warning.
         pauses: seconds; None: those of this file.
 
     Raises:
@@ -211,7 +211,7 @@ def retried(action: Callable[[], T], what: str, *, pauses: tuple[float, ...] | N
         except (OSError, pa.ArrowException) as error:
             if pause is None:
                 raise error if isinstance(error, OSError) else OSError(first_line(error)) from error
-            logger.warning("%s: %s; tried again in %g s", what, first_line(error), pause)
+            logger.warning("%s: %s; retrying in %g s", what, first_line(error), pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
@@ -257,11 +257,11 @@ class OpenFile:
     def __init__(
         self, filesystem: pafs.FileSystem, path: str, *, size: int, shown: str, count: Callable[[int], None]
     ) -> None:
-        """Open it.
+        """Open the file.
 
         Args:
-            filesystem: where it is.
-            path: in the file system.
+            filesystem: file system of the file.
+            path: its path there.
             size: bytes, as listed.
             shown: path or URI, for messages.
             count: called with the number of bytes of each read.
@@ -277,7 +277,7 @@ class OpenFile:
             handler = getattr(filesystem, "handler", None)
             self._raw: Any
             if isinstance(handler, pafs.FSSpecHandler):
-                # fsspec's files read megabytes ahead of every small range unless told not to.
+                # fsspec's files prefetch megabytes for every small range by default.
                 self._raw = handler.fs.open(path, "rb", cache_type="none")
             else:
                 self._raw = filesystem.open_input_file(path)
@@ -288,7 +288,7 @@ class OpenFile:
         """Return `num_bytes` bytes from `offset` on.
 
         Raises:
-            StorageError: the storage failed, or the file ends before.
+            StorageError: the storage failed, or the file ends early.
         """
         try:
             content = self._read(offset, num_bytes)

@@ -20,7 +20,7 @@ from hvp_ray.errors import CheckpointError, first_line
 
 
 class Effect(Enum):
-    """What a field of the config may change."""
+    """The effect that a field of the config may have."""
 
     WEIGHTS = auto()
     """A bit of the weights: its value is part of the identity."""
@@ -126,7 +126,7 @@ def effect_of(name: str) -> Effect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolved:
-    """What the settings of a run result in; made by `runs.prepare.resolve`, once for all runs of a comparison."""
+    """Values that a run's settings result in; made by `runs.prepare.resolve`, once for all runs of a comparison."""
 
     renderer: RendererName
     device: str
@@ -138,17 +138,17 @@ class Resolved:
     initial_weights: str | None
     """See `file_digest`."""
     torch_version: str
-    """With build, for instance 2.13.0+cu130."""
+    """Version of torch with its build, for instance 2.13.0+cu130."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What must be equal for two runs to be the same run, as plain values by name."""
+    """Facts that must be equal for two runs to be the same run, as plain values by name."""
 
     weights: dict[str, Any]
-    """What may change a bit of the weights."""
+    """Facts that may change a bit of the weights."""
     evaluation: dict[str, Any]
-    """What else the metrics depend on."""
+    """Further facts that the metrics depend on."""
 
     @property
     def digest(self) -> str:
@@ -192,8 +192,8 @@ def recorded_difference(
     """Return how a recorded run differs from the run of this identity; empty: they are one run.
 
     Args:
-        content: of a config.json.
-        config: of the run that `identity` is of.
+        content: content of a config.json.
+        config: config of the run that `identity` belongs to.
         identity: compared with the recorded one.
         path: of config.json, for messages.
         ignored: names of parts that need not be equal.

@@ -1,6 +1,6 @@
 """Format of the log lines of trainers and view workers: time, level, run, process and step.
 
-    2026-11-24 12:00:00 WARNING run=NAME rank=0 step=123 hvp_ray.stream.view_stream: view worker 1 is gone ...
+    2026-11-24 12:00:00 WARNING run=NAME rank=0 step=123 hvp_ray.stream.view_stream: view worker 1 died ...
     2026-11-24 12:00:00 WARNING run=NAME worker=view-worker-1 step=125 hvp_ray.stream.render_batch: ...
 
 They go to the standard error of the process, which Ray keeps as a file of the session (`ray logs`). `step` counts from 0,
@@ -24,7 +24,7 @@ def note_step(step: int) -> None:
 
 
 def set_up_logging(*, run: str, origin: str) -> None:
-    """Write what `hvp_ray` logs in this process, from INFO on, in the format of this module. Calling it again replaces.
+    """Write what `hvp_ray` logs in this process, from INFO on, in the format of this module; replaces an earlier setup.
 
     Args:
         run: the run's name.
@@ -36,8 +36,8 @@ def set_up_logging(*, run: str, origin: str) -> None:
             logger.removeHandler(handler)
     logger.addHandler(_WorkerLogHandler(run, origin))
     logger.setLevel(logging.INFO)
-    # Ray Train has handlers of its own on the root: its file of JSON lines keeps our records, with the same three values;
-    # its console would write them a second time.
+    # Ray Train has handlers of its own on the root. Its file of JSON lines keeps our records with these values. Its
+    # console would write them a second time, so filter it.
     for handler in logging.getLogger().handlers:
         is_console = isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
         if is_console and not any(isinstance(known, _OfOthers) for known in handler.filters):
@@ -60,15 +60,15 @@ class _Origin(logging.Filter):
         self._origin = origin
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let everything pass."""
+        """Add the values; keep every record."""
         record.run, record.origin = self._run, self._origin
         record.step = "-" if _step is None else _step
         return True
 
 
 class _OfOthers(logging.Filter):
-    """Lets pass what is not ours."""
+    """Keeps only the records of other packages."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Look at the logger's name."""
+        """Return whether the logger is outside hvp_ray."""
         return record.name != PACKAGE and not record.name.startswith(f"{PACKAGE}.")

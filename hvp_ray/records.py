@@ -194,7 +194,7 @@ class BatchFacts:
     worker: str
     """Name of the view worker."""
     crashing_ids: tuple[int, ...] = ()
-    """Images that crash a decoder's process, as far as this request searched for them and found new ones."""
+    """Images newly found to crash a decoder's process; empty if this request did not search for them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

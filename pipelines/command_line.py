@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 def exit_status(work: Callable[[], None], *, stopped: str = "stopped") -> int:
-    """Do the work of a program; return 0, or 1 after an error of ours, or 130 after Ctrl-C.
+    """Do the work of a program; return 0, or 1 after a `HvpRayError`, or 130 after Ctrl-C.
 
     Args:
         work: raises `HvpRayError` with a sentence for the user.
@@ -52,7 +52,7 @@ def parse_run(arguments: list[str], *, program: str, description: str) -> RunCon
     words = [{"true": "True", "false": "False", "none": "None"}.get(word, word) for word in rest]
     for index, word in enumerate(rest):
         if word == "none" and index and rest[index - 1].endswith("tracking.uri"):
-            words[index] = "none"  # a value of its own there
+            words[index] = "none"  # a value with its own meaning there
     with deferred_checks():  # the whole run is checked at once, so that messages have full paths
         parsed: RunConfig = tyro.cli(
             RunConfig,

@@ -176,7 +176,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     asked = None if options.views == "auto" else options.views
     connect(base, dataset, asked)
     mode, device = choose_mode(base.cluster, asked)
-    # One device for all runs: a run that decided alone might take another one than its neighbours.
+    # One device for all runs: a run that decides alone might choose another device.
     base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
 
     def measure(names: list[str]) -> dict[str, StepCost]:

@@ -137,7 +137,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--test-data", metavar="SOURCE",
         help="test images; default: the run's own if --data is the run's, else a held-out part")  # fmt: skip
     add("--intensity-range", nargs=2, type=float, metavar=("BLACK", "WHITE"),
-        help="of images with more than 8 bits a channel; default: the run's data.intensity_range")  # fmt: skip
+        help="black and white of images above 8 bits a channel; default: the run's data.intensity_range")  # fmt: skip
     add("--num-images", type=count, metavar="N", help="at most N training images; default: all")
     add("--num-test-images", type=count, metavar="N", help="at most N test images; default: all")
     add("--neighbours", nargs="+", type=count, default=[10, 20, 100, 200], metavar="K", help="default: 10 20 100 200")
@@ -171,7 +171,7 @@ def read_trained_on(run_dir: Path, config: RunConfig) -> TrainedOn:
         CheckpointError: config.json is damaged.
     """
     identity = _read_entry(run_dir, "identity")
-    fingerprint = identity.get("training data", identity.get("data fingerprint"))  # of earlier versions
+    fingerprint = identity.get("training data", identity.get("data fingerprint"))  # the key of earlier versions
     return TrainedOn(data=config.data, fingerprint=fingerprint if isinstance(fingerprint, str) else None)
 
 
@@ -263,7 +263,7 @@ class Evaluation:
         self.num_classes = len(np.unique(self.training.labels(self.training.sample_ids)))
 
     def describe(self) -> str:
-        """Return what is evaluated on what."""
+        """Describe the encoder and the images of the evaluation."""
         test_data = self.data.test_source or f"held-out part of {self.data.source}"
         remarks = "".join(f"\nremark    {remark}" for remark in self.remarks)
         return (

@@ -163,7 +163,7 @@ def show_finished(config: RunConfig) -> bool:
     say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
     sent = send_missing_records(config)
     if sent is not None:
-        say("MLflow lacked some records of it, which were sent now")
+        say("MLflow lacked some of its records; they have been sent")
         summary = sent
     location, uri = place_in(output_location(config), config.run.name), mlflow_location(config, local_output(config))[0]
     say(describe_result(summary, location, uri, size_px=config.views.global_views.size_px))

@@ -3,8 +3,8 @@
 python cluster/kubernetes/check_manifests.py [--crds FOLDER] FILE ...
 
 Built-in kinds are checked by kubernetes-validate, whose wheel holds the schemas of many versions of Kubernetes. Those of
-KubeRay are checked by `schemas/ray-v1.yaml`. Who has KubeRay's own definitions (`helm-chart/kuberay-operator/crds` in
-its repository) names their folder by --crds: then files and schema are compared with them too.
+KubeRay are checked by `schemas/ray-v1.yaml`. To compare files and schema with KubeRay's own definitions
+(`helm-chart/kuberay-operator/crds` in its repository), name their folder by --crds.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def load_documents(path: Path) -> list[dict[str, Any]]:
 
 
 def find_errors(document: dict[str, Any], *, crds: Path | None = None) -> list[str]:
-    """Return what is wrong with one document, as sentences with the place; empty: nothing.
+    """Return the errors of one document, a sentence each with the place. Empty: it is valid.
 
     Args:
-        document: what stands between two `---`.
+        document: content between two `---`.
         crds: folder with KubeRay's definitions.
     """
     kind = document.get("kind", "")
@@ -68,7 +68,7 @@ def load_schema() -> dict[str, Any]:
 
 @functools.cache
 def ray_validator(kind: str) -> Draft202012Validator:
-    """Return what checks a RayCluster, a RayJob or a Kustomization."""
+    """Return the validator of a RayCluster, a RayJob or a Kustomization."""
     schema = load_schema()
     definitions = schema_contents(
         f"kubernetes-json-schema/v{NEWEST_KUBERNETES}.0-local-strict/_definitions.json", NEWEST_KUBERNETES
@@ -81,7 +81,7 @@ def ray_validator(kind: str) -> Draft202012Validator:
 
 @functools.cache
 def crd_validator(folder: Path, kind: str) -> Draft202012Validator:
-    """Return what checks a kind by KubeRay's own definition, made strict."""
+    """Return a strict validator of a kind, made from KubeRay's own definition."""
     return Draft202012Validator(_strict(_crd_schema(folder, kind)))
 
 
@@ -115,7 +115,7 @@ def _crd_schema(folder: Path, kind: str) -> dict[str, Any]:
 
 
 def _strict(schema: Any) -> Any:
-    """Turn Kubernetes' OpenAPI into JSON Schema, where an object with named keys takes no others."""
+    """Turn Kubernetes' OpenAPI into JSON Schema, in which an object with named keys allows no others."""
     if isinstance(schema, list):
         return [_strict(part) for part in schema]
     if not isinstance(schema, dict):

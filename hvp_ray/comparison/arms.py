@@ -1,4 +1,4 @@
-"""Arms of a comparison. An arm changes how the views of a step are chosen, and nothing else.
+"""Arms of a comparison. An arm changes only how the views of a step are chosen.
 
 Arms of a seed share images, order, initial weights, and the crops of views that both render. Only `vanilla-long` differs in
 another way: it trains longer.
@@ -96,7 +96,7 @@ def hard_arm_of(arms: Sequence[Arm]) -> Arm:
     """Return the arm whose compute `vanilla-long` gets: `hardest`, else the first arm with hard views.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no arm has hard views.
     """
     hard = [arm for arm in arms if arm.selection["rule"] == "hardest"]
     if not hard:

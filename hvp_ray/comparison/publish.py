@@ -8,7 +8,7 @@ from hvp_ray.tracking.mlflow_store import ui_command
 
 
 def publish_report(study: Study, report: Report) -> str | None:
-    """Log the report; return a line that says where to see it. None: MLflow is off or unreachable.
+    """Log the report; return a line with the address of its page. None: MLflow is off or unreachable.
 
     The report stays in its folder. If the server is unreachable, the next start of the comparison publishes it.
     """

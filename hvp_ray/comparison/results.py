@@ -80,7 +80,7 @@ class Difference:
     question: str
     mean: float
     test: PairedDifference | None
-    """None: one seed says nothing about chance."""
+    """None: there is one seed, so there is no interval."""
 
     @property
     def verdict(self) -> str:
@@ -238,5 +238,5 @@ def describe_result(study: Study, result: MetricResult) -> str:
         return f"{result.title}: see the table ({seeds})."
     text = f"{result.title} on {study.base.recipe}, {seeds}: {'; '.join(parts)}."
     if len(study.seeds) < 5:
-        text += " With so few seeds only large effects can be told from chance."
+        text += " With so few seeds only large effects can be distinguished from chance."
     return text

@@ -84,7 +84,7 @@ def connect(base: RunConfig, dataset: Dataset, mode: Mode | None) -> None:
 
 
 def choose_mode(cluster: ClusterConfig, mode: Mode | None) -> tuple[Mode, Device]:
-    """Return how runs render, and what their trainers run on; both once for all runs of a comparison.
+    """Return mode and device, decided once for all runs of a comparison.
 
     Args:
         cluster: settings of all runs.

@@ -85,8 +85,8 @@ def measure_step_costs(
         dataset: data of `base`.
         device: device of the trainers.
         repeats: least number of turns.
-        at_least_seconds: least time of all measured steps together. Short steps need more turns: on a shared core hardly
-            one of 15 is undisturbed, and two measurements of the same steps gave ratios of 1.13 and 1.48.
+        at_least_seconds: least time of all measured steps together. Short steps need more turns, because on a shared
+            core hardly one of 15 is undisturbed. Two measurements of the same steps gave ratios of 1.13 and 1.48.
     """
     alone = dataclasses.replace(
         base,

@@ -162,7 +162,7 @@ def open_study(
 
 
 def settings_of(base: RunConfig, resolved: Resolved, accounting: Accounting) -> dict[str, Any]:
-    """Return by name everything that the metrics of a comparison depend on, but arm and seed."""
+    """Return by name everything that the metrics of a comparison depend on, except arm and seed."""
     identity = identity_of(base, resolved)
     shared = {name: value for name, value in identity.weights.items() if name != "run.seed"}
     return shared | identity.evaluation | {"accounting": accounting}

@@ -1,8 +1,8 @@
 """A run as a typed, frozen value: what recipes build, what the command line overrides, what is logged.
 
-`run_config.py` has the whole, one file each its sections. Ranges stand in the types of the fields and are checked on
-construction (`checks.py`). `None` means off, and the field says so. Nothing that is computed at run time is stored
-here. `hvp_ray/identity.py` says which fields may change a bit of the result.
+`run_config.py` has the whole config, and every section has a file. The types of the fields hold their ranges, which are
+checked on construction (`checks.py`). `None` means off, and the field says so. Nothing that is computed at run time is
+stored here. `hvp_ray/identity.py` says which fields may change a bit of the result.
 """
 
 from hvp_ray.config.checks import (

@@ -73,7 +73,7 @@ class Location:
         return bool(value)
 
     def __str__(self) -> str:
-        """Return what the text stands for."""
+        """Return the meaning of the text, for messages."""
         return self.meaning
 
 
@@ -92,7 +92,7 @@ class Checked:
     __slots__ = ()
 
     path: ClassVar[str] = ""
-    """Name of the section in a `RunConfig`. Empty: the section stands in several places."""
+    """Name of the section in a `RunConfig`. Empty: the section occurs in several places."""
 
     def __post_init__(self) -> None:
         """Check this section, unless its checks are deferred."""
@@ -103,7 +103,7 @@ class Checked:
         """Check conditions across fields.
 
         Args:
-            prefix: what stands before the names of the fields in messages, for instance `views.`.
+            prefix: prefix of the field names in messages, for instance `views.`.
 
         Raises:
             ConfigError: a condition does not hold; see `require`.
@@ -128,7 +128,7 @@ def check(section: Checked, prefix: str) -> None:
 
     Args:
         section: a frozen dataclass.
-        prefix: what stands before the names of its fields in messages, for instance `views.`.
+        prefix: prefix of its field names in messages, for instance `views.`.
 
     Raises:
         ConfigError: a value does not fit its field, or carries credentials.
@@ -193,5 +193,5 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _rules(hint: Any) -> list[Range | Location]:
-    """Return the ranges of an `Annotated` type, without what others read from it (tyro, beartype)."""
+    """Return the ranges of an `Annotated` type, without the annotations for other libraries (tyro, beartype)."""
     return [part for part in hint.__metadata__ if isinstance(part, Range | Location)]

@@ -1,4 +1,4 @@
-"""The encoder, and what the configs of all methods have; `hvp_ray.methods.configs` has the methods of the package."""
+"""The encoder, and the common settings of all methods; `hvp_ray.methods.configs` has the methods of the package."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -49,7 +49,7 @@ class BackboneConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodConfig(Checked):
-    """What all methods have. A method's own config derives from it and names its implementation (docs/new_method.md)."""
+    """Settings of all methods. A method's config derives from it and names its implementation (docs/new_method.md)."""
 
     path: ClassVar[str] = "method"
 

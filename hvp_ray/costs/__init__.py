@@ -1,1 +1,1 @@
-"""What a run needs, computed before it starts: operations, memory, prefetched bytes, size of the pool."""
+"""Estimates of what a run needs, made before it starts: operations, memory, prefetched bytes, size of the pool."""

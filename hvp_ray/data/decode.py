@@ -37,7 +37,7 @@ _EXIF = b"Exif\x00\x00"
 _MAX_EXIF_BYTES = 65_536
 _ROWS_PER_BLOCK_PIXELS = 2**20
 _PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
-"""Formats that PIL may open: images only, and none that runs another program."""
+"""Formats that PIL may open: only images, without formats that run another program."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +192,7 @@ def _quiet_pil() -> Iterator[None]:
 def _open(image: bytes, max_pixels: int) -> ImageFile.ImageFile:
     if not image:
         raise UnreadableImageError(
-            "there are no bytes: the file is empty (0 bytes), gone or forbidden, a null, or over data.max_image_mib"
+            "there are no bytes: the file is empty (0 bytes), missing or forbidden, a null, or over data.max_image_mib"
         )
     try:
         check_bytes(image, max_pixels=max_pixels)

@@ -47,14 +47,14 @@ class FileSet:
         """List the files.
 
         Args:
-            location: a path, or a URI (s3://, gs://, hf://, file://, whatever pyarrow.fs knows).
-            suffixes: of a folder on this machine, only files with one of these endings (in lower case).
+            location: a path, or a URI (s3://, gs://, hf://, file://, or another of pyarrow.fs).
+            suffixes: endings (in lower case) of the files to list in a folder on this machine.
             recursive: also those in folders of the folder.
             option: setting that gave it, for messages.
 
         Raises:
             ConfigError: the URI cannot be used.
-            DataError: there is nothing there, or it cannot be listed.
+            DataError: the location does not exist, or cannot be listed.
         """
         self.location = location
         self.is_remote = is_uri(location)
@@ -64,7 +64,7 @@ class FileSet:
         self._lock = threading.Lock()
         self._last_change = 0
         self.leftovers = Leftovers()
-        """What was not listed; empty for a pattern."""
+        """Entries that were not listed; empty for a pattern."""
         self.num_bytes_read = 0
         """Bytes that the storage has returned."""
         path, mark, query = location.partition("?") if self.is_remote else (location, "", "")
@@ -94,7 +94,7 @@ class FileSet:
 
     @property
     def state(self) -> str:
-        """Where the files are and when one last changed: the key of a cache of their content."""
+        """Location and last change of the files: the key of a cache of their content."""
         return f"{self.location} {self._root} {self._last_change}"
 
     def names(self, *suffixes: str) -> list[str]:
@@ -114,7 +114,7 @@ class FileSet:
         return self._shown_root if self._is_single else f"{self._shown_root.rstrip('/')}/{name}"
 
     def places(self, names: Sequence[str]) -> set[str]:
-        """Return where files are: paths without links, or URIs."""
+        """Return the locations of files: paths without links, or URIs."""
         shown = map(self.shown, names)
         return set(shown if self.is_remote else (os.path.realpath(Path(path).expanduser()) for path in shown))
 

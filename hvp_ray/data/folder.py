@@ -228,7 +228,7 @@ def _refuse_splits(root: Path, paths: pa.LargeBinaryArray, class_names: list[str
     """Refuse a folder that has train/ and val/ as if they were classes.
 
     Args:
-        root: of the source.
+        root: root of the source.
         paths: relative, sorted.
         class_names: the first folders.
 

@@ -164,7 +164,7 @@ def check_bytes(image: bytes, *, max_pixels: int) -> None:
     """Check an image before a library opens it. Bytes of no known format pass.
 
     Raises:
-        UnreadableImageError: the image would cost much more than its size says.
+        UnreadableImageError: the image would cost much more than its size suggests.
     """
     if image.startswith(b"\x89PNG"):
         _check_png(image, max_pixels)
@@ -192,7 +192,7 @@ def check_opened(opened: Image.Image, image: bytes) -> None:
     Refuses TIFF tiles far larger than the image (libtiff decodes whole tiles), and JPEG strips of many scans.
 
     Raises:
-        UnreadableImageError: the image would cost much more than its size says.
+        UnreadableImageError: the image would cost much more than its size suggests.
     """
     if not isinstance(opened, TiffImagePlugin.TiffImageFile):
         return

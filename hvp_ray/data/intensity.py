@@ -21,7 +21,7 @@ _BITS, _PHOTOMETRIC, _PLANES, _SAMPLE_FORMAT = 258, 262, 284, 339
 _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
 KINDS_OF_NUMBERS = {_UNSIGNED: "unsigned integers", _SIGNED: "signed integers", 3: "floating-point numbers"}
-"""By the sample format of a TIFF."""
+"""Names of the kinds of numbers, by the sample format of a TIFF."""
 _CMYK = 5
 """Photometric interpretation of a TIFF. All bits set is full ink, so no range is needed."""
 

@@ -45,7 +45,7 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
     class, so they do not measure the encoder.
 
     Raises:
-        LabelError: there is nothing to evaluate on; the message says why.
+        LabelError: there is nothing to evaluate on; the message has the reason.
         DataError: both sides have labels that cannot be matched, test images are training images too, or they cannot
             be read.
     """

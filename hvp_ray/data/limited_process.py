@@ -30,7 +30,7 @@ _one_at_a_time = threading.Lock()
 
 
 class CrashError(Exception):
-    """A function ended the process that called it, twice. The message says how."""
+    """A function crashed its process twice. The message describes how the process ended."""
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def is_written_by_runs(folder: str, names: list[str]) -> bool:
 
     Args:
         folder: its path.
-        names: of its entries.
+        names: names of its entries.
     """
     if os.path.basename(folder) == MLFLOW_ARTIFACTS:
         return True

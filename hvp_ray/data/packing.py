@@ -110,7 +110,7 @@ class Target:
     """The folder of the shards, a path or a URI."""
 
     def __init__(self, location: str) -> None:
-        """Open it. It need not exist.
+        """Open the folder, which need not exist.
 
         Raises:
             ConfigError: a URI that cannot be used.
@@ -202,11 +202,11 @@ def pack_task(
     """Read, decode and write the images of one task; return the numbers of images packed and left out.
 
     Args:
-        source: of the images.
-        plan: of the packing.
-        target: of the shards.
-        number: of the task.
-        labels: of this task's samples. None: there are no labels.
+        source: source of the images.
+        plan: plan of the packing.
+        target: folder of the shards.
+        number: number of the task.
+        labels: labels of this task's samples. None: there are no labels.
         is_strict: stop at the first unreadable image.
         report: called with the number of images done since the last call, and the next id.
 
@@ -407,7 +407,7 @@ def check_unreadable(
         raise DataError(
             f"{num_unreadable} of {num_seen} images are unreadable, more than --max-unreadable-fraction {max_fraction}"
             + (f" (the first, {first})" if first else "")
-            + "; look at the source, or raise the limit"
+            + "; check the source, or raise the limit"
         )
 
 

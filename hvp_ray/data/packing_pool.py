@@ -56,7 +56,7 @@ def pack(
     """Pack a source, or continue an interrupted packing.
 
     Args:
-        location: of the source; see `DataConfig.source`.
+        location: path or URI of the source; see `DataConfig.source`.
         target_location: folder for the shards, a path or a URI.
         config: columns and limits.
         shard_mib: a shard is closed at this many MiB of images.
@@ -95,7 +95,7 @@ def pack(
 
 
 def _load_labels(source: Source) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels and class names. None: there are no labels, and a warning says why."""
+    """Return labels and class names. None: there are no labels; a warning has the reason."""
     try:
         return source.load_labels(), source.load_class_names()
     except LabelError as error:

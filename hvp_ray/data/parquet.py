@@ -49,7 +49,7 @@ def may_hold_images(files: FileSet, config: DataConfig) -> bool:
     """Tell whether a Parquet file of a set looks like one of images. Tables about images (paths, digests) do not."""
     for found in read_summaries(files, files.names(*PARQUET_SUFFIXES), _columns(config)):
         if isinstance(found, DataError) or found.may_hold_images:
-            return True  # if it is damaged, opening the source says how
+            return True  # if it is damaged, opening the source reports how
     return False
 
 
@@ -281,7 +281,7 @@ def _digested(name: str, num_bytes: int, summary: FileSummary) -> bytes:
 
 
 def _refuse_splits(files: FileSet, names: list[str]) -> None:
-    """Check that images of a training split and of another one are not trained on together.
+    """Check that a source does not mix images of a training split with those of another split.
 
     Raises:
         DataError: some files are of the training split by their names, and others of another one.

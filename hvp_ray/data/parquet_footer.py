@@ -1,9 +1,9 @@
 """Footers of Parquet files, read in a child process, and columns of row groups, read within limited memory.
 
-A footer may lie, and a few kilobytes can decode to many gigabytes. pyarrow 25 ends the process at a damaged column
+A footer may be wrong, and a few kilobytes can decode to many gigabytes. pyarrow 25 ends the process at a damaged column
 (`RowGroupMetaData.column`). So `read_summaries` parses and checks footers in a child process, which may crash. `ParquetFile`
-then reads columns in the process that needs them. A column that lies about its size runs into the limit of memory, and the
-error names its file. Bytes are fetched before Arrow parses them, so a storage failure is never mistaken for damage.
+then reads columns in the process that needs them. A column larger than its footer says exceeds the limit of memory, and
+the error names its file. Bytes are fetched before Arrow parses them, so a storage failure is never mistaken for damage.
 """
 
 import io
@@ -210,10 +210,10 @@ class ParquetFile:
     ) -> list[T]:
         """Read one column of a row group in parts; return what `convert` makes of each.
 
-        If the footer is true, a part has at most `max_bytes`. If it lies, reading stops at 2 x `max_bytes` + 1 GiB.
+        If the footer is correct, a part has at most `max_bytes`. Otherwise reading stops at 2 x `max_bytes` + 1 GiB.
 
         Args:
-            path: of the column, such as `image.bytes`.
+            path: path of the column, such as `image.bytes`.
             group: index of the row group.
             chunk: [4], see `FileSummary`.
             max_bytes: data.max_row_group_mib.
@@ -315,7 +315,7 @@ class _Window(io.RawIOBase):
         self.hold(0, b"")
 
     def hold(self, start: int, content: bytes) -> None:
-        """Keep these bytes of the file, and no others."""
+        """Keep only these bytes of the file."""
         self._start, self._content = start, content
 
     def readable(self) -> bool:
@@ -327,7 +327,7 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move; see `io`."""
+        """Move the position; see `io`."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file_bytes}[whence]
         self._position = base + offset
         return self._position

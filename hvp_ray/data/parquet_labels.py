@@ -35,7 +35,7 @@ def label_problem(schema: pa.Schema, column: str) -> str:
 
 
 def missing_column(schema: pa.Schema, column: str) -> str:
-    """Return that a file has no column of this name, or several, as a part of a sentence about it."""
+    """Describe that a file has no column of this name, or several, as a part of a sentence about it."""
     count = schema.names.count(column)
     shown = f"{schema.names[:20]}{' and more' if len(schema.names) > 20 else ''}"
     return f" has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {shown}"
@@ -45,7 +45,7 @@ def read_numbers(part: pa.Array, names: dict[str, int], shown: str) -> NDArray[n
     """Return labels: the numbers of a part of a column, or places in `names`, to which new names are added.
 
     Args:
-        part: of a column without `label_problem`.
+        part: part of a column without `label_problem`.
         names: name -> label; stays empty if the column holds numbers.
         shown: file and column, for messages.
 
@@ -76,7 +76,7 @@ def merge_names(
     Args:
         labels: [N], of all files: numbers if no file has names, else indices into the names of its file.
         starts: first label of each file, and N.
-        names: of each file.
+        names: class names of each file.
         are_listed: all names come from `listed_names`, so their order matters.
 
     Raises:

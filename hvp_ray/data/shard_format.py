@@ -68,7 +68,7 @@ LABEL_DTYPE = np.dtype("<i4")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
-    """What the manifest says about a shard."""
+    """Entry of the manifest for one shard."""
 
     name: str
     rows: int
@@ -85,7 +85,7 @@ class Manifest:
     num_labelled: int
     num_unreadable: int
     class_names: tuple[str, ...]
-    """By label; empty: unknown."""
+    """Names of the classes, in the order of their labels; empty: unknown."""
     blocks_sha256: str
     labels_sha256: str
     plan: dict[str, Any]

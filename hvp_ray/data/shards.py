@@ -55,7 +55,7 @@ class _Range:
     """Bytes of one image in its shard."""
 
     index: int
-    """In the batch."""
+    """Index in the batch."""
     shard: int
     start: int
     end: int
@@ -72,7 +72,7 @@ class ShardSource(Source):
         """Read the manifest and the table of blocks.
 
         Args:
-            files: of the folder.
+            files: files of the folder.
             cache_bytes: disk of this node for blocks, used if the files are at a URI and all images fit. 0: none.
             max_image_bytes: larger images are returned as no bytes.
 

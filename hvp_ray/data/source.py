@@ -1,4 +1,4 @@
-"""What a data source is, and how `data.source` names one.
+"""The interface of data sources, and opening the one that `data.source` names.
 
 A source returns encoded images by sample id. Every process that reads (view workers, evaluation) opens it anew, so it keeps
 little state and is never sent.
@@ -32,7 +32,7 @@ class Source(ABC):
     """Encoded images, addressed by sample id 0..N-1. Ids are stable between processes and runs."""
 
     kind: str
-    """What it is, for people."""
+    """Kind of the source, for people."""
     num_samples: int
     """N."""
     num_bytes: int
@@ -40,7 +40,7 @@ class Source(ABC):
     has_labels: bool
     """Whether any image may have a label, known without reading labels."""
     left_out: tuple[LeftOut, ...] = ()
-    """What lies at the source and is not read."""
+    """Entries at the source that are not read."""
     block_starts: NDArray[np.int64] | None = None
     """First sample id of every group of images that lie together. None: there are no groups."""
     reads_whole_blocks: bool = False
@@ -51,7 +51,7 @@ class Source(ABC):
         """Return all labels, [N], `UNLABELLED` for an image without one. The first call reads them.
 
         Raises:
-            LabelError: there are no labels, or they cannot be used. The message says why.
+            LabelError: there are no labels, or they cannot be used. The message has the reason.
             DataError: the storage failed.
         """
 
@@ -89,12 +89,12 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
     """Open `digits`, a folder of images in class folders, Parquet in the Hugging Face image layout, or packed shards.
 
     Args:
-        source: what `DataConfig.source` says.
+        source: value of `DataConfig.source`.
         config: columns and limits.
         in_order: images will be read once, in order, so nothing is cached on the disk.
 
     Raises:
-        DataError: there is nothing usable at `source`. The message says what was found and what is expected.
+        DataError: there is nothing usable at `source`. The message states what was found and what is expected.
         ConfigError: a URI that cannot be used.
     """
     if source == "digits":

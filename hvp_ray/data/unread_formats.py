@@ -1,4 +1,4 @@
-"""Describe bytes that no decoder reads as an image, and name the way out.
+"""Describe bytes that no decoder reads as an image, and name the remedy.
 
 The sentence is the reason in the list of unreadable images.
 """

@@ -83,7 +83,7 @@ class Workers:
     num_workers: int = 1
     """Chunks in flight. Ray is used if it is initialised; otherwise this process does the work."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where encoders run."""
+    """Device of the encoders."""
     gpus_per_worker: float = 0.0
     """Share of a GPU that Ray reserves for a task."""
 
@@ -180,8 +180,8 @@ def pool_features(
     this process have the same processor and number of threads. Ray retries a task whose process dies three times.
 
     Args:
-        request: which features of which images.
-        workers: which resources to use.
+        request: features to extract, and their images.
+        workers: resources to use.
         cache: read first, and written with the result; None: no cache.
         report_progress: called after every chunk, unless the cache has the result.
 

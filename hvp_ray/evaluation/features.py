@@ -85,9 +85,9 @@ def extract_features(
         backbone: the encoder.
         pixels: [N, S, S, 3].
         views: mean and standard deviation of the channels.
-        device: where the encoder is.
-        last_blocks: above 1, concatenate the class tokens of this many last blocks of a Vision Transformer, each after the
-            final norm, the last block at the end (DINO's linear protocol takes 4 of a ViT-S, 1 of a ViT-B).
+        device: device of the encoder.
+        last_blocks: above 1, concatenate the class tokens of the last blocks of a Vision Transformer, each after the
+            final norm, the last block at the end. DINO's linear protocol takes 4 of a ViT-S, 1 of a ViT-B.
 
     Raises:
         ConfigError: see `check_last_blocks`.

@@ -35,18 +35,18 @@ class LabelledPixels:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FineTuneSettings:
-    """How to fine-tune."""
+    """Settings of `fine_tune`."""
 
     epochs: int = 30
     """Passes over the training images."""
     learning_rate_per_256: float = 5e-4
-    """For 256 images of a step. One value for all data sets, not chosen on test images."""
+    """Learning rate for 256 images of a step: one value for all data sets, not chosen on test images."""
     weight_decay: float = 0.05
-    """Of all parameters."""
+    """Weight decay of all parameters."""
     images_per_step: int = 256
     """B, cut to N."""
     seed: int = 0
-    """Of head, order, crops and dropout."""
+    """Seed of head, order, crops and dropout."""
 
     def __post_init__(self) -> None:
         epochs, images_per_step, learning_rate_per_256 = self.epochs, self.images_per_step, self.learning_rate_per_256
@@ -81,7 +81,7 @@ def fine_tune(
 ) -> FineTuneResult:
     """Train a copy of the encoder with a linear head by AdamW, cosine to 0; test it after the last epoch.
 
-    Training images are cropped and flipped as `views.global_views.even` says (digits are never flipped), test images are
+    Training images are cropped and flipped by `views.global_views.even` (digits are never flipped), test images are
     not. The last images of an epoch that do not fill a step are left out. Random numbers are addressed by (seed, step);
     torch's global generators are restored.
 
@@ -91,14 +91,14 @@ def fine_tune(
         test: M images.
         views: crops, flips, mean and standard deviation.
         settings: see `FineTuneSettings`.
-        device: where to train.
+        device: device to train on.
 
     Raises:
         ShapeError: fewer than two training images, no test image, or a negative label.
 
     Source: automl/hvp run_pipeline.py (AdamW, weight decay 0.05, cosine, rate x B / 256).
-    Differs: its rate is set per data set (5e-6 to 5e-4, for 100 to 300 epochs at 224 px); crops come from the centre crop
-        rather than from the whole image, and a crop that would stick out is made smaller instead of drawn again.
+    Differs: its rate is set per data set (5e-6 to 5e-4, for 100 to 300 epochs at 224 px). Crops come from the centre crop
+        rather than from the whole image, and a crop that would stick out is made smaller instead of redrawn.
     """
     counts = [len(training.pixels), len(training.labels), len(test.pixels), len(test.labels)]
     if counts[0] < 2 or counts[0] != counts[1] or not counts[2] or counts[2] != counts[3]:

@@ -30,7 +30,7 @@ class PairedDifference:
     interval: Interval
     standard_error: float
     p_value: float
-    """Two-sided, of the hypothesis that the mean difference is 0; 1.0 if all differences are 0."""
+    """Two-sided p-value of the hypothesis that the mean difference is 0; 1.0 if all differences are 0."""
     num_seeds: int
 
 
@@ -78,7 +78,7 @@ def paired_difference(
 
     It covers the seeds: initial weights, order and views of pretraining. It assumes normally distributed differences, which
     a few seeds cannot show. It does not cover the test set: all seeds share the test images, so an advantage on these images
-    only goes unnoticed. With 2 or 3 seeds the interval is wide (t = 12.7 and 4.3 standard errors), and rightly so.
+    only goes unnoticed. With 2 or 3 seeds the interval is wide (t = 12.7 and 4.3 standard errors), as it should be.
 
     Raises:
         ConfigError: the level is out of range.

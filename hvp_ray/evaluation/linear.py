@@ -37,9 +37,9 @@ the weights."""
 
 FEW_LABEL_INVERSE_REGULARISATION = 100.0
 """C with few labels. Accuracies on scanned digits (10 labels per class, 10 draws) with C = 1, 100, 10,000: 0.886, 0.895,
-0.891 of the raw pixels, 0.32, 0.53, 0.59 of an encoder of 60 steps, whose features vary along few directions. They were
-measured on the test part of the digits, so few-label results on digits are not blind to this constant. On other data they
-are."""
+0.891 of the raw pixels. 0.32, 0.53, 0.59 of an encoder of 60 steps, whose features vary along few directions. They were
+measured on the test part of the digits, so few-label results on digits are not blind to this constant. Results on other
+data are."""
 
 MOMENTUM = 0.9
 INITIAL_DEVIATION = 0.01
@@ -86,12 +86,12 @@ class ProbeData:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ProbeResult:
-    """What the final classifier does on the test images."""
+    """Results of the final classifier on the test images."""
 
     correct: NDArray[np.bool_]
     """[M], for each test image."""
     held_out_accuracies: tuple[float, ...]
-    """Of every setting of the sweep, in its order; empty if there was one setting."""
+    """Held-out accuracy of every setting of the sweep, in its order; empty if there was one setting."""
 
     @property
     def accuracy(self) -> float:
@@ -106,7 +106,7 @@ class LinearProbe(ProbeResult):
     learning_rate: float
     """Chosen rate per 256 images."""
     weights: Float[Tensor, "dim classes"]
-    """Of the final classifier, on the CPU."""
+    """Weights of the final classifier, on the CPU."""
     bias: Float[Tensor, " classes"]
 
 
@@ -191,15 +191,15 @@ def linear_probe(
         learning_rates: rates per 256 images of a step.
         images_per_step: B; the last step of an epoch takes what is left.
         held_out_fraction: share of every class that rates are compared on.
-        seed: of the initial weights, the order and the held-out part.
+        seed: seed of the initial weights, the order and the held-out part.
 
     Raises:
         ConfigError: a setting is out of range.
         DataError: no class has two images, so that no rate can be chosen.
 
     Source: HVP paper and automl/hvp eval_linear.py (SGD 0.9, no decay, cosine, N(0, 0.01)).
-    Differs: no augmentation of the training images (features are computed once); the reference reports the best epoch on
-        the test set and has one fixed rate per data set; here neither is chosen on test images.
+    Differs: no augmentation of the training images (features are computed once). The reference reports the best epoch on
+        the test set and has one fixed rate per data set. Here neither is chosen on test images.
     """
     if epochs < 1 or images_per_step < 1:
         raise ConfigError(f"{epochs=} and {images_per_step=} must be 1 or more")
@@ -293,7 +293,7 @@ def logistic_probe(
         data: features and labels.
         inverse_regularisations: the values of C that are compared.
         held_out_fraction: share of every class that they are compared on.
-        seed: of the held-out part.
+        seed: seed of the held-out part.
 
     Raises:
         ConfigError: a setting is out of range.

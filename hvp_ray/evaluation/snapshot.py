@@ -1,4 +1,4 @@
-"""Evaluate snapshots of an encoder by k-NN during training. Knows neither Ray nor the trainer."""
+"""Evaluate snapshots of an encoder by k-NN during training. Imports neither Ray nor the trainer."""
 
 import dataclasses
 
@@ -24,9 +24,9 @@ class SnapshotKnn:
 
     Args:
         config: the run.
-        device: where to evaluate.
-        fingerprint: of the run's data, see `open_dataset`.
-        test_data: of the run's test images, see `open_dataset`.
+        device: device to evaluate on.
+        fingerprint: fingerprint of the run's data, see `open_dataset`.
+        test_data: fingerprint of the run's test images, see `open_dataset`.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ class BoardContent:
     messages: list[str] = field(default_factory=list)
     """Warnings since the driver's last poll."""
     fatal: str | None = None
-    """An error that would return if the trainers started again."""
+    """An error that would return if the trainers restarted."""
     summary: dict[str, Any] | None = None
     is_trained: bool = False
     """All steps are done, and the trainers evaluate."""

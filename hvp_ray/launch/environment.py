@@ -72,7 +72,7 @@ def _private_folder() -> Path:
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
         raise ConfigError(
-            f"there is no usable home folder, and {folder} is no folder of this user; set HOME to a folder of yours"
+            f"there is no usable home folder, and {folder} is no folder of this user; set HOME to a folder that you own"
         )
     return folder
 

@@ -42,7 +42,7 @@ class ClusterState:
 
     @property
     def part(self) -> tuple[Resources, Resources]:
-        """Total and free resources of one run. What other runs have reserved says nothing about the part of this run."""
+        """Total and free resources of one run. Reservations of other runs do not affect the part of this run."""
         if self.num_sharing == 1:
             return self.total, self.free
         part = {name: amount / self.num_sharing for name, amount in self.total.items()}
@@ -170,7 +170,7 @@ def _store_of(node: Resources) -> float:
 
 
 def _check_trainers_fit(cluster: ClusterConfig, state: ClusterState, trainer: Resources) -> None:
-    """Check that each trainer fits on a single node. Ray would queue one that does not, silently."""
+    """Check that each trainer fits on a single node. Ray would silently queue one that does not."""
     needed = (cluster.min_trainers or cluster.num_trainers) * state.num_sharing
     places = sum(room_for(node, trainer) for node in state.nodes)
     if places >= needed or cluster.placement == "labels":  # labels: nodes may be added
@@ -182,7 +182,7 @@ def _check_trainers_fit(cluster: ClusterConfig, state: ClusterState, trainer: Re
         else ""
     )
     raise ConfigError(
-        f"{needed} trainer(s) are needed, and the cluster's nodes have room for {places}: each must find "
+        f"{needed} trainer(s) are needed, and the cluster's nodes have room for {places}: each needs "
         f"{dict(trainer)} on one node{beside}; lower cluster.cpus_per_trainer or cluster.num_trainers, or add larger nodes"
     )
 

@@ -1,4 +1,4 @@
-"""Ray Train starts the trainers, and starts them again after a failure. They continue from our newest checkpoint."""
+"""Ray Train starts the trainers, and restarts them after a failure. They continue from our newest checkpoint."""
 
 import logging
 import os
@@ -49,7 +49,7 @@ class TrainersThread(threading.Thread):
         """Train; keep the error for the driver's thread."""
         try:
             self._trainer.fit()
-        except Exception as error:  # noqa: BLE001 (raised again in the driver's thread)
+        except Exception as error:  # noqa: BLE001 (re-raised in the driver's thread)
             self.error = error
 
     def end(self) -> None:

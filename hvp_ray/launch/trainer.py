@@ -1,4 +1,4 @@
-"""One trainer: what runs inside each worker of Ray Train."""
+"""One trainer: the function that each worker of Ray Train runs."""
 
 import dataclasses
 import logging
@@ -45,7 +45,7 @@ class TrainerSetup:
     """Bytes that the object stores had spilled before the run."""
 
     def cluster_facts(self) -> dict[str, float]:
-        """Return what the cluster did for this run so far."""
+        """Return the cluster's spilled bytes and worker restarts of this run so far."""
         return {
             "spilled_bytes": spilled_bytes() - self.spilled_before,
             "num_worker_restarts": self.pool.num_restarts(),

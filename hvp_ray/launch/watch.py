@@ -105,7 +105,7 @@ def _outcome(content: BoardContent, trainers: TrainersThread, stop: StopRequest)
 
 
 class _WaitingNotice:
-    """Shows what may be missing if no step is done for long: Ray queues trainers that do not fit silently."""
+    """Shows what may be missing if no step is done for long: Ray silently queues trainers that do not fit."""
 
     def __init__(self, trainer_resources: Mapping[str, float], show: Callable[[str], None]) -> None:
         self._trainer_resources = trainer_resources
@@ -114,7 +114,7 @@ class _WaitingNotice:
         self._due_seconds = _SILENCE_SECONDS
 
     def note_step(self, *, is_last: bool) -> None:
-        """Note that a step was done."""
+        """Record that a step was done."""
         self._since = time.monotonic()
         self._due_seconds = float("inf") if is_last else _SILENCE_SECONDS
 

@@ -1,1 +1,1 @@
-"""Methods: one file each, behind one protocol (`method.py`). Usable in anyone's own training loop, without Ray."""
+"""Methods: one file each, behind one protocol (`method.py`). Usable in your own training loop, without Ray."""

@@ -30,7 +30,7 @@ def build_backbone(config: BackboneConfig, *, drop_path: float | None = None) ->
     """Build the encoder without a classifier.
 
     Args:
-        config: which one.
+        config: the encoder to build.
         drop_path: stochastic depth; None: that of `config`. A teacher is built with 0.
 
     Raises:
@@ -108,7 +108,7 @@ def forward_tokens(
     Args:
         backbone: the network.
         images: images of any size that the patches divide.
-        mask: which patches are replaced by `mask_token`, before the position embedding; None: none.
+        mask: patches that `mask_token` replaces, before the position embedding; None: no patch.
         mask_token: see `mask`.
     """
     embedded: Tensor = backbone.patch_embed(images)
@@ -201,7 +201,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
 
 
 _ALLOWED_ARGUMENTS = {"channels", "dynamic_img_size", *_TRANSFORMER_OPTIONS.values()}
-"""What `backbone_arguments` writes."""
+"""Names of the arguments that `backbone_arguments` writes."""
 
 
 def _described_network(path: Path, metadata: dict[str, str], *, num_tensors: int) -> tuple[str, dict[str, Any]]:

@@ -39,17 +39,17 @@ class Dino(Method):
 
     @property
     def encoder(self) -> nn.Module:
-        """The teacher's: DINO, section 3.1, finds it better than the student throughout training."""
+        """The teacher's encoder, which DINO, section 3.1, finds better than the student's throughout training."""
         return self.teacher_backbone
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """Student and teacher."""
+        """The encoders of student and teacher."""
         return [self.backbone, self.teacher_backbone]
 
     @property
     def patch_px(self) -> int:
-        """Views are multiples of the patch."""
+        """The patch size, which divides the size of every view."""
         return patch_px(self.backbone)
 
     def begin_step(self, position: StepPosition) -> None:
@@ -60,7 +60,7 @@ class Dino(Method):
         self._prototypes_are_frozen = position.epoch < config.freeze_last_layer_epochs
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """Teacher on the global views, student on all; every cross-entropy once. Centre and teacher stay as they are."""
+        """Forward the teacher on the global views and the student on all; keep centre and teacher unchanged."""
         bottleneck = self._teacher_bottleneck(views)
         targets_GBK = self._probabilities(self.teacher_head.logits(bottleneck))
         features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
@@ -71,7 +71,7 @@ class Dino(Method):
         )
 
     def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Mean cross-entropy of all (teacher's global view, other view of the student)."""
+        """Return the mean cross-entropy over all (teacher's global view, other view of the student)."""
         with torch.no_grad():
             teacher_logits = self.teacher_head.logits(self._teacher_bottleneck(views))
             targets_SBK = self._probabilities(teacher_logits)

@@ -47,7 +47,7 @@ class IBot(Dino):
         self.patch_teacher_temperature.fill_(self._patch_temperature_at(position.epoch))
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """As DINO on class tokens of masked views, plus each global view's own patch loss with scoring=full.
+        """Score class tokens of masked views as DINO does; with scoring=full, add each global view's own patch loss.
 
         score = class_weight * (DINO's score) + patch_weight * (P[g1] + P[g2]) / 2
 
@@ -75,7 +75,7 @@ class IBot(Dino):
         return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable)
 
     def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Class loss over views, plus the mean patch loss of the global slots."""
+        """Return the class loss over views, plus the mean patch loss of the global slots."""
         config = self._ibot
         with torch.no_grad():
             teacher = self._teacher(views)
@@ -100,7 +100,7 @@ class IBot(Dino):
         )
 
     def after_update(self, statistics: dict[str, Tensor]) -> None:
-        """As DINO, and the centre of the patches."""
+        """Update as DINO does, and move the centre of the patches."""
         super().after_update(statistics)
         self.patch_center.lerp_(statistics["patch_center"], 1.0 - self._ibot.patch_center_momentum)
 
@@ -219,6 +219,6 @@ class _OfTeacher:
 
     class_bottleneck: Float[Tensor, "views batch bottleneck"]
     patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
-    """Of the patches that the student sees masked."""
+    """Outputs of the patches that the student sees masked."""
     patch_bottleneck_mean: Float[Tensor, "views batch bottleneck"]
-    """Over all patches of a view."""
+    """Mean over all patches of a view."""

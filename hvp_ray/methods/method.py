@@ -1,7 +1,7 @@
 """The interface of a self-supervised method to the training step. A new method implements it.
 
-A method is one file: a `Method` whose `forward` is the training loss on the chosen views, so that DDP, compilation and
-autocast wrap it, and whose `score` gives the loss of each candidate. docs/new_method.md has an example.
+A method is one file with a `Method`. Its `forward` is the training loss on the chosen views, so that DDP, compilation
+and autocast wrap it. Its `score` gives the loss of each candidate. docs/new_method.md has an example.
 
 Legend: V global views, L local views, B images, h, w patches (cells of a mask).
 """
@@ -41,12 +41,12 @@ class ViewTensors:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contrast:
-    """What a part of a step contrasts with, if gradients are accumulated and the loss is not per sample."""
+    """Features that a part of a step contrasts with, if gradients are accumulated and the loss is not per sample."""
 
     features: Float[Tensor, "parts slots batch dim"]
     """`Method.contrast_features` of all parts of the step on this rank."""
     part: int
-    """Which of them is being trained on."""
+    """Index of the part that is trained on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +80,7 @@ class StepPosition:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """What a method needs to know of the other trainers."""
+    """The information about the other trainers that a method needs."""
 
     rank: int = 0
     gather: Callable[[Tensor], Tensor] = lambda values: values[None]

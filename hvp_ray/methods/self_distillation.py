@@ -1,4 +1,4 @@
-"""What DINO and iBOT share: a teacher that follows the student, and cross-entropies over prototypes.
+"""Common parts of DINO and iBOT: a teacher that follows the student, and cross-entropies over prototypes.
 
 Legend: A teacher views, V student views, G global views, L local views, B images, K prototypes, P pairs, k local views
 trained on.
@@ -103,7 +103,7 @@ def score_tuples(
     score(g1, g2, l_1 .. l_k) = (T[g1, g2] + T[g2, g1] + sum over j of (T[g1, l_j] + T[g2, l_j])) / (2 + 2k)
 
     Source: automl/hvp, branch dino, utils/dino.py:155-165 (the sum of the terms). Differs: every term is evaluated once
-    (76 for 4 + 16 views; a view with itself makes 4 more, unused), while the reference evaluates 18 for each of its 128
+    (76 for 4 + 16 views; a view with itself makes 4 more, unused). The reference evaluates 18 for each of its 128
     candidates.
     """
     terms = 2 + 2 * candidates.num_chosen_local_views

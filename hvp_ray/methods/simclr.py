@@ -100,11 +100,11 @@ def nt_xent(
     Args:
         own_SBD: projections of unit length of this rank's images.
         everything_SND: of all ranks' images.
-        first_image: which of the N images is the first of the B.
+        first_image: index of the first of the B images among the N.
         temperature: t.
 
-    Source: SimCLR, equation 1. The mean over ranks of this loss is the loss of the global batch, and with a gather whose
-    gradient reaches the other ranks so is its gradient. (automl/hvp keeps the local part only: 1 / R of the gradient.)
+    Source: SimCLR, equation 1. The mean over ranks of this loss is the loss of the global batch. So is its gradient, with
+    a gather whose gradient reaches the other ranks. (automl/hvp keeps the local part only: 1 / R of the gradient.)
     """
     positions = first_image + torch.arange(own_SBD.shape[1], device=own_SBD.device)
     losses = []
@@ -135,8 +135,8 @@ def score_pairs(
     Args:
         own_VBD: projections of unit length of this rank's images.
         everything_VND: of all ranks' images.
-        pairs: which pairs.
-        first_image: which of the N images is the first of the B.
+        pairs: pairs to score.
+        first_image: index of the first of the B images among the N.
         temperature: t.
         negatives_of_all_views: the denominator has the views of the other images of *all* V views, and the positive.
 

@@ -103,7 +103,7 @@ def dino_imagenet_vits16_100ep() -> RunConfig:
         --data.test_source imagenet/val --cluster.num_trainers 8
 
     Source: automl/hvp, branch dino, configs/ImageNet/pretrain_default.yaml, 512 images as in its run names, 128 candidates
-    (`selection.limit`) as in its speed test; --selection.limit None takes the exact maximum at no cost, which is harder.
+    (`selection.limit`) as in its speed test. --selection.limit None takes the exact maximum, which is harder, at no cost.
     Expected: 74.67 linear with hard views, 73.5 with random views (the authors' plots); DINO's README has 74.0 linear and
     69.3 k-NN for random views, 1.75 days on 8 GPUs of 2021. Differs: bfloat16, position embeddings interpolated with
     antialiasing. Not yet run by this project.
@@ -165,7 +165,7 @@ def dino_imagenet_r50_100ep() -> RunConfig:
     python pipelines/pretrain.py dino-imagenet-r50-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 8
 
-    Inferred: the HVP authors published no config of it; these are the settings of DINO's README for ResNet-50 (SGD, 0.03,
+    Inferred: the HVP authors published no config of it. These are the settings of DINO's README for ResNet-50 (SGD, 0.03,
     weight decay 1e-4, crops 0.14-1 and 0.05-0.14) with the view counts of the ViT-S/16 recipe. Residual branches start at
     1, as in torchvision's network, which DINO trains. Expected: no number with hard views at 100 epochs was found. Not yet
     run by this project.

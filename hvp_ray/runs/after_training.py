@@ -2,8 +2,8 @@
 
 `trained.json` in the run's folder marks a run whose last checkpoint and encoder are written. It holds what training
 measured, and which parts were begun and survived. If the process dies, the next attempt reads it, trains no step again, and
-skips a part in which the process died twice. `summary.json` says that a run has finished; a comparison may evaluate such a
-run again.
+skips a part in which the process died twice. `summary.json` marks a finished run, which a
+comparison may evaluate again.
 """
 
 import json
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 TRAINED = "trained.json"
 _MAX_DEATHS_IN_PART = 2
-"""One death may be that of the machine."""
+"""One death may be the machine's fault."""
 MAX_DEATHS = 3
-"""After this number of deaths only parts that survived once run. Launchers grant as many restarts, so the run finishes."""
+"""After this many deaths, run only parts that survived once. Launchers grant this many restarts, so a run finishes."""
 
 Result = TypeVar("Result")
 
@@ -31,7 +31,7 @@ class StopAskedError(Exception):
 
 
 def forgive_death(run: str) -> None:
-    """Do not count the process as dead that was ended on request in one of the parts.
+    """Do not count a process as dead if it was stopped on request in one of the parts.
 
     Args:
         run: the run's folder, path or URI.
@@ -78,7 +78,7 @@ class AfterTraining:
         elif may_continue and (finished := run_dir / "summary.json").exists():
             known = {"summary": json.loads(finished.read_text())}  # evaluated again, for a comparison
         self.summary: dict[str, Any] = known.get("summary", summary)
-        """What training measured, in the attempt that did the last step."""
+        """Measurements of training, from the attempt that did the last step."""
         self.problems = problems
         problems[:0] = known.get("problems", [])
         self._survived: list[str] = known.get("survived", [])

@@ -15,7 +15,7 @@ def send_missing_records(config: RunConfig) -> dict[str, Any] | None:
 
     Returns:
         The summary with MLflow's ids if something was missing and has arrived. None: nothing was missing, or MLflow is
-        still unreachable (a warning says so).
+        still unreachable, which is logged as a warning.
     """
     assert config.run.name is not None
     place = place_in(output_location(config), config.run.name)

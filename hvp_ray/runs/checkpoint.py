@@ -73,7 +73,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: it belongs to a run of another identity, holds something else than tensors, or cannot be
-                reached; or all of them are damaged, and restarting at step 0 would discard the run.
+                reached. Or all of them are damaged: restarting at step 0 would discard the run.
         """
         steps = self.committed_steps()
         for step in reversed(steps):

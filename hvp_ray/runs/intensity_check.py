@@ -31,7 +31,7 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
     Args:
         data: the setting.
         dataset: the images.
-        option: how a user sets the range.
+        option: command-line option that sets the range, for messages.
 
     Raises:
         ConfigError: images have more than 8 bits a channel, and `data.intensity_range` is not set.

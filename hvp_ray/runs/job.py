@@ -34,7 +34,7 @@ class RunJob:
     config: RunConfig
     run_name: str
     run_dir: Path
-    """Where this process reads and writes the run's files: the run's folder, or a working copy of it on this machine."""
+    """Folder of the run's files for this process: the run's folder, or a working copy of it on this machine."""
     run_uri: str | None = None
     """The run's folder on a bucket; None: it is `run_dir`, which all trainers see."""
     run_identity: str
@@ -49,7 +49,7 @@ class RunJob:
 
     @property
     def location(self) -> str:
-        """The run's folder as all processes and people know it: path or URI."""
+        """The run's folder for all processes and for messages: path or URI."""
         return self.run_uri or str(self.run_dir)
 
     @property
@@ -60,7 +60,7 @@ class RunJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankServices:
-    """What the launcher provides to a rank."""
+    """Services that the launcher provides to a rank."""
 
     open_stream: OpenStream
     report_progress: ReportProgress
@@ -70,9 +70,9 @@ class RankServices:
     cluster_facts: Callable[[], dict[str, float]]
     """Returns spilled_bytes and num_worker_restarts; called on rank 0 after training."""
     watch_numbers: WatchNumbers = lambda _read: None
-    """Publishes this rank's metrics while it trains; by default nobody does."""
+    """Publishes this rank's metrics while it trains; by default they are not published."""
     is_stop_asked: Callable[[], bool] = lambda: False
-    """Tells rank 0 between the parts of the evaluation whether the run was asked to stop."""
+    """Returns whether the run was asked to stop; called on rank 0 between the parts of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +90,7 @@ class OpenedRank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RestoredRank:
-    """What a rank trains with, at the state of its newest checkpoint or at the start."""
+    """Objects that a rank trains with, at the state of its newest checkpoint or at the start."""
 
     trainee: Trainee
     steps: RunSteps

@@ -52,7 +52,7 @@ class KnnDuringTraining:
         interval: int,
         steps: RunSteps,
     ) -> None:
-        """Submit again the snapshots that an earlier attempt left without an answer.
+        """Resubmit the snapshots that an earlier attempt left without an answer.
 
         Args:
             log: takes the answers.
@@ -60,7 +60,7 @@ class KnnDuringTraining:
             ask: evaluates snapshots.
             problems: gets a sentence about each evaluation that fails.
             interval: steps between two snapshots; 0: none.
-            steps: of the run.
+            steps: steps of the run.
         """
         self._folder = log.run_dir / "knn_pending"
         self._log = log

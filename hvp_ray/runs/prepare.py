@@ -99,7 +99,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
-    """Find what is wrong with images, network and output folder before anything is started; return the opened data.
+    """Check images, network and output folder before anything starts; return the opened data.
 
     Raises:
         ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
@@ -293,7 +293,7 @@ def _check_planned(config: RunConfig, planned: Identity, identity: Identity) -> 
     if planned != identity:
         before, now = ({**parts.weights, **parts.evaluation} for parts in (planned, identity))
         raise CheckpointError(
-            f"the run {config.run.name} would not be the planned one. Put back what changed since the plan (planned -> now): "
+            f"the run {config.run.name} would not be the planned one. Restore what changed (planned -> now): "
             f"{'; '.join(describe_difference(before, now, {}, {}))}"
         )
 
@@ -330,7 +330,7 @@ def draw_run_name(config: RunConfig) -> str:
 
 
 def local_output(config: RunConfig) -> Path:
-    """Return the default folder of MLflow's SQLite file; for a run on a bucket that of runs without `run.output`."""
+    """Return the default folder of MLflow's SQLite file; for a run on a bucket, that of runs without `run.output`."""
     if config.run.output is not None and is_uri(config.run.output):
         return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
     return output_folder(config)

@@ -1,4 +1,4 @@
-"""How far and how fast a run is; imports nothing heavy, because the board imports it."""
+"""Progress and speed of a run. Imports nothing slow, because the board imports it."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class RunSteps:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """What is shown while a run trains."""
+    """Values that are shown while a run trains."""
 
     steps_done: int
     num_steps: int
@@ -41,22 +41,22 @@ class StepClock:
         self._wait_seconds = wait_seconds
         self.num_steps = 0
         self.started_at = 0.0
-        """When the first batch arrived."""
+        """Time at which the first batch arrived."""
         self._last_step_at = 0.0
 
     def start_step(self) -> None:
-        """Note that a batch has arrived."""
+        """Record that a batch has arrived."""
         if not self.started_at:
             self.started_at = self._last_step_at = time.perf_counter()
 
     def end_step(self) -> None:
-        """Note that a step is done."""
+        """Record that a step is done."""
         self._last_step_at = time.perf_counter()
         self.num_steps += 1
 
     @property
     def seconds(self) -> float:
-        """From the first batch to the end of the last step."""
+        """Seconds from the first batch to the end of the last step."""
         return max(self._last_step_at - self.started_at, 1e-9)
 
     @property

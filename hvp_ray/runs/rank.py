@@ -44,7 +44,7 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
     Args:
         job: the run.
         world: this rank.
-        device: what to train on.
+        device: device to train on.
         services: what the launcher provides.
 
     Raises:

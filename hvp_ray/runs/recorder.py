@@ -1,4 +1,4 @@
-"""What is recorded while a run trains. Every rank logs its decisions on images; rank 0 records everything else."""
+"""Records a run while it trains. Every rank logs its decisions on images; rank 0 records everything else."""
 
 import math
 import time
@@ -29,7 +29,7 @@ Numbers = dict[str, float | list[float]]
 
 
 class RankRecorder:
-    """The recorder of every rank but 0, and what all ranks do; implements `loop.LoopObserver`. A context manager."""
+    """The recorder of all ranks but 0, and base of rank 0's; implements `loop.LoopObserver`. A context manager."""
 
     def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
         self._rank = rank
@@ -63,7 +63,7 @@ class RankRecorder:
         push_on_all_ranks(self._rank.storage, self._rank.job.run_uri, self._rank.device)
 
     def stop_requested(self) -> bool:
-        """Tell whether this rank was asked to stop; the step spreads it to all ranks."""
+        """Tell whether this rank was asked to stop; the step shares the answer with all ranks."""
         return False
 
     def numbers(self) -> Numbers:
@@ -91,7 +91,7 @@ class RunRecorder(RankRecorder):
         self._stats = restored.stream.stats
         self.collapse = CollapseWatch()
         self.problems: list[str] = []
-        """What failed so far, one sentence each."""
+        """Failures so far, one sentence each."""
         self._selection_log = SelectionLogWriter(
             restored.log, config, run_name=rank.job.run_name, steps_per_epoch=steps.steps_per_epoch
         )
@@ -132,7 +132,7 @@ class RunRecorder(RankRecorder):
             self._restored.log.write(METRICS, {"step": steps_done, "time": time.time(), "metrics": values})
             self._last_values = values
             self.collapse.see(steps_done, values)
-        # Between records too, because the answer says whether to stop. The last recorded loss costs no synchronisation.
+        # Post between records too: the answer carries a stop request. The last recorded loss costs no synchronisation.
         now = time.perf_counter()
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now

@@ -1,7 +1,7 @@
 """A run's folder on a bucket, and each rank's working copy of it on the local disk.
 
 A rank reads and writes files in its working copy as if it were the run's folder. Checkpoints alone go straight to the bucket
-(`checkpoint.py`) and are never here. Three promises:
+(`checkpoint.py`) and are never here. Three guarantees:
 
 - What a checkpoint presupposes (the log up to its step, with the decisions of every rank) is on the bucket before its
   manifest is. `recorder.push_on_all_ranks` pushes before each commit.
@@ -35,7 +35,7 @@ _REQUESTS_AT_ONCE = 8
 _LOCK_PATIENCE_SECONDS = 60.0
 
 _State = tuple[int, int, int]
-"""Inode, time of the last change in ns, size in bytes: other values, other content."""
+"""Inode, time of the last change in ns, size in bytes; they change if the content does."""
 
 
 class RunStorage:
@@ -47,14 +47,14 @@ class RunStorage:
         Args:
             run_dir: the run's folder if `run_uri` is None.
             run_uri: the run's folder on a bucket.
-            rank: of this process.
+            rank: rank of this process.
 
         Raises:
             ConfigError: the bucket or the local disk cannot be used, or another process works on the run.
             CheckpointError: the bucket failed while it was read.
         """
         self.folder = run_dir
-        """Where this rank reads and writes the run's files."""
+        """Folder in which this rank reads and writes the run's files."""
         self._rank = rank
         self._remote: Folder | None = None
         if run_uri is None:
@@ -181,7 +181,7 @@ def fetch_run(uri: str, *, files: tuple[str, ...] = (), folders: tuple[str, ...]
         uri: the run's folder on a bucket.
         files: names; one that is missing there is missing here.
         folders: names; older content here is deleted.
-        option: what the URI was given by, for messages.
+        option: setting that gave the URI, for messages.
 
     Raises:
         ConfigError: the URI or the local disk cannot be used.

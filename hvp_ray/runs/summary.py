@@ -1,4 +1,4 @@
-"""What `summary.json` says of a run: what training measured, and the k-NN accuracies of its encoder."""
+"""The content of `summary.json`: what training measured, and the k-NN accuracies of the encoder."""
 
 import resource
 import statistics

@@ -1,4 +1,4 @@
-"""Selection: which views of each image are trained on. Usable in anyone's own training loop, without Ray."""
+"""Selection: which views of each image are trained on. Usable in your own training loop, without Ray."""
 
 from hvp_ray.selection.candidates import Candidates, CandidateScores, candidates_of, num_pairs, pair_table
 from hvp_ray.selection.chosen import Selection, gather_views

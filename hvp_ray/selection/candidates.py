@@ -105,7 +105,7 @@ def candidates_of(selection: SelectionConfig, views: ViewsConfig, step: int) -> 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CandidateScores:
-    """How hard every candidate is: the loss that it would give; higher is harder.
+    """Hardness of every candidate: the loss that it would give.
 
     The score of (pair p, local views l_1 .. l_k) is pairs_BP[p] + locals_BPL[p, l_1] + ... + locals_BPL[p, l_k].
     """

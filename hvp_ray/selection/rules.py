@@ -28,17 +28,17 @@ from hvp_ray.views.geometry import crop_iou
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RuleInput:
-    """What a rule may read about the images of one rank's step."""
+    """Inputs of a rule: facts about the images of one rank's step."""
 
     candidates: Candidates
     num_images: int
     """B."""
     device: torch.device
-    """Where the indices must lie."""
+    """Device of the returned indices."""
     scores: CandidateScores | None = None
     """Loss that each candidate would give; higher is harder."""
     plan: ViewPlan | None = None
-    """Of the V global views."""
+    """Plan of the V global views."""
     draw: Draw | None = None
 
     def required_scores(self) -> CandidateScores:

@@ -27,7 +27,7 @@ def score_views(
     Args:
         score: the method's scoring function; it forwards all views at once.
         views: normalised views (`hvp_ray.methods.method.ViewTensors`).
-        candidates: of these views.
+        candidates: candidates of these views.
         module: the network that `score` uses, in training mode.
         batch_norm: batch uses the statistics of these views and keeps the running ones. faithful also moves the running
             statistics, as the authors' code does. running uses the running statistics.

@@ -1,4 +1,4 @@
-"""Publish hvp_ray's metrics beside Ray's own, on the Prometheus port of every node.
+"""Publish hvp_ray's metrics with Ray's own, on the Prometheus port of every node.
 
 Training steps never publish. The owner of a metric offers a function that reads it; one thread per process calls it once a
 second and passes the values to Ray. Ray sends them to the agent of the node every 10 s, and once more when the process ends.
@@ -73,7 +73,7 @@ def _open_in_ray(name: str, metric: Metric, tags: Mapping[str, str]) -> Publish:
 
 
 class MetricsPublisher:
-    """Publishes the metrics of one process; see the module."""
+    """Publishes the metrics of one process from a thread of its own."""
 
     def __init__(
         self,

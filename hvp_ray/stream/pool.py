@@ -54,7 +54,7 @@ def start_pool(
     Args:
         config: the run.
         renderer: its resolved renderer.
-        num_workers: how many to start.
+        num_workers: number of workers to start.
         resources: Ray resource -> amount that one worker reserves.
         data_fingerprint: expected fingerprint; a worker that opens other data fails. None: no check.
         must_stop: polled; if it returns True, the wait ends.

@@ -59,7 +59,7 @@ def read_sample(
     From a source that reads whole blocks, the sample is a few runs of neighbours.
 
     Args:
-        source: of the images.
+        source: source of the images.
         sample_ids: [N], the ids to choose from.
         num_images: at most this many.
         max_bytes: the sample ends after this many bytes, but not before 8 images.

@@ -1,6 +1,6 @@
 """Make a batch of views as a pure function of its request: read, plan, render, replace what cannot be decoded.
 
-View workers call this; it knows no Ray, and `InlineBatches` calls it in the trainer's process. `decode_batch` and
+View workers call this. It does not use Ray, and `InlineBatches` calls it in the trainer's process. `decode_batch` and
 `finish_batch` split the work between two processes, with the same bits as `render_batch`.
 """
 
@@ -44,18 +44,18 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT_ATTEMPTS = 1000
 
 _NOT_BY_CHANCE = 1e-9
-"""A batch fails if no image was readable so far and damage within the limit explains that with a lower probability."""
+"""If no image was readable so far, a batch fails once damage within the limit makes that less probable than this."""
 
 _Made = TypeVar("_Made", RenderedBatch, DecodedImages)
-"""What a batch is made into: views, or the pixels to render them from."""
+"""Content of a batch: views, or the pixels to render them from."""
 
 _Make = Callable[[Sequence[bytes], ViewPlan, ViewPlan | None], _Made]
-"""Maps encoded images and their global and local plans to what is made of them."""
+"""Maps encoded images and their global and local plans to the content of a batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RenderContext:
-    """What all batches of a run share."""
+    """Objects that all batches of a run share."""
 
     seed: int
     source: Source
@@ -93,7 +93,7 @@ def open_render_context(
     """Open the data and make the renderer of a run, in the process that renders.
 
     Args:
-        config_values: of the run.
+        config_values: config of the run, see `config_to_dict`.
         renderer: the resolved renderer.
         data_fingerprint: see `open_dataset`.
 
@@ -123,7 +123,7 @@ def render_batch(context: RenderContext, request: BatchRequest, *, worker: str =
 def decode_batch(
     context: RenderContext, request: BatchRequest, *, worker: str = "inline"
 ) -> tuple[BatchDraft, DecodedImages]:
-    """Return everything of `render_batch` but the views, and the pixels to render them from.
+    """Return the result of `render_batch` without the views, and the pixels to render them from.
 
     Raises:
         DataError: see `render_batch`.
@@ -235,8 +235,8 @@ class _Assembly(Generic[_Made]):
     """One batch while it is put together.
 
     Args:
-        context: of the run.
-        request: which batch.
+        context: context of the run.
+        request: address of the batch.
         make: makes the views, or the pixels to render them from.
     """
 
@@ -257,7 +257,7 @@ class _Assembly(Generic[_Made]):
         """Images that failed -> why."""
 
     def fill(self) -> _Made:
-        """Make everything; replace until nothing fails."""
+        """Make the batch; replace images until none fails."""
         known = {replacement.index: replacement for replacement in self._request.known_replacements}
         ids = self.sample_ids.tolist()
         failures = {index: CRASHES_DECODER for index, i in enumerate(ids) if i in self._request.quarantined_ids}
@@ -326,7 +326,7 @@ class _Assembly(Generic[_Made]):
     def _replace(
         self, made: _Made, failures: dict[int, str], known: dict[int, Replacement]
     ) -> tuple[_Made, dict[int, str]]:
-        """Replace the failed images by others; return what is made now, and which images failed again."""
+        """Replace the failed images by others; return the new results, and the images that failed again."""
         for index, reason in sorted(failures.items()):
             self._replace_id(index, reason, known.get(index))
         rows = np.array(sorted(failures), dtype=np.int64)

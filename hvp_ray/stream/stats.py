@@ -26,7 +26,7 @@ class StreamStats:
     workers, or more batches in flight if waits are rare and long."""
 
     num_retries: int = 0
-    """Requests submitted again, because an actor died or was late, or an object was lost."""
+    """Requests retried, because an actor died or was late, or an object was lost."""
 
     num_worker_deaths: int = 0
     """Calls that ended with the death of an actor. A few mean lost nodes; if there are many, check memory."""
@@ -64,7 +64,7 @@ class StreamStats:
         """Count a batch that the trainer took after waiting for `seconds`.
 
         Args:
-            seconds: of waiting.
+            seconds: seconds of waiting.
             since_start: seconds since the first request; None: as many as `seconds`.
         """
         if self.num_batches == 0:

@@ -1,4 +1,4 @@
-"""Choose the actor that serves a trainer's next request. Knows no Ray."""
+"""Choose the actor that serves a trainer's next request. Imports no Ray."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Member:
     num_calls: int = 0
     """Requests of this trainer that it serves now."""
     probe_after: float = 0.0
-    """When to probe it next while it is down, in seconds of `time.perf_counter`."""
+    """Time of the next probe while it is down, in seconds of `time.perf_counter`."""
     lost: str | None = None
     """Why it never recovers; None: it may."""
 
@@ -23,12 +23,12 @@ class Member:
 class Team:
     """Interchangeable actors, used in turn.
 
-    Trainers do not know each other's calls. Each starts at its own member, evenly spread, and goes round. So trainers that
+    Trainers do not know each other's calls. Each starts at another member, evenly spread, and goes round. So trainers that
     run in step load all members equally, without bursts.
 
     Args:
-        title: of one member.
-        handles: of the members.
+        title: title of one member.
+        handles: handles of the members.
         rank: this trainer.
         num_ranks: trainers that share the members.
     """
@@ -43,7 +43,7 @@ class Team:
         return sum(member.is_up for member in self.members)
 
     def describe(self) -> str:
-        """Return a line for an error."""
+        """Describe the team in a line for an error message."""
         lost = "; ".join(f"{member.name} is lost: {member.lost}" for member in self.members if member.lost is not None)
         return f"{self.num_up()} of {len(self.members)} {self.title}s are up" + (f" ({lost})" if lost else "")
 

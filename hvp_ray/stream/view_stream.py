@@ -1,13 +1,13 @@
 """A trainer's stream of batches from a pool of view workers.
 
-What it promises:
+Guarantees:
 - Order: `next_batch` returns the batches in step order, each exactly once.
 - Back-pressure: at most `batches_in_flight` requests are submitted and not yet taken. One batch is copied to the device
   ahead of its step; other finished batches wait in the object store. So the device holds two batches, the next one and the
   one in use, which the trainer drops before it takes the next.
 - One reference per request: with view finishers (`cluster.ship=pixels`) a worker decodes and a finisher beside the trainer
   renders. The calls are chained, and only the result of the last one is watched.
-- Retries: if an actor dies, is unavailable or late, or an object is lost, the whole request is submitted again, to other
+- Retries: if an actor dies, is unavailable or late, or an object is lost, the whole request is retried, on other
   actors if any are up. A request is a pure address, so the retried batch has the same bits.
 - Lost actors: if the constructor of an actor raises (its code is missing, the data has changed), Ray does not restart it. The
   stream warns and uses the others. Without others `next_batch` raises `StageError` with the reason.
@@ -76,7 +76,7 @@ class _Call:
 
 
 class ViewStream:
-    """See the module. One thread watches calls, one copies to the device; `next_batch` belongs to the trainer's thread."""
+    """Yields batches. One thread watches calls, one copies to the device; the trainer's thread calls `next_batch`."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ViewStream:
         """Guards everything below."""
         self._pending: dict[int, _Pending] = {}
         self._calls: dict[Any, _Call] = {}
-        """By reference of the result."""
+        """Calls in flight, by reference of the result."""
         self._probes: dict[Any, Member] = {}
         """Calls that end when a member that is down has recovered, by reference."""
         self._quarantined_ids: tuple[int, ...] = ()
@@ -181,7 +181,7 @@ class ViewStream:
             held.clear()
 
     def _run(self, work: Callable[[], None]) -> None:
-        """Do the work of a thread; `next_batch` raises what it raises."""
+        """Run the work of a thread; `next_batch` re-raises its errors."""
         try:
             work()
         except BaseException as error:
@@ -306,7 +306,7 @@ class ViewStream:
         self._changed.notify_all()
 
     def _fail(self, call: _Call, error: Exception) -> None:
-        """Note who failed. `_submit_waiting` submits the request again.
+        """Record the actor that failed. `_submit_waiting` retries the request.
 
         Raises:
             HvpRayError: a retry does not help.
@@ -353,7 +353,7 @@ class ViewStream:
         logger.warning("%s has recovered", member.name)
 
     def _give_up(self, member: Member, error: RayActorError) -> None:
-        """Note that the constructor of an actor raised, after which Ray does not restart it.
+        """Record that the constructor of an actor raised, after which Ray does not restart it.
 
         Raises:
             StageError: it was the last one.
@@ -365,7 +365,7 @@ class ViewStream:
                 raise StageError(f"no {team.title} is left: {member.lost}")
 
     def _retry_late(self) -> None:
-        """Submit a request again if its newest call takes much longer than usual."""
+        """Retry a request if its newest call takes much longer than usual."""
         typical = self.stats.typical_seconds()
         if typical is None:
             return
@@ -379,7 +379,7 @@ class ViewStream:
             if pending is None or pending.batch is not None or seconds <= limit:
                 continue
             if self._submit(pending, late=[member for call in calls for member in call.members]):
-                logger.warning("step %d is late (%.1f s) and was submitted again", step, seconds)
+                logger.warning("step %d is late (%.1f s) and was retried", step, seconds)
 
     def _describe_stall(self) -> str:
         return (

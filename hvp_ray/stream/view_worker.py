@@ -77,7 +77,7 @@ class ViewWorker(_RenderingActor):
         return batch
 
     def decode(self, request: BatchRequest) -> tuple[BatchDraft, DecodedImages]:
-        """Do everything but the rendering of one batch; the result is the argument of `ViewFinisher.finish`."""
+        """Read, plan and decode one batch; the result is the argument of `ViewFinisher.finish`."""
         note_step(request.step)
         draft, decoded = decode_batch(self._context, request, worker=self._name)
         self._rendered.take(draft)

@@ -27,7 +27,7 @@ _FEATURE_OF_FIELD = {
     for name, kind in PLAN_COLUMNS.items()
     if name not in ("top", "left", "height", "width", "jitter")
 }
-"""Features by field of the plan. Crops have features of their own; a missing jitter shows in its factors."""
+"""Features by field of the plan. Crops have features of their own; missing jitter has neutral factors."""
 
 _DIFFERS = tuple(name for name in _FEATURE_OF_FIELD.values() if name.endswith("_differs"))
 _AMOUNTS = tuple(name for name in _FEATURE_OF_FIELD.values() if name not in _DIFFERS)

@@ -2,7 +2,7 @@
 
 The thread reads new records of metrics and evaluations, sends them in batches, and continues after an outage. After every
 failure it looks the run up again, because a user may have deleted it in MLflow's page. It then creates a new run and sends
-everything. The server knows the last step that it has, so records that a resume writes again are not sent again.
+everything. The server reports the last step that it has, so records that a resume rewrites are not sent twice.
 
 `finish` waits a limited time for the rest. `catch_up` sends what is still missing, when the run is started again by its name.
 `mlflow.json` in the run's folder is the feed's state, replaced as a whole: the description of the run, its ids in MLflow, and
@@ -39,12 +39,12 @@ STATE_FILE = "mlflow.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MlflowRun:
-    """The description that MLflow gets of a run."""
+    """The description of a run that is sent to MLflow."""
 
     uri: str
     experiment: str
     artifact_root: str | None
-    """Where artifacts of a new experiment go; None: the server decides."""
+    """Artifact folder of a new experiment; None: the server decides."""
     run_name: str
     params: dict[str, Any]
     tags: dict[str, str]
@@ -152,7 +152,7 @@ class MlflowFeed:
                 self.is_away = False
                 self._num_refusals = 0
             except Exception as error:  # noqa: BLE001 (training continues, whatever fails in MLflow)
-                self._client = None  # what the server had before the failure may be gone
+                self._client = None  # the server may have lost what it had before the failure
                 self._failure = f"{type(error).__name__}: {first_line(error)}"[:_MAX_FAILURE_LENGTH]
                 self._num_refusals = self._num_refusals + 1 if _is_refusal(error) else 0
                 if not self.is_away:
@@ -228,7 +228,7 @@ class MlflowFeed:
             if self._monitor._process is not None and self._monitor._process.is_alive():
                 return
             self._client.get_run(self.run_id)  # raises during an outage, in which the monitor would begin at step 0
-            self._monitor.finish()  # sends what it has left
+            self._monitor.finish()  # sends the rest
         self._monitor = SystemMetricsMonitor(
             self.run_id,
             sampling_interval=5,
@@ -272,7 +272,7 @@ class MlflowFeed:
         metrics = [Metric(key, value, self._final["time_ms"], 0) for key, value in self._final["values"].items()]
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)
-            self._final["values"] = {}  # sent; a retry after a failure below goes without them
+            self._final["values"] = {}  # sent, so a retry after a failure below leaves them out
         while self._artifacts:
             path = self._artifacts[0]
             folder = "figures" if path.suffix == ".png" else None
@@ -293,13 +293,13 @@ def final_values(summary: dict[str, Any]) -> dict[str, float]:
 
 
 def final_artifacts(run_dir: Path) -> list[Path]:
-    """Return the files of an ended run that MLflow gets."""
+    """Return the files of an ended run that are sent to MLflow."""
     figures = sorted((run_dir / "figures").glob("*.png"))
     return [path for path in (*figures, run_dir / "backbone.safetensors", run_dir / "config.json") if path.exists()]
 
 
 def lacks_records(run_dir: Path) -> bool:
-    """Tell whether MLflow did not get everything of an ended run."""
+    """Tell whether MLflow lacks something of an ended run."""
     return not _read_state(run_dir).get("complete", True)
 
 
@@ -348,7 +348,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 @dataclass(slots=True)
 class _Cursor:
-    """How far one kind of records was sent."""
+    """Progress of sending one kind of records."""
 
     run_dir: Path
     name: str

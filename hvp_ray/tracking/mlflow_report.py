@@ -13,8 +13,8 @@ from hvp_ray.tracking.mlflow_store import prepare_store
 logger = logging.getLogger(__name__)
 
 _GROUP_TAG = "trained_views"
-"""Runs are grouped by this copy of the tag `arm`: MLflow's page derives a group's colour from key and value, and under `arm`
-hard and random views would have the same one."""
+"""Runs are grouped by this copy of the tag `arm`. MLflow derives a group's colour from key and value, and under `arm`
+hard and random views would share a colour."""
 
 _SHARED_VIEW_TAG = "mlflow.sharedViewState."
 """An experiment tag of this name and a key holds the state of MLflow's page that `?viewStateShareKey=<key>` opens."""
@@ -22,7 +22,7 @@ _SHARED_VIEW_TAG = "mlflow.sharedViewState."
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedReport:
-    """The report of a comparison, and where it goes."""
+    """The report of a comparison, and its destination in MLflow."""
 
     uri: str
     experiment: str

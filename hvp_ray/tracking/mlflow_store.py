@@ -81,7 +81,7 @@ def prepare_store(uri: str) -> None:
             return  # another process has just created it
         if version is not None and version not in known:
             raise StoreError(
-                f"{path} was written by a newer MLflow (schema {version}; this one knows {head}). Update MLflow, or give "
+                f"{path} was written by a newer MLflow (schema {version}; this one has {head}). Update MLflow, or give "
                 f"another store by --tracking.uri"
             )
         new = path.with_name(f".{path.name}.new")

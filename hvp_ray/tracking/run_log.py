@@ -47,7 +47,7 @@ class Segment:
     """Steps done when it was started."""
 
     def folder(self, run_dir: Path) -> Path:
-        """Return where its files are."""
+        """Return the folder of its files."""
         return run_dir / FOLDER / f"attempt-{self.attempt:04d}-step-{self.first_step:08d}"
 
 
@@ -106,7 +106,7 @@ def read_records(run_dir: Path, name: str, *, dropped: bool = False) -> Iterator
 
     Args:
         run_dir: the run's folder.
-        name: of the file; may be a glob pattern (`unreadable-rank-*`).
+        name: name of the file; may be a glob pattern (`unreadable-rank-*`).
         dropped: yield those that a resume dropped too.
     """
     return (record for _, record in read_records_after(run_dir, name, START, dropped=dropped))

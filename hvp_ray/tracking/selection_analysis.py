@@ -42,7 +42,7 @@ class Contrast:
     chosen: float
     other: float
     standard_error: float | None
-    """Of chosen minus other, over the images; None: one image."""
+    """Standard error of chosen minus other, over the images; None: one image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class Period:
     min_iou_share: float
     """Fraction of the images whose chosen pair has the smallest IoU; chance is 1/P."""
     measures: dict[str, Contrast]
-    """By the names of `MEASURES`."""
+    """Measures, by the names of `MEASURES`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,8 +24,8 @@ def describe_pairs(plan: ViewPlan, candidates: Candidates, chosen: NDArray[np.in
     """Return overlap and colour distance of chosen and other pairs of one batch.
 
     Args:
-        plan: of the V global views.
-        candidates: of this step.
+        plan: plan of the V global views.
+        candidates: candidates of this step.
         chosen: [B], row of `candidates.pairs` of each image.
     """
     pairs = candidates.pairs

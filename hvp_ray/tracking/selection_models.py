@@ -87,7 +87,7 @@ class IouScoreCorrelation:
 
     num_images: int
     pearson: float
-    """Of both minus their image's mean, over all pairs."""
+    """Correlation over all pairs, of both minus their image's mean."""
     spearman: float
     """Mean over the images of the rank correlation of their P pairs."""
 

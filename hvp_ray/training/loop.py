@@ -1,4 +1,4 @@
-"""The training loop: it takes batches from a stream and notifies an observer. It knows neither Ray nor the recorder.
+"""The training loop: it takes batches from a stream and notifies an observer. It imports neither Ray nor the recorder.
 
 The position advances when the optimizer's step is done, never on delivery.
 """

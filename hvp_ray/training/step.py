@@ -101,7 +101,7 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -
         scores = score_candidates(trainee, pixels, candidates, config, batch.step)
         if _training_may_reuse(config):
             pixels = replace(pixels, reusable=scores.reusable)
-        scores = replace(scores, reusable={})  # only `pixels` holds it, until the chosen views' part is gathered
+        scores = replace(scores, reusable={})  # only `pixels` holds them, until the chosen views' part is gathered
     with trainee.stage("choose"):
         selection = choose_views(
             rule_at(config.selection, batch.step),

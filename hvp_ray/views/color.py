@@ -8,7 +8,7 @@ The caller reuses the arrays for each view: fresh memory of this size costs as m
 used here give the same bits with AVX2 and with AVX-512, with and without Intel's primitives. cv2.transform to three
 channels and cv2.COLOR_RGB2GRAY do not.
 
-Source: torchvision.transforms.v2.functional (_color.py). The hue is shifted in HSV, as torchvision and PIL do; a
+Source: torchvision.transforms.v2.functional (_color.py). The hue is shifted in HSV, as torchvision and PIL do. A
 rotation about the grey axis differs from that by 5 levels on average at 0.1 turn.
 """
 

@@ -58,7 +58,7 @@ def block_mask(uniforms: NDArray[np.float64], grid: int, masks: MaskConfig) -> N
     """Turn uniform numbers [WORDS_PER_MASK] into a mask, [grid, grid].
 
     Rectangles of random area and shape are added until the wanted fraction is reached. One that covers nothing new, or
-    more than is wanted, is drawn again.
+    more than is wanted, is redrawn.
 
     Source: bytedance/ibot loader.py:54-116, after BEiT (Bao et al., ICLR 2022), algorithm 1.
     """

@@ -13,7 +13,7 @@ from hvp_ray.records import ViewPlan
 from hvp_ray.views.geometry import CROP_WORDS, draw_crops
 
 WORDS_PER_VIEW = 48
-"""Random words reserved for each view; 36 are used, the others are reserved for further operations."""
+"""Random words reserved for each view; 36 are used, the rest is for further operations."""
 
 _FLIP = CROP_WORDS
 _JITTER = _FLIP + 1

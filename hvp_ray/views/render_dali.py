@@ -206,7 +206,7 @@ class _Lane:
         Args:
             decoded: the images.
             arguments: name -> [V, len(decoded), ...].
-            group: of the views.
+            group: group of the views.
             images: the indices of these images in the batch.
             host: receives the pixels.
         """

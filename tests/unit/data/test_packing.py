@@ -200,7 +200,7 @@ def test_file_that_goes_away_while_it_is_packed_is_left_out(images: list[bytes],
     assert open_any(tmp_path / "shards").read(range(8)) == [*images[:4], *images[5:9]]
     left_out = json.loads((tmp_path / "shards" / "unreadable.jsonl").read_text())
     assert (left_out["source_id"], left_out["path"]) == (4, "class-1/00004.png")
-    assert "gone or forbidden" in left_out["reason"]
+    assert "missing or forbidden" in left_out["reason"]
 
 
 def test_target_of_something_else_is_refused(folder: Path, images: list[bytes], tmp_path: Path) -> None:

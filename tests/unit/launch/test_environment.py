@@ -53,7 +53,7 @@ def test_link_in_place_of_the_private_folder_is_refused(tmp_path: Path) -> None:
     os.environ["HOME"] = "/absent"
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / f"hvp_ray-home-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="set HOME to a folder of yours"):
+    with pytest.raises(ConfigError, match="set HOME to a folder that you own"):
         prepare_ray_environment()
 
 
@@ -96,5 +96,5 @@ def test_token_is_written_elsewhere_if_it_cannot_be_written_at_home(taken: str, 
 def test_file_in_place_of_the_private_folder_is_refused(tmp_path: Path) -> None:
     os.environ["HOME"] = "/absent"
     (tmp_path / f"hvp_ray-home-{os.getuid()}").touch()
-    with pytest.raises(ConfigError, match="set HOME to a folder of yours"):
+    with pytest.raises(ConfigError, match="set HOME to a folder that you own"):
         prepare_ray_environment()

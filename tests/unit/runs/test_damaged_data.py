@@ -60,8 +60,10 @@ def test_image_that_goes_away_is_damaged_and_a_resume_says_how_many_there_were(t
     request = BatchRequest(step=0, epoch=0, first_position=0, sample_ids=context.training_ids[:8], num_views=2)
     (replacement,) = render_batch(context, request).replacements
     assert replacement.place == place
-    assert "gone" in replacement.reason
+    assert "missing" in replacement.reason
     with pytest.raises(DataError, match="has changed since the run was started: it has 49 images now"):
         open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
-    with pytest.raises(CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*restore missing files"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*restore missing files"
+    ):
         prepare_run(config, resolve_inline(config.cluster))

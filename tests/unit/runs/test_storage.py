@@ -231,7 +231,7 @@ def test_an_upload_that_fails_is_tried_again_and_then_said(
         with pytest.raises(CheckpointError, match="could not be written.*start the run again with its name") as failure:
             storage.push()
         assert str(storage.folder) in str(failure.value)
-        assert caplog.text.count("tried again in 0.01 s") == 2
+        assert caplog.text.count("retrying in 0.01 s") == 2
         bucket.put({})
         storage.push()
         shutil.rmtree(storage.folder / "log")
