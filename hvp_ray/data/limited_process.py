@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,15 +22,14 @@ from typing import IO, Any
 from hvp_ray.errors import HvpRayError
 
 _START_SECONDS = 120.0
-_CALL_SECONDS = 120.0
-_ATTEMPTS = 2
-"""The out-of-memory killer may strike once by chance, so one crash proves nothing."""
+_SENT_BY_OTHERS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+"""Signals that another process sends: the arguments of a call are not their cause."""
 _PACKAGE_FOLDER = str(Path(__file__).resolve().parents[2])
 _one_at_a_time = threading.Lock()
 
 
 class CrashError(Exception):
-    """A function crashed its process twice. The message describes how the process ended."""
+    """A function crashed its process at every attempt. The message describes how the process ended."""
 
 
 @contextmanager
@@ -57,14 +56,19 @@ def limited_memory(num_bytes: int) -> Iterator[None]:
 class LimitedProcess:
     """A child process that calls one function. It starts at the first call, and again after a crash."""
 
-    def __init__(self, function: str, *, memory_bytes: int) -> None:
+    def __init__(
+        self, function: str, *, memory_bytes: int | None = None, call_seconds: float = 120.0, num_attempts: int = 2
+    ) -> None:
         """Name the function.
 
         Args:
             function: "module:function". Arguments and results are pickled.
-            memory_bytes: memory that the calls may take.
+            memory_bytes: memory that the calls may take. None: no limit.
+            call_seconds: a call that takes longer hangs.
+            num_attempts: of a call. The out-of-memory killer may strike once by chance, so one crash proves nothing.
         """
-        self._command = [function, str(memory_bytes)]
+        self._command = [function, *([] if memory_bytes is None else [str(memory_bytes)])]
+        self._call_seconds, self._num_attempts = call_seconds, num_attempts
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "LimitedProcess":
@@ -79,29 +83,30 @@ class LimitedProcess:
         """Call the function and return its result.
 
         Raises:
-            CrashError: the process crashed, hung or ran out of memory, at each of two attempts.
+            CrashError: the process crashed, hung or ran out of memory, at every attempt.
             HvpRayError: what the function raised.
-            OSError: no process could be started.
+            OSError: no process could be started, or another process ended it.
         """
         ending = ""
-        for _ in range(_ATTEMPTS):
-            if self._process is None:
-                self._start()
+        for _ in range(self._num_attempts):
+            process = self._process or self._start()
             try:
                 self._connection.send(arguments)
-                result, error = self._receive(_CALL_SECONDS)
-            except (EOFError, OSError):
+                result, error = self._receive(self._call_seconds)
+            except (EOFError, OSError) as fault:
                 ending = self._end()
+                if -process.returncode in _SENT_BY_OTHERS:
+                    raise OSError(f"a child process was ended from outside: {ending}") from fault
                 continue
             if error is not None:
                 raise error
             return result
         raise CrashError(ending)
 
-    def _start(self) -> None:
+    def _start(self) -> "subprocess.Popen[bytes]":
         self._connection, theirs = Pipe()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (`_end` closes it)
-        self._process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(theirs.fileno()), *self._command],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -114,6 +119,7 @@ class LimitedProcess:
             self._receive(_START_SECONDS)  # it is ready
         except (EOFError, OSError) as error:
             raise OSError(f"a child process of {sys.executable} could not start: {self._end()}") from error
+        return process
 
     def _receive(self, timeout_seconds: float) -> tuple[Any, HvpRayError | None]:
         if not self._connection.poll(timeout_seconds):
@@ -141,13 +147,13 @@ class LimitedProcess:
         return f"{how}: {said[-1][:500]}" if said else how
 
 
-def _serve(connection: Connection, function: str, memory_bytes: int) -> None:
+def _serve(connection: Connection, function: str, memory_bytes: str | None = None) -> None:
     """Child: call the function with what arrives until the other side closes."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, name = function.split(":")
     call = getattr(importlib.import_module(module), name)
     connection.send((None, None))
-    with limited_memory(memory_bytes):
+    with nullcontext() if memory_bytes is None else limited_memory(int(memory_bytes)):
         while True:
             try:
                 arguments = connection.recv()
@@ -160,4 +166,4 @@ def _serve(connection: Connection, function: str, memory_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Connection(int(sys.argv[1])), sys.argv[2], int(sys.argv[3]))
+    _serve(Connection(int(sys.argv[1])), *sys.argv[2:])

@@ -32,22 +32,3 @@ def start_knn(job: RunJob) -> Any:
     return _Actor.options(num_gpus=share).remote(
         config_to_dict(job.config), gpu=share > 0, fingerprint=job.data_fingerprint, test_data=job.test_data
     )
-
-
-class ActorAnswer:
-    """Answer of `SnapshotKnnActor`; implements `online_knn.KnnAnswer`."""
-
-    def __init__(self, reference: Any) -> None:
-        self._reference = reference
-
-    def is_ready(self) -> bool:
-        """Return whether `values` returns at once."""
-        return bool(ray.wait([self._reference], timeout=0)[0])
-
-    def values(self) -> dict[str, float]:
-        """Wait for the accuracies."""
-        try:
-            values: dict[str, float] = ray.get(self._reference)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error  # the evaluation's own error, without Ray's traceback
-        return values

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,6 @@ from hvp_ray.identity import Identity
 from hvp_ray.resolved_run import Device, resolve_inline
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RankServices
-from hvp_ray.runs.online_knn import AnswerAtHand
 from hvp_ray.runs.prepare import draw_run_name, prepare_run
 from hvp_ray.runs.progress import ReportProgress
 from hvp_ray.runs.rank import train_rank
@@ -76,11 +76,16 @@ def pretrain_in_process(
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
         return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)
 
+    def ask_knn(snapshot: bytes) -> Future[dict[str, float]]:
+        answer: Future[dict[str, float]] = Future()
+        answer.set_result(evaluator.evaluate(snapshot))
+        return answer
+
     services = RankServices(
         open_stream=open_stream,
         report_progress=report_progress,
         is_stop_asked=is_stop_asked,
-        ask_knn=lambda snapshot: AnswerAtHand(evaluator.evaluate(snapshot)),
+        ask_knn=ask_knn,
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )
     return train_rank(job, world, device, services)

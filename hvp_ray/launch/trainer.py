@@ -13,7 +13,6 @@ import torch
 from hvp_ray.distributed.world import World, current_world
 from hvp_ray.errors import HvpRayError
 from hvp_ray.launch.board import BoardLogHandler, ProgressPoster
-from hvp_ray.launch.knn_actor import ActorAnswer
 from hvp_ray.logs import set_up_logging
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.job import RankServices, RunJob
@@ -116,7 +115,7 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
         services = RankServices(
             open_stream=open_stream,
             report_progress=ProgressPoster(board),
-            ask_knn=lambda snapshot: ActorAnswer(setup.knn.evaluate.remote(snapshot)),
+            ask_knn=lambda snapshot: setup.knn.evaluate.remote(snapshot).future(),
             cluster_facts=setup.cluster_facts,
             watch_numbers=publisher.watch,
             is_stop_asked=lambda: bool(ray.get(board.post.remote(is_trained=True))),

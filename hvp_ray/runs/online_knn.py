@@ -7,12 +7,11 @@ fails leaves a gap in the curve and one sentence in the summary; training contin
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from torch import nn
 
-from hvp_ray.config import RunConfig
 from hvp_ray.errors import first_line
 from hvp_ray.evaluation.snapshot import snapshot_encoder
 from hvp_ray.files import write_file
@@ -22,21 +21,8 @@ from hvp_ray.tracking.run_log import EVALUATIONS, RunLog, read_records
 logger = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class KnnAnswer(Protocol):
-    """The future accuracies of one snapshot."""
-
-    def is_ready(self) -> bool:
-        """Tell, without waiting, whether `values` would return at once."""
-        ...
-
-    def values(self) -> dict[str, float]:
-        """Wait for the accuracies; empty if there is nothing to evaluate on. Re-raise an error of the evaluation."""
-        ...
-
-
-AskKnn = Callable[[bytes], KnnAnswer]
-"""Submits a snapshot for evaluation."""
+AskKnn = Callable[[bytes], Future[dict[str, float]]]
+"""Submits a snapshot for evaluation; returns its future accuracies, empty if there is nothing to evaluate on."""
 
 
 class KnnDuringTraining:
@@ -69,7 +55,7 @@ class KnnDuringTraining:
         self._problems = problems
         self._interval = interval
         self._num_steps = steps.num_steps
-        self._pending: list[tuple[int, KnnAnswer]] = []
+        self._pending: list[tuple[int, Future[dict[str, float]]]] = []
         answered = {record["step"] for record in read_records(log.run_dir, EVALUATIONS)}
         for path in sorted(self._folder.glob("step-" + "[0-9]" * 8)):
             step = int(path.name.removeprefix("step-"))
@@ -88,7 +74,7 @@ class KnnDuringTraining:
         """Submit a snapshot if one is due; log the answers that arrived. The final weights are evaluated after training."""
         if self._interval and steps_done % self._interval == 0 and steps_done < self._num_steps:
             self._submit(steps_done, lambda: self._write_snapshot(steps_done))
-        while self._pending and self._pending[0][1].is_ready():
+        while self._pending and self._pending[0][1].done():
             self._write_first()
 
     def finish(self, final: dict[str, float]) -> None:
@@ -112,9 +98,9 @@ class KnnDuringTraining:
     def _write_first(self) -> None:
         step, answer = self._pending.pop(0)
         try:
-            values = answer.values()
+            values = answer.result()
         except Exception as error:  # noqa: BLE001 (a curve with a gap is better than a lost run)
-            self._note_gap(step, error)
+            self._note_gap(step, getattr(error, "cause", error))  # Ray wraps an actor's error
             return
         if values:
             self._write(step, values)
@@ -131,23 +117,3 @@ class KnnDuringTraining:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
-
-
-class AnswerAtHand:
-    """An answer that was computed at once, in this process."""
-
-    def __init__(self, values: dict[str, float]) -> None:
-        self._values = values
-
-    def is_ready(self) -> bool:
-        """Return True."""
-        return True
-
-    def values(self) -> dict[str, float]:
-        """Return the accuracies."""
-        return self._values
-
-
-def knn_interval(config: RunConfig, steps_per_epoch: int) -> int:
-    """Return the steps between two snapshots; 0: none are taken."""
-    return config.tracking.knn_every_epochs * steps_per_epoch if config.tracking.knn_images else 0

@@ -1,5 +1,6 @@
 """The GPU of a process, and the time until a trainer notices a stop. Tests that need a GPU are in tests/gpu."""
 
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs import recorder
 from hvp_ray.runs.job import RankServices
-from hvp_ray.runs.online_knn import AnswerAtHand
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import Progress
 from hvp_ray.runs.rank import train_rank
@@ -62,7 +62,7 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
         return InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
 
     services = RankServices(
-        open_stream=open_stream, report_progress=report, ask_knn=lambda _: AnswerAtHand({}), cluster_facts=dict
+        open_stream=open_stream, report_progress=report, ask_knn=lambda _: Future(), cluster_facts=dict
     )
     resolved = ResolvedRun(renderer="cpu", device="cuda" if device.type == "cuda" else "cpu")
     summary = train_rank(prepare_run(config, resolved), World(), device, services)

@@ -1,6 +1,7 @@
 """The k-NN during training: it changes no weight, waits for nobody, and a restart loses no point of the curve."""
 
 import pickle
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hvp_ray.evaluation.snapshot import SnapshotKnn, snapshot_encoder
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.backbones import build_backbone
 from hvp_ray.resolved_run import resolve_inline
-from hvp_ray.runs.online_knn import AnswerAtHand, KnnDuringTraining
+from hvp_ray.runs.online_knn import KnnDuringTraining
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import RunSteps
 from hvp_ray.tracking.run_log import EVALUATIONS, RunLog, next_attempt, read_records
@@ -42,26 +43,14 @@ def test_curve_begins_untrained_ends_with_the_final_value_and_changes_no_weight(
     assert not list((tmp_path / "watched" / "knn_pending").iterdir())
 
 
-class _Slow:
-    """An answer that comes when the test lets it."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-        self.come = False
-
-    def is_ready(self) -> bool:
-        return self.come
-
-    def values(self) -> dict[str, float]:
-        assert self.come, "the trainer waited"
-        return {"eval/knn_top1": self.value}
+_Answer = Future[dict[str, float]]
 
 
-def _watch(folder: Path, asked: list[_Slow], first_step: int) -> KnnDuringTraining:
+def _watch(folder: Path, asked: list[_Answer], first_step: int) -> KnnDuringTraining:
     encoder = nn.Linear(1, 1)
 
-    def ask(snapshot: bytes) -> _Slow:
-        asked.append(_Slow(float(len(asked))))
+    def ask(snapshot: bytes) -> _Answer:
+        asked.append(_Answer())
         assert snapshot == snapshot_encoder(encoder) or first_step
         return asked[-1]
 
@@ -75,42 +64,34 @@ def _steps(folder: Path) -> list[int]:
 
 
 def test_answers_are_not_waited_for_and_come_in_order(tmp_path: Path) -> None:
-    asked: list[_Slow] = []
+    asked: list[_Answer] = []
     watch = _watch(tmp_path, asked, 0)
     for step in range(1, 5):
         watch.after_step(step)
     assert len(asked) == 3 and _steps(tmp_path) == []  # steps 0, 2, 4
-    asked[1].come = True
+    asked[1].set_result({"eval/knn_top1": 0.5})
     watch.after_step(5)
     assert _steps(tmp_path) == []
-    asked[0].come = True
+    asked[0].set_result({"eval/knn_top1": 0.5})
     watch.after_step(5)
     assert _steps(tmp_path) == [0, 2]
-
-
-class _Failing:
-    """An evaluation that ended with an error."""
-
-    def is_ready(self) -> bool:
-        return True
-
-    def values(self) -> dict[str, float]:
-        raise RuntimeError("CUDA out of memory")
 
 
 def test_evaluation_that_fails_is_a_gap_in_the_curve_and_a_sentence(tmp_path: Path) -> None:
     problems: list[str] = []
     asked: list[bytes] = []
 
-    def ask(snapshot: bytes) -> Any:
+    def ask(snapshot: bytes) -> _Answer:
         asked.append(snapshot)
+        answer = _Answer()
         match len(asked):
             case 1:
                 raise OSError("the test images are on a disk that is gone")
             case 2:
-                return _Failing()
+                answer.set_exception(RuntimeError("CUDA out of memory"))
             case _:
-                return AnswerAtHand({"eval/knn_top1": 0.5})
+                answer.set_result({"eval/knn_top1": 0.5})
+        return answer
 
     steps = RunSteps(first_step=0, num_steps=6, steps_per_epoch=2)
     watch = KnnDuringTraining(RunLog(tmp_path), nn.Linear(1, 1), ask, problems, interval=2, steps=steps)
@@ -128,47 +109,47 @@ def test_evaluation_that_fails_is_a_gap_in_the_curve_and_a_sentence(tmp_path: Pa
 
 def test_restart_asks_again_for_what_had_no_answer(tmp_path: Path) -> None:
     """Died at step 5 with the answers of steps 2 and 4 to come; the checkpoint is that of step 3."""
-    before: list[_Slow] = []
+    before: list[_Answer] = []
     watch = _watch(tmp_path, before, 0)
-    before[0].come = True
+    before[0].set_result({"eval/knn_top1": 0.5})
     for step in range(1, 6):
         watch.after_step(step)
-    after: list[_Slow] = []
+    after: list[_Answer] = []
     again = _watch(tmp_path, after, 3)
     assert len(after) == 1  # step 2; step 4 will be trained again
     for step in range(4, 8):
         again.after_step(step)
     for answer in after:
-        answer.come = True
+        answer.set_result({"eval/knn_top1": 0.5})
     again.finish({"eval/knn_top1": 1.0})
     assert _steps(tmp_path) == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("answered", [True, False])
 def test_restart_before_the_first_checkpoint_has_the_first_point_once(tmp_path: Path, answered: bool) -> None:
-    asked: list[_Slow] = []
+    asked: list[_Answer] = []
     torch.manual_seed(0)
     killed = _watch(tmp_path, asked, 0)
     if answered:
-        asked[0].come = True
+        asked[0].set_result({"eval/knn_top1": 0.5})
         killed.after_step(1)
-    again: list[_Slow] = []
+    again: list[_Answer] = []
     torch.manual_seed(0)
     watch = _watch(tmp_path, again, 0)
     assert len(again) == (0 if answered else 1)
     for answer in again:
-        answer.come = True
+        answer.set_result({"eval/knn_top1": 0.5})
     watch.finish({"eval/knn_top1": 1.0})
     assert _steps(tmp_path) == [0, 8]
 
 
 def test_restart_after_the_last_step_has_the_final_point_once(tmp_path: Path) -> None:
     """Killed when the final values were written and the summary was not: the next attempt has no step to do."""
-    asked: list[_Slow] = []
+    asked: list[_Answer] = []
     killed = _watch(tmp_path, asked, 0)
-    asked[0].come = True
+    asked[0].set_result({"eval/knn_top1": 0.5})
     killed.finish({"eval/knn_top1": 1.0})
-    again: list[_Slow] = []
+    again: list[_Answer] = []
     watch = _watch(tmp_path, again, 8)
     watch.finish({"eval/knn_top1": 1.0})
     assert not again

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -321,16 +322,6 @@ class _StreamThatDies:
         self._stream.close()
 
 
-class _LateAnswer:
-    """A k-NN that takes longer than the machine lives."""
-
-    def is_ready(self) -> bool:
-        return False
-
-    def values(self) -> dict[str, float]:
-        raise AssertionError("not reached")
-
-
 def _train_and_die(config: RunConfig, *, at_step: int) -> None:
     """Train as `pretrain_in_process` does, until the batch of step `at_step` (from 0) is asked for."""
     job = prepare_run(config, resolve_inline(config.cluster))
@@ -344,7 +335,7 @@ def _train_and_die(config: RunConfig, *, at_step: int) -> None:
     services = RankServices(
         open_stream=open_stream,
         report_progress=lambda _progress: False,
-        ask_knn=lambda snapshot: _LateAnswer(),
+        ask_knn=lambda snapshot: Future(),  # takes longer than the machine lives
         cluster_facts=lambda: {},
     )
     with pytest.raises(_PowerCutError):

@@ -2,20 +2,22 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hvp_ray.data.decode import decode_rgb
+from hvp_ray.stream.quarantine import can_decode
 
 
-def decode_or_die(image: bytes, **options: Any) -> None:
+def _decode_or_die(image: bytes, **options: Any) -> None:
     """Decode as the real one does; an image that ends in this word kills the process."""
     if image.endswith(b"crash"):
         os.kill(os.getpid(), signal.SIGKILL)
     decode_rgb(image, **options)
 
 
-def decode_by_word(image: bytes, **_options: object) -> None:
+def _decode_by_word(image: bytes, **_options: object) -> None:
     """A decoder with a bug: some bytes kill the process, some only raise."""
     kind, _, counter = image.partition(b":")
     if kind.startswith(b"crash"):
@@ -34,3 +36,7 @@ def decode_by_word(image: bytes, **_options: object) -> None:
         with open(counter, "ab") as file:
             file.write(b".")
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+can_decode_or_die = partial(can_decode, decode=_decode_or_die)
+can_decode_by_word = partial(can_decode, decode=_decode_by_word)

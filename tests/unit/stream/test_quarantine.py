@@ -11,18 +11,18 @@ import pytest
 from hvp_ray.config import DataConfig, TransformConfig
 from hvp_ray.errors import StageError
 from hvp_ray.records import BatchRequest
-from hvp_ray.stream.quarantine import CRASHES_DECODER, failures_apart
+from hvp_ray.stream.quarantine import CRASHES_DECODER, DECODER, failures_apart
 from hvp_ray.stream.render_batch import RenderContext, decode_batch, find_crashing_ids, render_batch
 from hvp_ray.views.render_cpu import CpuRenderer
 from tests.helpers import encode, views_config
 from tests.unit.stream.test_render_batch import ListSource
 
-DECODER = "tests.unit.stream.dying_decoder:decode_or_die"
+DYING_DECODER = "tests.unit.stream.dying_decoder:can_decode_or_die"
 DYING_JPEG_DECODER = Path(__file__).parents[2] / "ray" / "dying_decoder"
 DATA = DataConfig(source="list", max_image_pixels=10)
 VIEWS = views_config(16, TransformConfig())
 
-WORDS = "tests.unit.stream.dying_decoder:decode_by_word"
+WORDS = "tests.unit.stream.dying_decoder:can_decode_by_word"
 
 
 def _crashing(images: list[bytes], *, decoder: str = WORDS, timeout_seconds: float = 60.0) -> list[int]:
@@ -38,7 +38,7 @@ def test_crashing_images_are_found_among_healthy_and_damaged_ones() -> None:
 
 
 def test_real_decoder_crashes_on_nothing() -> None:
-    assert _crashing([b"", b"no image", b"\xff\xd8\xff"], decoder="hvp_ray.data.decode:decode_rgb") == []
+    assert _crashing([b"", b"no image", b"\xff\xd8\xff"], decoder=DECODER) == []
 
 
 def test_image_that_hangs_the_decoder_is_found() -> None:
@@ -68,14 +68,14 @@ def test_child_that_dies_while_it_starts_condemns_no_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, reason: str
 ) -> None:
     (tmp_path / "broken_decoder.py").write_text(program)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(StageError, match=f"(?s)could not start.*{reason}"):
         _crashing([b"fine", b"fine"], decoder="broken_decoder:decode")
 
 
 def test_child_that_cannot_be_made_condemns_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(StageError, match="could not start.*No such file"):
+    with pytest.raises(StageError, match="search for images.*failed.*No such file"):
         _crashing([b"fine"])
 
 
@@ -112,7 +112,7 @@ def _request(quarantined_ids: tuple[int, ...] = ()) -> BatchRequest:
 
 
 def _find(context: RenderContext, request: BatchRequest) -> list[int]:
-    return list(find_crashing_ids(context, request, decoder=DECODER))
+    return list(find_crashing_ids(context, request, decoder=DYING_DECODER))
 
 
 def test_crashing_images_of_a_batch_are_found_and_nothing_else_is() -> None:
@@ -147,7 +147,7 @@ def test_quarantine_and_damage_of_an_image_give_the_same_batch() -> None:
 
 def test_request_that_searches_reports_what_it_found_and_decodes_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decoder has its bug in child processes only, so both batches can be rendered here."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(DYING_JPEG_DECODER), *sys.path]))
+    monkeypatch.syspath_prepend(DYING_JPEG_DECODER)
     images = [encode(np.full((20, 24, 3), 5 * i, np.uint8), "JPEG") + b"poison" * (i in (3, 6)) for i in range(40)]
     context = dataclasses.replace(_context(), source=ListSource(images))
     expected = render_batch(context, _request(quarantined_ids=(3, 6)))
