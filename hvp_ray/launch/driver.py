@@ -131,8 +131,11 @@ def _wait_for_nodes(
             if waited > _OTHER_LABEL_SECONDS or not lacks_a_label(cluster, ray.cluster_resources()):
                 return resolved
             reason = "only nodes of one label have joined"
-        except PrefetchError:
-            raise
+        except PrefetchError as error:
+            # A node of the missing label may bring a larger object store.
+            if waited > _OTHER_LABEL_SECONDS or not lacks_a_label(cluster, ray.cluster_resources()):
+                raise
+            reason = str(error)
         except ConfigError as error:
             if waited > _JOIN_SECONDS:
                 raise

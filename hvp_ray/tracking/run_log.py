@@ -172,7 +172,7 @@ def _segments(run_dir: Path) -> list[tuple[Segment, int]]:
 
 
 def _read_lines(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (offset after the line, record); a last line that a crash tore off is left out."""
+    """Yield (offset after the line, record), without damaged lines and a last line that a crash tore off."""
     if not path.exists():
         return
     with path.open("rb") as lines:
@@ -180,7 +180,11 @@ def _read_lines(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]
         for line in lines:
             if line.endswith(b"\n"):
                 offset += len(line)
-                yield offset, json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue
+                yield offset, record
 
 
 def _cannot_write(path: Path, why: object) -> CheckpointError:

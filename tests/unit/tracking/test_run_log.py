@@ -119,3 +119,14 @@ def test_full_disk_is_a_sentence_that_says_what_to_do(tmp_path: Path) -> None:
     (log.segment / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(CheckpointError, match="cannot be written.*No space left.*Free space"):
         log.write(METRICS, {"step": 1})
+
+
+def test_a_damaged_line_costs_one_record_and_not_the_run(tmp_path: Path) -> None:
+    """A machine that loses power may leave bytes of no record in the middle of a file."""
+    log = RunLog(tmp_path)
+    log.write(METRICS, {"step": 1})
+    with (log.segment / f"{METRICS}.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "met\0\0\0\n\xff\0\n')
+    log.write(METRICS, {"step": 3})
+    assert [record["step"] for record in read_records(tmp_path, METRICS)] == [1, 3]
+    assert last_recorded_step(tmp_path) == 3
