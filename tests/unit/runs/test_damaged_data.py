@@ -63,5 +63,7 @@ def test_image_that_goes_away_is_damaged_and_a_resume_says_how_many_there_were(t
     assert "gone" in replacement.reason
     with pytest.raises(DataError, match="has changed since the run was started: it has 49 images now"):
         open_render_context(config_to_dict(config), "cpu", job.data_fingerprint)
-    with pytest.raises(CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*restore missing files"):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)training source: '50 images' -> '49 images'.*restore missing files"
+    ):
         prepare_run(config, resolve_inline(config.cluster))
