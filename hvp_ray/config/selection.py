@@ -6,12 +6,7 @@ from typing import Annotated, ClassVar, Literal
 from hvp_ray.config.checks import AtLeast1, Checked, Range, require
 
 Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
-"""Which pair of views is trained on.
-
-hardest: the pair with the largest loss under the current weights (HVP). first: views 0 and 1, the only ones rendered
-(the vanilla arm). Controls: random (a random pair of the V views), easiest (smallest loss), min_iou (crops that
-overlap least; no model involved), all_pairs (mean loss over all pairs).
-"""
+"""Which pair of views is trained on; `SelectionConfig.rule` explains each value."""
 
 
 _NumViews = Annotated[int, Range(least=2, most=64)]
@@ -24,7 +19,9 @@ class SelectionConfig(Checked):
     path: ClassVar[str] = "selection"
 
     rule: Rule = "hardest"
-    """Which pair is trained on: hardest (HVP), first (vanilla), or a control: random, easiest, min_iou, all_pairs."""
+    """Which pair is trained on. hardest: the one with the largest loss under the current weights (HVP). first: views 0 and
+    1, the only ones rendered (vanilla). Controls: random (a random pair), easiest (smallest loss), min_iou (crops that
+    overlap least; no model involved), all_pairs (mean loss over all pairs)."""
 
     num_views: _NumViews | None = 4
     """SimSiam, SimCLR: views rendered per image; the pair is chosen among num_views * (num_views - 1) / 2 (the paper: 4; 8

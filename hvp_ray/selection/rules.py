@@ -1,8 +1,9 @@
 """The selection rules: each one is a function that chooses the views of every image of a step.
 
 To add a rule, write a function from `RuleInput` to `Selection`, give it a line in `RULES`, and list its name in
-`hvp_ray.config.Rule`. A rule may read scores, the plan and addressed random numbers. Anything further that a rule needs
-becomes a field of `RuleInput`, which `training/step.py` fills.
+`Rule` (`config/selection.py`). A rule may read scores, the plan and addressed random numbers. Anything further that a rule
+needs becomes a field of `RuleInput`, which `training/step.py` fills. To compare pairs, read `CandidateScores.best_of_pairs`,
+which includes local views; `pairs_BP` does not.
 
 Rules compute without gradient and copy nothing from the device to the host.
 
@@ -161,7 +162,7 @@ RULES: dict[Rule, SelectionRule] = {
     "min_iou": SelectionRule(choose=choose_min_iou),
     "all_pairs": SelectionRule(choose=choose_all_pairs, trains_on_all_views=True),
 }
-"""Every value of `hvp_ray.config.Rule`, whose docstring explains the purpose of each."""
+"""Every value of `Rule`; `SelectionConfig.rule` explains each."""
 
 
 def rule_at(selection: SelectionConfig, step: int) -> Rule:

@@ -333,7 +333,7 @@ class ViewStream:
             raise (cause if isinstance(cause, HvpRayError) else error) from None
 
     def _probe_down(self) -> None:
-        """Call members that are down; Ray restarts them."""
+        """Call members that are down; Ray restarts their processes (`_OPTIONS` in `view_worker.py`)."""
         now = time.perf_counter()
         probed = list(self._probes.values())
         for member in (member for team in self._teams for member in team.members):
