@@ -166,12 +166,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     arms, dataset = check_arms_and_seeds(options.arms, options.seeds), open_dataset(base.data)
     for arm in arms:
         check_before_start(arm.configure(base), dataset)
-    remark = check_intensities(base.data, dataset)
-    for line in (
-        *take_inventory(dataset, base.data).lines(),
-        *check_labels(base, dataset),
-        *([remark] if remark else []),
-    ):
+    inventory, remarks = take_inventory(dataset, base.data), check_intensities(base.data, dataset)
+    for line in (*inventory.lines(), *check_labels(base, dataset), *remarks):
         say(line)
     asked = None if options.views == "auto" else options.views
     connect(base, dataset, asked)

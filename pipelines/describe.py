@@ -84,7 +84,7 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
     from hvp_ray.costs.pool_size import size_pool
     from hvp_ray.costs.service_times import measure_service_times
 
-    images, what, remark = _sample(config)
+    images, what, remarks = _sample(config)
     times = measure_service_times(config, images)
     sizes = [size_pool(config, times, images_per_second=demand, ship="views")]
     is_measured = renderer_of(config.cluster) == "cpu"
@@ -92,7 +92,7 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
         sizes.append(size_pool(config, times, images_per_second=demand, ship="pixels"))
     lines = [
         f"  measured on    {what}, {times.encoded_bytes / 1e3:.0f} kB encoded; renderer cpu, one thread of this machine",
-        *([] if remark is None else [f"  intensities    {remark}"]),
+        *(f"  intensities    {remark}" for remark in remarks),
         f"  demand         {demand:,.0f} images/s of {config.cluster.num_trainers} trainer(s); capacity 1.2 times that",
         "",
         f"  {'cluster.ship':<14}{'kB shipped':>11}{'CPU ms at':>11}{'CPU ms beside':>15}{'view':>9}{'finishers':>11}"
@@ -165,8 +165,8 @@ def describe_step(config: RunConfig) -> str:
     )
 
 
-def _sample(config: RunConfig) -> tuple[list[bytes], str, str | None]:
-    """Return images of the run's source, what they are, and a remark. Made-up images replace a source that cannot be opened.
+def _sample(config: RunConfig) -> tuple[list[bytes], str, list[str]]:
+    """Return images of the run's source, what they are, and remarks. Made-up images replace a source that cannot be opened.
 
     Raises:
         ConfigError: the images have more than 8 bits a channel, and `data.intensity_range` is not set.
@@ -177,12 +177,12 @@ def _sample(config: RunConfig) -> tuple[list[bytes], str, str | None]:
 
     try:
         dataset = open_dataset(config.data)
-        remark = check_intensities(config.data, dataset)
+        remarks = check_intensities(config.data, dataset)
         images = list(read_sample(dataset.source, dataset.training_ids))
-        return images, f"{len(images)} images of {config.data.source}", remark
+        return images, f"{len(images)} images of {config.data.source}", remarks
     except (DataError, OSError) as error:
         why = str(error).splitlines()[0]
-    return [_made_up_photograph()] * 8, f"a made-up photograph of 500 x 375 px ({why})", None
+    return [_made_up_photograph()] * 8, f"a made-up photograph of 500 x 375 px ({why})", []
 
 
 def _made_up_photograph() -> bytes:

@@ -253,8 +253,7 @@ class Evaluation:
         self.backbone = load_exported_backbone(self.backbone_path)
         check_last_blocks(self.backbone, options.last_blocks)
         dataset = open_dataset(self.data)
-        remark = check_intensities(self.data, dataset, option="--intensity-range")
-        if remark is not None:
+        for remark in check_intensities(self.data, dataset, option="--intensity-range"):
             say(remark)
         labels = load_labels(dataset)
         self.training, self.test = choose_images(dataset, labels, options)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hvp_ray.data.listing import NO_FILE, Leftovers, walk_files
-from hvp_ray.data.source import UNLABELLED, Source
+from hvp_ray.data.source import UNLABELLED, Source, renumber
 from hvp_ray.errors import DataError, LabelError
 from hvp_ray.files import StorageError
 
@@ -204,10 +204,8 @@ def _classes(paths: pa.LargeBinaryArray, *, skip: int = 0) -> tuple[NDArray[np.i
             if slash:
                 labels[place] = index.setdefault(name, len(index))
     names = sorted(index)
-    ranks = np.empty(len(names) + 1, np.int32)
-    ranks[[index[name] for name in names]] = np.arange(len(names), dtype=np.int32)
-    ranks[UNLABELLED] = UNLABELLED  # index -1 is the last entry
-    return ranks[labels], [os.fsdecode(name) for name in names]
+    ranks = {name: rank for rank, name in enumerate(names)}
+    return renumber(labels, (ranks[name] for name in index)).astype(np.int32), [os.fsdecode(name) for name in names]
 
 
 def _find_images(root: str, leftovers: Leftovers) -> Iterator[tuple[str, int]]:

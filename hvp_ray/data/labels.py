@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.data.dataset import Dataset, have_same_images
-from hvp_ray.data.source import UNLABELLED, Source
+from hvp_ray.data.source import UNLABELLED, Source, renumber
 from hvp_ray.errors import DataError, LabelError, first_line
 
 _SHOWN = 5
@@ -105,8 +105,7 @@ def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tupl
     else:
         index = _index(names, "training")
         _index(test_names, "test")
-        places = [index.get(_normal(name), UNLABELLED) for name in test_names]
-        matched = np.array([*places, UNLABELLED], np.int64)[test]  # UNLABELLED, -1, indexes the last entry
+        matched = renumber(test, (index.get(_normal(name), UNLABELLED) for name in test_names))
     left_out = labelled & (matched == UNLABELLED)
     if labelled.any() and left_out.sum() == labelled.sum():
         raise DataError(

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from hvp_ray.data.source import MAX_LABEL, UNLABELLED
+from hvp_ray.data.source import MAX_LABEL, UNLABELLED, renumber
 from hvp_ray.errors import LabelError
 
 _MAX_NAMES_BYTES = 64 * 2**20
@@ -96,10 +96,7 @@ def merge_names(
     merged = tuple(sorted(set().union(*names)))
     index = {name: label for label, name in enumerate(merged)}
     for own, part in zip(names, of_files, strict=True):
-        places = np.array(
-            [*(index[name] for name in own), UNLABELLED], np.int64
-        )  # UNLABELLED, -1, indexes the last entry
-        part[:] = places[part]
+        part[:] = renumber(part, (index[name] for name in own))
     return merged
 
 
@@ -138,4 +135,4 @@ def _places(part: pa.Array, names: dict[str, int], shown: str) -> NDArray[np.int
     if len(names) > MAX_LABEL + 1 or sum(map(len, names)) > _MAX_NAMES_BYTES:
         raise LabelError(f"{shown} holds {len(names):,} different texts or more; expected names of classes")
     indices = part.indices.cast(pa.int64()).fill_null(UNLABELLED).to_numpy(zero_copy_only=False)
-    return np.array([*places, UNLABELLED], np.int64)[indices]  # UNLABELLED, -1, indexes the last entry
+    return renumber(indices, places)

@@ -5,8 +5,9 @@ little state and is never sent.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,11 @@ class Source(ABC):
     def shares_files_with(self, other: "Source") -> bool:
         """Tell whether a file belongs to both sources, as far as their kind can tell."""
         return False
+
+
+def renumber(labels: NDArray[np.integer[Any]], numbers: Iterable[int]) -> NDArray[np.int64]:
+    """Replace each label i by the i-th number; `UNLABELLED` stays."""
+    return np.array([*numbers, UNLABELLED], np.int64)[labels]  # UNLABELLED, -1, indexes the last entry
 
 
 def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> Source:

@@ -64,9 +64,8 @@ def launch(
     stop = stop or StopRequest()
     config = with_absolute_paths(config)
     dataset = check_before_start(config)
-    for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
-        if remark is not None:
-            watchers.show_message(remark)
+    for remark in (*check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+        watchers.show_message(remark)
     bytes_per_step = step_bytes(config, dataset)
     is_ours = not ray.is_initialized()
     joined = connect_ray(lambda: plan_local_ray(config.cluster, this_machine(), bytes_per_step))

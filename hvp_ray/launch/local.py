@@ -65,9 +65,8 @@ def pretrain_in_process(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     dataset = open_dataset(config.data)
     if world.rank == 0:
-        for remark in (check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
-            if remark is not None:
-                logger.warning("%s", remark)
+        for remark in (*check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+            logger.warning("%s", remark)
     job = prepare_run(config, resolved, is_writer=world.rank == 0, planned=planned, dataset=dataset)
     context = open_render_context(config_to_dict(config), resolved.renderer, job.data_fingerprint)
     hand_over = CopyToDevice(device)

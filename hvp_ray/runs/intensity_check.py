@@ -25,8 +25,8 @@ _CENTRAL_PERCENTILES = (0.1, 99.9)
 """Almost all values lie between these."""
 
 
-def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--data.intensity_range") -> str | None:
-    """Sample the images; return a remark on their intensities. None: they have 8 bits a channel.
+def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--data.intensity_range") -> list[str]:
+    """Sample the images; return remarks on their intensities. Empty: they have 8 bits a channel.
 
     Args:
         data: the setting.
@@ -43,20 +43,22 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
     found = _Sample(images, max_pixels=data.max_image_pixels)
     if data.intensity_range is None:
         if not found.kinds:
-            return None
+            return []
         black, white = found.suggest_range()
         raise ConfigError(
             f"data.source={data.source!r}: {found.describe()}. Expected data.intensity_range, the values of black and "
             f"white; give {option} {black:.10g} {white:.10g}, or the range that you want to see"
         )
     if not found.kinds:
-        return f"data.intensity_range is not used: the {found.num_images} sampled images have at most 8 bits a channel"
+        return [
+            f"data.intensity_range is not used: the {found.num_images} sampled images have at most 8 bits a channel"
+        ]
     black, white = data.intensity_range
     clipped = found.share_outside(data.intensity_range)
-    return (
+    return [
         f"{found.describe()}; data.intensity_range makes {black:.10g} black and {white:.10g} white"
         f"{f', and clips {clipped:.1%} of the values' if clipped else ''}"
-    )
+    ]
 
 
 class _Sample:

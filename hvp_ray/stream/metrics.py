@@ -41,11 +41,6 @@ WatchNumbers = Callable[[ReadNumbers], None]
 CHECKPOINT_SECONDS_BOUNDARIES = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0]
 
 
-def exported_name(name: str) -> str:
-    """Return the name in Prometheus: Ray adds its own prefix."""
-    return f"ray_{name}"
-
-
 Publish = Callable[[float], None]
 """Takes the increment of a counter (0 makes it visible), the value of a gauge, or one observation of a histogram."""
 

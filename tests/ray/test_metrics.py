@@ -17,7 +17,7 @@ from hvp_ray.config import config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.metrics import TRAINER_METRICS, WORKER_METRICS, exported_name
+from hvp_ray.stream.metrics import TRAINER_METRICS, WORKER_METRICS
 from hvp_ray.stream.view_worker import ViewWorkerActor
 from tests.helpers import tiny_config
 from tests.ray.runs import AtStep, launch_quietly, processes_titled
@@ -97,7 +97,7 @@ def test_metrics_port_and_logs_agree_with_the_summary_and_the_journal(tmp_path: 
     assert found["worker_restarts"] == summary["num_worker_restarts"]
     with_histogram = {name.removesuffix("_count").removesuffix("_bucket").removesuffix("_sum") for name in values}
     without_mlflow = {name for name in (*TRAINER_METRICS, *WORKER_METRICS) if "mlflow" not in name}
-    assert with_histogram == {exported_name(name) for name in without_mlflow}
+    assert with_histogram == {f"ray_{name}" for name in without_mlflow}
 
     logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     lines = [

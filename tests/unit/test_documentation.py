@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 from hvp_ray.config import RunConfig
-from hvp_ray.stream.metrics import exported_name
 from hvp_ray.tracking.metrics_table import RECORDED, SUMMARY, TRAINER_METRICS, WORKER_METRICS
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = {exported_name(name) for name in (*TRAINER_METRICS, *WORKER_METRICS)}
+PUBLISHED = {f"ray_{name}" for name in (*TRAINER_METRICS, *WORKER_METRICS)}
 
 
 def first_column(page: str) -> list[str]:

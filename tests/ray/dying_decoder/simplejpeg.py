@@ -10,6 +10,7 @@ POISON = b"poison"
 sys.path = [folder for folder in sys.path if Path(folder) != Path(__file__).parent]
 del sys.modules[__name__]
 real = importlib.import_module("simplejpeg")
+sys.path.insert(0, str(Path(__file__).parent))  # child processes take this path
 decode_soundly = real.decode_jpeg
 
 
