@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, Photographs, load_photographs
 from benchmarks.pixel_differences import OPERATIONS, Pixels, statistics_of, views_by_torchvision
 from benchmarks.results_file import describe_machine
-from hvp_ray.config import ViewGroupConfig, ViewsConfig
+from hvp_ray.config import DataConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb, read_size
 from hvp_ray.recipes import get_recipe
 from hvp_ray.records import ViewPlan
@@ -103,7 +103,7 @@ def render(encoded: Photographs, decoded: list[Pixels], group: ViewGroupConfig, 
     views = ViewsConfig(global_views=group, evaluation_resize_px=group.size_px)
     by = {"torchvision": views_by_torchvision(decoded, plan, group)}
     for name in ("cpu", "dali-cpu"):
-        renderer = build_renderer(name, views, max_image_pixels=MAX_IMAGE_PIXELS, intensity_range=_INTENSITY_RANGE)
+        renderer = build_renderer(name, views, DataConfig(source="photographs", intensity_range=_INTENSITY_RANGE))
         batch = renderer.render(encoded.images, plan)
         assert not batch.failures
         by[name] = batch.global_pixels

@@ -32,7 +32,7 @@ from torchvision.transforms import v2 as T
 from benchmarks import render_parts, rivals
 from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, VIEWS, Photographs, load_photographs
 from benchmarks.results_file import Result, describe_machine, open_results
-from hvp_ray.config import RendererName, TransformConfig, ViewsConfig
+from hvp_ray.config import DataConfig, RendererName, TransformConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.recipes import get_recipe
 from hvp_ray.views.renderer import build_renderer
@@ -75,7 +75,7 @@ class Task:
 
 
 def ours(task: Task, name: RendererName) -> Render:
-    renderer = build_renderer(name, task.views, max_image_pixels=MAX_IMAGE_PIXELS)
+    renderer = build_renderer(name, task.views, DataConfig(source="photographs"))
     num_global, num_local = VIEWS[task.chain]
 
     def render(turn: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.photographs import MAX_IMAGE_PIXELS, VIEWS, Photographs
+from benchmarks.photographs import VIEWS, Photographs
 from benchmarks.results_file import Results
 from hvp_ray.config import DataConfig, ViewsConfig
 from hvp_ray.data.source import open_source
@@ -37,7 +37,7 @@ def measure(chain: str, views: ViewsConfig, photographs: Photographs, repeats: i
     """
     num_global, num_local = VIEWS[chain]
     num_views = (num_global + num_local) * len(photographs.images)
-    renderer = render_cpu.CpuRenderer(views, max_image_pixels=MAX_IMAGE_PIXELS)
+    renderer = render_cpu.CpuRenderer(views, DataConfig(source="photographs"))
     turns: list[dict[str, float]] = []
     for turn in range(repeats):
         seconds: dict[str, float] = {}

@@ -91,7 +91,7 @@ def render_seconds(config: RunConfig, images: list[bytes], pixels: list[NDArray[
     of_locals = None
     if views.local_views is not None:
         of_locals = plan(Purpose.LOCAL_VIEWS, stage.num_local, views.local_views)
-    renderer = CpuRenderer(views, max_image_pixels=_MAX_PIXELS)
+    renderer = CpuRenderer(views, DataConfig(source="photographs"))
     return seconds_of(lambda: renderer.render(images, of_globals, of_locals))
 
 

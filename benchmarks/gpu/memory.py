@@ -7,8 +7,9 @@ import psutil
 import torch
 
 from benchmarks.gpu.check import Check
-from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, Photographs, load_photographs
+from benchmarks.photographs import CHAINS, Photographs, load_photographs
 from benchmarks.results_file import Results
+from hvp_ray.config import DataConfig
 from hvp_ray.recipes import get_recipe
 from hvp_ray.views.render_dali import DaliRenderer
 
@@ -21,7 +22,7 @@ def run(check: Check) -> Results:
     photographs = load_photographs(check.data, check.amount(128, 4))
     group = get_recipe(CHAINS["simsiam"]).views.global_views
     views = get_recipe(CHAINS["simsiam"]).views
-    renderer = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS)
+    renderer = DaliRenderer(views, DataConfig(source="photographs"), name=check.renderer)
     generator, process = np.random.default_rng(0), psutil.Process()
     points: list[tuple[int, float, float]] = []
     start = time.perf_counter()

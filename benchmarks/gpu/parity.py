@@ -12,7 +12,7 @@ from benchmarks.gpu.check import Check
 from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, Photographs, as_png, load_photographs
 from benchmarks.pixel_differences import OPERATIONS, Pixels, differences, views_by_torchvision
 from benchmarks.results_file import Results
-from hvp_ray.config import ViewGroupConfig, ViewsConfig
+from hvp_ray.config import DataConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.recipes import get_recipe
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -40,7 +40,7 @@ def run(check: Check) -> Results:
 
 def _compare_decoding(check: Check, photographs: Photographs, decoded: list[Pixels]) -> Results:
     views = ViewsConfig(global_views=ViewGroupConfig(size_px=32), evaluation_resize_px=32)
-    renderer = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS)
+    renderer = DaliRenderer(views, DataConfig(source="photographs"), name=check.renderer)
     tensors = renderer.decode([np.frombuffer(image, np.uint8) for image in photographs.images])
     ours = [_on_host(tensor) for tensor in tensors]
     yield from differences("decoding", "cpu", ours, decoded)
@@ -57,10 +57,10 @@ def _compare(
     views = ViewsConfig(global_views=group, evaluation_resize_px=group.size_px)
     plan = photographs.plan(group, 2)
     one_lane = DaliExecution(num_threads=8)  # graphs take seconds to build, and lanes change no pixel
-    ours = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS, execution=one_lane)
+    ours = DaliRenderer(views, DataConfig(source="photographs"), name=check.renderer, execution=one_lane)
     pixels = ours.render(photographs.images, plan).global_pixels
-    twin = DaliRenderer(views, name="dali-cpu", max_image_pixels=MAX_IMAGE_PIXELS, execution=one_lane)
+    twin = DaliRenderer(views, DataConfig(source="photographs"), name="dali-cpu", execution=one_lane)
     yield from differences(name, "dali-cpu", [pixels], [twin.render(photographs.images, plan).global_pixels])
-    cpu = CpuRenderer(views, max_image_pixels=MAX_IMAGE_PIXELS).render(photographs.images, plan)
+    cpu = CpuRenderer(views, DataConfig(source="photographs")).render(photographs.images, plan)
     yield from differences(name, "cpu", [pixels], [cpu.global_pixels])
     yield from differences(name, "torchvision", [pixels], [views_by_torchvision(decoded, plan, group)])

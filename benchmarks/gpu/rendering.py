@@ -12,7 +12,7 @@ from benchmarks import rivals
 from benchmarks.gpu.check import Check
 from benchmarks.photographs import CHAINS, MAX_IMAGE_PIXELS, VIEWS, Photographs, load_photographs
 from benchmarks.results_file import Result, Results
-from hvp_ray.config import ViewsConfig
+from hvp_ray.config import DataConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.recipes import get_recipe
 from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
@@ -40,7 +40,7 @@ def _dali(check: Check, chain: str, views: ViewsConfig, photographs: Photographs
         )
         for epoch in range(repeats + 2)
     ]
-    renderer = DaliRenderer(views, name=check.renderer, max_image_pixels=MAX_IMAGE_PIXELS)
+    renderer = DaliRenderer(views, DataConfig(source="photographs"), name=check.renderer)
     turns = iter(plans)
     for _ in range(2):
         renderer.render(images, *next(turns))  # builds the graphs
@@ -74,8 +74,8 @@ def _decoding(check: Check, photographs: Photographs, repeats: int) -> Results:
         for load in (0.0, 0.65, 1.0)[2 if threads == 1 else 0 :]:
             renderer = DaliRenderer(
                 views,
+                DataConfig(source="photographs"),
                 name=check.renderer,
-                max_image_pixels=MAX_IMAGE_PIXELS,
                 execution=DaliExecution(num_threads=threads, hw_decoder_load=load),
             )
             seconds = seconds_of(lambda renderer=renderer: renderer.decode(encoded), repeats)

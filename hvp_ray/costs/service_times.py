@@ -63,9 +63,8 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
         raise UnreadableImageError(reason)
     heights, widths = (np.array(edges, np.int32) for edges in zip(*sizes, strict=True))
     plans = draw_step_plans(config, heights, widths)
-    limit, intensity_range = data.max_image_pixels, data.intensity_range
-    renderer = CpuRenderer(config.views, max_image_pixels=limit, intensity_range=intensity_range)
-    decode = partial(decode_used, max_image_pixels=limit, intensity_range=intensity_range)
+    renderer = CpuRenderer(config.views, data)
+    decode = partial(decode_used, data=data)
     decoded = decode(readable, *plans)
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)

@@ -78,12 +78,7 @@ def build_render_context(config: RunConfig, dataset: Dataset, renderer: Renderer
         training_ids=dataset.training_ids,
         data=config.data,
         views=config.views,
-        renderer=build_renderer(
-            renderer,
-            config.views,
-            max_image_pixels=config.data.max_image_pixels,
-            intensity_range=config.data.intensity_range,
-        ),
+        renderer=build_renderer(renderer, config.views, config.data),
     )
 
 
@@ -129,9 +124,7 @@ def decode_batch(
         DataError: see `render_batch`.
         StageError: see `render_batch`.
     """
-    data = context.data
-    decode = partial(decode_used, max_image_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
-    return _assemble(context, request, decode, worker)
+    return _assemble(context, request, partial(decode_used, data=context.data), worker)
 
 
 def _assemble(

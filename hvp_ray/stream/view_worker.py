@@ -90,7 +90,7 @@ class ViewFinisher(_RenderingActor):
     def __init__(self, config_values: dict[str, Any], name: str) -> None:
         super().__init__(config_values, name, "finisher")
         config = config_from_dict(config_values)
-        self._renderer = CpuRenderer(config.views, max_image_pixels=config.data.max_image_pixels)
+        self._renderer = CpuRenderer(config.views, config.data)
 
     def finish(self, decoded: tuple[BatchDraft, DecodedImages]) -> ViewBatch:
         """Render the views of one batch."""

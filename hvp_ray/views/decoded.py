@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hvp_ray.config import DataConfig
 from hvp_ray.data.decode import decode_rgb
-from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import DecodedImages, ViewPlan
 
@@ -24,8 +24,7 @@ def decode_used(
     global_plan: ViewPlan,
     local_plan: ViewPlan | None,
     *,
-    max_image_pixels: int,
-    intensity_range: IntensityRange | None = None,
+    data: DataConfig,
 ) -> DecodedImages:
     """Decode every image and keep the box that its views use; images that cannot be decoded are reported, never raised.
 
@@ -33,8 +32,7 @@ def decode_used(
         images: B encoded images.
         global_plan: [V, B].
         local_plan: [L, B]; None: no local views.
-        max_image_pixels: larger images count as unreadable.
-        intensity_range: see `decode_rgb`.
+        data: limits and intensities of images.
     """
     boxes = used_boxes([plan for plan in (global_plan, local_plan) if plan is not None])
     num_bytes = int((boxes[:, 2].astype(np.int64) * boxes[:, 3]).sum()) * 3
@@ -42,7 +40,7 @@ def decode_used(
     for index, (image, room) in enumerate(zip(images, decoded.images(), strict=True)):
         top, left, height, width = boxes[index].tolist()
         try:
-            pixels = decode_rgb(image, max_pixels=max_image_pixels, intensity_range=intensity_range)
+            pixels = decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
             room[...] = pixels[top : top + height, left : left + width]
         except UnreadableImageError as error:
             decoded.failures[index] = str(error)

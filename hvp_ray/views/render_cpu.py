@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
+from hvp_ray.config import DataConfig, RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
-from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import DecodedImages, ViewPlan
 from hvp_ray.views import color
@@ -38,12 +37,9 @@ class CpuRenderer:
 
     name: RendererName = "cpu"
 
-    def __init__(
-        self, views: ViewsConfig, *, max_image_pixels: int, intensity_range: IntensityRange | None = None
-    ) -> None:
+    def __init__(self, views: ViewsConfig, data: DataConfig) -> None:
         self._views = views
-        self._max_image_pixels = max_image_pixels
-        self._intensity_range = intensity_range
+        self._data = data
         groups = [views.global_views] + ([views.local_views] if views.local_views else [])
         self._canvases = {group.size_px: _Canvas(group.size_px) for group in groups}
 
@@ -52,12 +48,11 @@ class CpuRenderer:
     ) -> RenderedBatch:
         """Decode each image once and render all its views while it is in the cache."""
         failures: dict[int, str] = {}
+        data = self._data
 
         def decode(index: int) -> Pixels | None:
             try:
-                return decode_rgb(
-                    images[index], max_pixels=self._max_image_pixels, intensity_range=self._intensity_range
-                )
+                return decode_rgb(images[index], max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
             except UnreadableImageError as error:
                 failures[index] = str(error)
                 return None

@@ -23,9 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
-from hvp_ray.config import RendererName, ViewGroupConfig, ViewsConfig
+from hvp_ray.config import DataConfig, RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
-from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.records import ViewPlan
 from hvp_ray.views import color
@@ -74,17 +73,15 @@ class DaliRenderer:
     def __init__(
         self,
         views: ViewsConfig,
+        data: DataConfig,
         *,
         name: RendererName,
-        max_image_pixels: int,
-        intensity_range: IntensityRange | None = None,
         device_id: int | None = None,
         execution: DaliExecution | None = None,
     ) -> None:
         self.name: RendererName = name
         self._views = views
-        self._max_image_pixels = max_image_pixels
-        self._intensity_range = intensity_range
+        self._data = data
         self._on_gpu = name == "dali-gpu"
         if self._on_gpu and device_id is None:
             device_id = torch.cuda.current_device()  # a trainer that renders inline may use any device
@@ -118,14 +115,14 @@ class DaliRenderer:
         """
         encoded: list[NDArray[np.uint8]] = []
         failures: dict[int, str] = {}
-        limit = self._max_image_pixels
+        limit, intensity_range = self._data.max_image_pixels, self._data.intensity_range
         for index, image in enumerate(images):
             try:
                 if not on_host and is_plain_jpeg(image) and _END_OF_JPEG in image[-_TAIL_BYTES:]:
                     read_size(image, max_pixels=limit)  # DALI has no size limit
                     encoded.append(np.frombuffer(image, dtype=np.uint8))
                 else:
-                    encoded.append(_bitmap(decode_rgb(image, max_pixels=limit, intensity_range=self._intensity_range)))
+                    encoded.append(_bitmap(decode_rgb(image, max_pixels=limit, intensity_range=intensity_range)))
             except UnreadableImageError as error:
                 failures[index] = str(error)
                 encoded.append(_bitmap(np.zeros((1, 1, 3), np.uint8)))

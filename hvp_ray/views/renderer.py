@@ -10,8 +10,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_ray.config import RendererName, ViewsConfig
-from hvp_ray.data.intensity import IntensityRange
+from hvp_ray.config import DataConfig, RendererName, ViewsConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.records import ViewPlan
 
@@ -49,9 +48,7 @@ class Renderer(Protocol):
         ...
 
 
-def build_renderer(
-    name: RendererName, views: ViewsConfig, *, max_image_pixels: int, intensity_range: IntensityRange | None = None
-) -> Renderer:
+def build_renderer(name: RendererName, views: ViewsConfig, data: DataConfig) -> Renderer:
     """Build the renderer of this name.
 
     Raises:
@@ -61,9 +58,9 @@ def build_renderer(
         case "cpu":
             from hvp_ray.views.render_cpu import CpuRenderer
 
-            return CpuRenderer(views, max_image_pixels=max_image_pixels, intensity_range=intensity_range)
+            return CpuRenderer(views, data)
         case "dali-cpu" | "dali-gpu":
             from hvp_ray.views.render_dali import DaliRenderer
 
-            return DaliRenderer(views, name=name, max_image_pixels=max_image_pixels, intensity_range=intensity_range)
+            return DaliRenderer(views, data, name=name)
     raise ConfigError(f"cluster.renderer={name!r} is unknown; choose cpu, dali-cpu or dali-gpu")

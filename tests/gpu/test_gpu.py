@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvp_ray.config import ClusterConfig, TransformConfig
+from hvp_ray.config import ClusterConfig, DataConfig, TransformConfig
 from hvp_ray.costs.imaginary import made_up_batch
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.distributed.world import World
@@ -42,8 +42,8 @@ def test_dali_on_the_gpu_agrees_with_the_cpu_renderer(generator: np.random.Gener
         seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(16), heights=sizes[:, 0].copy(),
         widths=sizes[:, 1].copy(), num_views=4, group=views.global_views,
     )  # fmt: skip
-    cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan).global_pixels
-    gpu = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8).render(images, plan).global_pixels
+    cpu = CpuRenderer(views, DataConfig(source="list")).render(images, plan).global_pixels
+    gpu = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu").render(images, plan).global_pixels
     difference = np.abs(cpu.astype(int) - gpu)
     assert difference.mean() < 1.5  # nvJPEG and libjpeg-turbo decode chroma differently
     assert (difference > 8).mean() < 0.01
@@ -55,7 +55,7 @@ def test_views_come_from_the_gpu_in_pinned_memory_and_stay_what_they_are(generat
     views = views_config(64, TransformConfig())
     sizes = np.array([(200, 150)] * 8, np.int32)
     images = [encode(photograph_like(generator, 200, 150), "JPEG", quality=92) for _ in sizes]
-    renderer = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8)
+    renderer = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu")
 
     def render(epoch: int) -> np.ndarray:
         plan = draw_plan(
@@ -86,7 +86,7 @@ def test_pixels_depend_neither_on_lanes_nor_on_the_batch(generator: np.random.Ge
             widths=sizes[:count, 1].copy(), num_views=4, group=views.global_views,
         )  # fmt: skip
         execution = DaliExecution(num_lanes=num_lanes)
-        renderer = DaliRenderer(views, name="dali-gpu", max_image_pixels=10**8, execution=execution)
+        renderer = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu", execution=execution)
         return renderer.render(images[:count], plan).global_pixels
 
     expected = render(1, 24)

@@ -109,7 +109,7 @@ def _batches(folder: Path, num_steps: int, order_of: SampleOrder | None = None) 
         training_ids=dataset.training_ids,
         data=config,
         views=views,
-        renderer=CpuRenderer(views, max_image_pixels=10**6),
+        renderer=CpuRenderer(views, DataConfig(source="list")),
     )
     order = order_of or SampleOrder(
         seed=3,

@@ -153,7 +153,7 @@ def _batches(config: RunConfig) -> dict[str, ViewBatch]:
         num_views=3,
     )
     contexts = {name: open_render_context(config_to_dict(config), name) for name in ("cpu", "dali-cpu")}
-    finisher = CpuRenderer(config.views, max_image_pixels=config.data.max_image_pixels)
+    finisher = CpuRenderer(config.views, config.data)
     found = {name: render_batch(context, request) for name, context in contexts.items()}
     assert find_crashing_ids(contexts["cpu"], request) == ()
     return found | {"in two halves": finish_batch(finisher, *decode_batch(contexts["cpu"], request))}

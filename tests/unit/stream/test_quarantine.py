@@ -96,7 +96,7 @@ def _context(*, damaged: tuple[int, ...] = (), crashing: tuple[int, ...] = ()) -
         training_ids=np.arange(len(images)),
         data=DataConfig(source="list"),
         views=VIEWS,
-        renderer=CpuRenderer(VIEWS, max_image_pixels=10**6),
+        renderer=CpuRenderer(VIEWS, DataConfig(source="list")),
     )
 
 

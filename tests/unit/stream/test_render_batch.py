@@ -69,7 +69,7 @@ def _context(images: list[bytes], *, views: ViewsConfig = VIEWS, failures_left: 
         training_ids=np.arange(len(images)),
         data=DataConfig(source="list"),
         views=views,
-        renderer=CpuRenderer(views, max_image_pixels=10**6),
+        renderer=CpuRenderer(views, DataConfig(source="list")),
     )
 
 
@@ -171,7 +171,7 @@ def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
         draft, decoded = decode_batch(_context(images, views=config.views), request)
         # What travels is read-only where it arrives.
         decoded.pixels.flags.writeable = False
-        finished = finish_batch(CpuRenderer(config.views, max_image_pixels=10**6), draft, decoded)
+        finished = finish_batch(CpuRenderer(config.views, config.data), draft, decoded)
         assert finished.replacements == whole.replacements
         expected, found = _arrays(whole), _arrays(finished)
         assert list(found) == list(expected)

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from hvp_ray.config import DataConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import DecodedImages, ViewPlan
@@ -11,7 +12,7 @@ from hvp_ray.views.decoded import decode_used, used_boxes
 from hvp_ray.views.plan import draw_plan
 from tests.helpers import encode, photograph_like, views_config
 
-MAX_PIXELS = 10**6
+DATA = DataConfig(source="list")
 
 
 def _plan(crops: list[list[tuple[int, int, int, int]]]) -> ViewPlan:
@@ -41,19 +42,17 @@ def test_box_is_the_smallest_around_all_crops_of_an_image() -> None:
 def test_boxes_hold_the_pixels_of_the_decoded_images(generator: np.random.Generator) -> None:
     images = [encode(photograph_like(generator, 50, 60), "JPEG") for _ in range(3)]
     plan = _plan([[(2, 10, 5, 6), (0, 0, 50, 60), (49, 59, 1, 1)]])
-    decoded = decode_used(images, plan, None, max_image_pixels=MAX_PIXELS)
+    decoded = decode_used(images, plan, None, data=DATA)
     assert decoded.failures == {}
     assert decoded.pixels.nbytes == (5 * 6 + 50 * 60 + 1) * 3
     for image, found, (top, left, height, width) in zip(images, decoded.images(), decoded.boxes.tolist(), strict=True):
-        whole = decode_rgb(image, max_pixels=MAX_PIXELS)
+        whole = decode_rgb(image, max_pixels=DATA.max_image_pixels)
         assert np.array_equal(found, whole[top : top + height, left : left + width])
 
 
 def test_damaged_image_is_reported_and_its_box_is_empty(generator: np.random.Generator) -> None:
     image = encode(photograph_like(generator, 50, 60), "JPEG")
-    decoded = decode_used(
-        [image, image[:400]], _plan([[(0, 0, 8, 9), (0, 0, 8, 9)]]), None, max_image_pixels=MAX_PIXELS
-    )
+    decoded = decode_used([image, image[:400]], _plan([[(0, 0, 8, 9), (0, 0, 8, 9)]]), None, data=DATA)
     assert list(decoded.failures) == [1]
     assert decoded.images()[0].any()
     assert not decoded.images()[1].any()

@@ -15,7 +15,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from numpy.typing import NDArray
 
-from hvp_ray.config import TransformConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.config import DataConfig, TransformConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.randomness import Purpose
 from hvp_ray.records import ViewPlan
@@ -213,7 +213,7 @@ def _plans(num_views: int, num_local_views: int, images: slice = slice(None)) ->
 
 
 def test_batch_renders_each_view_and_reports_damaged_images(generator: np.random.Generator) -> None:
-    rendered = CpuRenderer(VIEWS, max_image_pixels=10**6).render(_images(generator), *_plans(2, 3))
+    rendered = CpuRenderer(VIEWS, DataConfig(source="list")).render(_images(generator), *_plans(2, 3))
     assert rendered.global_pixels.shape == (2, 4, 32, 32, 3)
     assert rendered.local_pixels is not None
     assert rendered.local_pixels.shape == (3, 4, 16, 16, 3)
@@ -226,7 +226,7 @@ def test_batch_renders_each_view_and_reports_damaged_images(generator: np.random
 def test_view_in_a_batch_is_the_view_rendered_alone(generator: np.random.Generator) -> None:
     """Whatever a view is rendered into, and whatever was on the canvas before: the same bits."""
     images, (global_plan, local_plan) = _images(generator), _plans(16, 5)
-    rendered = CpuRenderer(VIEWS, max_image_pixels=10**6).render(images, global_plan, local_plan)
+    rendered = CpuRenderer(VIEWS, DataConfig(source="list")).render(images, global_plan, local_plan)
     assert VIEWS.local_views is not None
     groups = ((global_plan, VIEWS.global_views, rendered.global_pixels),
               (local_plan, VIEWS.local_views, rendered.local_pixels))  # fmt: skip
@@ -244,7 +244,7 @@ def test_view_in_a_batch_is_the_view_rendered_alone(generator: np.random.Generat
 def test_pixels_do_not_depend_on_the_batch_nor_on_the_number_of_views(generator: np.random.Generator) -> None:
     """The vanilla arm trains on views 0 and 1 of the hard arm, and any worker renders any batch."""
     images = _images(generator)
-    renderer = CpuRenderer(VIEWS, max_image_pixels=10**6)
+    renderer = CpuRenderer(VIEWS, DataConfig(source="list"))
     whole = renderer.render(images, *_plans(4, 6))
     two = renderer.render(images, *_plans(2, 3))
     assert np.array_equal(two.global_pixels, whole.global_pixels[:2])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from hvp_ray.config import TransformConfig, ViewGroupConfig, ViewsConfig
+from hvp_ray.config import DataConfig, TransformConfig, ViewGroupConfig, ViewsConfig
 from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import get_recipe
 from hvp_ray.records import ViewPlan
@@ -55,8 +55,8 @@ def _plan(views: ViewsConfig, sizes: NDArray[np.int32], num_views: int = 2) -> V
 
 
 def _differences(views: ViewsConfig, images: list[bytes], plan: ViewPlan) -> NDArray[np.float64]:
-    cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan)
-    dali = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8).render(images, plan)
+    cpu = CpuRenderer(views, DataConfig(source="list")).render(images, plan)
+    dali = DaliRenderer(views, DataConfig(source="list"), name="dali-cpu").render(images, plan)
     assert cpu.failures.keys() == dali.failures.keys()
     return np.abs(cpu.global_pixels.astype(np.float64) - dali.global_pixels)
 
@@ -101,7 +101,7 @@ def test_odd_and_damaged_images_are_treated_as_by_the_cpu_renderer(generator: np
     images = [jpegs[0], grey, jpegs[1][: len(jpegs[1]) // 2], b"", encode(photograph_like(generator, 90, 1))]
     sizes = np.array([[128, 256], [60, 80], [138, 249], [1, 1], [90, 1]], np.int32)
     plan = _plan(views, sizes)
-    dali = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8).render(images, plan)
+    dali = DaliRenderer(views, DataConfig(source="list"), name="dali-cpu").render(images, plan)
     assert sorted(dali.failures) == [2, 3]
     assert not dali.global_pixels[:, [2, 3]].any()
     assert _differences(views, images, plan).mean() < 0.5
@@ -110,7 +110,7 @@ def test_odd_and_damaged_images_are_treated_as_by_the_cpu_renderer(generator: np
 def test_batches_of_other_sizes_and_view_counts_follow_each_other(generator: np.random.Generator) -> None:
     views = views_config(32, TransformConfig())
     images, sizes = _batch(generator)
-    renderer = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8)
+    renderer = DaliRenderer(views, DataConfig(source="list"), name="dali-cpu")
     four = renderer.render(images, _plan(views, sizes, num_views=4)).global_pixels
     for count, num_views in ((3, 2), (8, 4), (5, 4)):
         part = renderer.render(images[:count], _plan(views, sizes[:count], num_views=num_views)).global_pixels
@@ -124,8 +124,8 @@ def test_local_views_come_from_the_same_decode(generator: np.random.Generator) -
     images, sizes = _batch(generator, 4)
     plan = _plan(views, sizes)
     local = _plan(views_config(24, TransformConfig()), sizes, num_views=3)
-    cpu = CpuRenderer(views, max_image_pixels=10**8).render(images, plan, local)
-    dali = DaliRenderer(views, name="dali-cpu", max_image_pixels=10**8).render(images, plan, local)
+    cpu = CpuRenderer(views, DataConfig(source="list")).render(images, plan, local)
+    dali = DaliRenderer(views, DataConfig(source="list"), name="dali-cpu").render(images, plan, local)
     assert cpu.local_pixels is not None
     assert dali.local_pixels is not None
     assert dali.local_pixels.shape == (3, 4, 24, 24, 3)
@@ -138,7 +138,9 @@ def test_jpegs_beyond_the_limits_never_come_to_dali(generator: np.random.Generat
     fine = [encode(photograph_like(generator, size, size), "JPEG") for size in (32, 33)]
     images = [*fine, bombs.jpeg(65_500, 65_500), bombs.jpeg_of_scans(32, 32, 5_000)]
     plan = _plan(views, np.full((4, 2), 32, np.int32))
-    rendered = DaliRenderer(views, name="dali-cpu", max_image_pixels=32 * 32).render(images, plan)
+    rendered = DaliRenderer(views, DataConfig(source="list", max_image_pixels=32 * 32), name="dali-cpu").render(
+        images, plan
+    )
     assert sorted(rendered.failures) == [1, 2, 3]
     assert "33 x 33 px is more than data.max_image_pixels" in rendered.failures[1]
     assert "65500 x 65500 px is more than data.max_image_pixels" in rendered.failures[2]
@@ -155,7 +157,7 @@ def test_lanes_change_no_pixel(generator: np.random.Generator) -> None:
     plan, local = _plan(views, sizes), _plan(views_config(24, TransformConfig()), sizes, num_views=3)
     one, three = (
         DaliRenderer(
-            views, name="dali-cpu", max_image_pixels=10**8, execution=DaliExecution(num_lanes=num_lanes)
+            views, DataConfig(source="list"), name="dali-cpu", execution=DaliExecution(num_lanes=num_lanes)
         ).render(images, plan, local)
         for num_lanes in (1, 3)
     )
