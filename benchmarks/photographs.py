@@ -45,8 +45,7 @@ class Photographs:
             purpose=Purpose.LOCAL_VIEWS if local else Purpose.GLOBAL_VIEWS,
             epoch=epoch,
             sample_ids=np.arange(len(self.images)),
-            heights=self.sizes[:, 0].copy(),
-            widths=self.sizes[:, 1].copy(),
+            image_sizes=(self.sizes[:, 0].copy(), self.sizes[:, 1].copy()),
             num_views=num_views,
             group=group,
         )

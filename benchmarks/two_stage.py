@@ -84,7 +84,7 @@ def render_seconds(config: RunConfig, images: list[bytes], pixels: list[NDArray[
 
     def plan(purpose: Purpose, number: int, group: ViewGroupConfig) -> ViewPlan:
         return draw_plan(
-            seed=0, purpose=purpose, epoch=0, sample_ids=ids, heights=heights, widths=widths, num_views=number, group=group
+            seed=0, purpose=purpose, epoch=0, sample_ids=ids, image_sizes=(heights, widths),  num_views=number, group=group
         )  # fmt: skip
 
     of_globals = plan(Purpose.GLOBAL_VIEWS, stage.num_global, views.global_views)

@@ -20,7 +20,7 @@ def draw_step_plans(
     images: dict[str, Any] = {"seed": 0, "epoch": 0, "sample_ids": np.arange(len(heights))}
 
     def draw(purpose: Purpose, num_views: int, group: ViewGroupConfig) -> ViewPlan:
-        return draw_plan(purpose=purpose, num_views=num_views, group=group, heights=heights, widths=widths, **images)
+        return draw_plan(purpose=purpose, num_views=num_views, group=group, image_sizes=(heights, widths), **images)
 
     selection, views = config.selection, config.views
     num_views = selection.num_views_at(0)

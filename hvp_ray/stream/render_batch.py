@@ -297,7 +297,7 @@ class _Assembly(Generic[_Made]):
     def _draw_plans(self, rows: NDArray[np.int64], purposes: _Purposes) -> tuple[ViewPlan, ViewPlan | None]:
         views, request, seed = self._context.views, self._request, self._context.seed
         sample_ids, heights, widths = self.sample_ids[rows], self.heights[rows], self.widths[rows]
-        draw = partial(draw_plan, seed=seed, epoch=request.epoch, sample_ids=sample_ids, heights=heights, widths=widths)
+        draw = partial(draw_plan, seed=seed, epoch=request.epoch, sample_ids=sample_ids, image_sizes=(heights, widths))
         global_plan = draw(purpose=purposes.global_views, num_views=request.num_views, group=views.global_views)
         local_plan = None
         if request.num_local_views:

@@ -31,8 +31,7 @@ def draw_plan(
     purpose: Purpose,
     epoch: int,
     sample_ids: NDArray[np.int64],
-    heights: NDArray[np.int32],
-    widths: NDArray[np.int32],
+    image_sizes: tuple[NDArray[np.int32], NDArray[np.int32]],
     num_views: int,
     group: ViewGroupConfig,
 ) -> ViewPlan:
@@ -43,7 +42,7 @@ def draw_plan(
         purpose: the stream to draw from: GLOBAL_VIEWS or LOCAL_VIEWS, or their REPLACEMENT_ twins.
         epoch: epoch of the step.
         sample_ids: [B].
-        heights, widths: [B], px of the original images.
+        image_sizes: heights [B] and widths [B] of the original images, in px.
         num_views: V.
         group: transforms of the views.
     """
@@ -52,8 +51,8 @@ def draw_plan(
     )
     words_VBK = words.reshape(len(sample_ids), num_views, WORDS_PER_VIEW).transpose(1, 0, 2)
     if group.odd is None:
-        return _plan_from_words(words_VBK, heights, widths, group.even)
-    parts = [_plan_from_words(words_VBK[v : v + 1], heights, widths, group.transform_of(v)) for v in range(num_views)]
+        return _plan_from_words(words_VBK, *image_sizes, group.even)
+    parts = [_plan_from_words(words_VBK[v : v + 1], *image_sizes, group.transform_of(v)) for v in range(num_views)]
     return ViewPlan.of_views(parts)
 
 

@@ -39,8 +39,9 @@ def test_dali_on_the_gpu_agrees_with_the_cpu_renderer(generator: np.random.Gener
     sizes = np.array([(400 + 9 * i, 520 - 7 * i) for i in range(16)], np.int32)
     images = [encode(photograph_like(generator, h, w), "JPEG", quality=92) for h, w in sizes.tolist()]
     plan = draw_plan(
-        seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(16), heights=sizes[:, 0].copy(),
-        widths=sizes[:, 1].copy(), num_views=4, group=views.global_views,
+        seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(16),
+        image_sizes=(sizes[:, 0].copy(), sizes[:, 1].copy()),
+        num_views=4, group=views.global_views,
     )  # fmt: skip
     cpu = CpuRenderer(views, DataConfig(source="list")).render(images, plan).global_pixels
     gpu = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu").render(images, plan).global_pixels
@@ -59,8 +60,9 @@ def test_views_come_from_the_gpu_in_pinned_memory_and_stay_what_they_are(generat
 
     def render(epoch: int) -> np.ndarray:
         plan = draw_plan(
-            seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=epoch, sample_ids=np.arange(8), heights=sizes[:, 0].copy(),
-            widths=sizes[:, 1].copy(), num_views=4, group=views.global_views,
+            seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=epoch, sample_ids=np.arange(8),
+        image_sizes=(sizes[:, 0].copy(), sizes[:, 1].copy()),
+            num_views=4, group=views.global_views,
         )  # fmt: skip
         return renderer.render(images, plan).global_pixels
 
@@ -82,8 +84,9 @@ def test_pixels_depend_neither_on_lanes_nor_on_the_batch(generator: np.random.Ge
 
     def render(num_lanes: int, count: int) -> np.ndarray:
         plan = draw_plan(
-            seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(count), heights=sizes[:count, 0].copy(),
-            widths=sizes[:count, 1].copy(), num_views=4, group=views.global_views,
+            seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(count),
+        image_sizes=(sizes[:count, 0].copy(), sizes[:count, 1].copy()),
+            num_views=4, group=views.global_views,
         )  # fmt: skip
         execution = DaliExecution(num_lanes=num_lanes)
         renderer = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu", execution=execution)

@@ -42,8 +42,7 @@ def _plan(num_images: int) -> ViewPlan:
         purpose=Purpose.GLOBAL_VIEWS,
         epoch=0,
         sample_ids=np.arange(num_images),
-        heights=sizes,
-        widths=sizes,
+        image_sizes=(sizes, sizes),
         num_views=4,
         group=ViewGroupConfig(size_px=16, even=TransformConfig()),
     )

@@ -51,8 +51,7 @@ def _plan(count: int, num_views: int = 4) -> ViewPlan:
         purpose=Purpose.GLOBAL_VIEWS,
         epoch=0,
         sample_ids=np.arange(count),
-        heights=np.full(count, 375, np.int32),
-        widths=np.full(count, 500, np.int32),
+        image_sizes=(np.full(count, 375, np.int32), np.full(count, 500, np.int32)),
         num_views=num_views,
         group=ViewGroupConfig(size_px=32, even=TransformConfig()),
     )

@@ -23,8 +23,7 @@ def _plan(crops: list[list[tuple[int, int, int, int]]]) -> ViewPlan:
         purpose=Purpose.GLOBAL_VIEWS,
         epoch=0,
         sample_ids=np.arange(shape[1]),
-        heights=np.full(shape[1], 50, np.int32),
-        widths=np.full(shape[1], 60, np.int32),
+        image_sizes=(np.full(shape[1], 50, np.int32), np.full(shape[1], 60, np.int32)),
         num_views=shape[0],
         group=views_config().global_views,
     )

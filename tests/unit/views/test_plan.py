@@ -24,8 +24,7 @@ def _plan(
         purpose=Purpose.GLOBAL_VIEWS,
         epoch=epoch,
         sample_ids=np.array(ids, np.int64),
-        heights=np.array([100 + i for i in ids], np.int32),
-        widths=np.array([150 + 2 * i for i in ids], np.int32),
+        image_sizes=(np.array([100 + i for i in ids], np.int32), np.array([150 + 2 * i for i in ids], np.int32)),
         num_views=num_views,
         group=ViewGroupConfig(size_px=32, even=transform or TransformConfig(), odd=odd),
     )

@@ -158,8 +158,7 @@ def test_whole_chain_is_torchvisions(generator: np.random.Generator, chain: str,
         purpose=Purpose.GLOBAL_VIEWS,
         epoch=0,
         sample_ids=np.arange(12),
-        heights=np.full(12, height, np.int32),
-        widths=np.full(12, width, np.int32),
+        image_sizes=(np.full(12, height, np.int32), np.full(12, width, np.int32)),
         num_views=2,
         group=group,
     )
@@ -202,8 +201,7 @@ def _plans(num_views: int, num_local_views: int, images: slice = slice(None)) ->
             purpose=purpose,
             epoch=0,
             sample_ids=np.arange(4)[images],
-            heights=SIZES[images, 0].copy(),
-            widths=SIZES[images, 1].copy(),
+            image_sizes=(SIZES[images, 0].copy(), SIZES[images, 1].copy()),
             num_views=count,
             group=group,
         )
@@ -272,7 +270,7 @@ def _pixels_on(folder: Path, **switches: str) -> NDArray[np.uint8]:
         "for recipe in ('simsiam-imagenet-r50-100ep', 'simclr-imagenet-r50-100ep', 'dino-imagenet-vits16-100ep'):\n"
         "    group = get_recipe(recipe).views.global_views\n"
         "    plan = draw_plan(seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(8), num_views=2,\n"
-        "        heights=np.full(8, 300, np.int32), widths=np.full(8, 400, np.int32), group=group)\n"
+        "        image_sizes=(np.full(8, 300, np.int32), np.full(8, 400, np.int32)), group=group)\n"
         "    views += [render_view(image, plan, v, b, group) for v in range(2) for b in range(8)]\n"
         "np.save(sys.argv[2], np.stack(views))\n"
     )

@@ -47,8 +47,7 @@ def _plan(views: ViewsConfig, sizes: NDArray[np.int32], num_views: int = 2) -> V
         purpose=Purpose.GLOBAL_VIEWS,
         epoch=0,
         sample_ids=np.arange(len(sizes)),
-        heights=sizes[:, 0].copy(),
-        widths=sizes[:, 1].copy(),
+        image_sizes=(sizes[:, 0].copy(), sizes[:, 1].copy()),
         num_views=num_views,
         group=views.global_views,
     )
