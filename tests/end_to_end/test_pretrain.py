@@ -177,6 +177,7 @@ def test_pretrain_killed_and_started_again_ends_with_the_same_weights(output: Pa
     assert "trained encoder" in printed
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_sigterm_stops_a_run_after_writing_a_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def stop(step: int) -> None:
@@ -287,6 +288,7 @@ def test_odd_images_are_used_and_damaged_ones_replaced_and_listed(tmp_path: Path
     assert summary["knn_top1"] is None  # nothing was held out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_too_many_damaged_images_stop_the_run_with_the_numbers(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
@@ -310,6 +312,7 @@ def test_too_many_damaged_images_stop_the_run_with_the_numbers(tmp_path: Path) -
     assert os.path.exists(tmp_path / "damaged" / "checkpoints" / "step-00000060" / "manifest.json")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_cifar10_runs_from_relative_parquet_paths_with_the_test_file(
     cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -139,6 +139,7 @@ def _train_without_ray(rank: int, num_ranks: int, output: str) -> dict[str, Any]
     return pretrain_in_process(_config(Path(output), "two", num_trainers=num_ranks))
 
 
+@pytest.mark.long
 def test_two_trainers_killed_and_resumed_equal_two_straight_without_ray(output: Path, straight: str) -> None:
     two = run_ranks(_train_without_ray, 2, str(output))[0]
     digest = _check(output, "two", two)

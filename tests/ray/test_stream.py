@@ -216,7 +216,7 @@ def test_late_workers_are_overtaken_by_another(shared_workers: list[Any]) -> Non
     _kill(stuck)
 
 
-@pytest.mark.parametrize("num_finishers", [0, 1])
+@pytest.mark.parametrize("num_finishers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_only_the_image_that_kills_workers_is_quarantined_and_replaced(num_finishers: int) -> None:
     """With a finisher the error that the trainer sees is the finisher's; still the worker is down, and not the finisher."""
     poison_id = int(_requests()(1).sample_ids[5])
@@ -240,6 +240,7 @@ def test_only_the_image_that_kills_workers_is_quarantined_and_replaced(num_finis
     _kill([*workers, *finishers])
 
 
+@pytest.mark.long
 def test_random_kills_of_workers_quarantine_no_image() -> None:
     pool = start_pool(CONFIG, "cpu", 2, {"CPU": 1.0})
     stream = _stream(pool.workers, end_step=12)
@@ -285,6 +286,7 @@ def test_workers_that_cannot_open_the_data_are_an_error_with_the_reason() -> Non
         start_pool(config, "cpu", 2, {"CPU": 1.0})
 
 
+@pytest.mark.long
 def test_worker_that_fails_to_restart_is_restarted_until_it_succeeds(tmp_path: Path) -> None:
     """The images are missing while Ray restarts the worker."""
     config = _config_of_folder(tmp_path)
