@@ -19,11 +19,12 @@ from hvp_ray.runs.job import RankServices, RunJob
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.device import CopyToDevice
-from hvp_ray.stream.metrics import TRAINER_METRICS, MetricsPublisher
+from hvp_ray.stream.metrics import MetricsPublisher
 from hvp_ray.stream.pool import ViewWorkerPool
 from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import start_finishers
+from hvp_ray.tracking.metrics_table import TRAINER_METRICS
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvp_ray.records import BatchDraft, ViewBatch
-from hvp_ray.tracking.metrics_table import TRAINER_METRICS as TRAINER_METRICS
-from hvp_ray.tracking.metrics_table import WORKER_METRICS as WORKER_METRICS
-from hvp_ray.tracking.metrics_table import Metric as Metric
+from hvp_ray.tracking.metrics_table import WORKER_METRICS, Metric
 
 logger = logging.getLogger(__name__)
 

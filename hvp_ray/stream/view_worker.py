@@ -23,8 +23,9 @@ from hvp_ray.config import RendererName, RunConfig, config_from_dict, config_to_
 from hvp_ray.errors import ChangedDataError
 from hvp_ray.logs import note_step, set_up_logging
 from hvp_ray.records import BatchDraft, BatchRequest, DecodedImages, ViewBatch
-from hvp_ray.stream.metrics import WORKER_METRICS, MetricsPublisher, RenderedNumbers
+from hvp_ray.stream.metrics import MetricsPublisher, RenderedNumbers
 from hvp_ray.stream.render_batch import decode_batch, finish_batch, open_render_context, render_batch
+from hvp_ray.tracking.metrics_table import WORKER_METRICS
 from hvp_ray.views.render_cpu import CpuRenderer
 
 logger = logging.getLogger(__name__)

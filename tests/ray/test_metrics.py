@@ -17,8 +17,8 @@ from hvp_ray.config import config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
-from hvp_ray.stream.metrics import TRAINER_METRICS, WORKER_METRICS
 from hvp_ray.stream.view_worker import ViewWorkerActor
+from hvp_ray.tracking.metrics_table import TRAINER_METRICS, WORKER_METRICS
 from tests.helpers import tiny_config
 from tests.ray.runs import AtStep, launch_quietly, processes_titled
 from tests.waiting import wait_until

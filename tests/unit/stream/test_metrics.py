@@ -16,14 +16,12 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.metrics import (
-    TRAINER_METRICS,
-    WORKER_METRICS,
-    Metric,
     MetricsPublisher,
     Publish,
     RenderedNumbers,
 )
 from hvp_ray.stream.render_batch import open_render_context, render_batch
+from hvp_ray.tracking.metrics_table import TRAINER_METRICS, WORKER_METRICS, Metric
 from tests.helpers import tiny_config
 
 ALL = TRAINER_METRICS | WORKER_METRICS
