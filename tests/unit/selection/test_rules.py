@@ -256,6 +256,27 @@ def test_rules_choose_as_many_views_as_they_say(rule: Rule, generator: np.random
     assert (len(selection.view_indices), len(selection.local_indices)) == RULES[rule].num_trained_views(MULTI_CROP)
 
 
+@pytest.mark.parametrize("rule", [rule for rule in get_args(Rule) if RULES[rule].needs_scores])
+@pytest.mark.parametrize("limit", [None, 9])
+def test_rules_that_read_scores_read_those_of_local_views_and_keep_to_the_limit(
+    rule: Rule, limit: int | None, generator: np.random.Generator
+) -> None:
+    """Properties of every rule, also of a new one: the score is that of the chosen tuple, which the limit allows."""
+    scores, draw = _random_scores(MULTI_CROP, 20, generator), _draw()
+    allowed = set(_every_tuple(MULTI_CROP) if limit is None else _drawn_tuples(draw, limit))
+    candidates = dataclasses.replace(MULTI_CROP, limit=limit)
+    selection = choose_views(rule, candidates, num_images=20, device=CPU, scores=scores, plan=_plan(20), draw=draw)
+    assert selection.pair_indices is not None and selection.local_indices is not None and selection.scores is not None
+    for image, score in enumerate(selection.scores.tolist()):
+        chosen = (int(selection.pair_indices[image]), tuple(selection.local_indices[:, image].tolist()))
+        assert chosen in allowed
+        assert score == pytest.approx(_score_of(scores, image, *chosen))
+    # Other scores of local views, with the same scores of pairs, lead to other choices.
+    flipped = dataclasses.replace(scores, locals_BPL=-scores.locals_BPL)
+    other = choose_views(rule, candidates, num_images=20, device=CPU, scores=flipped, plan=_plan(20), draw=draw)
+    assert other.local_indices is not None and not torch.equal(selection.local_indices, other.local_indices)
+
+
 def test_missing_or_misshapen_scores_are_refused() -> None:
     with pytest.raises(ShapeError, match="pairs_BP"):
         choose_views("hardest", Candidates(num_views=4), num_images=2, device=CPU)
