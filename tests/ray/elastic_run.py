@@ -1,4 +1,4 @@
-"""Run elastically on four nodes of one machine, of which one is lost, and a new one joins. Prints a line of JSON.
+"""Run elastically on four nodes of one machine, of which one is lost, and a new one joins; then stop. Prints JSON.
 
 python -m tests.ray.elastic_run FOLDER
 """
@@ -21,31 +21,31 @@ prepare_ray_environment()
 import ray
 from ray.cluster_utils import Cluster
 
+from hvp_ray.launch.stop import StoppedError, StopRequest
 from tests.helpers import tiny_config
 from tests.ray.runs import attempts, launch_quietly, recorded_steps
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
-NUM_STEPS = 300
+CHECKPOINT_EVERY = 20
 
 
 def elastic_config(output: Path) -> Any:
-    """Two trainers at most, one at least, checkpoints every 20 steps.
+    """Two trainers at most, one at least, and more steps than are ever done: `main` stops the run.
 
-    There are enough steps for Ray to find the new node before one trainer has done them all. Random views and a low learning
-    rate keep rounding errors small, so the loss of a step identifies its images.
+    Random views and a low learning rate keep rounding errors small, so the loss of a step identifies its images.
     """
     return tiny_config(
         str(output),
         run={"name": "elastic"},
-        training={"num_steps": NUM_STEPS, "checkpoint_every_steps": 20, "images_per_step": 64},
+        training={"num_steps": 100_000, "checkpoint_every_steps": CHECKPOINT_EVERY, "images_per_step": 64},
         selection={"rule": "first"},
-        optimizer={"learning_rate_per_256": 1e-5},
+        optimizer={"learning_rate_per_256": 1e-7},
         cluster={"num_trainers": 2, "min_trainers": 1, "resize_check_seconds": 2.0, "num_view_workers": 1},
     )
 
 
 def main(output: Path) -> None:
-    """Run, lose a trainer, add a trainer, and print the outcome."""
+    """Run, lose a trainer, add a trainer, stop, and print the outcome."""
     run_dir = output / "elastic"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=1, resources={"view": 1}, object_store_memory=100 * 2**20)
@@ -53,11 +53,14 @@ def main(output: Path) -> None:
         cluster.add_node(num_cpus=1, resources={"trainer": 1}, object_store_memory=100 * 2**20) for _ in range(2)
     ]
     ray.init(address=cluster.address, log_to_driver=False)
+    stop = StopRequest()
     result: dict[str, Any] = {}
 
     def run() -> None:
         try:
-            result["summary"] = launch_quietly(elastic_config(output))
+            launch_quietly(elastic_config(output), stop=stop)
+        except StoppedError:
+            result["stopped"] = True
         except BaseException as error:
             result["error"] = repr(error)
 
@@ -77,6 +80,9 @@ def main(output: Path) -> None:
     wait_for(lambda: len(attempts(run_dir)) == 2, "the start of the remaining trainer")
     wait_for(at_step(attempts(run_dir)[1]["step"] + 30), "steps of the remaining trainer")
     cluster.add_node(num_cpus=1, resources={"trainer": 1}, object_store_memory=100 * 2**20)
+    wait_for(lambda: len(attempts(run_dir)) == 3, "the start of two trainers")
+    wait_for(at_step(attempts(run_dir)[2]["step"] + CHECKPOINT_EVERY), "steps of two trainers")
+    stop.ask(patience_seconds=PATIENCE_SECONDS)
     thread.join()
     print(json.dumps({"attempts": attempts(run_dir), **result}))
     ray.shutdown()

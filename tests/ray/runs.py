@@ -12,17 +12,20 @@ import psutil
 
 from hvp_ray.config import RunConfig
 from hvp_ray.launch.driver import Watchers, launch
+from hvp_ray.launch.stop import StopRequest
 from hvp_ray.runs.checkpoint import CheckpointStore, weights_digest
 from hvp_ray.tracking.run_log import ATTEMPTS, METRICS, read_records
 
 
-def launch_quietly(config: RunConfig, messages: list[str] | None = None) -> dict[str, Any]:
+def launch_quietly(
+    config: RunConfig, messages: list[str] | None = None, *, stop: StopRequest | None = None
+) -> dict[str, Any]:
     """Launch; return the summary."""
     sink = messages if messages is not None else []
     watchers = Watchers(
         announce=lambda announcement: None, show_progress=lambda progress: None, show_message=sink.append
     )
-    return launch(config, watchers)[0]
+    return launch(config, watchers, stop=stop)[0]
 
 
 def digest_from_checkpoint(run_dir: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.tracking.run_log import METRICS, read_records
-from tests.ray.elastic_run import NUM_STEPS, elastic_config
+from tests.ray.elastic_run import CHECKPOINT_EVERY, elastic_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
@@ -25,22 +25,22 @@ def test_trainers_become_fewer_and_more_and_every_step_is_done_once(tmp_path: Pa
     done = subprocess.run(program, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
-    assert "error" not in result, result
+    assert result.get("stopped"), result
     assert [attempt["num_trainers"] for attempt in result["attempts"]] == [2, 1, 2]
-    assert all(attempt["step"] % 20 == 0 for attempt in result["attempts"])
+    assert all(attempt["step"] % CHECKPOINT_EVERY == 0 for attempt in result["attempts"])
     records = list(read_records(tmp_path / "elastic", METRICS))
-    assert [record["step"] for record in records] == list(range(1, NUM_STEPS + 1))
+    num_done = result["attempts"][-1]["step"] + CHECKPOINT_EVERY  # at least
+    assert [record["step"] for record in records] == list(range(1, max(num_done, len(records)) + 1))
 
-    num_compared = min(result["attempts"][-1]["step"] + 20, 150)
     config = elastic_config(tmp_path)
     alone = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, name="alone"),
-        training=dataclasses.replace(config.training, num_steps=num_compared),
+        training=dataclasses.replace(config.training, num_steps=num_done),
         cluster=dataclasses.replace(config.cluster, num_trainers=1, min_trainers=None),
     )
     assert pretrain_in_process(alone) is not None
     expected = [r["metrics"]["train/loss"] for r in read_records(tmp_path / "alone", METRICS)]
-    losses = [record["metrics"]["train/loss"] for record in records[:num_compared]]
+    losses = [record["metrics"]["train/loss"] for record in records[:num_done]]
     difference = np.abs(np.array(losses) - expected).max()
     assert difference < 0.25 * np.std(expected), difference  # other images differ by about one standard deviation
