@@ -1,4 +1,4 @@
-"""Run elastically on four nodes of one machine, of which one is lost, and a new one joins; then stop. Prints JSON.
+"""Run elastically on four nodes of one machine, lose a node, add a node, stop, and print a line of JSON.
 
 python -m tests.ray.elastic_run FOLDER
 """
