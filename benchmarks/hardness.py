@@ -50,7 +50,7 @@ from hvp_ray.errors import HvpRayError
 from hvp_ray.methods.method import StepPosition
 from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore
 from hvp_ray.runs.rank import build_order
-from hvp_ray.selection import Candidates, CandidateScores, Selection, candidates_of, choose_views
+from hvp_ray.selection import Candidates, CandidateScores, Selection, choose_views, hard_step
 from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
@@ -107,7 +107,7 @@ class ScoredImages:
         ]
         for batch in self.batches:
             batch.wait()
-        self.candidates: Candidates = candidates_of(config.selection, config.views, 0)
+        self.candidates: Candidates = hard_step(config.selection).candidates(config.views)
         self.trainee: Trainee = build_trainee(config, World(), device, None)
         self.trainee.method.train()
         self._pixels = [PixelViews.of(batch) for batch in self.batches]

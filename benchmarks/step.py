@@ -41,6 +41,7 @@ from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.recipes import get_recipe
+from hvp_ray.selection import hard_step
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import Trainee, build_trainee
 
@@ -98,7 +99,7 @@ def prepare_step(trainee: Trainee, setting: RunConfig) -> Callable[[], object]:
     batch = made_up_batch(setting, noise)
     local_pixels = None if batch.local_pixels is None else batch.local_pixels.to(trainee.device)
     batch = dataclasses.replace(batch, global_pixels=batch.global_pixels.to(trainee.device), local_pixels=local_pixels)
-    return lambda: train_step(trainee, batch, setting)
+    return lambda: train_step(trainee, batch, setting, hard_step(setting.selection))
 
 
 def measure_by_turns(settings: dict[str, RunConfig], repeats: int) -> dict[str, Measured]:

@@ -52,9 +52,9 @@ def describe_data(config: RunConfig) -> str:
 def describe_views(config: RunConfig) -> str:
     """Return what is rendered for a step."""
     from hvp_ray.costs.prefetch import batch_bytes
-    from hvp_ray.selection import RULES, candidates_of
+    from hvp_ray.selection import RULES, hard_step
 
-    candidates = candidates_of(config.selection, config.views, 0)
+    candidates = hard_step(config.selection).candidates(config.views)
     per_image = batch_bytes(config) / config.images_per_rank
     chosen, chosen_locals = RULES[config.selection.rule].num_trained_views(candidates)
     lines = [

@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu.check import Check
 from benchmarks.results_file import Results
 from hvp_ray.config import RunConfig
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.batches import BatchStream
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import Trainee
@@ -30,10 +31,10 @@ def draw(check: Check, trainee: Trainee, batches: BatchStream, config: RunConfig
         return
     trainee.method.train()
     for _ in range(4):
-        train_step(trainee, batches.next_batch(), config)
+        train_step(trainee, batches.next_batch(), config, hard_step(config.selection))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(_SHOWN_STEPS):
-            train_step(trainee, batches.next_batch(), config)
+            train_step(trainee, batches.next_batch(), config, hard_step(config.selection))
         torch.cuda.synchronize()
     copies, work, streams = _spans(profile)
     hidden = overlap(copies, work)

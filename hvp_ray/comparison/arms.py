@@ -40,7 +40,15 @@ class Arm:
         return dataclasses.replace(config, selection=dataclasses.replace(config.selection, **self.selection))
 
 
-_EVERY_STEP = {"every": 1, "limit": None, "score_always": False, "scoring_resolution_px": None}
+_EVERY_STEP = {
+    "every": 1,
+    "start_fraction": 0.0,
+    "ramp_fraction": 0.0,
+    "quantile": 1.0,
+    "limit": None,
+    "score_always": False,
+    "scoring_resolution_px": None,
+}
 """Neutral values of what a recipe sets for hard views."""
 _RANDOM_VIEWS = _EVERY_STEP | {"rule": "first"}
 

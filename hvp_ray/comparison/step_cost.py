@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,7 @@ from hvp_ray.data.dataset import Dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.local_cache import with_local_weights
 from hvp_ray.runs.rank import build_order
-from hvp_ray.selection import RULES, candidates_of, needs_scores_at
+from hvp_ray.selection import RULES, StepSelection, selection_at
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context, render_batch
@@ -60,6 +60,7 @@ class _StepKind:
     """Hard or vanilla steps of one arm."""
 
     config: RunConfig
+    of_step: StepSelection
     share: float
     """Fraction of the arm's steps."""
     batch: DeviceBatch
@@ -113,16 +114,20 @@ def measure_step_costs(
 
 
 def _prepare_kinds(config: RunConfig, dataset: Dataset, device: torch.device) -> list[_StepKind]:
-    """Render a batch of a hard step (step 0), and of a vanilla step (step 1) if the arm has some."""
-    order, hard_share = build_order(config, dataset), 1 / config.selection.every
+    """Render a batch of the arm's first hard and of its first vanilla step, as far as it has them."""
+    order = build_order(config, dataset)
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
     context, hand_over = build_render_context(config, dataset, "cpu"), CopyToDevice(device)
+    num_steps = config.training.total_steps(order.steps_per_epoch)
+    of_steps = [selection_at(config.selection, step, num_steps) for step in range(num_steps)]
     kinds = []
-    for step, share in ((0, hard_share), (1, 1 - hard_share)):
-        if share > 0:
-            rendered = [render_batch(context, request_of(step)) for _ in range(2)]
+    for is_hard in (True, False):
+        steps = [step for step, of_step in enumerate(of_steps) if of_step.is_hard == is_hard]
+        if steps:
+            rendered = [render_batch(context, request_of(steps[0])) for _ in range(2)]
             cpu_seconds = min(batch.render_cpu_seconds for batch in rendered)
-            kinds.append(_StepKind(config, share, hand_over(rendered[-1]), cpu_seconds))
+            share = len(steps) / num_steps
+            kinds.append(_StepKind(config, of_steps[steps[0]], share, hand_over(rendered[-1]), cpu_seconds))
     return kinds
 
 
@@ -131,30 +136,38 @@ def _seconds_of_step(trainee: Trainee, kind: _StepKind, device: torch.device) ->
         stream = torch.cuda.current_stream(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
-        train_step(trainee, kind.batch, kind.config)
+        train_step(trainee, kind.batch, kind.config, kind.of_step)
         end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
-    train_step(trainee, kind.batch, kind.config)
+    train_step(trainee, kind.batch, kind.config, kind.of_step)
     return time.process_time() - start
 
 
 def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     typical = statistics.median if device.type == "cuda" else min
-    config, hard_share = kinds[0].config, kinds[0].share
+    config = kinds[0].config
     operations = count_operations(config)
-    trained_views = RULES[config.selection.rule].num_trained_views(
-        candidates_of(config.selection, config.views, step=0)
-    )[0]
-    scores = needs_scores_at(config.selection, step=0)
-    hard = operations.random_step * trained_views / 2 + (operations.scoring if scores else 0)
-    views = config.selection.num_candidate_views if scores else 0
+
+    def mean(value_of: Callable[[_StepKind], float]) -> float:
+        return sum(kind.share * value_of(kind) for kind in kinds)
+
+    def trained_views(kind: _StepKind) -> int:
+        return RULES[kind.of_step.rule].num_trained_views(kind.of_step.candidates(config.views))[0]
+
+    def scored_views(kind: _StepKind) -> int:
+        return kind.of_step.num_views if kind.of_step.needs_scores else 0
+
+    def counted(kind: _StepKind) -> float:
+        scoring = operations.scoring if kind.of_step.needs_scores else 0
+        return operations.random_step * trained_views(kind) / 2 + scoring
+
     return StepCost(
-        step_seconds=sum(kind.share * typical(kind.seconds) for kind in kinds),
-        render_cpu_seconds=sum(kind.share * kind.render_cpu_seconds for kind in kinds),
-        views_per_image=sum(kind.share * kind.batch.global_views.plan.num_views for kind in kinds),
-        forwards_per_image=(trained_views + views) * hard_share + 2 * (1 - hard_share),
-        counted_operations=hard * hard_share + operations.random_step * (1 - hard_share),
+        step_seconds=mean(lambda kind: typical(kind.seconds)),
+        render_cpu_seconds=mean(lambda kind: kind.render_cpu_seconds),
+        views_per_image=mean(lambda kind: kind.of_step.num_views),
+        forwards_per_image=mean(lambda kind: trained_views(kind) + scored_views(kind)),
+        counted_operations=mean(counted),
         memory_bytes=float(estimate_memory(config).peak),
     )

@@ -63,7 +63,7 @@ class Study:
     @property
     def num_steps(self) -> int:
         """Steps of the arms at equal epochs."""
-        return self.base.training.num_steps or self.base.training.epochs * self.steps_per_epoch
+        return self.base.training.total_steps(self.steps_per_epoch)
 
     @property
     def compute_ratio(self) -> float:

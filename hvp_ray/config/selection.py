@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from hvp_ray.config.checks import AtLeast1, Checked, Range, require
+from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Range, require
 
 Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
 """Which pair of views is trained on; `SelectionConfig.rule` explains each value."""
+
+
+_USED_BY: dict[str, tuple[Rule, ...]] = {
+    "quantile": ("hardest",),
+    "start_fraction": ("hardest", "random", "easiest", "min_iou", "all_pairs"),
+    "ramp_fraction": ("hardest", "all_pairs"),
+}
+"""Fields that only these rules read. With other rules they keep their defaults, so that no setting is without effect."""
 
 
 _NumViews = Annotated[int, Range(least=2, most=64)]
@@ -40,9 +48,24 @@ class SelectionConfig(Checked):
     """Compare only this many randomly drawn candidates, equal for all images of a rank's step (the authors: 64 or 128).
     None: compare all candidates, which costs nothing more. Only rules that compare scores use it."""
 
+    quantile: Fraction = 1.0
+    """rule hardest: which candidate is chosen among those of an image in the order of their loss. 1: the hardest. 0: the
+    easiest. Between, the nearest place; with local views it holds for them and for the pair (docs/hard_views.md)."""
+
     every: AtLeast1 = 1
     """Every k-th step is a hard step. The others are vanilla steps, which render and ship only what they train on. With
     rule first all steps are vanilla."""
+
+    start_fraction: Fraction = 0.0
+    """Hard steps begin after this fraction of the run's steps; the steps before are vanilla. With rule all_pairs only the
+    weighting begins then."""
+
+    ramp_fraction: Fraction = 0.0
+    """From their beginning, hardness rises for this fraction of the run's steps: linearly from `ramp_from` to `quantile`.
+    With rule all_pairs, from the mean to the full weighting. 0: it is full at once."""
+
+    ramp_from: Fraction = 0.5
+    """Quantile at the beginning of the ramp; 0.5 is the median."""
 
     score_always: bool = False
     """Score even if the rule needs no scores: the control "extra views seen only by BatchNorm"."""
@@ -75,18 +98,14 @@ class SelectionConfig(Checked):
         allowed = f"1 to {prefix}num_local_views={local}" if local else "None without local views"
         require(fits, f"{prefix}num_chosen_local_views", self.num_chosen_local_views, allowed)
 
-    def is_hard_step(self, step: int) -> bool:
-        """Return whether step `step` follows `rule`; other steps are vanilla."""
-        return self.rule != "first" and step % self.every == 0
+        for name, used_by in _USED_BY.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            allowed = f"{default} with {prefix}rule={self.rule}, which does not read it ({', '.join(used_by)} do)"
+            require(value == default or self.rule in used_by, f"{prefix}{name}", value, allowed)
 
-    def num_views_at(self, step: int) -> int:
-        """Return how many global views of each image step `step` renders."""
-        return self.num_candidate_views if self.is_hard_step(step) or self.score_always else 2
-
-    def num_local_views_at(self, step: int) -> int:
-        """Return how many local views of each image step `step` renders."""
-        renders_candidates = self.is_hard_step(step) or self.score_always
-        return (self.num_local_views if renders_candidates else self.num_chosen_local_views) or 0
+        left = 1.0 - self.start_fraction
+        allowed = f"at most {left:g}, what {prefix}start_fraction={self.start_fraction} leaves of the run"
+        require(self.ramp_fraction <= left + 1e-9, f"{prefix}ramp_fraction", self.ramp_fraction, allowed)
 
     @property
     def num_candidate_views(self) -> int:

@@ -44,3 +44,7 @@ class TrainingConfig(Checked):
     initial_weights: PathOrUri | None = None
     """Backbone weights to start from: a run's folder or its backbone.safetensors, by path or URI. None: random weights, or
     timm's with `method.backbone.pretrained`."""
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Return the number of steps of the run."""
+        return self.num_steps or self.epochs * steps_per_epoch

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import imagine_step
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.device import BATCHES_ON_DEVICE
 from hvp_ray.training.step import choose_step_views, forward_backward, update_weights
 
@@ -44,7 +45,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         live.add([*weights, *batch, *waiting])
         for _ in range(2):  # the optimizer allocates its state in the first step
             live.start_peak()
-            chosen = choose_step_views(trainee, imagined.batch, imagined.config)
+            chosen = choose_step_views(trainee, imagined.batch, imagined.config, hard_step(imagined.config.selection))
             scoring_peak = live.peak
             live.start_peak()
             trained = forward_backward(trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import imagine_step
+from hvp_ray.selection import hard_step
 from hvp_ray.training.step import choose_step_views, forward_backward
 
 
@@ -31,15 +32,17 @@ def count_operations(config: RunConfig) -> StepOperations:
 
     Elementwise work (normalisation, softmax, the update) is not counted, because memory bounds it, not arithmetic.
     """
-    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest", every=1))
+    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest"))
     # The counter supports attention as two products, and not the fused kernels of some devices.
     with imagine_step(hard) as imagined, sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
-            chosen = choose_step_views(imagined.trainee, imagined.batch, imagined.config)
+            chosen = choose_step_views(
+                imagined.trainee, imagined.batch, imagined.config, hard_step(imagined.config.selection)
+            )
             forward_backward(imagined.trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
-        hard_step = counter.get_total_flops()
+        operations = counter.get_total_flops()
         fresh = dataclasses.replace(chosen.pixels, reusable={})
         with FlopCounterMode(display=False) as counter:
             forward_backward(imagined.trainee, fresh, imagined.config, step=0, stop_requested=False)
         random_step = counter.get_total_flops()
-        return StepOperations(random_step=random_step, scoring=hard_step - random_step)
+        return StepOperations(random_step=random_step, scoring=operations - random_step)

@@ -8,6 +8,7 @@ from hvp_ray.config import ClusterConfig, DataConfig, RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.errors import UnreadableImageError
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.reading import read_sample
 
 USABLE_STORE_FRACTION = 0.7
@@ -16,10 +17,10 @@ USABLE_STORE_FRACTION = 0.7
 
 def batch_bytes(config: RunConfig) -> int:
     """Return the bytes of pixels of one rank's largest batch."""
-    selection, views = config.selection, config.views
-    pixels = selection.num_views_at(0) * views.global_views.size_px**2
+    of_step, views = hard_step(config.selection), config.views
+    pixels = of_step.num_views * views.global_views.size_px**2
     if views.local_views is not None:
-        pixels += selection.num_local_views_at(0) * views.local_views.size_px**2
+        pixels += of_step.num_local_views * views.local_views.size_px**2
     return pixels * config.images_per_rank * 3
 
 

@@ -12,7 +12,7 @@ from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.local_cache import with_local_weights
 from hvp_ray.records import BatchRequest, ViewBatch
-from hvp_ray.selection import Candidates, CandidateScores, candidates_of, choose_views, score_views
+from hvp_ray.selection import Candidates, CandidateScores, choose_views, hard_step, score_views
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.reading import read_images
 from hvp_ray.stream.render_batch import build_render_context, render_batch
@@ -37,8 +37,8 @@ def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir:
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
     """Render candidates of some training images, score them with the final weights, and draw the choice."""
-    hard = dataclasses.replace(config.selection, rule="hardest", every=1, limit=None)
-    candidates = candidates_of(hard, config.views, step=0)
+    hard = dataclasses.replace(config.selection, rule="hardest", quantile=1.0, limit=None)
+    candidates = hard_step(hard).candidates(config.views)
     batch = _render_some(config, dataset, candidates)
     scores = _score_alone(config, trainee, batch, candidates)
     choice = choose_views("hardest", candidates, num_images=len(batch.sample_ids), device=trainee.device, scores=scores)

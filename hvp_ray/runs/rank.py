@@ -94,7 +94,7 @@ def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
     check_folder_is_shared(job)  # after a collective: the process that prepares the run has done so
     steps = RunSteps(
         first_step=first_step,
-        num_steps=config.training.num_steps or config.training.epochs * rank.order.steps_per_epoch,
+        num_steps=config.training.total_steps(rank.order.steps_per_epoch),
         steps_per_epoch=rank.order.steps_per_epoch,
     )
     trainee = build_trainee(with_local_weights(config), world, rank.device, checkpoint)

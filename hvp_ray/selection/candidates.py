@@ -18,7 +18,6 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvp_ray.config import SelectionConfig, ViewsConfig
 from hvp_ray.errors import ShapeError
 
 
@@ -90,17 +89,6 @@ class Candidates:
 @functools.lru_cache(maxsize=64)
 def _kept_pairs(candidates: Candidates, device: torch.device) -> Tensor:
     return torch.from_numpy(candidates.pairs).to(device)
-
-
-def candidates_of(selection: SelectionConfig, views: ViewsConfig, step: int) -> Candidates:
-    """Return the candidates of a step."""
-    return Candidates(
-        num_views=selection.num_views_at(step),
-        num_local_views=selection.num_local_views_at(step),
-        num_chosen_local_views=selection.num_chosen_local_views or 0,
-        alternating=views.slots_keep_transforms,
-        limit=selection.limit,
-    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

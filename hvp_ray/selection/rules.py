@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvp_ray.config import Rule, SelectionConfig
+from hvp_ray.config import Rule
 from hvp_ray.errors import ShapeError
 from hvp_ray.host_to_device import to_device
 from hvp_ray.randomness import Purpose
@@ -36,6 +36,9 @@ class RuleInput:
     """B."""
     device: torch.device
     """Device of the returned indices."""
+    quantile: float = 1.0
+    """Place of the wanted candidate among those of an image in the order of their score, for `choose_hardest`: 1 is the
+    hardest and 0 the easiest."""
     scores: CandidateScores | None = None
     """Loss that each candidate would give; higher is harder."""
     plan: ViewPlan | None = None
@@ -95,8 +98,8 @@ class RuleInput:
 
 
 def choose_hardest(given: RuleInput) -> Selection:
-    """Choose the candidate with the largest loss (HVP); ties go to the lowest pair."""
-    return _choose_by_score(given, sign=1.0)
+    """Choose the candidate with the largest loss (HVP), or the one at `RuleInput.quantile`; ties go to the lowest pair."""
+    return _choose_by_score(given, sign=1.0, quantile=given.quantile)
 
 
 def choose_easiest(given: RuleInput) -> Selection:
@@ -165,22 +168,13 @@ RULES: dict[Rule, SelectionRule] = {
 """Every value of `Rule`; `SelectionConfig.rule` explains each."""
 
 
-def rule_at(selection: SelectionConfig, step: int) -> Rule:
-    """Return the rule of a step: `selection.rule` on hard steps, and first on the vanilla steps between them."""
-    return selection.rule if selection.is_hard_step(step) else "first"
-
-
-def needs_scores_at(selection: SelectionConfig, step: int) -> bool:
-    """Tell whether a step scores its candidates."""
-    return RULES[rule_at(selection, step)].needs_scores or selection.score_always
-
-
 def choose_views(
     rule: Rule,
     candidates: Candidates,
     *,
     num_images: int,
     device: torch.device,
+    quantile: float = 1.0,
     scores: CandidateScores | None = None,
     plan: ViewPlan | None = None,
     draw: Draw | None = None,
@@ -191,32 +185,45 @@ def choose_views(
         ShapeError: an input of the rule is missing or has another shape.
     """
     return RULES[rule].choose(
-        RuleInput(candidates=candidates, num_images=num_images, device=device, scores=scores, plan=plan, draw=draw)
+        RuleInput(
+            candidates=candidates,
+            num_images=num_images,
+            device=device,
+            quantile=quantile,
+            scores=scores,
+            plan=plan,
+            draw=draw,
+        )
     )
 
 
-def _choose_by_score(given: RuleInput, sign: float) -> Selection:
+def _choose_by_score(given: RuleInput, sign: float, quantile: float = 1.0) -> Selection:
     limit = given.candidates.limit
     if limit is None or limit >= given.candidates.count:
-        return _search_all(given, sign)
-    return _search_drawn(given, sign, limit)
+        return _search_all(given, sign, quantile)
+    return _search_drawn(given, sign, quantile, limit)
 
 
-def _search_all(given: RuleInput, sign: float) -> Selection:
-    """Return the exact best candidate: for each pair the k best local views, then the best pair."""
+def _search_all(given: RuleInput, sign: float, quantile: float) -> Selection:
+    """Return the exact best candidate: for each pair the k best local views, then the best pair.
+
+    At a lower quantile, for each pair the k neighbours at this place in the order of its local views, then the pair at this
+    place in the order of these sums.
+    """
     scores, chosen_locals = given.required_scores(), given.candidates.num_chosen_local_views
     pairs_BP = sign * scores.pairs_BP
     if scores.locals_BPL is None or chosen_locals == 0:
-        best, chosen = _lowest_argmax(pairs_BP)
+        best, chosen = _at_quantile(pairs_BP, quantile)
         return given.select(chosen, scores=sign * best)
-    top = (sign * scores.locals_BPL).topk(chosen_locals, dim=2)
-    best, chosen = _lowest_argmax(pairs_BP + top.values.sum(dim=2))
+    skipped = _depth(quantile, given.candidates.num_local_views - chosen_locals + 1)
+    top = (sign * scores.locals_BPL).topk(skipped + chosen_locals, dim=2)
+    best, chosen = _at_quantile(pairs_BP + top.values[:, :, skipped:].sum(dim=2), quantile)
     of_chosen = chosen[:, None, None].expand(-1, 1, chosen_locals)
-    local_indices = top.indices.gather(1, of_chosen)[:, 0].sort(dim=1).values
+    local_indices = top.indices[:, :, skipped:].gather(1, of_chosen)[:, 0].sort(dim=1).values
     return given.select(chosen, local_indices=local_indices.T.contiguous(), scores=sign * best)
 
 
-def _search_drawn(given: RuleInput, sign: float, limit: int) -> Selection:
+def _search_drawn(given: RuleInput, sign: float, quantile: float, limit: int) -> Selection:
     """Return the best of `limit` candidates, drawn with replacement, once for all images of a rank's step.
 
     Source: automl/hvp, branch dino, pretrain.py:49-76. Differs: the draw is addressed by (seed, step, rank) instead of
@@ -231,12 +238,18 @@ def _search_drawn(given: RuleInput, sign: float, limit: int) -> Selection:
     if scores.locals_BPL is not None and candidates.num_chosen_local_views:
         local_Rk = to_device(subsets_from_words(words[:, 1:], candidates.num_chosen_local_views), given.device)
         totals_BR = totals_BR + sign * scores.locals_BPL[:, pair_R[:, None], local_Rk].sum(dim=2)
-    best, at = _lowest_argmax(totals_BR)
+    best, at = _at_quantile(totals_BR, quantile)
     local_indices = None if local_Rk is None else local_Rk[at].T.contiguous()
     return given.select(pair_R[at], local_indices=local_indices, scores=sign * best)
 
 
-def _lowest_argmax(values_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (maximum, its lowest index) of each row."""
-    at = values_BN.argmax(dim=1)
+def _depth(quantile: float, count: int) -> int:
+    """Return the place, from 0, of a quantile in a descending order of `count` values."""
+    return round((1.0 - quantile) * (count - 1))
+
+
+def _at_quantile(values_BN: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
+    """Return (value, index) at a quantile of each row; of equal values, the lowest index comes first."""
+    depth = _depth(quantile, values_BN.shape[1])
+    at = values_BN.sort(dim=1, descending=True, stable=True).indices[:, depth] if depth else values_BN.argmax(dim=1)
     return values_BN.gather(1, at[:, None])[:, 0], at

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from hvp_ray.config import RunConfig
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.records import BatchRequest, Replacement
+from hvp_ray.selection import selection_at
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import RenderContext, render_batch
 from hvp_ray.stream.stats import StreamStats
@@ -48,15 +49,17 @@ def requests_of_rank(
         known_replacements: step -> decisions on unreadable images from an earlier attempt.
     """
     per_rank = order.images_per_step // num_ranks
+    num_steps = config.training.total_steps(order.steps_per_epoch)
 
     def request_of(step: int) -> BatchRequest:
+        of_step = selection_at(config.selection, step, num_steps)
         return BatchRequest(
             step=step,
             epoch=order.epoch_of(step),
             first_position=order.first_position(step) + rank * per_rank,
             sample_ids=order.sample_ids_of_step(step, rank=rank, num_ranks=num_ranks),
-            num_views=config.selection.num_views_at(step),
-            num_local_views=config.selection.num_local_views_at(step),
+            num_views=of_step.num_views,
+            num_local_views=of_step.num_local_views,
             known_replacements=known_replacements.get(step, ()),
         )
 

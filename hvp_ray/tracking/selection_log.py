@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int64
 
 from hvp_ray.config import RunConfig
 from hvp_ray.records import ViewBatch, per_view_types
+from hvp_ray.selection import selection_at
 from hvp_ray.tracking.run_log import RunLog, live_files
 
 METADATA_KEY = b"hvp_ray"
@@ -30,7 +31,8 @@ class SelectionLogWriter:
 
     def __init__(self, log: RunLog, config: RunConfig, *, run_name: str, steps_per_epoch: int) -> None:
         self._log = log
-        self._config = config
+        self._selection = config.selection
+        self._num_steps = config.training.total_steps(steps_per_epoch)
         hard_steps = max(1, steps_per_epoch // config.selection.every)
         logged_steps = math.ceil(config.tracking.selection_images_per_epoch / config.images_per_rank)
         self._stride = hard_steps // logged_steps or 1 if logged_steps else 0
@@ -47,8 +49,10 @@ class SelectionLogWriter:
 
     def wants(self, steps_done: int) -> bool:
         """Tell whether the choices of this step are logged."""
-        step, every = steps_done - 1, self._config.selection.every
-        return self._stride > 0 and step % every == 0 and (step // every) % self._stride == 0
+        step = steps_done - 1
+        of_step = selection_at(self._selection, step, self._num_steps)
+        is_chosen = of_step.is_hard or of_step.needs_scores
+        return self._stride > 0 and is_chosen and (step // self._selection.every) % self._stride == 0
 
     def take(
         self,

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from hvp_ray.config import RunConfig
 from hvp_ray.logs import note_step
 from hvp_ray.methods.method import StepPosition
+from hvp_ray.selection import selection_at
 from hvp_ray.stream.batches import BatchStream
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.optimizers import set_schedule
@@ -84,7 +85,8 @@ def run_loop(
         rate = learning_rate_at(config.optimizer, position, images_per_step=config.training.images_per_step)
         set_schedule(trainee.optimizer, learning_rate=rate, weight_decay=weight_decay_at(config.optimizer, position))
         trainee.method.begin_step(position)
-        metrics = train_step(trainee, batch, config, stop_requested=observer.stop_requested())
+        of_step = selection_at(config.selection, step, num_steps)
+        metrics = train_step(trainee, batch, config, of_step, stop_requested=observer.stop_requested())
         steps_done = step + 1
         observer.after_step(steps_done, batch, metrics, rate)
         del batch  # makes room for the stream's next copy; the device holds `BATCHES_ON_DEVICE`

@@ -19,10 +19,8 @@ from hvp_ray.selection import (
     CandidateScores,
     Draw,
     Selection,
-    candidates_of,
+    StepSelection,
     choose_views,
-    needs_scores_at,
-    rule_at,
     score_views,
 )
 from hvp_ray.selection.scoring import batch_norm_for_scoring
@@ -51,15 +49,29 @@ class StepMetrics:
     """Whether any rank was asked to stop; equal on all ranks."""
 
 
-def train_step(trainee: Trainee, batch: DeviceBatch, config: RunConfig, *, stop_requested: bool = False) -> StepMetrics:
+def train_step(
+    trainee: Trainee,
+    batch: DeviceBatch,
+    config: RunConfig,
+    of_step: StepSelection,
+    *,
+    stop_requested: bool = False,
+) -> StepMetrics:
     """Score the views with the current weights, choose a candidate for each image, and train on it.
+
+    Args:
+        trainee: the model.
+        batch: views of the step.
+        config: the run.
+        of_step: the selection that the views were rendered for; see `selection_at`.
+        stop_requested: this rank was asked to stop.
 
     Raises:
         TrainingError: the loss is not finite on some rank; raised on every rank, before the update.
     """
     with trainee.stage("copy"):
         batch.wait()
-    chosen = choose_step_views(trainee, batch, config)
+    chosen = choose_step_views(trainee, batch, config, of_step)
     trained = forward_backward(trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested)
     is_finite, stops = trained.flags.read()
     if not is_finite:
@@ -91,23 +103,24 @@ class ChosenViews:
     pixels: PixelViews
 
 
-def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig) -> ChosenViews:
+def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, of_step: StepSelection) -> ChosenViews:
     """Score the candidates if the step needs it, choose one for each image, and gather its views."""
     trainee.optimizer.zero_grad(set_to_none=True)  # frees the last step's gradients before scoring
     pixels = PixelViews.of(batch)
-    candidates = candidates_of(config.selection, config.views, batch.step)
+    candidates = of_step.candidates(config.views)
     scores = None
-    if needs_scores_at(config.selection, batch.step):
+    if of_step.needs_scores:
         scores = score_candidates(trainee, pixels, candidates, config, batch.step)
         if _training_may_reuse(config):
             pixels = replace(pixels, reusable=scores.reusable)
         scores = replace(scores, reusable={})  # only `pixels` holds them, until the chosen views' part is gathered
     with trainee.stage("choose"):
         selection = choose_views(
-            rule_at(config.selection, batch.step),
+            of_step.rule,
             candidates,
             num_images=len(batch.sample_ids),
             device=trainee.device,
+            quantile=of_step.quantile,
             scores=scores,
             plan=batch.global_views.plan,
             draw=Draw(

@@ -17,6 +17,7 @@ from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
 from hvp_ray.runs import recorder
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, CopyToDevice
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import build_trainee
@@ -175,7 +176,7 @@ def test_memory_is_the_estimated_one_within_15_percent(recipe: str) -> None:
         for _ in range(BATCHES_ON_DEVICE)
     )
     for _ in range(2):
-        train_step(trainee, batch, config)
+        train_step(trainee, batch, config, hard_step(config.selection))
     measured = torch.cuda.max_memory_allocated()
     del trainee, batch, waiting
     assert abs(estimate_memory(config).peak / measured - 1.0) < 0.15
@@ -219,5 +220,6 @@ def test_reusing_the_teachers_outputs_gives_the_same_loss(tmp_path: Path, recipe
         torch.manual_seed(0)
         batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype))
         pixels = {name: getattr(batch, name).cuda() for name in ("global_pixels", "local_pixels")}
-        losses.append(float(train_step(trainee, dataclasses.replace(batch, **pixels), config).loss))
+        batch = dataclasses.replace(batch, **pixels)
+        losses.append(float(train_step(trainee, batch, config, hard_step(config.selection)).loss))
     assert math.isclose(losses[0], losses[1], rel_tol=1e-5)

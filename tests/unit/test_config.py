@@ -183,11 +183,21 @@ def test_config_of_another_version_is_refused() -> None:
         config_from_dict(values)
 
 
-def test_hard_steps_and_views_follow_every_and_score_always() -> None:
-    every = SelectionConfig(every=3)
-    assert [every.num_views_at(step) for step in range(4)] == [4, 2, 2, 4]
-    assert SelectionConfig(rule="first").num_views_at(0) == 2
-    assert SelectionConfig(rule="first", score_always=True).num_views_at(0) == 4
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        (
+            {"rule": "easiest", "quantile": 0.9},
+            "selection.quantile=0.9 is not allowed: 1.0 with selection.rule=easiest",
+        ),
+        ({"rule": "first", "start_fraction": 0.5}, "selection.start_fraction=0.5 is not allowed: 0.0 with"),
+        ({"rule": "random", "ramp_fraction": 0.5}, r"selection.ramp_fraction=0.5 .* \(hardest, all_pairs do\)"),
+        ({"start_fraction": 0.5, "ramp_fraction": 0.6}, "selection.ramp_fraction=0.6 is not allowed"),
+    ],
+)
+def test_a_schedule_that_the_rule_does_not_read_is_refused(values: dict[str, Any], refused: str) -> None:
+    with pytest.raises(ConfigError, match=refused):
+        SelectionConfig(**values)
 
 
 def test_configs_are_frozen_and_flatten_to_dotted_names() -> None:

@@ -18,7 +18,7 @@ from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.operations import count_operations
 from hvp_ray.distributed.world import World
 from hvp_ray.recipes import RECIPES, get_recipe
-from hvp_ray.selection import candidates_of
+from hvp_ray.selection import hard_step
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import build_trainee
 
@@ -185,14 +185,14 @@ def test_every_rule_is_one_switch_on_every_recipe(name: str) -> None:
         selection = dataclasses.replace(config.selection, rule=rule)
         arm = dataclasses.replace(config, selection=selection)
         is_vanilla = rule == "first"
-        assert (arm.selection.num_views_at(0) == 2) == is_vanilla
+        assert (hard_step(arm.selection).num_views == 2) == is_vanilla
 
 
 def test_view_counts_are_those_of_the_paper() -> None:
     counts = {}
     for name in IMAGENET:
         config = get_recipe(name)
-        candidates = candidates_of(config.selection, config.views, 0)
+        candidates = hard_step(config.selection).candidates(config.views)
         counts[name] = (
             candidates.num_views,
             candidates.num_local_views,
@@ -243,7 +243,7 @@ def _train_one_step(names: list[str], results: Any) -> None:
         for parameter in trainee.method.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         trainee.optimizer.step()
-        loss = float(train_step(trainee, batch, config).loss)
+        loss = float(train_step(trainee, batch, config, hard_step(config.selection)).loss)
         finite = all(bool(p.isfinite().all()) for p in trainee.method.parameters())
         results.put((name, loss, finite, _process_bytes("VmHWM") - before))
         del trainee, batch

@@ -11,6 +11,7 @@ from hvp_ray.comparison.study import Study
 from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.selection import hard_step
 from tests.helpers import resolved_of, tiny_config
 
 
@@ -37,9 +38,9 @@ def test_controls_ignore_a_recipes_limit_and_every() -> None:
 
 def test_vanilla_renders_two_views_and_the_batch_norm_control_all() -> None:
     base = get_recipe("simsiam-digits")
-    assert get_arm("vanilla").configure(base).selection.num_views_at(0) == 2
+    assert hard_step(get_arm("vanilla").configure(base).selection).num_views == 2
     control = get_arm("batch-norm").configure(base).selection
-    assert control.num_views_at(0) == 4 and control.score_always and control.scoring_batch_norm == "faithful"
+    assert hard_step(control).num_views == 4 and control.score_always and control.scoring_batch_norm == "faithful"
 
 
 def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:

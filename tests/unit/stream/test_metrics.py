@@ -14,6 +14,7 @@ import hvp_ray
 from hvp_ray.config import config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.runs.rank import build_order
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.metrics import (
     MetricsPublisher,
@@ -151,7 +152,8 @@ def test_rendered_numbers_are_those_of_the_batches() -> None:
     for batch in batches:
         rendered.take(batch)
     selection = config.selection
-    views = 2 * 16 * (selection.num_views_at(0) + selection.num_local_views_at(0))
+    of_step = hard_step(selection)
+    views = 2 * 16 * (of_step.num_views + of_step.num_local_views)
     seconds = sum(batch.render_seconds for batch in batches)
     numbers = rendered.numbers()
     assert numbers["hvp_ray_worker_batches_total"] == 2

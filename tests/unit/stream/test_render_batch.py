@@ -14,6 +14,7 @@ from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError
 from hvp_ray.recipes import get_recipe
 from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.render_batch import RenderContext, decode_batch, finish_batch, render_batch
 from hvp_ray.tracking.run_log import RunLog
 from hvp_ray.tracking.unreadable_log import UnreadableLog
@@ -163,7 +164,7 @@ def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
         images.append(encode(pixels[..., 0] if index % 5 == 0 else pixels, "JPEG", **options))
     for index in damaged:
         images[index] = images[index][: len(images[index]) // 2] if index % 2 else b""
-    num_local_views = config.selection.num_local_views_at(0)
+    num_local_views = hard_step(config.selection).num_local_views
     request = _request(list(range(12)), num_views=3, num_local_views=num_local_views, quarantined_ids=(7,))
     decided: list[ViewBatch] = []
     for _ in range(2):  # the second time with the first one's decisions

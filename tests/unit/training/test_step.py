@@ -20,6 +20,7 @@ from hvp_ray.methods.method import StepPosition, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.rank import build_order
+from hvp_ray.selection import hard_step, selection_at
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import build_render_context
@@ -65,7 +66,7 @@ def test_vanilla_arm_is_simsiam_written_out_by_hand(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.8 * 16 / 256, momentum=0.9, weight_decay=5e-4)
     trainee.method.train()
     for batch in _batches(config, 6):
-        train_step(trainee, batch, config)
+        train_step(trainee, batch, config, hard_step(config.selection))
         x1, x2 = normalise_views(batch.global_pixels, config.views)
         z1, z2 = plain.projector(plain.backbone(x1)), plain.projector(plain.backbone(x2))
         p1, p2 = plain.predictor(z1), plain.predictor(z2)
@@ -114,7 +115,7 @@ def test_step_trains_on_the_pairs_that_the_papers_loop_chooses(tmp_path: Path) -
             p = twin.predictor(z)
         shape = (4, 64, -1)
         expected = slow_hardest_pairs(z.reshape(shape).double().numpy(), p.reshape(shape).double().numpy())
-        metrics = train_step(trainee, batch, config)
+        metrics = train_step(trainee, batch, config, hard_step(config.selection))
         assert [tuple(pair) for pair in metrics.selection.view_indices.T.tolist()] == expected
 
 
@@ -123,7 +124,7 @@ def test_every_second_step_is_vanilla_and_renders_two_views(tmp_path: Path) -> N
     batches = _batches(config, 4)
     assert [batch.global_pixels.shape[0] for batch in batches] == [4, 2, 4, 2]
     trainee = build_trainee(config, World(), CPU, None)
-    metrics = [train_step(trainee, batch, config) for batch in batches]
+    metrics = [train_step(trainee, batch, config, selection_at(config.selection, batch.step, 4)) for batch in batches]
     assert [m.scores is not None for m in metrics] == [True, False, True, False]
 
 
@@ -189,7 +190,7 @@ def test_reusing_the_teachers_outputs_changes_no_bit(tmp_path: Path, recipe: str
         )
         for step, batch in enumerate(_batches(config, 3)):
             trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
-            train_step(trainee, batch, config)
+            train_step(trainee, batch, config, hard_step(config.selection))
         states.append(trainee.method.state_dict())
         forwarded.append(sum(images))
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
@@ -207,14 +208,14 @@ def test_teacher_is_not_reused_where_scoring_forwards_other_views(tmp_path: Path
         tiny_config(str(tmp_path), recipe="dino-digits", selection=selection, method={"backbone": VIT})
     )
     trainee = build_trainee(config, World(), CPU, None)
-    assert choose_step_views(trainee, _batches(config, 1)[0], config).pixels.reusable == {}
+    assert choose_step_views(trainee, _batches(config, 1)[0], config, hard_step(config.selection)).pixels.reusable == {}
 
 
 def test_teacher_with_batch_norm_is_not_reused(tmp_path: Path) -> None:
     config = tiny_config(str(tmp_path), recipe="dino-digits")  # a ResNet
     trainee = build_trainee(config, World(), CPU, None)
     trainee.method.train()
-    assert choose_step_views(trainee, _batches(config, 1)[0], config).pixels.reusable == {}
+    assert choose_step_views(trainee, _batches(config, 1)[0], config, hard_step(config.selection)).pixels.reusable == {}
 
 
 def test_low_resolution_scoring_and_clipping_train(tmp_path: Path) -> None:
@@ -222,7 +223,7 @@ def test_low_resolution_scoring_and_clipping_train(tmp_path: Path) -> None:
         str(tmp_path), selection={"scoring_resolution_px": 8}, views={}, optimizer={"clip_gradient_norm": 0.5}
     )
     trainee = build_trainee(config, World(), CPU, None)
-    metrics = train_step(trainee, _batches(config, 1)[0], config)
+    metrics = train_step(trainee, _batches(config, 1)[0], config, hard_step(config.selection))
     assert metrics.gradient_norm is not None
     assert math.isfinite(float(metrics.gradient_norm))
 
@@ -234,7 +235,7 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
         trainee.method.projector[0].weight[0, 0] = float("nan")
     before = {name: value.clone() for name, value in trainee.method.named_parameters()}
     with pytest.raises(TrainingError, match="step 0 is nan"):
-        train_step(trainee, _batches(config, 1)[0], config)
+        train_step(trainee, _batches(config, 1)[0], config, hard_step(config.selection))
     for name, value in trainee.method.named_parameters():
         assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
 
@@ -267,7 +268,7 @@ def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Pat
         assert bool(drop_paths) == (recipe in MULTI_CROP)
         for step, batch in enumerate(_batches(config, 3)):
             trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
-            train_step(trainee, batch, config)
+            train_step(trainee, batch, config, hard_step(config.selection))
         states[name] = trainee.method.state_dict()
     for name in ("vanilla of many", "hardest", "limited", "random", "hardest of many"):
         same = all(torch.equal(value, states["vanilla"][key]) for key, value in states[name].items())
@@ -291,7 +292,7 @@ def test_slots_keep_their_transforms_and_masks_stay_with_their_views(tmp_path: P
     for batch in _batches(config, 3):
         plan = batch.global_views.plan
         assert plan.solarize.all(axis=1).tolist() == [False, True, False, True]
-        metrics = train_step(trainee, batch, config)
+        metrics = train_step(trainee, batch, config, hard_step(config.selection))
         slots = metrics.selection.view_indices
         assert (slots[0] % 2 == 0).all()
         assert (slots[1] % 2 == 1).all()
@@ -313,7 +314,7 @@ def test_chosen_candidate_is_no_easier_than_any_other(tmp_path: Path) -> None:
     trainee = build_trainee(config, World(), CPU, None)
     trainee.method.train()
     for batch in _batches(config, 2):
-        metrics = train_step(trainee, batch, config)
+        metrics = train_step(trainee, batch, config, hard_step(config.selection))
         assert metrics.scores is not None
         best = metrics.scores.best_of_pairs(2)
         torch.testing.assert_close(metrics.selection.scores, best.max(dim=1).values)
@@ -342,7 +343,12 @@ def test_accumulated_step_is_the_whole_step(tmp_path: Path, recipe: str) -> None
                 layer.eval()
         optimizer = torch.optim.SGD(trainee.method.parameters(), lr=0.1)
         trainee = dataclasses.replace(trainee, optimizer=optimizer)
-        losses.append([float(train_step(trainee, batch, config).loss) for batch in _batches(config, 2)])
+        losses.append(
+            [
+                float(train_step(trainee, batch, config, hard_step(config.selection)).loss)
+                for batch in _batches(config, 2)
+            ]
+        )
         states.append(trainee.method.state_dict())
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
     for name, value in states[0].items():
@@ -359,7 +365,9 @@ def test_bfloat16_is_for_the_networks_only(tmp_path: Path, recipe: str) -> None:
         trainee = build_trainee(dataclasses.replace(config, training=training), World(), CPU, None)
         trainee.method.train()
         (batch,) = _batches(config, 1)
-        metrics = train_step(trainee, batch, dataclasses.replace(config, training=training))
+        metrics = train_step(
+            trainee, batch, dataclasses.replace(config, training=training), hard_step(config.selection)
+        )
         assert metrics.scores is not None
         assert {metrics.loss.dtype, metrics.scores.pairs_BP.dtype} == {torch.float32}
         assert {value.dtype for value in trainee.method.state_dict().values()} <= {torch.float32, torch.int64}
@@ -375,7 +383,7 @@ def test_faithful_batch_norm_counts_three_forwards_a_hard_step_and_two_a_vanilla
         trainee.method.train()
         counted = []
         for batch in _batches(config, 2):
-            train_step(trainee, batch, config)
+            train_step(trainee, batch, config, selection_at(config.selection, batch.step, 2))
             counted.append(int(trainee.method.backbone.bn1.num_batches_tracked))
         assert counted == counts
 
@@ -388,7 +396,7 @@ def test_dropout_is_addressed_by_step_and_rank(tmp_path: Path) -> None:
         trainee = build_trainee(config, World(), CPU, None)
         trainee.method.projector.insert(1, torch.nn.Dropout(0.5))
         for batch in _batches(config, 3):
-            train_step(trainee, batch, config)
+            train_step(trainee, batch, config, hard_step(config.selection))
         digests.append(np.concatenate([p.detach().flatten().numpy() for p in trainee.method.parameters()]))
     assert np.array_equal(digests[0], digests[1])
 
@@ -411,14 +419,18 @@ def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp
     assert steps == list(range(1, 21))
 
 
-@pytest.mark.parametrize("rule", ["hardest", "first"])
+RAMP = {"rule": "hardest", "start_fraction": 0.3, "ramp_fraction": 0.6}
+"""Step 6, from which the run below resumes, is in the middle of its ramp."""
+
+
+@pytest.mark.parametrize("selection", [{"rule": "hardest"}, {"rule": "first"}, RAMP])
 @pytest.mark.parametrize("recipe", ["simclr-digits", "dino-digits", "ibot-digits"])
-def test_every_method_resumes_to_the_same_bits(tmp_path: Path, recipe: str, rule: str) -> None:
+def test_every_method_resumes_to_the_same_bits(tmp_path: Path, recipe: str, selection: dict[str, Any]) -> None:
     """Teacher, centres, momenta and schedules come back from a checkpoint in mid-epoch."""
     config = tiny_config(
         str(tmp_path),
         recipe=recipe,
-        selection={"rule": rule},
+        selection=selection,
         data={"num_images": 100},
         training={"num_steps": 9, "checkpoint_every_steps": 3},
         tracking={"knn_images": 0},
