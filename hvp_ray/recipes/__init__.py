@@ -16,6 +16,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "simsiam-cifar10": simsiam.simsiam_cifar10,
     "simsiam-imagenet-r50-100ep": simsiam.simsiam_imagenet_r50_100ep,
     "simclr-digits": simclr.simclr_digits,
+    "simclr-cifar10-small": simclr.simclr_cifar10_small,
     "simclr-cifar10": simclr.simclr_cifar10,
     "simclr-imagenet-r50-100ep": simclr.simclr_imagenet_r50_100ep,
     "dino-digits": dino.dino_digits,

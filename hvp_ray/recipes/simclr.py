@@ -45,6 +45,36 @@ def simclr_digits() -> RunConfig:
     )
 
 
+def simclr_cifar10_small() -> RunConfig:
+    """CIFAR-10 on CPUs: a ResNet-10 of a quarter of the width at 24 px; needs --data.source.
+
+    python pipelines/pretrain.py simclr-cifar10-small --data.source cifar10-train.parquet \
+        --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
+    """
+    transform = dataclasses.replace(_STRONG_COLOR, blur_probability=0.0)
+    return RunConfig(
+        recipe="simclr-cifar10-small",
+        data=data_sets.CIFAR10,
+        views=data_sets.cifar10_views(ViewGroupConfig(size_px=24, even=transform)),
+        method=SimCLRConfig(
+            backbone=BackboneConfig(name="resnet10", stem="cifar", channels=(16, 32, 64, 128)),
+            projector_hidden_dim=256,
+            projector_dim=128,
+            temperature=0.2,
+        ),
+        optimizer=OptimizerConfig(
+            name="sgd",
+            learning_rate_per_256=0.8,
+            weight_decay=5e-4,
+            decay_exempts_vectors=True,
+            schedule="cosine-per-step",
+            warmup_epochs=1,
+        ),
+        training=TrainingConfig(epochs=20, images_per_step=128, checkpoint_every_steps=200),
+        tracking=TrackingConfig(knn_images=5_000),
+    )
+
+
 def simclr_cifar10() -> RunConfig:
     """CIFAR-10, ResNet-18, 1,000 epochs, 256 images per step; for one GPU.
 
