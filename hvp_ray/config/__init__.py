@@ -23,7 +23,7 @@ from hvp_ray.config.method import BackboneConfig, MethodConfig
 from hvp_ray.config.optimizer import OptimizerConfig
 from hvp_ray.config.run import RunSettings
 from hvp_ray.config.run_config import RunConfig
-from hvp_ray.config.selection import Rule, SelectionConfig
+from hvp_ray.config.selection import Rule, SelectionConfig, Weighting
 from hvp_ray.config.serialising import METHOD_TYPE, config_from_dict, config_to_dict, flatten
 from hvp_ray.config.tracking import TrackingConfig
 from hvp_ray.config.training import TrainingConfig
@@ -55,6 +55,7 @@ __all__ = [
     "TransformConfig",
     "ViewGroupConfig",
     "ViewsConfig",
+    "Weighting",
     "config_from_dict",
     "config_to_dict",
     "deferred_checks",
