@@ -1,7 +1,7 @@
 """Which views are rendered, and which of them are trained on."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Positive, Range, require
 
@@ -10,6 +10,9 @@ Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
 
 Weighting = Literal["mean", "softmax", "matching", "top_k", "partner"]
 """How much each pair of an image counts with rule all_pairs; `SelectionConfig.weighting` explains each value."""
+
+EQUAL_WEIGHTS: dict[str, Any] = {"weighting": "mean", "weight_top_k": None}
+"""Fields of `SelectionConfig` that fit every rule."""
 
 MOST_MATCHED_VIEWS = 8
 """They have 105 perfect matchings, which are all compared. Ten views would have 945."""
