@@ -16,7 +16,7 @@ from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, S
 from hvp_ray.methods.self_distillation import frozen_copy, teacher_momentum_at, update_teacher
 from hvp_ray.methods.simsiam import score_pairs
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import Candidates, CandidateScores
+from hvp_ray.selection import Candidates, CandidateScores, PairWeights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,11 +62,13 @@ class Byol(Method):
         """Every view once through both networks, then all pairs from the embeddings."""
         return CandidateScores(pairs_BP=_losses(*self._embed(views), candidates))
 
-    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
+    def forward(
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+    ) -> MethodLoss:
         """BYOL's symmetric loss, -(cos(p1, z2) + cos(p2, z1)) / 2, mean over images (and over pairs of slots)."""
         targets, predictions = self._embed(views)
-        losses_BP = _losses(targets, predictions, Candidates(num_views=len(targets)))
-        return MethodLoss(loss=losses_BP.mean(), embeddings=predictions[0].detach())
+        losses_BP = _losses(targets, predictions, views.as_candidates())
+        return MethodLoss.of_pairs(losses_BP, weigh, embeddings=predictions[0].detach())
 
     def after_update(self, statistics: dict[str, Tensor]) -> None:
         """Move the target network."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvp_ray.config import RunConfig
+from hvp_ray.config import EQUAL_WEIGHTS, RunConfig
 from hvp_ray.errors import ConfigError
 
 VANILLA = "vanilla"
@@ -48,6 +48,7 @@ _EVERY_STEP = {
     "limit": None,
     "score_always": False,
     "scoring_resolution_px": None,
+    **EQUAL_WEIGHTS,
 }
 """Neutral values of what a recipe sets for hard views."""
 _RANDOM_VIEWS = _EVERY_STEP | {"rule": "first"}
@@ -55,7 +56,7 @@ _RANDOM_VIEWS = _EVERY_STEP | {"rule": "first"}
 
 def _hardest(name: str, title: str, **selection: Any) -> Arm:
     """Return an arm with hard views, scored as the recipe says."""
-    return Arm(name=name, title=title, selection={"rule": "hardest"} | selection)
+    return Arm(name=name, title=title, selection={"rule": "hardest", **EQUAL_WEIGHTS} | selection)
 
 
 def _control(name: str, title: str, **selection: Any) -> Arm:

@@ -19,7 +19,7 @@ import torch
 from hvp_ray.comparison.arms import Arm
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.memory import estimate_memory
-from hvp_ray.costs.operations import count_operations
+from hvp_ray.costs.operations import operations_of_step
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.local_cache import with_local_weights
@@ -148,7 +148,6 @@ def _seconds_of_step(trainee: Trainee, kind: _StepKind, device: torch.device) ->
 def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     typical = statistics.median if device.type == "cuda" else min
     config = kinds[0].config
-    operations = count_operations(config)
 
     def mean(value_of: Callable[[_StepKind], float]) -> float:
         return sum(kind.share * value_of(kind) for kind in kinds)
@@ -159,15 +158,11 @@ def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     def scored_views(kind: _StepKind) -> int:
         return kind.of_step.num_views if kind.of_step.needs_scores else 0
 
-    def counted(kind: _StepKind) -> float:
-        scoring = operations.scoring if kind.of_step.needs_scores else 0
-        return operations.random_step * trained_views(kind) / 2 + scoring
-
     return StepCost(
         step_seconds=mean(lambda kind: typical(kind.seconds)),
         render_cpu_seconds=mean(lambda kind: kind.render_cpu_seconds),
         views_per_image=mean(lambda kind: kind.of_step.num_views),
         forwards_per_image=mean(lambda kind: trained_views(kind) + scored_views(kind)),
-        counted_operations=mean(counted),
+        counted_operations=mean(lambda kind: operations_of_step(config, kind.of_step)),
         memory_bytes=float(estimate_memory(config).peak),
     )

@@ -66,3 +66,8 @@ class MethodConfig(Checked):
     """Whether the method needs masks of the global views."""
 
     backbone: BackboneConfig
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """Whether the loss of more than two views is a mean over pairs, which can be weighted."""
+        return True

@@ -40,6 +40,7 @@ class RunConfig(Checked):
         """Check conditions across sections."""
         self._check_images_per_step()
         self._check_views_of_method()
+        self._check_weighting()
         scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
         allowed = f"at most views.global_views.size_px={size_px}"
         require(scoring_px is None or scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)
@@ -73,6 +74,18 @@ class RunConfig(Checked):
         fits = (views.masks is not None) == method.uses_masks
         allowed = f"set with {method.name}" if method.uses_masks else f"None with {method.name}, which has no masks"
         require(fits, "views.masks", views.masks, allowed)
+
+    def _check_weighting(self) -> None:
+        selection, number = self.selection, self.selection.num_candidate_views
+        odd = number // 2
+        num_pairs = (number - odd) * odd if self.views.slots_keep_transforms else number * (number - 1) // 2
+        fits = selection.weight_top_k is None or selection.weight_top_k <= num_pairs
+        require(
+            fits, "selection.weight_top_k", selection.weight_top_k, f"at most the {num_pairs} pairs of {number} views"
+        )
+        allowed = "mean with method.averaged_target=True, whose loss is not a mean over pairs"
+        fits = selection.weighting == "mean" or self.method.trains_on_pairs
+        require(fits, "selection.weighting", selection.weighting, allowed)
 
     @property
     def images_per_rank(self) -> int:

@@ -1,18 +1,27 @@
 """Which views are rendered, and which of them are trained on."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Range, require
+from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Positive, Range, require
 
 Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
 """Which pair of views is trained on; `SelectionConfig.rule` explains each value."""
 
+Weighting = Literal["mean", "softmax", "matching", "top_k", "partner"]
+"""How much each pair of an image counts with rule all_pairs; `SelectionConfig.weighting` explains each value."""
+
+EQUAL_WEIGHTS: dict[str, Any] = {"weighting": "mean", "weight_top_k": None}
+"""Fields of `SelectionConfig` that fit every rule."""
+
+MOST_MATCHED_VIEWS = 8
+"""They have 105 perfect matchings, which are all compared. Ten views would have 945."""
 
 _USED_BY: dict[str, tuple[Rule, ...]] = {
     "quantile": ("hardest",),
     "start_fraction": ("hardest", "random", "easiest", "min_iou", "all_pairs"),
     "ramp_fraction": ("hardest", "all_pairs"),
+    "weighting": ("all_pairs",),
 }
 """Fields that only these rules read. With other rules they keep their defaults, so that no setting is without effect."""
 
@@ -29,7 +38,8 @@ class SelectionConfig(Checked):
     rule: Rule = "hardest"
     """Which pair is trained on. hardest: the one with the largest loss under the current weights (HVP). first: views 0 and
     1, the only ones rendered (vanilla). Controls: random (a random pair), easiest (smallest loss), min_iou (crops that
-    overlap least; no model involved), all_pairs (mean loss over all pairs)."""
+    overlap least; no model involved). all_pairs: every rendered view is trained on, and the loss is the mean over all
+    pairs, weighted by `weighting`."""
 
     num_views: _NumViews | None = 4
     """SimSiam, SimCLR: views rendered per image; the pair is chosen among num_views * (num_views - 1) / 2 (the paper: 4; 8
@@ -66,6 +76,18 @@ class SelectionConfig(Checked):
 
     ramp_from: Fraction = 0.5
     """Quantile at the beginning of the ramp; 0.5 is the median."""
+
+    weighting: Weighting = "mean"
+    """Rule all_pairs: how much each pair of an image counts, from the losses of this very step. mean: all alike. softmax:
+    by the softmax of the losses (`weight_temperature`). matching: the pairs of the hardest perfect matching, in which every
+    view occurs once. top_k: the `weight_top_k` hardest pairs. partner: for each view the pair in which it is hardest."""
+
+    weight_temperature: Positive = 1.0
+    """Temperature of the softmax weights, in standard deviations of the image's pair losses. Near 0 only the hardest pair
+    counts; a large one is the mean. Other weightings do not use it."""
+
+    weight_top_k: AtLeast1 | None = None
+    """Number of pairs with weighting top_k. None with the others."""
 
     score_always: bool = False
     """Score even if the rule needs no scores: the control "extra views seen only by BatchNorm"."""
@@ -106,6 +128,14 @@ class SelectionConfig(Checked):
         left = 1.0 - self.start_fraction
         allowed = f"at most {left:g}, what {prefix}start_fraction={self.start_fraction} leaves of the run"
         require(self.ramp_fraction <= left + 1e-9, f"{prefix}ramp_fraction", self.ramp_fraction, allowed)
+
+        is_set = self.weight_top_k is not None
+        allowed = f"a number with {prefix}weighting=top_k, None with the others"
+        require(is_set == (self.weighting == "top_k"), f"{prefix}weight_top_k", self.weight_top_k, allowed)
+        number = self.num_candidate_views
+        fits = self.weighting != "matching" or (number % 2 == 0 and number <= MOST_MATCHED_VIEWS)
+        allowed = f"an even number of at most {MOST_MATCHED_VIEWS} views is matched, and {number} are rendered"
+        require(fits, f"{prefix}weighting", self.weighting, allowed)
 
     @property
     def num_candidate_views(self) -> int:

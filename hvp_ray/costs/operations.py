@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hvp_ray.config import RunConfig
+from hvp_ray.config import EQUAL_WEIGHTS, RunConfig
 from hvp_ray.costs.imaginary import imagine_step
-from hvp_ray.selection import hard_step
+from hvp_ray.selection import StepSelection, hard_step, vanilla_step
 from hvp_ray.training.step import choose_step_views, forward_backward
 
 
@@ -32,17 +32,16 @@ def count_operations(config: RunConfig) -> StepOperations:
 
     Elementwise work (normalisation, softmax, the update) is not counted, because memory bounds it, not arithmetic.
     """
-    hard = dataclasses.replace(config, selection=dataclasses.replace(config.selection, rule="hardest"))
+    selection = dataclasses.replace(config.selection, rule="hardest", score_always=False, **EQUAL_WEIGHTS)
+    hard = dataclasses.replace(config, selection=selection)
+    random_step = operations_of_step(hard, vanilla_step(selection))
+    return StepOperations(random_step=random_step, scoring=operations_of_step(hard, hard_step(selection)) - random_step)
+
+
+def operations_of_step(config: RunConfig, of_step: StepSelection) -> int:
+    """Count the operations of one kind of a run's steps: scoring, if it scores, and training on all views of its rule."""
     # The counter supports attention as two products, and not the fused kernels of some devices.
-    with imagine_step(hard) as imagined, sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
-            chosen = choose_step_views(
-                imagined.trainee, imagined.batch, imagined.config, hard_step(imagined.config.selection)
-            )
-            forward_backward(imagined.trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
-        operations = counter.get_total_flops()
-        fresh = dataclasses.replace(chosen.pixels, reusable={})
-        with FlopCounterMode(display=False) as counter:
-            forward_backward(imagined.trainee, fresh, imagined.config, step=0, stop_requested=False)
-        random_step = counter.get_total_flops()
-        return StepOperations(random_step=random_step, scoring=operations - random_step)
+    with imagine_step(config) as imagined, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        chosen = choose_step_views(imagined.trainee, imagined.batch, imagined.config, of_step)
+        forward_backward(imagined.trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
+    return int(counter.get_total_flops())

@@ -28,6 +28,15 @@ class SimSiamConfig(MethodConfig):
     predictor_hidden_dim: AtLeast1 = 512
     """Bottleneck of the predictor."""
 
+    averaged_target: bool = False
+    """With more than two views trained on (rule all_pairs), compare the prediction of each view with the mean of the other
+    views' targets (FastSiam, Pototzky et al., 2022). False: mean over all pairs."""
+
+    @property
+    def trains_on_pairs(self) -> bool:
+        """False with an averaged target."""
+        return not self.averaged_target
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SimCLRConfig(MethodConfig):

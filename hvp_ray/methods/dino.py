@@ -4,6 +4,7 @@ Legend: G global views, L local views, S slots of global views, B images, K prot
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from hvp_ray.methods.configs import DinoConfig
 from hvp_ray.methods.heads import PrototypeHead
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, StepPosition, ViewTensors
 from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.weights import PairWeights
 
 
 class Dino(Method):
@@ -70,20 +72,29 @@ class Dino(Method):
             distillation.score_tuples(crosses, candidates), reusable=self._reusable(teacher_bottleneck=bottleneck)
         )
 
-    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Return the mean cross-entropy over all (teacher's global view, other view of the student)."""
+    def forward(
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+    ) -> MethodLoss:
+        """Return the mean cross-entropy over all (teacher's global view, other view of the student).
+
+        With more than two global views this is the mean over their pairs of the vanilla loss, each pair with all local
+        views (`self_distillation.losses_of_pairs`).
+        """
         with torch.no_grad():
             teacher_logits = self.teacher_head.logits(self._teacher_bottleneck(views))
             targets_SBK = self._probabilities(teacher_logits)
         features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
         logits = self.head.logits(self.head(features))
         crosses = distillation.cross_entropies(targets_SBK, logits, self._config.student_temperature)
-        return MethodLoss(
-            loss=distillation.mean_of_cross_views(crosses),
-            embeddings=features[0].detach(),
-            statistics={"center": teacher_logits.mean(dim=(0, 1))},
-            measurements=distillation.teacher_measurements(targets_SBK),
-        )
+        common: dict[str, Any] = {
+            "embeddings": features[0].detach(),
+            "statistics": {"center": teacher_logits.mean(dim=(0, 1))},
+            "measurements": distillation.teacher_measurements(targets_SBK),
+        }
+        if len(targets_SBK) == 2:
+            return MethodLoss(loss=distillation.mean_of_cross_views(crosses), **common)
+        losses_BP = distillation.losses_of_pairs(crosses, views.as_candidates())
+        return MethodLoss.of_pairs(losses_BP, weigh, **common)
 
     def before_update(self) -> None:
         """Drop the gradients of the prototypes in the first epochs. Source: facebookresearch/dino utils.py."""

@@ -4,8 +4,8 @@ Legend: G global views, L local views, S slots of global views, B images, N patc
 masked, K prototypes, D features.
 """
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -19,6 +19,7 @@ from hvp_ray.methods.configs import IBotConfig
 from hvp_ray.methods.dino import Dino
 from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.weights import PairWeights, mean_of_pairs
 
 
 class IBot(Dino):
@@ -63,8 +64,7 @@ class IBot(Dino):
         pairs_BP, locals_BPL = config.class_weight * of_class.pairs_BP, of_class.locals_BPL
         if config.scoring == "full":
             losses_BG = self._patch_losses(student, teacher)
-            of_pairs = losses_BG[:, candidates.pairs_on(pairs_BP.device)]
-            pairs_BP = pairs_BP + config.patch_weight * of_pairs.mean(dim=2)
+            pairs_BP = pairs_BP + config.patch_weight * patch_losses_of_pairs(losses_BG, candidates)
         if locals_BPL is not None:
             locals_BPL = config.class_weight * locals_BPL
         reusable = self._reusable(
@@ -74,8 +74,14 @@ class IBot(Dino):
         )
         return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable)
 
-    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Return the class loss over views, plus the mean patch loss of the global slots."""
+    def forward(
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+    ) -> MethodLoss:
+        """Return the class loss over views, plus the mean patch loss of the global slots.
+
+        With more than two slots, mean over their pairs: each has DINO's class loss of the pair and all local views, and the
+        mean patch loss of its two views.
+        """
         config = self._ibot
         with torch.no_grad():
             teacher = self._teacher(views)
@@ -86,18 +92,24 @@ class IBot(Dino):
         student = self._student(views)
         logits = self.head.logits(student.class_bottleneck)
         crosses = distillation.cross_entropies(targets_SBK, logits, config.student_temperature)
-        class_loss = distillation.mean_of_cross_views(crosses)
-        patch_loss = self._patch_losses(student, teacher).mean()
-        return MethodLoss(
-            loss=config.class_weight * class_loss + config.patch_weight * patch_loss,
-            embeddings=student.class_tokens[0].detach(),
-            statistics={"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean},
-            measurements={
-                "train/class_loss": class_loss.detach(),
-                "train/patch_loss": patch_loss.detach(),
-                **distillation.teacher_measurements(targets_SBK),
-            },
-        )
+        losses_BS = self._patch_losses(student, teacher)
+        common: dict[str, Any] = {
+            "embeddings": student.class_tokens[0].detach(),
+            "statistics": {"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean},
+            "measurements": distillation.teacher_measurements(targets_SBK),
+        }
+        if len(targets_SBK) == 2:
+            class_loss, patch_loss = distillation.mean_of_cross_views(crosses), losses_BS.mean()
+            result = MethodLoss(loss=config.class_weight * class_loss + config.patch_weight * patch_loss, **common)
+        else:
+            candidates = views.as_candidates()
+            class_BP = distillation.losses_of_pairs(crosses, candidates)
+            patch_BP = patch_losses_of_pairs(losses_BS, candidates)
+            losses_BP = config.class_weight * class_BP + config.patch_weight * patch_BP
+            result = MethodLoss.of_pairs(losses_BP, weigh, **common)
+            class_loss, patch_loss = (mean_of_pairs(of_part, result.pair_weights) for of_part in (class_BP, patch_BP))
+        parts = {"train/class_loss": class_loss.detach(), "train/patch_loss": patch_loss.detach()}
+        return replace(result, measurements=parts | result.measurements)
 
     def after_update(self, statistics: dict[str, Tensor]) -> None:
         """Update as DINO does, and move the centre of the patches."""
@@ -162,6 +174,13 @@ class IBot(Dino):
                 )
             )
         return torch.stack(losses, dim=1)
+
+
+def patch_losses_of_pairs(
+    losses_BG: Float[Tensor, "batch views"], candidates: Candidates
+) -> Float[Tensor, "batch pairs"]:
+    """Return the mean patch loss of the two views of each pair."""
+    return losses_BG[:, candidates.pairs_on(losses_BG.device)].mean(dim=2)
 
 
 @in_float32

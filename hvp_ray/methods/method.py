@@ -3,7 +3,7 @@
 A method is one file with a `Method`. Its `forward` is the training loss on the chosen views, so that DDP, compilation
 and autocast wrap it. Its `score` gives the loss of each candidate. docs/new_method.md has an example.
 
-Legend: V global views, L local views, B images, h, w patches (cells of a mask).
+Legend: V global views, L local views, B images, P pairs, h, w patches (cells of a mask).
 """
 
 import functools
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hvp_ray.config import MethodConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.weights import PairWeights, effective_pairs, mean_of_pairs
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -37,6 +38,18 @@ class ViewTensors:
     """No view has more masked patches than this; None: all may be masked."""
     reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
     """`CandidateScores.reusable` of these very views; empty: everything is computed."""
+    alternating: bool = False
+    """Pairs are (even view, odd view) only; see `pair_table`."""
+
+    def as_candidates(self) -> Candidates:
+        """Return all admissible pairs of these views, each with all local views."""
+        num_local_views = 0 if self.local_views is None else len(self.local_views)
+        return Candidates(
+            num_views=len(self.global_views),
+            num_local_views=num_local_views,
+            num_chosen_local_views=num_local_views,
+            alternating=self.alternating,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +74,31 @@ class MethodLoss:
     """Detached means over the images, which `Method.after_update` gets back as means over all ranks."""
     measurements: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     """Detached numbers to be recorded, by the names of `tracking/metrics.toml`."""
+    pair_losses: Float[Tensor, "batch pairs"] | None = None
+    """Loss of each pair, detached; columns as `Candidates.pairs`. None: the loss is no mean over several pairs."""
+    pair_weights: Float[Tensor, "batch pairs"] | None = None
+    """Weight of each pair, detached; rows sum to 1. None: all pairs count alike."""
+
+    @staticmethod
+    def of_pairs(
+        losses_BP: Float[Tensor, "batch pairs"],
+        weigh: PairWeights | None,
+        *,
+        embeddings: Float[Tensor, "batch dim"],
+        statistics: dict[str, Tensor] | None = None,
+        measurements: dict[str, Float[Tensor, ""]] | None = None,
+    ) -> "MethodLoss":
+        """Return the loss of training on several pairs of each image: mean over images of their weighted mean."""
+        weights_BP = None if weigh is None else weigh(losses_BP)
+        of_weights = {} if weights_BP is None else {"selection/effective_pairs": effective_pairs(weights_BP)}
+        return MethodLoss(
+            loss=mean_of_pairs(losses_BP, weights_BP),
+            embeddings=embeddings,
+            statistics=statistics or {},
+            measurements=(measurements or {}) | of_weights,
+            pair_losses=losses_BP.detach(),
+            pair_weights=weights_BP,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +156,14 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Return the training loss on the chosen views."""
+    def forward(
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+    ) -> MethodLoss:
+        """Return the training loss on the chosen views.
+
+        With more than two global views (rule all_pairs) this is the mean over all pairs of `views.as_candidates()`, each
+        with the loss that `score` would give it; `MethodLoss.of_pairs` weighs them by `weigh`.
+        """
         raise NotImplementedError
 
     @property

@@ -88,7 +88,11 @@ def _cross_entropies_of(
 
 
 def mean_of_cross_views(crosses_BAV: Float[Tensor, "batch teacher_views student_views"]) -> Float[Tensor, ""]:
-    """Return the DINO loss: mean over the images and over all (teacher view a, student view v) with v != a."""
+    """Return the DINO loss: mean over the images and over all (teacher view a, student view v) with v != a.
+
+    Of two teacher views this is the mean of `losses_of_pairs`. Of more it is not: here a local view's term counts as much
+    as that of two global views, so more global views would leave less of the loss to the local ones.
+    """
     num_teacher_views, num_student_views = crosses_BAV.shape[1:]
     same = crosses_BAV.diagonal(dim1=1, dim2=2).sum()
     terms = num_teacher_views * num_student_views - num_teacher_views
@@ -114,6 +118,16 @@ def score_tuples(
         return CandidateScores(pairs_BP=pairs_BP)
     of_locals = crosses_BAV[:, :, candidates.num_views :]
     return CandidateScores(pairs_BP=pairs_BP, locals_BPL=(of_locals[:, first] + of_locals[:, second]) / terms)
+
+
+def losses_of_pairs(
+    crosses_BAV: Float[Tensor, "batch teacher_views student_views"], candidates: Candidates
+) -> Float[Tensor, "batch pairs"]:
+    """Return DINO's loss of each pair of global views with all local views: the score of that candidate.
+
+    Its mean over the pairs leaves L / (1 + L) of the loss to the local views, for any number of global views.
+    """
+    return score_tuples(crosses_BAV, candidates).with_all_locals()
 
 
 def forward_by_resolution(

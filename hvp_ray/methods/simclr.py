@@ -1,8 +1,10 @@
 """SimCLR (Chen et al., ICML 2020) with hard views.
 
-Legend: V views, B images on this rank, N images on all ranks, R ranks, P pairs, D dimension of projections, M parts of a
-step with accumulated gradients.
+Legend: V views, S slots trained on, B images on this rank, N images on all ranks, R ranks, P pairs, D dimension of
+projections.
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,8 @@ from hvp_ray.methods.backbones import build_backbone, feature_dim
 from hvp_ray.methods.configs import SimCLRConfig
 from hvp_ray.methods.heads import simclr_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
-from hvp_ray.selection.candidates import Candidates, CandidateScores, pair_table
+from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.weights import PairWeights
 
 
 class SimCLR(Method):
@@ -43,18 +46,20 @@ class SimCLR(Method):
             )
         )
 
-    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
-        """Forward the slots as one batch; NT-Xent over all images of the step, mean over all pairs of slots.
+    def forward(
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+    ) -> MethodLoss:
+        """Forward the slots as one batch; NT-Xent over all images of the step.
 
-        With `contrast`, the value is the loss of the whole step on this rank, and the gradient is scaled so that the
-        mean over the parts is the gradient of the whole step.
+        With more than two slots, mean over all pairs: the negatives of every pair are all slots of the other images, and
+        never a slot of this image. With `contrast`, the value is the loss of the whole step on this rank, and the gradient
+        is scaled so that the mean over the parts is the gradient of the whole step.
         """
         own_SBD = self._project(views.global_views)
         everything_SND = _join_ranks(self._ranks.gather(own_SBD))
-        first_image = self._ranks.rank * own_SBD.shape[1]
+        candidates, first_image = views.as_candidates(), self._ranks.rank * own_SBD.shape[1]
         if contrast is None:
-            loss = nt_xent(own_SBD, everything_SND, first_image=first_image, temperature=self._temperature)
-            return MethodLoss(loss=loss, embeddings=own_SBD[0].detach())
+            return self._contrast(own_SBD, everything_SND, first_image, candidates, weigh)
         num_parts, part = contrast.features.shape[0], contrast.part
         rows, columns = [], []
         for other in range(num_parts):
@@ -66,12 +71,35 @@ class SimCLR(Method):
                 columns.append(_join_ranks(self._ranks.gather(contrast.features[other])))
         images_of_part = everything_SND.shape[1]
         whole_SND = torch.cat(columns, dim=1)
-        losses = [
-            nt_xent(row, whole_SND, first_image=other * images_of_part + first_image, temperature=self._temperature)
+        of_parts = [
+            self._contrast(row, whole_SND, other * images_of_part + first_image, candidates, weigh)
             for other, row in enumerate(rows)
         ]
-        loss = torch.stack(losses).mean()
-        return MethodLoss(loss=num_parts * loss - (num_parts - 1) * loss.detach(), embeddings=own_SBD[0].detach())
+        loss = torch.stack([of_part.loss for of_part in of_parts]).mean()
+        return replace(of_parts[part], loss=num_parts * loss - (num_parts - 1) * loss.detach())
+
+    def _contrast(
+        self,
+        own_SBD: Float[Tensor, "slots batch dim"],
+        everything_SND: Float[Tensor, "slots images dim"],
+        first_image: int,
+        candidates: Candidates,
+        weigh: PairWeights | None,
+    ) -> MethodLoss:
+        """Return the loss of these images' slots among all images of the step, of which the first is `first_image`."""
+        embeddings = own_SBD[0].detach()
+        if len(own_SBD) == 2:
+            loss = nt_xent(own_SBD, everything_SND, first_image=first_image, temperature=self._temperature)
+            return MethodLoss(loss=loss, embeddings=embeddings)
+        losses_BP = score_pairs(
+            own_SBD,
+            everything_SND,
+            candidates.pairs_on(own_SBD.device),
+            first_image=first_image,
+            temperature=self._temperature,
+            negatives_of_all_views=True,
+        )
+        return MethodLoss.of_pairs(losses_BP, weigh, embeddings=embeddings)
 
     def contrast_features(self, views: ViewTensors) -> Float[Tensor, "slots batch dim"]:
         """Return the normalised projections of the chosen views."""
@@ -87,15 +115,15 @@ class SimCLR(Method):
 
 @in_float32
 def nt_xent(
-    own_SBD: Float[Tensor, "slots batch dim"],
-    everything_SND: Float[Tensor, "slots images dim"],
+    own_SBD: Float[Tensor, "2 batch dim"],
+    everything_SND: Float[Tensor, "2 images dim"],
     *,
     first_image: int,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Return the NT-Xent loss of this rank's rows, mean over them and over all pairs of slots.
+    """Return the NT-Xent loss of this rank's rows in two slots, mean over them.
 
-    For a pair of slots, l(i) = -log(exp(s(i, i+)/t) / sum over j != i of exp(s(i, j)/t)), j over both slots of all images.
+    l(i) = -log(exp(s(i, i+)/t) / sum over j != i of exp(s(i, j)/t)), j over both slots of all images.
 
     Args:
         own_SBD: projections of unit length of this rank's images.
@@ -108,12 +136,11 @@ def nt_xent(
     """
     positions = first_image + torch.arange(own_SBD.shape[1], device=own_SBD.device)
     losses = []
-    for m, n in pair_table(own_SBD.shape[0]).tolist():
-        for anchor, other in ((m, n), (n, m)):
-            same = own_SBD[anchor] @ everything_SND[anchor].T / temperature
-            same = same.scatter(1, positions[:, None], -torch.inf)
-            across = own_SBD[anchor] @ everything_SND[other].T / temperature
-            losses.append(F.cross_entropy(torch.cat([across, same], dim=1), positions))
+    for anchor, other in ((0, 1), (1, 0)):
+        same = own_SBD[anchor] @ everything_SND[anchor].T / temperature
+        same = same.scatter(1, positions[:, None], -torch.inf)
+        across = own_SBD[anchor] @ everything_SND[other].T / temperature
+        losses.append(F.cross_entropy(torch.cat([across, same], dim=1), positions))
     return torch.stack(losses).mean()
 
 
@@ -127,7 +154,7 @@ def score_pairs(
     temperature: float,
     negatives_of_all_views: bool = False,
 ) -> Float[Tensor, "batch pairs"]:
-    """Score pairs of views by the NT-Xent loss they would give; higher is harder.
+    """Return the NT-Xent loss of pairs of views: the score of a pair, and the terms of training on several; differentiable.
 
     score(m, n) = (l(m -> n) + l(n -> m)) / 2 with l(m -> n) = log(E[m, m] + E[m, n]) - s(m, n)/t, where
     E[m, v] = sum over images j of exp(s(view m of this image, view v of image j)/t), without this image if v = m.
@@ -148,15 +175,17 @@ def score_pairs(
     device = own_VBD.device
     positions = first_image + torch.arange(num_images, device=device)
     own = torch.arange(num_images, device=device)
-    energy_VVB = own_VBD.new_empty(num_views, num_views, num_images)  # log of E
-    positive_VVB = own_VBD.new_empty(num_views, num_views, num_images)
+    energies, positives = [], []
     for m in range(num_views):
         for v in range(num_views):
             block = own_VBD[m] @ everything_VND[v].T / temperature
-            positive_VVB[m, v] = block[own, positions]
+            positives.append(block[own, positions])
             if v == m or negatives_of_all_views:
                 block = block.scatter(1, positions[:, None], -torch.inf)
-            energy_VVB[m, v] = block.logsumexp(dim=1)
+            energies.append(block.logsumexp(dim=1))
+    energy_VVB, positive_VVB = (
+        torch.stack(of_blocks).unflatten(0, (num_views, num_views)) for of_blocks in (energies, positives)
+    )  # the energy is log E
     first, second = pairs[:, 0], pairs[:, 1]
 
     def direction(anchor: Tensor, other: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from hvp_ray.methods.backbones import build_backbone, feature_dim
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.heads import simsiam_predictor, simsiam_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
-from hvp_ray.selection.candidates import Candidates, CandidateScores, pair_table
+from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.weights import PairWeights
 
 
 class SimSiam(Method):
@@ -26,6 +27,7 @@ class SimSiam(Method):
         hidden_dim = config.projector_hidden_dim or dim
         self.projector = simsiam_projector(dim, hidden_dim, config.projector_dim, config.projector_layers)
         self.predictor = simsiam_predictor(config.projector_dim, config.predictor_hidden_dim)
+        self._averaged_target = config.averaged_target
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Forward all views as one batch (one set of BatchNorm statistics, as the authors do) and score all pairs."""
@@ -38,24 +40,28 @@ class SimSiam(Method):
             pairs_BP=score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float(), pairs)
         )
 
-    def forward(self, views: ViewTensors, contrast: Contrast | None = None) -> MethodLoss:
+    def forward(
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+    ) -> MethodLoss:
         """Forward each slot by itself (own BatchNorm statistics) and average the loss over all pairs of slots.
 
-        Two slots are vanilla SimSiam: loss = -(mean cos(p1, z2) + mean cos(p2, z1)) / 2, z without gradient.
+        Two slots are vanilla SimSiam: loss = -(mean cos(p1, z2) + mean cos(p2, z1)) / 2, z without gradient. More slots with
+        `averaged_target` are FastSiam.
         """
         slots = views.global_views
         projections = [self.projector(self.backbone(slot)) for slot in slots]
         predictions = [self.predictor(projection).float() for projection in projections]
         targets = [projection.detach().float() for projection in projections]
-        losses = [
-            -(
-                F.cosine_similarity(predictions[m], targets[n]).mean()
-                + F.cosine_similarity(predictions[n], targets[m]).mean()
-            )
-            / 2
-            for m, n in pair_table(len(slots)).tolist()
-        ]
-        return MethodLoss(loss=torch.stack(losses).mean(), embeddings=targets[0])
+        if len(slots) == 2:
+            forward, backward = (F.cosine_similarity(predictions[m], targets[1 - m]).mean() for m in (0, 1))
+            return MethodLoss(loss=-(forward + backward) / 2, embeddings=targets[0])
+        candidates = views.as_candidates()
+        targets_SBD, predictions_SBD = torch.stack(targets), torch.stack(predictions)
+        if self._averaged_target:
+            loss = averaged_target_loss(targets_SBD, predictions_SBD, candidates)
+            return MethodLoss(loss=loss, embeddings=targets[0])
+        losses_BP = score_pairs(targets_SBD, predictions_SBD, candidates.pairs_on(targets_SBD.device))
+        return MethodLoss.of_pairs(losses_BP, weigh, embeddings=targets[0])
 
     def constant_rate_parameters(self) -> list[nn.Parameter]:
         """The predictor (SimSiam, section 4.2: it works best with a constant learning rate)."""
@@ -85,3 +91,20 @@ def score_pairs(
     forward = (predicted[first] * targets[second]).sum(dim=-1)
     backward = (predicted[second] * targets[first]).sum(dim=-1)
     return (-(forward + backward) / 2).T
+
+
+@in_float32
+def averaged_target_loss(
+    targets_SBD: Float[Tensor, "slots batch dim"],
+    predictions_SBD: Float[Tensor, "slots batch dim"],
+    candidates: Candidates,
+) -> Float[Tensor, ""]:
+    """Return FastSiam's loss: -cos(p_m, mean of z_n over the views n that m makes a pair with), mean over views and images.
+
+    Source: Pototzky et al., 2022 (FastSiam), section 3: the mean of the projections, not of their directions.
+    """
+    losses = []
+    for view in range(len(targets_SBD)):
+        others = [targets_SBD[m + n - view] for m, n in candidates.pairs.tolist() if view in (m, n)]
+        losses.append(-F.cosine_similarity(predictions_SBD[view], torch.stack(others).mean(dim=0)).mean())
+    return torch.stack(losses).mean()

@@ -6,12 +6,15 @@ from hvp_ray.selection.draw import Draw
 from hvp_ray.selection.rules import RULES, choose_views
 from hvp_ray.selection.scoring import score_views
 from hvp_ray.selection.step_selection import StepSelection, hard_step, selection_at, vanilla_step
+from hvp_ray.selection.weights import WEIGHTINGS, PairWeights, pair_weights_of
 
 __all__ = [
     "RULES",
+    "WEIGHTINGS",
     "CandidateScores",
     "Candidates",
     "Draw",
+    "PairWeights",
     "Selection",
     "StepSelection",
     "choose_views",
@@ -19,6 +22,7 @@ __all__ = [
     "hard_step",
     "num_pairs",
     "pair_table",
+    "pair_weights_of",
     "score_views",
     "selection_at",
     "vanilla_step",

@@ -126,6 +126,10 @@ class CandidateScores:
             pairs = pairs + num_chosen_local_views * self.locals_BPL.mean(dim=2)
         return pairs.mean(dim=1)
 
+    def with_all_locals(self) -> Float[Tensor, "batch pairs"]:
+        """Return for each pair the score of its candidate with all local views."""
+        return self.pairs_BP if self.locals_BPL is None else self.pairs_BP + self.locals_BPL.sum(dim=2)
+
     def best_of_pairs(self, num_chosen_local_views: int) -> Float[Tensor, "batch pairs"]:
         """Return for each pair the score of its hardest candidate."""
         if self.locals_BPL is None:

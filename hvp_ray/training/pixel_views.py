@@ -93,6 +93,7 @@ class PixelViews:
             masks=self.masks,
             max_masked_patches=self._max_masked_patches(views),
             reusable=self.reusable,
+            alternating=views.slots_keep_transforms,
         )
 
     def _max_masked_patches(self, views: ViewsConfig) -> int | None:

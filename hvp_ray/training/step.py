@@ -21,6 +21,7 @@ from hvp_ray.selection import (
     Selection,
     StepSelection,
     choose_views,
+    pair_weights_of,
     score_views,
 )
 from hvp_ray.selection.scoring import batch_norm_for_scoring
@@ -72,7 +73,9 @@ def train_step(
     with trainee.stage("copy"):
         batch.wait()
     chosen = choose_step_views(trainee, batch, config, of_step)
-    trained = forward_backward(trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested)
+    trained = forward_backward(
+        trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested, dial=of_step.dial
+    )
     is_finite, stops = trained.flags.read()
     if not is_finite:
         raise TrainingError(
@@ -181,11 +184,16 @@ class TrainedViews:
 
 
 def forward_backward(
-    trainee: Trainee, chosen: PixelViews, config: RunConfig, step: int, *, stop_requested: bool
+    trainee: Trainee, chosen: PixelViews, config: RunConfig, step: int, *, stop_requested: bool, dial: float = 1.0
 ) -> TrainedViews:
-    """Forward and backward on the chosen views, part by part; gradients are means over all parts and ranks."""
+    """Forward and backward on the chosen views, part by part; gradients are means over all parts and ranks.
+
+    With rule all_pairs, `dial` goes from the plain mean over the pairs (0) to `selection.weighting` (1).
+    """
     parts = chosen.split(config.training.accumulation_steps)
     features = _contrast_features(trainee, parts, config, step)
+    trained = Candidates(num_views=len(chosen.global_pixels), alternating=config.views.slots_keep_transforms)
+    weigh = pair_weights_of(config.selection, trained, device=trainee.device, dial=dial)
     trainee.optimizer.zero_grad(set_to_none=True)
     results: list[MethodLoss] = []
     for part, of_part in enumerate(parts):
@@ -195,10 +203,8 @@ def forward_backward(
         _seed_torch(config, Purpose.TORCH_TRAINING, step, trainee.rank, part)
         with nullcontext() if is_last else trainee.without_reduction():
             with trainee.stage("forward"), _autocast(config.training.precision, trainee.device):
-                if features is None:
-                    results.append(trainee.training_forward(views))
-                else:
-                    results.append(trainee.training_forward(views, Contrast(features=features, part=part)))
+                contrast = None if features is None else Contrast(features=features, part=part)
+                results.append(trainee.training_forward(views, contrast, weigh))
             if is_last:  # before the last backward, so that the host of a GPU need not wait for it
                 stop = torch.full((), float(stop_requested), device=trainee.device)
                 loss = torch.stack([result.loss.detach().float() for result in results]).mean()
