@@ -39,11 +39,20 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         nargs="+",
         default=["vanilla", "hardest", "vanilla-long"],
         metavar="NAME",
-        help="vanilla, hardest, vanilla-long (equal compute), every-K, hardest-Rpx, and the controls random, easiest, "
-        "min-iou, all-pairs, batch-norm (default: %(default)s)",
+        help="vanilla, hardest, vanilla-long (equal compute), all-pairs, fast-siam, asym-aug, and the controls random, "
+        "easiest, min-iou, batch-norm; hardest:every=3,quantile=0.8 sets fields of selection (default: %(default)s)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--comparison", metavar="NAME", help="its folder under run.output; the same name continues it")
+    parser.add_argument(
+        "--budget",
+        choices=["steps", "compute"],
+        default="steps",
+        help="what all arms get alike: steps (default), or the compute of the vanilla arm, with schedules as long",
+    )
+    parser.add_argument(
+        "--costs", type=Path, metavar="FILE", help="comparison.json of another comparison whose costs are used"
+    )
     parser.add_argument(
         "--accounting",
         choices=["measured", "counted"],
@@ -103,18 +112,20 @@ def describe_seconds(seconds: float) -> str:
 def describe_plan(study: Any, mode: str, parallel: int) -> str:
     """Return what is compared, at what cost, and how long it will take."""
     threads = study.base.training.torch_threads if mode == "inline" else 1
+    width = max(14, *(len(arm.name) + 2 for arm in study.arms))
     lines = [
         f"comparison {study.name}: {len(study.arms)} arms x {len(study.seeds)} seeds of {study.base.recipe}",
         f"folder     {study.folder}",
         "",
-        f"{'arm':<14}{'steps':>8}{'epochs':>8}{'a step costs':>14}{'the run costs':>15}   what it trains on",
+        f"{'arm':<{width}}{'steps':>8}{'epochs':>8}{'a step costs':>14}{'the run costs':>15}   what it trains on",
     ]
     total = 0.0
     runs = {run.arm.name: run for run in study.runs()}
     for arm in study.arms:
         num_steps, cost, ratio = runs[arm.name].num_steps, study.costs[arm.priced_as], study.ratio_of(arm)
-        compute, epochs = ratio * num_steps / study.num_steps, num_steps / study.steps_per_epoch
-        lines.append(f"{arm.name:<14}{num_steps:>8}{epochs:>8.1f}{ratio:>14.2f}{compute:>15.2f}   {arm.title}")
+        compute = ratio * num_steps / study.num_steps
+        epochs = num_steps / study.steps_per_epoch(runs[arm.name].config)
+        lines.append(f"{arm.name:<{width}}{num_steps:>8}{epochs:>8.1f}{ratio:>14.2f}{compute:>15.2f}   {arm.title}")
         rendering = cost.render_cpu_seconds if mode == "inline" else 0.0
         total += num_steps * (cost.step_seconds / threads + rendering) + 10.0
     what = (
@@ -155,7 +166,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.report import write_report
     from hvp_ray.comparison.runner import choose_mode, connect, do_runs, measure_on_cluster, num_parallel
     from hvp_ray.comparison.step_cost import StepCost
-    from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study
+    from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study, read_costs
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
     from hvp_ray.runs.intensity_check import check_intensities
@@ -175,7 +186,11 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     # One device for all runs: a run that decides alone might choose another device.
     base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
 
+    known_costs = {} if options.costs is None else read_costs(options.costs, base.recipe)
+
     def measure(names: list[str]) -> dict[str, StepCost]:
+        if set(names) <= set(known_costs):
+            return {name: known_costs[name] for name in names}
         say(f"measuring what a step of {', '.join(names)} costs ...")
         return measure_on_cluster(base, names, device)
 
@@ -185,6 +200,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
         name=options.comparison,
         arm_names=options.arms,
         seeds=options.seeds,
+        budget=options.budget,
         accounting=options.accounting,
         measure=measure,
     )

@@ -1,22 +1,29 @@
-"""Arms of a comparison. An arm changes only how the views of a step are chosen.
+"""Arms of a comparison. An arm changes how the views of a step are chosen, and how many images share a step.
 
-Arms of a seed share images, order, initial weights, and the crops of views that both render. Only `vanilla-long` differs in
-another way: it trains longer.
+Arms of a seed share images, order, initial weights, and the crops of views that both render. Arms that train on every
+view that they render take fewer images per step, so that all arms train on equally many views per step.
 """
 
+import ast
 import dataclasses
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvp_ray.config import EQUAL_WEIGHTS, RunConfig
+from hvp_ray.config import EQUAL_WEIGHTS, RunConfig, SelectionConfig
 from hvp_ray.errors import ConfigError
+from hvp_ray.methods.configs import SimSiamConfig
+
+_SELECTION_FIELDS = [field.name for field in dataclasses.fields(SelectionConfig) if field.name != "rule"]
 
 VANILLA = "vanilla"
 VANILLA_LONG = "vanilla-long"
 HARDEST = "hardest"
+
+
+def _unchanged(config: RunConfig) -> RunConfig:
+    return config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +35,8 @@ class Arm:
     """Description in tables and figures."""
     selection: Mapping[str, Any]
     """Fields of `SelectionConfig` that the arm sets."""
+    change: Callable[[RunConfig], RunConfig] = _unchanged
+    """What else the arm changes."""
     is_control: bool = False
 
     @property
@@ -35,12 +44,74 @@ class Arm:
         """Arm whose steps cost as much as the steps of this one."""
         return VANILLA if self.name == VANILLA_LONG else self.name
 
+    @property
+    def label(self) -> str:
+        """Name of the arm in the names of folders."""
+        return "".join(character if character.isalnum() or character in "._-" else "-" for character in self.name)
+
     def configure(self, config: RunConfig) -> RunConfig:
-        """Return the run of this arm."""
-        return dataclasses.replace(config, selection=dataclasses.replace(config.selection, **self.selection))
+        """Return the run of this arm.
+
+        Raises:
+            ConfigError: the recipe does not allow it.
+        """
+        try:
+            selection = dataclasses.replace(config.selection, **self.selection)
+            return self.change(dataclasses.replace(config, selection=selection))
+        except ConfigError as error:
+            raise ConfigError(f"arm {self.name}: {error}") from error
 
 
-_EVERY_STEP = {
+def with_equal_views_per_step(config: RunConfig) -> RunConfig:
+    """Return the run of an arm that trains on all V views: 2 / V of the images per step, at the same learning rate.
+
+    Warm-up is counted in epochs, which have V / 2 times the steps, so it is shortened by the same factor.
+
+    Raises:
+        ConfigError: this is no whole number of images.
+    """
+    views, images = config.selection.num_candidate_views, config.training.images_per_step
+    if 2 * images % views:
+        raise ConfigError(
+            f"training.images_per_step={images} is not allowed: with {views} views a step has 2/{views} of the images, which "
+            f"must be a whole number"
+        )
+    optimizer = config.optimizer
+    return dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, images_per_step=2 * images // views),
+        optimizer=dataclasses.replace(
+            optimizer,
+            learning_rate_per_256=optimizer.learning_rate_per_256 * views / 2,
+            warmup_epochs=optimizer.warmup_epochs * 2 / views,
+        ),
+    )
+
+
+def with_averaged_target(config: RunConfig) -> RunConfig:
+    """Return FastSiam (Pototzky et al., GCPR 2022): every view predicts the mean of the other views' targets."""
+    if not isinstance(config.method, SimSiamConfig):
+        raise ConfigError(f"FastSiam is a form of SimSiam, and the recipe's method is {config.method.name}")
+    return with_equal_views_per_step(
+        dataclasses.replace(config, method=dataclasses.replace(config.method, averaged_target=True))
+    )
+
+
+def with_weak_odd_views(config: RunConfig) -> RunConfig:
+    """Return a run whose second view is drawn weakly, after AsymAug (Wang et al., CVPR 2022): crop and flip only."""
+    group = config.views.global_views
+    weak = dataclasses.replace(
+        group.even,
+        jitter_probability=0.0,
+        grayscale_probability=0.0,
+        blur_probability=0.0,
+        solarize_probability=0.0,
+    )
+    views = dataclasses.replace(config.views, global_views=dataclasses.replace(group, odd=weak))
+    return dataclasses.replace(config, views=views)
+
+
+_NEUTRAL = {
     "every": 1,
     "start_fraction": 0.0,
     "ramp_fraction": 0.0,
@@ -51,28 +122,41 @@ _EVERY_STEP = {
     **EQUAL_WEIGHTS,
 }
 """Neutral values of what a recipe sets for hard views."""
-_RANDOM_VIEWS = _EVERY_STEP | {"rule": "first"}
-
-
-def _hardest(name: str, title: str, **selection: Any) -> Arm:
-    """Return an arm with hard views, scored as the recipe says."""
-    return Arm(name=name, title=title, selection={"rule": "hardest", **EQUAL_WEIGHTS} | selection)
+_RANDOM_VIEWS = _NEUTRAL | {"rule": "first"}
+_ALL_PAIRS = _NEUTRAL | {"rule": "all_pairs"}
 
 
 def _control(name: str, title: str, **selection: Any) -> Arm:
-    return Arm(name=name, title=f"control: {title}", selection=_EVERY_STEP | selection, is_control=True)
+    return Arm(name=name, title=f"control: {title}", selection=_NEUTRAL | selection, is_control=True)
 
 
 ARMS = {
     arm.name: arm
     for arm in (
         Arm(name=VANILLA, title="random views", selection=_RANDOM_VIEWS),
-        _hardest(HARDEST, "hard views (HVP)"),
+        Arm(name=HARDEST, title="hard views (HVP)", selection={"rule": "hardest", **EQUAL_WEIGHTS}),
         Arm(name=VANILLA_LONG, title="random views, trained longer (equal compute)", selection=_RANDOM_VIEWS),
+        Arm(
+            name="all-pairs",
+            title="all pairs of all rendered views, fewer images per step",
+            selection=_ALL_PAIRS,
+            change=with_equal_views_per_step,
+        ),
+        Arm(
+            name="fast-siam",
+            title="FastSiam: all views against the mean of the others, fewer images per step",
+            selection=_ALL_PAIRS,
+            change=with_averaged_target,
+        ),
+        Arm(
+            name="asym-aug",
+            title="AsymAug: random views, the second one without colour operations",
+            selection=_RANDOM_VIEWS,
+            change=with_weak_odd_views,
+        ),
         _control("random", "a random pair of the rendered views", rule="random"),
         _control("easiest", "the easiest pair", rule="easiest"),
         _control("min-iou", "the pair of least overlap (no model)", rule="min_iou"),
-        _control("all-pairs", "mean loss over all pairs", rule="all_pairs"),
         _control(
             "batch-norm",
             "random pair; the other views are seen by BatchNorm only",
@@ -85,20 +169,35 @@ ARMS = {
 
 
 def get_arm(name: str) -> Arm:
-    """Return the arm of this name. `every-3` and `hardest-112px` stand for families.
+    """Return the arm of this name. `hardest:every=3` and `all-pairs:weighting=softmax,start_fraction=0.5` set fields.
 
     Raises:
         ConfigError: the name is unknown. The message suggests the nearest one.
     """
-    if name in ARMS:
-        return ARMS[name]
-    if match := re.fullmatch(r"every-([1-9]\d*)", name):
-        return _hardest(name, f"hard views in one step of {match[1]}", every=int(match[1]))
-    if match := re.fullmatch(r"hardest-([1-9]\d*)px", name):
-        return _hardest(name, f"hard views, scored at {match[1]} px", scoring_resolution_px=int(match[1]))
-    known = [*ARMS, "every-3", "hardest-112px"]
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ConfigError(f"unknown arm {name!r}; did you mean {near!r}? There are: {', '.join(known)} (any number)")
+    known, _, settings = name.partition(":")
+    if known not in ARMS:
+        near = difflib.get_close_matches(known, ARMS, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"unknown arm {name!r}; did you mean {near!r}? There are: {', '.join(ARMS)}; any of them may set fields of "
+            f"selection, as hardest:every=3"
+        )
+    if not settings:
+        return ARMS[known]
+    fields = dict(_parse_setting(name, setting) for setting in settings.split(","))
+    arm = ARMS[known]
+    return dataclasses.replace(arm, name=name, title=f"{arm.title}; {settings}", selection={**arm.selection, **fields})
+
+
+def _parse_setting(arm: str, setting: str) -> tuple[str, Any]:
+    field, _, text = setting.partition("=")
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if field not in _SELECTION_FIELDS:
+        near = difflib.get_close_matches(field, _SELECTION_FIELDS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"arm {arm}: {field!r} is no setting of an arm; did you mean {near!r}?")
+    return field, value
 
 
 def hard_arm_of(arms: Sequence[Arm]) -> Arm:

@@ -1,5 +1,6 @@
 """Publish the report to MLflow: a run with the report as artifact, and the result as the experiment's description."""
 
+from hvp_ray.comparison.arms import get_arm
 from hvp_ray.comparison.report import Report
 from hvp_ray.comparison.study import Study
 from hvp_ray.runs.prepare import mlflow_location
@@ -16,7 +17,7 @@ def publish_report(study: Study, report: Report) -> str | None:
     if uri is None:
         return None
     differences = {
-        f"comparison/{d.arm}_minus_{d.reference}_points".replace("-", "_"): 100 * d.mean
+        f"comparison/{get_arm(d.arm).label}_minus_{get_arm(d.reference).label}_points".replace("-", "_"): 100 * d.mean
         for d in report.primary.differences
     }
     experiment_id = publish(

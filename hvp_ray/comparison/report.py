@@ -92,6 +92,7 @@ def write_report(study: Study, *, metric: str) -> Report:
         "result": sentence,
         "recipe": study.base.recipe,
         "seeds": list(study.seeds),
+        "budget": study.budget,
         "accounting": study.accounting,
         "compute_ratio": study.compute_ratio,
         "costs": {name: dataclasses.asdict(cost) for name, cost in study.costs.items()},

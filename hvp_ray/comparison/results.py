@@ -141,12 +141,14 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
     folder = study.folder.parent / run.name
     if not is_finished(run.config, run.identity):
         raise DataError(f"{folder} does not hold the finished run of this comparison; start the comparison again")
-    ratio = study.ratio_of(run.arm)
+    per_epoch, ratio = study.steps_per_epoch(run.config), study.ratio_of(run.arm)
     points = {}
     for record in read_records(folder, EVALUATIONS):
-        epoch = record["step"] / study.steps_per_epoch
+        compute = ratio * record["step"] / study.steps_per_epoch(study.base)
         values = {name.removeprefix("eval/"): value for name, value in record["metrics"].items()}
-        points[record["step"]] = CurvePoint(step=record["step"], epoch=epoch, compute=epoch * ratio, values=values)
+        points[record["step"]] = CurvePoint(
+            step=record["step"], epoch=record["step"] / per_epoch, compute=compute, values=values
+        )
     curve = tuple(points[step] for step in sorted(points))
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return RunResult(arm=run.arm.name, seed=run.seed, folder=folder, summary=summary, curve=curve)
@@ -168,7 +170,7 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
         if arm.name in (VANILLA, VANILLA_LONG):
             continue
         question = f"{arm.name} against random views, equal"
-        differences.append(_compare(arms[arm.name], arms[VANILLA], f"{question} epochs"))
+        differences.append(_compare(arms[arm.name], arms[VANILLA], f"{question} {study.budget}"))
         if VANILLA_LONG in arms and arm is hard_arm_of(study.arms):
             differences.append(_compare(arms[arm.name], arms[VANILLA_LONG], f"{question} compute"))
     references = {}
@@ -230,7 +232,7 @@ def describe_result(study: Study, result: MetricResult) -> str:
     for difference in result.differences:
         finding = f"{describe_difference(difference)}, {_JUDGEMENTS[difference.verdict]}"
         if (difference.arm, difference.reference) == (HARDEST, VANILLA):
-            parts.append(f"at equal epochs hard views gave {finding}")
+            parts.append(f"at equal {study.budget} hard views gave {finding}")
         elif difference.reference == VANILLA_LONG:
             who = "" if difference.arm == HARDEST else f"{difference.arm} gave "
             parts.append(f"at equal compute {who}{finding}")

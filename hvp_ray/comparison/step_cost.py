@@ -59,6 +59,7 @@ class StepCost:
 class _StepKind:
     """Hard or vanilla steps of one arm."""
 
+    trainee: Trainee
     config: RunConfig
     of_step: StepSelection
     share: float
@@ -97,15 +98,22 @@ def measure_step_costs(
     threads = torch.get_num_threads()
     torch.set_num_threads(base.training.torch_threads)
     try:
-        trainee = build_trainee(with_local_weights(alone), World(), device, None)
-        trainee.method.train()
-        kinds = {arm.name: _prepare_kinds(arm.configure(alone), dataset, device) for arm in arms}
+        configs = {arm.name: arm.configure(alone) for arm in arms}
+        trainees = {
+            config.method: build_trainee(with_local_weights(config), World(), device, None)
+            for config in configs.values()
+        }
+        for trainee in trainees.values():
+            trainee.method.train()
+        kinds = {
+            name: _prepare_kinds(config, trainees[config.method], dataset, device) for name, config in configs.items()
+        }
         every_kind = list(itertools.chain.from_iterable(kinds.values()))
         for turn in itertools.count():
             if turn > repeats and sum(sum(kind.seconds) for kind in every_kind) >= at_least_seconds:
                 break
             for kind in every_kind:
-                spent = _seconds_of_step(trainee, kind, device)
+                spent = _seconds_of_step(kind, device)
                 if turn:  # the first one allocates memory and the optimizer's state, and compiles kernels
                     kind.seconds.append(spent)
     finally:
@@ -113,7 +121,7 @@ def measure_step_costs(
     return {name: _cost_of(of_arm, device) for name, of_arm in kinds.items()}
 
 
-def _prepare_kinds(config: RunConfig, dataset: Dataset, device: torch.device) -> list[_StepKind]:
+def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device: torch.device) -> list[_StepKind]:
     """Render a batch of the arm's first hard and of its first vanilla step, as far as it has them."""
     order = build_order(config, dataset)
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
@@ -127,21 +135,21 @@ def _prepare_kinds(config: RunConfig, dataset: Dataset, device: torch.device) ->
             rendered = [render_batch(context, request_of(steps[0])) for _ in range(2)]
             cpu_seconds = min(batch.render_cpu_seconds for batch in rendered)
             share = len(steps) / num_steps
-            kinds.append(_StepKind(config, of_steps[steps[0]], share, hand_over(rendered[-1]), cpu_seconds))
+            kinds.append(_StepKind(trainee, config, of_steps[steps[0]], share, hand_over(rendered[-1]), cpu_seconds))
     return kinds
 
 
-def _seconds_of_step(trainee: Trainee, kind: _StepKind, device: torch.device) -> float:
+def _seconds_of_step(kind: _StepKind, device: torch.device) -> float:
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
-        train_step(trainee, kind.batch, kind.config, kind.of_step)
+        train_step(kind.trainee, kind.batch, kind.config, kind.of_step)
         end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
-    train_step(trainee, kind.batch, kind.config, kind.of_step)
+    train_step(kind.trainee, kind.batch, kind.config, kind.of_step)
     return time.process_time() - start
 
 

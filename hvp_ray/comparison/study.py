@@ -21,9 +21,10 @@ from hvp_ray.identity import Identity, Resolved, describe_difference, flat_value
 from hvp_ray.randomness import check_seed
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import difference_from_record, output_folder, resolve
-from hvp_ray.runs.rank import build_order
 
 Accounting = Literal["measured", "counted"]
+Budget = Literal["steps", "compute"]
+"""What all arms of a comparison get alike: optimizer steps, or compute. `vanilla-long` has the compute of `hardest`."""
 
 _FILE = "comparison.json"
 
@@ -56,14 +57,20 @@ class Study:
     """Data and device that the settings of all runs result in."""
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
+    budget: Budget
     accounting: Accounting
     costs: dict[str, StepCost]
-    steps_per_epoch: int
+    num_images: int
+    """Training images."""
 
     @property
     def num_steps(self) -> int:
-        """Steps of the arms at equal epochs."""
-        return self.base.training.total_steps(self.steps_per_epoch)
+        """Steps of the arm with random views."""
+        return self.base.training.total_steps(self.steps_per_epoch(self.base))
+
+    def steps_per_epoch(self, config: RunConfig) -> int:
+        """Return the steps of a pass over the data; arms may take fewer images per step."""
+        return self.num_images // config.training.images_per_step
 
     @property
     def compute_ratio(self) -> float:
@@ -84,13 +91,17 @@ class Study:
         return [self._plan(arm, seed) for seed in self.seeds for arm in self.arms]
 
     def _plan(self, arm: Arm, seed: int) -> PlannedRun:
-        config, label, num_steps = arm.configure(self.base), arm.name, self.num_steps
+        config, label, num_steps = arm.configure(self.base), arm.label, self.num_steps
+        per_epoch = self.steps_per_epoch(config)
         if arm.name == VANILLA_LONG:
             # Its name has its length: an arm that is added later may change the compute to be equalled.
             num_steps = round(num_steps * self.compute_ratio)
             label = f"{arm.name}-{num_steps}steps"
+        elif self.budget == "compute":
+            num_steps = max(1, round(num_steps / self.ratio_of(arm)))
+        if num_steps != config.training.total_steps(per_epoch):
             config = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=num_steps))
-        knn_every = self.base.tracking.knn_every_epochs or max(1, round(self.num_steps / self.steps_per_epoch / 10))
+        knn_every = self.base.tracking.knn_every_epochs or max(1, round(num_steps / per_epoch / 10))
         config = dataclasses.replace(
             config,
             run=dataclasses.replace(config.run, name=f"{self.name}-{label}-s{seed}", seed=seed, resume=True),
@@ -107,6 +118,7 @@ def open_study(
     name: str | None,
     arm_names: Sequence[str],
     seeds: Sequence[int],
+    budget: Budget = "steps",
     accounting: Accounting,
     measure: Callable[[list[str]], dict[str, StepCost]],
 ) -> Study:
@@ -118,6 +130,7 @@ def open_study(
         name: None: `compare-<recipe>`.
         arm_names: see `arms.get_arm`.
         seeds: seeds of the runs.
+        budget: what all arms get alike.
         accounting: meaning of equal compute.
         measure: arm names -> costs; called with arms whose costs are unknown.
 
@@ -126,11 +139,13 @@ def open_study(
         CheckpointError: config.json of one of its runs is damaged, or an earlier version wrote it.
     """
     arms = check_arms_and_seeds(arm_names, seeds)
+    if budget == "compute" and VANILLA_LONG in arm_names:
+        raise ConfigError(f"--budget compute gives all arms equal compute, so leave out {VANILLA_LONG}")
     name = name or f"compare-{base.recipe.replace(':', '-')}"
     path = output_folder(base) / name / _FILE
     inline = resolve_inline(base.cluster)
     resolved = resolve(base, dataset, renderer=inline.renderer, device=inline.device)
-    settings = settings_of(base, resolved, accounting)
+    settings = settings_of(base, resolved, budget, accounting)
     known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if known:
         _check_settings(path.parent, known, settings, flat_values(base))
@@ -142,14 +157,17 @@ def open_study(
         resolved=resolved,
         arms=tuple(arms),
         seeds=tuple(seeds),
+        budget=budget,
         accounting=accounting,
         costs=costs,
-        steps_per_epoch=build_order(base, dataset).steps_per_epoch,
+        num_images=len(dataset.training_ids),
     )
     new = [arm for arm in dict.fromkeys([VANILLA, *(arm.priced_as for arm in arms)]) if arm not in costs]
     if new:
-        # Check before time is spent on costs. The length of `vanilla-long` follows from them, so it is checked below.
-        _check_runs(dataclasses.replace(study, arms=tuple(arm for arm in arms if arm.name != VANILLA_LONG)))
+        # Check before time is spent on costs. Lengths that follow from them are checked below.
+        lengths_follow = {VANILLA_LONG} if budget == "steps" else {arm.name for arm in arms} - {VANILLA}
+        of_known_length = tuple(arm for arm in arms if arm.name not in lengths_follow)
+        _check_runs(dataclasses.replace(study, arms=of_known_length, budget="steps"))
         # Costs are ratios of one measurement: known ones stay, and new ones are scaled to them.
         measured = measure(list(dict.fromkeys([VANILLA, *new])))
         scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
@@ -161,11 +179,31 @@ def open_study(
     return study
 
 
-def settings_of(base: RunConfig, resolved: Resolved, accounting: Accounting) -> dict[str, Any]:
+def settings_of(base: RunConfig, resolved: Resolved, budget: Budget, accounting: Accounting) -> dict[str, Any]:
     """Return by name everything that the metrics of a comparison depend on, except arm and seed."""
     identity = identity_of(base, resolved)
     shared = {name: value for name, value in identity.weights.items() if name != "run.seed"}
-    return shared | identity.evaluation | {"accounting": accounting}
+    return shared | identity.evaluation | {"budget": budget, "accounting": accounting}
+
+
+def read_costs(path: Path, recipe: str) -> dict[str, StepCost]:
+    """Return the costs of a step that another comparison of this recipe measured.
+
+    Args:
+        path: its comparison.json.
+        recipe: recipe of the new comparison.
+
+    Raises:
+        ConfigError: the file cannot be read, or is of another recipe.
+    """
+    try:
+        content = json.loads(path.read_text())
+        known, costs = content["config"]["recipe"], {arm: StepCost(**cost) for arm, cost in content["costs"].items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--costs {path} is no comparison.json of this version ({error})") from error
+    if known != recipe:
+        raise ConfigError(f"--costs {path} has the costs of {known}, and this comparison is of {recipe}")
+    return costs
 
 
 def _check_settings(folder: Path, known: dict[str, Any], settings: dict[str, Any], values: dict[str, Any]) -> None:

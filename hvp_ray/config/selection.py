@@ -125,6 +125,10 @@ class SelectionConfig(Checked):
             allowed = f"{default} with {prefix}rule={self.rule}, which does not read it ({', '.join(used_by)} do)"
             require(value == default or self.rule in used_by, f"{prefix}{name}", value, allowed)
 
+        is_scheduled = (self.start_fraction, self.ramp_fraction) != (0.0, 0.0)
+        allowed = f"no schedule of hardness ({prefix}start_fraction, {prefix}ramp_fraction) with equal weights"
+        fits = self.rule != "all_pairs" or self.weighting != "mean" or not is_scheduled
+        require(fits, f"{prefix}weighting", self.weighting, allowed)
         left = 1.0 - self.start_fraction
         allowed = f"at most {left:g}, what {prefix}start_fraction={self.start_fraction} leaves of the run"
         require(self.ramp_fraction <= left + 1e-9, f"{prefix}ramp_fraction", self.ramp_fraction, allowed)

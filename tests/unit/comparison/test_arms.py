@@ -14,18 +14,42 @@ from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.selection import hard_step
 from tests.helpers import resolved_of, tiny_config
 
+_ALSO_CHANGED = {
+    "all-pairs": {"training.images_per_step", "optimizer.learning_rate_per_256", "optimizer.warmup_epochs"},
+    "asym-aug": {"views.global_views.odd"},
+}
+"""Beside fields of `selection`."""
+
 
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "dino-imagenet-vits16-100ep", "ibot-digits"])
-@pytest.mark.parametrize("name", [*ARMS, "every-3", "hardest-112px"])
-def test_an_arm_is_a_valid_run_that_differs_in_its_selection_only(recipe: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [*(name for name in ARMS if name != "fast-siam"), "hardest:every=3", "all-pairs:weighting=softmax"]
+)
+def test_an_arm_is_a_valid_run_that_differs_in_its_selection(recipe: str, name: str) -> None:
     base = get_recipe(recipe)
-    if name == "hardest-112px" and base.views.global_views.size_px < 112:
-        with pytest.raises(ConfigError, match="at most views.global_views.size_px"):
-            get_arm(name).configure(base)
-        return
     before, after = (flatten(config_to_dict(c)) for c in (base, get_arm(name).configure(base)))
-    changed = {key for key in before if before[key] != after[key]}
-    assert all(key.startswith("selection.") for key in changed)
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    also = _ALSO_CHANGED.get(name.partition(":")[0], set())
+    assert all(key.startswith(("selection.", *also)) for key in changed)
+
+
+def test_fast_siam_is_an_arm_of_simsiam_only() -> None:
+    assert get_arm("fast-siam").configure(get_recipe("simsiam-digits")).method.averaged_target
+    with pytest.raises(ConfigError, match="arm fast-siam: .* the recipe's method is dino"):
+        get_arm("fast-siam").configure(get_recipe("dino-digits"))
+
+
+def test_an_arm_sets_fields_of_selection_after_a_colon() -> None:
+    arm = get_arm("hardest:every=3,quantile=0.8")
+    selection = arm.configure(get_recipe("simsiam-digits")).selection
+    assert (selection.rule, selection.every, selection.quantile) == ("hardest", 3, 0.8)
+    assert arm.label == "hardest-every-3-quantile-0.8"
+    with pytest.raises(ConfigError, match="'evry' is no setting of an arm; did you mean 'every'"):
+        get_arm("hardest:evry=3")
+    with pytest.raises(
+        ConfigError, match="arm hardest:scoring_resolution_px=112: .* at most views.global_views.size_px"
+    ):
+        get_arm("hardest:scoring_resolution_px=112").configure(get_recipe("simsiam-digits"))
 
 
 def test_controls_ignore_a_recipes_limit_and_every() -> None:
@@ -57,9 +81,10 @@ def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:
         resolved=resolved_of(base),
         arms=tuple(get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")),
         seeds=(3, 5),
+        budget="steps",
         accounting="measured",
         costs=costs,
-        steps_per_epoch=10,
+        num_images=10 * base.training.images_per_step,
     ).runs()
     assert [run.config.run.name for run in runs] == [
         f"c-{arm}-s{seed}" for seed in (3, 5) for arm in ("vanilla", "hardest", "vanilla-long-31steps")
@@ -78,4 +103,4 @@ def test_unknown_arm_suggests_the_nearest() -> None:
 def test_long_arm_needs_a_hard_one() -> None:
     with pytest.raises(ConfigError, match="add hardest"):
         hard_arm_of([get_arm("vanilla"), get_arm("vanilla-long"), get_arm("random")])
-    assert hard_arm_of([get_arm("vanilla"), get_arm("every-2")]).name == "every-2"
+    assert hard_arm_of([get_arm("vanilla"), get_arm("hardest:every=2")]).name == "hardest:every=2"

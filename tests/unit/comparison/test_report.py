@@ -32,9 +32,10 @@ def study(tmp_path: Path) -> Study:
         resolved=resolved_of(base),
         arms=tuple(get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")),
         seeds=(0, 7),
+        budget="steps",
         accounting="measured",
         costs={"vanilla": COST, "hardest": dataclasses.replace(COST, step_seconds=1.5)},
-        steps_per_epoch=10,
+        num_images=10 * base.training.images_per_step,
     )
 
 
