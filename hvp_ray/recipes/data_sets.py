@@ -16,6 +16,7 @@ _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 DIGITS = DataConfig(source="digits")
 CIFAR10 = DataConfig(source="cifar10-train.parquet")
+IMAGENETTE = DataConfig(source="imagenette/train")
 IMAGENET = DataConfig(source="imagenet/train")
 
 CIFAR10_TRACKING = TrackingConfig(log_every_steps=10, knn_images=50_000, knn_neighbours=200)
@@ -61,6 +62,15 @@ def cifar10_views(
         mean=_CIFAR_MEAN,
         std=_CIFAR_STD,
         evaluation_resize_px=global_views.size_px,
+    )
+
+
+def imagenette_views(global_views: ViewGroupConfig, local_views: ViewGroupConfig | None = None) -> ViewsConfig:
+    """Return views of photographs at a small size; evaluation crops the centre."""
+    return ViewsConfig(
+        global_views=global_views,
+        local_views=local_views,
+        evaluation_resize_px=round(global_views.size_px * 8 / 7),
     )
 
 

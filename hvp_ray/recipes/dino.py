@@ -58,6 +58,36 @@ def dino_digits() -> RunConfig:
     )
 
 
+def dino_cifar10_small() -> RunConfig:
+    """CIFAR-10 on CPUs: a ResNet-10 of a quarter of the width, views of 24 and 12 px; needs --data.source.
+
+    python pipelines/pretrain.py dino-cifar10-small --data.source cifar10-train.parquet \
+        --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
+    """
+    global_views, local_views = data_sets.dino_multi_crop(
+        global_px=24, global_scale=(0.4, 1.0), local_px=12, local_scale=(0.1, 0.4), blur=False
+    )
+    digits = dino_digits()
+    return dataclasses.replace(
+        digits,
+        recipe="dino-cifar10-small",
+        data=data_sets.CIFAR10,
+        views=data_sets.cifar10_views(global_views, local_views),
+        selection=SelectionConfig(num_views=None, num_global_views=4, num_local_views=8, num_chosen_local_views=4),
+        method=DinoConfig(
+            backbone=digits.method.backbone,
+            num_prototypes=1024,
+            head_hidden_dim=256,
+            head_bottleneck_dim=64,
+            teacher_temperature=0.04,
+            teacher_momentum=0.99,
+        ),
+        optimizer=dataclasses.replace(digits.optimizer, learning_rate_per_256=0.008, warmup_epochs=1),
+        training=TrainingConfig(epochs=20, images_per_step=128, checkpoint_every_steps=200),
+        tracking=TrackingConfig(knn_images=5_000),
+    )
+
+
 def tiny_transformer() -> BackboneConfig:
     """Return a Vision Transformer of 16 patches for images of 16 px."""
     return BackboneConfig(

@@ -75,6 +75,27 @@ def simclr_cifar10_small() -> RunConfig:
     )
 
 
+def simclr_imagenette_small() -> RunConfig:
+    """Imagenette on CPUs: a ResNet-18 of a quarter of the width at 64 px; needs --data.source.
+
+    python pipelines/pretrain.py simclr-imagenette-small --data.source imagenette/train \
+        --data.test_source imagenette/val --training.epochs 2
+    """
+    transform = dataclasses.replace(_STRONG_COLOR, blur_kernel_px=7)
+    return dataclasses.replace(
+        simclr_cifar10_small(),
+        recipe="simclr-imagenette-small",
+        data=data_sets.IMAGENETTE,
+        views=data_sets.imagenette_views(ViewGroupConfig(size_px=64, even=transform)),
+        method=SimCLRConfig(
+            backbone=BackboneConfig(name="resnet18", channels=(16, 32, 64, 128)),
+            projector_hidden_dim=256,
+            projector_dim=128,
+            temperature=0.2,
+        ),
+    )
+
+
 def simclr_cifar10() -> RunConfig:
     """CIFAR-10, ResNet-18, 1,000 epochs, 256 images per step; for one GPU.
 
