@@ -1,0 +1,291 @@
+"""Do hard views pay at equal compute? The runs of a pre-registered study, one comparison per length and seed.
+
+python benchmarks/study.py costs SETTING --data FOLDER      measure once what a step of each arm costs
+python benchmarks/study.py run SETTING ... --data FOLDER    do the comparisons that are missing, one after the other
+python benchmarks/study.py report                           write the table and the figure of all rows
+
+Settings, arms, lengths and seeds are those of docs/experiments/2026-11-29-hard-views-that-pay.md. Each finished comparison
+is appended to benchmarks/results/study.jsonl, one row a run, so that any machine continues where another one stopped.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.results_file import describe_machine
+from hvp_ray.evaluation.intervals import paired_difference
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = RESULTS / "study.jsonl"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+COMPARE = [sys.executable, str(Path(__file__).parents[1] / "pipelines" / "compare.py")]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One recipe of the study, and the comparisons made of it."""
+
+    recipe: str
+    train: str
+    test: str
+    lengths: tuple[int, ...]
+    """Steps of the arm with random views. Other arms get the same compute."""
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    """Arms beside vanilla."""
+    overrides: tuple[str, ...] = ()
+
+    def options(self, folder: Path) -> list[str]:
+        """Return the options of compare.py that all comparisons share."""
+        return [
+            self.recipe,
+            *("--data.source", str(folder / self.train), "--data.test_source", str(folder / self.test)),
+            *("--training.precision", "bfloat16", "--tracking.uri", "none", "--tracking.knn_images", "10000"),
+            *self.overrides,
+            *("--arms", "vanilla", *self.arms),
+            *("--budget", "compute", "--views", "inline"),
+        ]
+
+
+CIFAR10 = {"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"}
+IMAGENETTE = {"train": "imagenette128-train.parquet", "test": "imagenette128-val.parquet"}
+LENGTHS = (500, 1500, 4500)
+TEN_THOUSAND = ("--data.num_images", "10000")
+LATE = "start_fraction=0.5"
+
+SETTINGS = {
+    "simclr": Setting(
+        recipe="simclr-cifar10-small",
+        **CIFAR10,
+        lengths=LENGTHS,
+        seeds=(0, 1),
+        arms=(
+            "hardest",
+            f"hardest:{LATE}",
+            "hardest:start_fraction=0.25,ramp_fraction=0.5",
+            "hardest:quantile=0.8",
+            "all-pairs",
+            f"all-pairs:weighting=softmax,{LATE}",
+            f"all-pairs:weighting=matching,{LATE}",
+            f"predicted:{LATE}",
+            "asym-aug",
+        ),
+        overrides=TEN_THOUSAND,
+    ),
+    "simsiam": Setting(
+        recipe="simsiam-cifar10-small",
+        **CIFAR10,
+        lengths=LENGTHS,
+        seeds=(0, 1),
+        arms=("hardest", f"hardest:{LATE}", "all-pairs", f"all-pairs:weighting=softmax,{LATE}", "fast-siam"),
+        overrides=(*TEN_THOUSAND, "--training.torch_threads", "1"),
+    ),
+    "dino": Setting(
+        recipe="dino-cifar10-small",
+        **CIFAR10,
+        lengths=LENGTHS[:2],
+        seeds=(0, 1),
+        arms=(
+            "hardest",
+            f"hardest:{LATE}",
+            f"hardest:num_global_views=2,{LATE}",
+            "vanilla:num_chosen_local_views=8",
+        ),
+        overrides=TEN_THOUSAND,
+    ),
+}
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """Return one value for each run that has been done."""
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def costs_path(name: str) -> Path:
+    """Return the file with what a step of each arm of a setting costs."""
+    return RESULTS / f"study-costs-{name}.json"
+
+
+def missing(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+    """Yield the (length, seed) of a setting whose arms are not all done, short ones first."""
+    setting = SETTINGS[name]
+    done = {(row["length"], row["seed"], row["arm"]) for row in rows if row["setting"] == name}
+    for length in setting.lengths:
+        for seed in setting.seeds:
+            if any((length, seed, arm) not in done for arm in ("vanilla", *setting.arms)):
+                yield length, seed
+
+
+def measure_costs(name: str, data: Path) -> None:
+    """Measure what a step of each arm costs. Nothing else may run on the machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [*SETTINGS[name].options(data), "--run.output", folder, "--comparison", "costs", "--plan-only"]
+        subprocess.run([*COMPARE, *words, "--training.num_steps", "1000", "--seeds", "0"], check=True)
+        shutil.copy(Path(folder) / "costs" / "comparison.json", costs_path(name))
+
+
+def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -> list[dict[str, Any]]:
+    """Do one comparison, or continue it; return its rows."""
+    comparison = f"study-{name}-{length}-s{seed}"
+    words = [*SETTINGS[name].options(data), "--run.output", str(output), "--comparison", comparison]
+    words += ["--costs", str(costs_path(name)), "--training.num_steps", str(length), "--seeds", str(seed)]
+    subprocess.run([*COMPARE, *words], check=True)
+    report = json.loads((output / comparison / "report.json").read_text())
+    costs, machine = report["costs"], describe_machine("torch")
+    kept = (
+        "seed",
+        "num_steps",
+        "knn_top1",
+        "knn5shot_top1",
+        "train_seconds",
+        "num_collapse_warnings",
+        "weights_digest",
+    )
+    return [
+        {"setting": name, "recipe": report["recipe"], "length": length, "arm": run["arm"]}
+        | {key: run[key] for key in kept}
+        | {"step_cost": costs[run["arm"]]["step_seconds"] / costs["vanilla"]["step_seconds"]}
+        | {key: machine[key] for key in ("date", "cpu", "torch")}
+        for run in report["runs"]
+    ]
+
+
+def run(names: list[str], data: Path, output: Path) -> None:
+    """Do what is missing; the rows of a comparison are kept as soon as it is done."""
+    for name in names:
+        for length, seed in missing(name, read_rows()):
+            rows = do_comparison(name, length, seed, data, output)
+            with ROWS.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            for folder in output.glob(f"study-{name}-{length}-s{seed}*"):
+                shutil.rmtree(folder)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Effect:
+    """Difference of an arm to random views at one length, in points of k-NN accuracy."""
+
+    setting: str
+    length: int
+    arm: str
+    values: list[float]
+    """Accuracy of each seed, %."""
+    mean: float
+    """Mean difference."""
+    interval: tuple[float, float] | None
+    """95 %, Student's t over paired seeds. None: one seed."""
+
+
+def effects_of(rows: list[dict[str, Any]]) -> list[Effect]:
+    """Return the effect of every arm at every length."""
+    accuracy = {(r["setting"], r["length"], r["arm"], r["seed"]): 100 * r["knn_top1"] for r in rows}
+    effects = []
+    for setting, length, arm in dict.fromkeys(key[:3] for key in accuracy):
+        of_arm = [key[3] for key in accuracy if key[:3] == (setting, length, arm)]
+        seeds = sorted(seed for seed in of_arm if (setting, length, "vanilla", seed) in accuracy)
+        ours = np.array([accuracy[setting, length, arm, seed] for seed in seeds])
+        theirs = np.array([accuracy[setting, length, "vanilla", seed] for seed in seeds])
+        interval = None
+        if len(seeds) > 1 and arm != "vanilla":
+            found = paired_difference(theirs, ours).interval
+            interval = (found.low, found.high)
+        effects.append(
+            Effect(
+                setting=setting,
+                length=length,
+                arm=arm,
+                values=ours.tolist(),
+                mean=float((ours - theirs).mean()),
+                interval=interval,
+            )
+        )
+    return effects
+
+
+def table_of(effects: list[Effect]) -> str:
+    """Return the effects as a table in Markdown."""
+    lines = [
+        "| setting | steps | arm | k-NN of each seed, % | mean | against random views |",
+        "|---|---|---|---|---|---|",
+    ]
+    for effect in sorted(effects, key=lambda e: (e.setting, e.length, e.arm != "vanilla", -e.mean)):
+        difference = "" if effect.arm == "vanilla" else f"{effect.mean:+.1f}"
+        if effect.interval is not None:
+            difference += f" ({effect.interval[0]:+.1f} to {effect.interval[1]:+.1f})"
+        values = ", ".join(f"{value:.1f}" for value in effect.values)
+        lines.append(
+            f"| {effect.setting} | {effect.length} | `{effect.arm}` | {values} "
+            f"| {np.mean(effect.values):.1f} | {difference} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(effects: list[Effect]) -> Figure:
+    """Draw the effect against the length of the schedule, one panel for each setting."""
+    settings = list(dict.fromkeys(effect.setting for effect in effects))
+    figure = Figure(figsize=(5.2 * len(settings), 4.4), layout="constrained")
+    for axis, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+        arms = dict.fromkeys(e.arm for e in effects if e.setting == setting and e.arm != "vanilla")
+        for number, arm in enumerate(arms):
+            of_arm = sorted((e for e in effects if (e.setting, e.arm) == (setting, arm)), key=lambda e: e.length)
+            lengths = [effect.length * 1.03 ** (number - len(arms) / 2) for effect in of_arm]
+            (line,) = axis.plot(lengths, [effect.mean for effect in of_arm], "o-", markersize=4, label=arm)
+            for length, effect in zip(lengths, of_arm, strict=True):
+                if effect.interval is not None:
+                    axis.plot([length, length], effect.interval, color=line.get_color(), linewidth=1, alpha=0.5)
+        axis.axhline(0.0, color="#444444", linewidth=1)
+        axis.set_xscale("log")
+        ticks = sorted({effect.length for effect in effects if effect.setting == setting})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
+        axis.set_title(setting, fontsize=10)
+        axis.set_xlabel("length of the schedule, random steps of compute")
+        axis.set_ylabel("k-NN against random views, points")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def report() -> None:
+    """Write the table and the figure of all rows, and print the table."""
+    effects = effects_of(read_rows())
+    hours = sum(row["train_seconds"] for row in read_rows()) / 3600
+    text = table_of(effects)
+    (RESULTS / "study.md").write_text(text)
+    draw(effects).savefig(IMAGES / "study.png", dpi=110)
+    print(text + f"\n{len(read_rows())} runs, {hours:.1f} hours of training", flush=True)
+
+
+def main() -> None:
+    """Read the command line and do its part of the study."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["costs", "run", "report"])
+    parser.add_argument("settings", nargs="*", choices=[*SETTINGS, []], metavar="SETTING", help=", ".join(SETTINGS))
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the Parquet files")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="folder of the runs in progress")
+    options = parser.parse_args()
+    match options.part:
+        case "costs":
+            for name in options.settings:
+                measure_costs(name, options.data.absolute())
+        case "run":
+            run(options.settings, options.data.absolute(), options.output.absolute())
+        case "report":
+            report()
+
+
+if __name__ == "__main__":
+    main()
