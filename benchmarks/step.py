@@ -2,7 +2,7 @@
 
 python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [--recipes NAME ...] [--images N]
     [--scoring-px N ...] [--scoring-precision bfloat16] [--scoring-batch-norm running] [--no-reuse-teacher]
-    [--compile] [--repeats N] [--json FILE]
+    [--all-pairs] [--compile] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
 (hardest-224) or at lower ones (hardest-112). Both are the real step on the real network with made-up pixels; rendering is
@@ -10,6 +10,9 @@ not part of it. On a CPU the time is CPU time of one thread, which other load on
 take turns: the ratio is the median over the turns of the ratio within a turn. On a GPU it is the device's own clock, and one
 setting follows the other, each with a network of its own (so that compiled code is that of one resolution, as in a run, and
 the peak of memory is that of one setting); medians are compared.
+
+With --all-pairs the steps train on all pairs of the candidate views instead: all-pairs takes their plain mean, and
+all-pairs-softmax and its like weigh them. ratio_to_all_pairs is then what the weights cost.
 
 The ledger says what each part of a step takes, in random steps, from steps of their own: normalise (bytes to floats),
 downscale (for scoring), score_networks and score (scoring's forward passes, and the rest of it), choose, gather,
@@ -37,11 +40,11 @@ from benchmarks.results_file import describe_machine, open_results
 from benchmarks.step_ledger import StepClock
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import made_up_batch
-from hvp_ray.costs.operations import count_operations
+from hvp_ray.costs.operations import operations_of_step
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import hard_step
+from hvp_ray.selection import WEIGHTINGS, hard_step, vanilla_step
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import Trainee, build_trainee
 
@@ -51,13 +54,16 @@ RECIPES = (
     "dino-imagenet-vits16-100ep",
     "ibot-imagenet-vits16-100ep",
 )
+ALL_PAIRS = "all-pairs"
 
 
 def noise(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=dtype)
 
 
-def settings_of(config: RunConfig, scoring_px: list[int] | None = None) -> dict[str, RunConfig]:
+def settings_of(
+    config: RunConfig, scoring_px: list[int] | None = None, *, all_pairs: bool = False
+) -> dict[str, RunConfig]:
     """The settings that are compared, by name; hard steps score at full and half resolution, or as `scoring_px` says."""
 
     def with_selection(**changes: object) -> RunConfig:
@@ -65,6 +71,12 @@ def settings_of(config: RunConfig, scoring_px: list[int] | None = None) -> dict[
 
     size_px = config.views.global_views.size_px
     settings = {"random": with_selection(rule="first", limit=None)}
+    if all_pairs:
+        for weighting in WEIGHTINGS:
+            name = ALL_PAIRS if weighting == "mean" else f"{ALL_PAIRS}-{weighting}"
+            top_k = 2 if weighting == "top_k" else None
+            settings[name] = with_selection(rule="all_pairs", limit=None, weighting=weighting, weight_top_k=top_k)
+        return settings
     for px in scoring_px or [size_px, size_px // 2]:
         settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
     return settings
@@ -184,6 +196,7 @@ def measure(
     device: torch.device,
     *,
     scoring_px: list[int] | None = None,
+    all_pairs: bool = False,
     compiled: bool = False,
     lock: Path | None = None,
 ) -> Iterator[list[dict[str, object]]]:
@@ -193,9 +206,10 @@ def measure(
         config.training, images_per_step=images, precision=precision, compile=compiled, accumulation_steps=1
     )
     config = dataclasses.replace(config, training=training)
-    settings = settings_of(config, scoring_px)
+    settings = settings_of(config, scoring_px, all_pairs=all_pairs)
     by_turns = measure_by_turns(settings, repeats) if device.type == "cpu" else None
     random: Measured | None = None
+    mean_of_pairs: Measured | None = None
     subject = f"{config.method.name}.{config.method.backbone.name}.{config.views.global_views.size_px}"
     context = {
         "recipe": config.recipe,
@@ -212,12 +226,16 @@ def measure(
         measured = by_turns[name] if by_turns else measure_alone(setting, repeats, device, lock)
         seconds = statistics.median(measured.seconds)
         random = random or measured
+        mean_of_pairs = measured if name == ALL_PAIRS else mean_of_pairs
         spread = {"seconds_least": min(measured.seconds), "seconds_most": max(measured.seconds)}
         values = [
             ("seconds", seconds, "s"),
             ("ratio", ratio_of(measured, random, by_turns=by_turns is not None), "random steps"),
             ("model_ratio", 1.0 if name == "random" else counted_ratio(setting), "random steps"),
         ]
+        if mean_of_pairs is not None:
+            ratio = ratio_of(measured, mean_of_pairs, by_turns=by_turns is not None)
+            values.append(("ratio_to_all_pairs", ratio, "steps on all pairs"))
         if measured.peak_bytes is not None:
             values += [
                 ("images_per_second", images / seconds, "images/s"),
@@ -245,17 +263,21 @@ def ratio_of(measured: Measured, random: Measured, *, by_turns: bool) -> float:
 def print_ledger(of_settings: dict[str, dict[str, float]]) -> None:
     """Print what each part takes, in random steps: a row for each part, a column for each setting."""
     names = [name.rsplit(".", 1)[1] for name in of_settings]
-    print(f"\n{'part, in random steps':<24}" + "".join(f"{name:>14}" for name in names))
+    width = max(14, 2 + max(map(len, names)))
+    print(f"\n{'part, in random steps':<24}" + "".join(f"{name:>{width}}" for name in names))
     for part in dict.fromkeys(part for parts in of_settings.values() for part in parts):
         cells = [parts.get(part) for parts in of_settings.values()]
-        print(f"{part:<24}" + "".join(f"{'':>14}" if cell is None else f"{cell:>14.3f}" for cell in cells))
+        print(f"{part:<24}" + "".join(f"{'':>{width}}" if cell is None else f"{cell:>{width}.3f}" for cell in cells))
     print(flush=True)
 
 
 def counted_ratio(setting: RunConfig) -> float:
     """Operations of the step in those of a random one; they hardly depend on how many images a step has."""
     few = dataclasses.replace(setting.training, images_per_step=4, compile=False)
-    return count_operations(dataclasses.replace(setting, training=few)).ratio
+    few_images, selection = dataclasses.replace(setting, training=few), setting.selection
+    return operations_of_step(few_images, hard_step(selection)) / operations_of_step(
+        few_images, vanilla_step(selection)
+    )
 
 
 def count_cross_entropies(repeats: int) -> list[dict[str, object]]:
@@ -338,6 +360,7 @@ def main() -> int:
         "--scoring-precision", choices=["training", "bfloat16"], default="training", help="training: float32 on a CPU"
     )
     parser.add_argument("--no-reuse-teacher", action="store_true", help="selection.reuse_teacher=False")
+    parser.add_argument("--all-pairs", action="store_true", help="training on all pairs, weighted in every way")
     parser.add_argument("--compile", action="store_true", help="torch.compile; GPUs only")
     parser.add_argument("--lock", type=Path, help="time a step only while no other process holds this file")
     parser.add_argument("--json", type=Path, help="write one JSON object a line, each as soon as it is measured")
@@ -351,7 +374,8 @@ def main() -> int:
     print(", ".join(f"{name} {value}" for name, value in context.items()) + f", {options.images} images a step")
     with open_results(options.json, context) as keep:
         for config in configs_of(options, parser):
-            print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}{'GiB':>8}")
+            to_all_pairs = f"{'to mean':>8}" if options.all_pairs else ""
+            print(f"{'setting':<52}{'seconds':>10}{'ratio':>8}{'model':>8}{to_all_pairs}{'GiB':>8}")
             ledger: dict[str, dict[str, float]] = {}
             numbers = measure(
                 config,
@@ -359,15 +383,28 @@ def main() -> int:
                 options.repeats,
                 device,
                 scoring_px=scoring_px_of(options, config),
+                all_pairs=options.all_pairs,
                 compiled=options.compile,
                 lock=options.lock,
             )
             for results in numbers:
                 keep(results)
                 name = str(results[0]["name"]).removeprefix("step.").removesuffix(".seconds")
-                values = [result["value"] for result in results if str(result["name"]).startswith("step.")]
-                peak = f"{values[4]:>8.1f}" if len(values) > 4 else ""
-                print(f"{name:<52}{values[0]:>10.4f}{values[1]:>8.3f}{values[2]:>8.3f}{peak}", flush=True)
+                quantities = {
+                    str(result["name"]).rsplit(".", 1)[1]: float(str(result["value"]))
+                    for result in results
+                    if str(result["name"]).startswith("step.")
+                }
+                columns = (
+                    "ratio",
+                    "model_ratio",
+                    *(["ratio_to_all_pairs"] if options.all_pairs else []),
+                    "peak_memory_gib",
+                )
+                cells = "".join(
+                    f"{quantities[column]:>8.3f}" if column in quantities else " " * 8 for column in columns
+                )
+                print(f"{name:<52}{quantities['seconds']:>10.4f}{cells}", flush=True)
                 ledger[name] = {
                     str(result["name"]).rsplit(".", 1)[1]: float(str(result["value"]))
                     for result in results

@@ -56,7 +56,11 @@ def describe_views(config: RunConfig) -> str:
 
     candidates = hard_step(config.selection).candidates(config.views)
     per_image = batch_bytes(config) / config.images_per_rank
-    chosen, chosen_locals = RULES[config.selection.rule].num_trained_views(candidates)
+    rule = RULES[config.selection.rule]
+    trained, trained_locals = rule.num_trained_views(candidates)
+    choice = (
+        "all of them, in all pairs" if rule.trains_on_all_views else f"chosen among {candidates.count:,} candidates"
+    )
     lines = [
         f"  per image      {candidates.num_views} global views of {config.views.global_views.size_px} px"
         + (
@@ -64,9 +68,9 @@ def describe_views(config: RunConfig) -> str:
             if config.views.local_views is not None
             else ""
         ),
-        f"  trained on     {chosen} global views"
-        + (f" and {chosen_locals} local views" if chosen_locals else "")
-        + f", chosen among {candidates.count:,} candidates"
+        f"  trained on     {trained} global views"
+        + (f" and {trained_locals} local views" if trained_locals else "")
+        + f", {choice}"
         + (f", of which {config.selection.limit} are compared" if config.selection.limit else ""),
         f"  bytes          {per_image / 1024:.0f} KiB an image, {batch_bytes(config) / _MIB:.1f} MiB a batch of one trainer",
     ]
@@ -147,16 +151,24 @@ def _describe_link(sizes: list[Any], link: float, demand: float, encoded_bytes_p
 def describe_step(config: RunConfig) -> str:
     """Return operations and memory of a step on one trainer."""
     from hvp_ray.costs.memory import estimate_memory
-    from hvp_ray.costs.operations import count_operations
+    from hvp_ray.costs.operations import count_operations, operations_of_step
+    from hvp_ray.selection import RULES, hard_step
 
     operations, memory, every = count_operations(config), estimate_memory(config), config.selection.every
+    if RULES[config.selection.rule].trains_on_all_views:
+        ratio = operations_of_step(config, hard_step(config.selection)) / operations.random_step
+        costs = [f"  on all pairs   {ratio:.2f} random steps"]
+    else:
+        costs = [
+            f"  scoring        {operations.scoring / 1e12:.3g} TFLOP",
+            f"  hard step      {operations.ratio:.2f} random steps"
+            + (f"; every {every}th step is hard" if every > 1 else ""),
+        ]
     return "\n".join(
         [
             f"operations of a step on one trainer ({config.images_per_rank} images)",
             f"  random views   {operations.random_step / 1e12:.3g} TFLOP",
-            f"  scoring        {operations.scoring / 1e12:.3g} TFLOP",
-            f"  hard step      {operations.ratio:.2f} random steps"
-            + (f"; every {every}th step is hard" if every > 1 else ""),
+            *costs,
             "",
             "memory of one trainer, MiB, without torch itself and its kernels' workspaces",
             *(f"  {title:<32} {getattr(memory, name) / _MIB:>9.0f}" for name, title in _NAMES.items()),

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from hvp_ray.config import SelectionConfig
 from hvp_ray.distributed.batch_norm import convert_to_cpu_sync_batch_norm
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.method import Contrast, Method, Ranks, StepPosition, ViewTensors, build_method
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import Candidates, score_views
+from hvp_ray.selection import Candidates, PairWeights, pair_weights_of, score_views
 from tests.distributed.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -125,6 +126,43 @@ def check_ranks_equal_one(ranks: list[dict[str, dict[str, Any]]], device: torch.
                     assert np.array_equal(value, first[kind][key]), f"{name} {key}"
 
 
+WEIGHTED = SelectionConfig(rule="all_pairs", weighting="softmax")
+
+
+def _weighted_pairs(rank: int, num_ranks: int) -> dict[str, dict[str, Any]]:
+    """Return for each method the loss on the weighted pairs of all views, its gradient, and the weights; BatchNorm frozen."""
+    images = slice(rank * IMAGES // num_ranks, (rank + 1) * IMAGES // num_ranks)
+    results = {}
+    for name in METHODS:
+        method = _method(name, Ranks(rank=rank, gather=gather_over_ranks)).eval()
+        wrapped = wrap_for_training(method, World(rank=rank, num_ranks=num_ranks), CPU)
+        views, candidates = _candidates(name)
+        mine = dataclasses.replace(_part(views, images), alternating=candidates.alternating)
+        result = wrapped.forward(mine, None, pair_weights_of(WEIGHTED, mine.as_candidates(), device=CPU))
+        result.loss.backward()
+        wrapped.reduce_gradients()
+        results[name] = {
+            "loss": float(mean_over_ranks(result.loss.detach())),
+            "weights": result.pair_weights.numpy(),
+            "gradients": {key: p.grad.numpy() for key, p in method.named_parameters() if p.grad is not None},
+        }
+    return results
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_equal_one_rank_on_weighted_pairs(num_ranks: int) -> None:
+    ranks, alone = run_ranks(_weighted_pairs, num_ranks), _weighted_pairs(0, 1)
+    for name in METHODS:
+        first, single = ranks[0][name], alone[name]
+        np.testing.assert_allclose(first["loss"], single["loss"], rtol=1e-6)
+        together = np.concatenate([of_rank[name]["weights"] for of_rank in ranks])
+        np.testing.assert_allclose(together, single["weights"], atol=1e-5, err_msg=name)
+        assert first["gradients"].keys() == single["gradients"].keys()
+        for key, value in single["gradients"].items():
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(first["gradients"][key], value, atol=2e-5 * scale, err_msg=f"{name} {key}")
+
+
 def _gather_gradient(rank: int, num_ranks: int) -> torch.Tensor:
     """Weigh the parts of all ranks by a loss of each rank; return the gradient of the own part, which comes from all."""
     own = torch.full((2,), float(rank + 1), requires_grad=True)
@@ -140,10 +178,20 @@ def test_gather_has_the_gradient_of_all_ranks_losses() -> None:
 
 
 def _accumulated(rank: int, num_ranks: int) -> dict[str, Any]:
-    """Return gradients of SimCLR in one pass and in two parts, under DDP with BatchNorm frozen."""
-    gradients = []
+    """Return gradients of SimCLR in one pass and in two parts, on one pair and on weighted pairs; BatchNorm is frozen."""
     views, _ = _candidates("simclr")
-    mine = _part(views, slice(rank * 6, rank * 6 + 6), num_views=2)
+    mine = _part(views, slice(rank * 6, rank * 6 + 6))
+    weigh = pair_weights_of(WEIGHTED, mine.as_candidates(), device=CPU)
+    one_pair = dataclasses.replace(mine, global_views=mine.global_views[:2])
+    return {
+        f"{kind} {name}": of_parameter
+        for kind, slots, weighing in (("one pair", one_pair, None), ("weighted pairs", mine, weigh))
+        for name, of_parameter in _accumulated_on(slots, weighing, rank, num_ranks).items()
+    }
+
+
+def _accumulated_on(mine: ViewTensors, weigh: PairWeights | None, rank: int, num_ranks: int) -> dict[str, Any]:
+    gradients = []
     for num_parts in (1, 2):
         method = _method("simclr", Ranks(rank=rank, gather=gather_over_ranks)).eval()
         wrapped = wrap_for_training(method, World(rank=rank, num_ranks=num_ranks), torch.device("cpu"))
@@ -154,7 +202,7 @@ def _accumulated(rank: int, num_ranks: int) -> dict[str, Any]:
             is_last = index == num_parts - 1
             with nullcontext() if is_last else wrapped.without_reduction():
                 contrast = None if num_parts == 1 else Contrast(features=features, part=index)
-                (wrapped.forward(part, contrast).loss / num_parts).backward()
+                (wrapped.forward(part, contrast, weigh).loss / num_parts).backward()
         gradients.append({name: p.grad.numpy() for name, p in method.named_parameters()})
     return {name: (gradients[0][name], gradients[1][name]) for name in gradients[0]}
 

@@ -1,5 +1,6 @@
 """The step and the loop in one process: HVP against vanilla, controls, resume, non-finite losses."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -255,6 +256,7 @@ def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Pat
         "hardest": {"rule": "hardest"} | one,
         "limited": {"rule": "hardest", "limit": 3} | one,
         "random": {"rule": "random"} | one,
+        "all pairs": {"rule": "all_pairs", "weighting": "softmax"} | one,
         "hardest of many": {"rule": "hardest"} | many,
     }.items():
         config = tiny_config(str(tmp_path), recipe=recipe, selection=selection, data={"num_images": 60})
@@ -270,7 +272,7 @@ def test_every_method_with_one_candidate_equals_vanilla_to_the_bit(tmp_path: Pat
             trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
             train_step(trainee, batch, config, hard_step(config.selection))
         states[name] = trainee.method.state_dict()
-    for name in ("vanilla of many", "hardest", "limited", "random", "hardest of many"):
+    for name in ("vanilla of many", "hardest", "limited", "random", "all pairs", "hardest of many"):
         same = all(torch.equal(value, states["vanilla"][key]) for key, value in states[name].items())
         assert same == (name != "hardest of many"), name
 
@@ -320,15 +322,15 @@ def test_chosen_candidate_is_no_easier_than_any_other(tmp_path: Path) -> None:
         torch.testing.assert_close(metrics.selection.scores, best.max(dim=1).values)
 
 
+@pytest.mark.parametrize("selection", [{"rule": "first"}, {"rule": "all_pairs", "weighting": "softmax"}])
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
-def test_accumulated_step_is_the_whole_step(tmp_path: Path, recipe: str) -> None:
+def test_accumulated_step_is_the_whole_step(tmp_path: Path, recipe: str, selection: dict[str, Any]) -> None:
     """A network without batch statistics and drop path: four parts give loss, gradient, centre and teacher of one."""
     patch_px = 4 if recipe == "ibot-digits" else 2
     transformer = dataclasses.replace(VIT, dim=32, depth=2, num_heads=2, drop_path=0.0, patch_px=patch_px)
     method = dataclasses.replace(get_recipe(recipe).method, backbone=transformer)
     states, losses = [], []
     for parts in (1, 4):
-        selection = {"rule": "first"}
         config = tiny_config(
             str(tmp_path),
             recipe=recipe,
@@ -399,6 +401,26 @@ def test_dropout_is_addressed_by_step_and_rank(tmp_path: Path) -> None:
             train_step(trainee, batch, config, hard_step(config.selection))
         digests.append(np.concatenate([p.detach().flatten().numpy() for p in trainee.method.parameters()]))
     assert np.array_equal(digests[0], digests[1])
+
+
+def test_weighting_begins_with_the_schedule_and_rises_along_the_ramp(tmp_path: Path) -> None:
+    """All pairs of 8 steps: the mean to the bit before the start, then weights that leave fewer and fewer pairs."""
+    states, effective = [], []
+    for schedule in ({}, {"weighting": "softmax", "start_fraction": 0.25, "ramp_fraction": 0.5}):
+        config = tiny_config(str(tmp_path), selection={"rule": "all_pairs"} | schedule)
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        for step, batch in enumerate(_batches(config, 8)):
+            metrics = train_step(trainee, batch, config, selection_at(config.selection, step, 8))
+            effective.append(float(metrics.measurements.get("selection/effective_pairs", math.nan)))
+            if step in (2, 3):  # the dial of step 2 is 0 yet
+                states.append(copy.deepcopy(trainee.method.state_dict()))
+    assert all(torch.equal(value, states[2][name]) for name, value in states[0].items())
+    assert not all(torch.equal(value, states[3][name]) for name, value in states[1].items())
+    plain, weighted = effective[:8], effective[8:]
+    assert np.isnan(plain + weighted[:3]).all()
+    assert weighted[3] > 5.5 > weighted[6] > 1.0
+    assert (np.diff(weighted[3:7]) < 0).all()
 
 
 def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp_path: Path) -> None:

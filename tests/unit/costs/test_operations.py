@@ -1,0 +1,39 @@
+"""Operations of a step are counted for the rule that it follows."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from hvp_ray.config import RunConfig
+from hvp_ray.costs.operations import count_operations, operations_of_step
+from hvp_ray.recipes import get_recipe
+from hvp_ray.selection import hard_step, vanilla_step
+
+
+def _with(config: RunConfig, **selection: Any) -> RunConfig:
+    return dataclasses.replace(config, selection=dataclasses.replace(config.selection, **selection))
+
+
+def _count(config: RunConfig) -> int:
+    return operations_of_step(config, hard_step(config.selection))
+
+
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits"])
+def test_all_pairs_of_v_views_cost_v_halves_of_a_random_step(recipe: str) -> None:
+    config = _with(get_recipe(recipe), rule="all_pairs")
+    random = operations_of_step(config, vanilla_step(config.selection))
+    for num_views in (2, 4, 6):
+        assert _count(_with(config, num_views=num_views)) == pytest.approx(num_views / 2 * random, rel=0.02)
+    weighted = _with(config, weighting="softmax")
+    assert _count(weighted) == pytest.approx(_count(config), rel=1e-3)
+    assert count_operations(weighted) == count_operations(_with(config, rule="hardest"))
+
+
+def test_all_pairs_of_multi_crop_forward_each_local_view_once() -> None:
+    """Another global view costs the same each time; doubling the global views does not double the step."""
+    config = _with(get_recipe("ibot-digits"), rule="all_pairs")
+    two, three, four = (_count(_with(config, num_global_views=number)) for number in (2, 3, 4))
+    assert four - three == pytest.approx(three - two, rel=0.02)
+    assert four < 1.9 * two
+    assert two == _count(_with(config, rule="first", num_chosen_local_views=config.selection.num_local_views))
