@@ -66,7 +66,11 @@ def describe_views(config: RunConfig) -> str:
         ),
         f"  trained on     {chosen} global views"
         + (f" and {chosen_locals} local views" if chosen_locals else "")
-        + f", chosen among {candidates.count:,} candidates"
+        + (
+            f", chosen among the pairs of {config.selection.num_plans} plans before rendering"
+            if RULES[config.selection.rule].chooses_before_rendering
+            else f", chosen among {candidates.count:,} candidates"
+        )
         + (f", of which {config.selection.limit} are compared" if config.selection.limit else ""),
         f"  bytes          {per_image / 1024:.0f} KiB an image, {batch_bytes(config) / _MIB:.1f} MiB a batch of one trainer",
     ]
