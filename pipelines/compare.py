@@ -39,8 +39,8 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         nargs="+",
         default=["vanilla", "hardest", "vanilla-long"],
         metavar="NAME",
-        help="vanilla, hardest, vanilla-long (equal compute), all-pairs, fast-siam, asym-aug, and the controls random, "
-        "easiest, min-iou, batch-norm; hardest:every=3,quantile=0.8 sets fields of selection (default: %(default)s)",
+        help="vanilla, hardest, vanilla-long (equal compute), all-pairs, predicted, fast-siam, asym-aug, and the controls "
+        "random, easiest, min-iou, batch-norm; hardest:every=3,quantile=0.8 sets fields of selection (default: %(default)s)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
     parser.add_argument("--comparison", metavar="NAME", help="its folder under run.output; the same name continues it")

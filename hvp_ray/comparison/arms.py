@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvp_ray.config import EQUAL_WEIGHTS, RunConfig, SelectionConfig
+from hvp_ray.config import RunConfig, SelectionConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.configs import SimSiamConfig
 
@@ -56,7 +56,8 @@ class Arm:
             ConfigError: the recipe does not allow it.
         """
         try:
-            selection = dataclasses.replace(config.selection, **self.selection)
+            rule = config.selection.with_rule(self.selection["rule"])
+            selection = dataclasses.replace(rule, **self.selection)
             return self.change(dataclasses.replace(config, selection=selection))
         except ConfigError as error:
             raise ConfigError(f"arm {self.name}: {error}") from error
@@ -119,11 +120,11 @@ _NEUTRAL = {
     "limit": None,
     "score_always": False,
     "scoring_resolution_px": None,
-    **EQUAL_WEIGHTS,
 }
 """Neutral values of what a recipe sets for hard views."""
 _RANDOM_VIEWS = _NEUTRAL | {"rule": "first"}
 _ALL_PAIRS = _NEUTRAL | {"rule": "all_pairs"}
+_PREDICTED = _NEUTRAL | {"rule": "predicted"}
 
 
 def _control(name: str, title: str, **selection: Any) -> Arm:
@@ -134,7 +135,7 @@ ARMS = {
     arm.name: arm
     for arm in (
         Arm(name=VANILLA, title="random views", selection=_RANDOM_VIEWS),
-        Arm(name=HARDEST, title="hard views (HVP)", selection={"rule": "hardest", **EQUAL_WEIGHTS}),
+        Arm(name=HARDEST, title="hard views (HVP)", selection={"rule": "hardest"}),
         Arm(name=VANILLA_LONG, title="random views, trained longer (equal compute)", selection=_RANDOM_VIEWS),
         Arm(
             name="all-pairs",
@@ -148,6 +149,7 @@ ARMS = {
             selection=_ALL_PAIRS,
             change=with_averaged_target,
         ),
+        Arm(name="predicted", title="pairs predicted to be hard, before rendering", selection=_PREDICTED),
         Arm(
             name="asym-aug",
             title="AsymAug: random views, the second one without colour operations",

@@ -23,14 +23,13 @@ from hvp_ray.config.method import BackboneConfig, MethodConfig
 from hvp_ray.config.optimizer import OptimizerConfig
 from hvp_ray.config.run import RunSettings
 from hvp_ray.config.run_config import RunConfig
-from hvp_ray.config.selection import EQUAL_WEIGHTS, Rule, SelectionConfig, Weighting
+from hvp_ray.config.selection import Rule, SelectionConfig, Weighting
 from hvp_ray.config.serialising import METHOD_TYPE, config_from_dict, config_to_dict, flatten
 from hvp_ray.config.tracking import TrackingConfig
 from hvp_ray.config.training import TrainingConfig
 from hvp_ray.config.views import MaskConfig, TransformConfig, ViewGroupConfig, ViewsConfig
 
 __all__ = [
-    "EQUAL_WEIGHTS",
     "METHOD_TYPE",
     "AtLeast0",
     "AtLeast1",
