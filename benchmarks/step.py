@@ -5,11 +5,13 @@ python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [-
     [--all-pairs] [--compile] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
-(hardest-224) or at lower ones (hardest-112). Both are the real step on the real network with made-up pixels; rendering is
-not part of it. On a CPU the time is CPU time of one thread, which other load on the machine distorts little, and the steps
-take turns: the ratio is the median over the turns of the ratio within a turn. On a GPU it is the device's own clock, and one
-setting follows the other, each with a network of its own (so that compiled code is that of one resolution, as in a run, and
-the peak of memory is that of one setting); medians are compared.
+(hardest-224) or at lower ones (hardest-112). With --images 8 or more, predicted probes a quarter of them in every fourth
+step and takes random steps between: seconds and ledger are of a step with a probe, the ratio is that of all its steps. All
+are the real step on the real network with made-up pixels; rendering is not part of it. On a CPU the time is CPU time of one
+thread, which other load on the machine distorts little, and the steps take turns: the ratio is the median over the turns of
+the ratio within a turn. On a GPU it is the device's own clock, and one setting follows the other, each with a network of its
+own (so that compiled code is that of one resolution, as in a run, and the peak of memory is that of one setting); medians
+are compared.
 
 With --all-pairs the steps train on all pairs of the candidate views instead: all-pairs takes their plain mean, and
 all-pairs-softmax and its like weigh them. ratio_to_all_pairs is then what the weights cost.
@@ -45,6 +47,7 @@ from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.recipes import get_recipe
 from hvp_ray.selection import WEIGHTINGS, hard_step, vanilla_step
+from hvp_ray.selection.proposals import HardnessPredictor
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import Trainee, build_trainee
 
@@ -79,7 +82,16 @@ def settings_of(
         return settings
     for px in scoring_px or [size_px, size_px // 2]:
         settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
+    images = config.training.images_per_step
+    if images >= 8:
+        probes = {"probe_images": images // 4, "scoring_resolution_px": None}
+        settings["predicted"] = with_selection(rule="predicted", limit=None, score_always=False, **probes)
     return settings
+
+
+def share_of_measured(setting: RunConfig) -> float:
+    """Return which share of a setting's steps is measured; steps of rule predicted without a probe are random steps."""
+    return 1 / setting.selection.probe_every if setting.selection.rule == "predicted" else 1.0
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -111,6 +123,9 @@ def prepare_step(trainee: Trainee, setting: RunConfig) -> Callable[[], object]:
     batch = made_up_batch(setting, noise)
     local_pixels = None if batch.local_pixels is None else batch.local_pixels.to(trainee.device)
     batch = dataclasses.replace(batch, global_pixels=batch.global_pixels.to(trainee.device), local_pixels=local_pixels)
+    if batch.probe_pixels is not None:
+        batch = dataclasses.replace(batch, probe_pixels=batch.probe_pixels.to(trainee.device))
+        trainee = dataclasses.replace(trainee, predictor=HardnessPredictor(delay=setting.selection.predictor_delay))
     return lambda: train_step(trainee, batch, setting, hard_step(setting.selection))
 
 
@@ -228,9 +243,10 @@ def measure(
         random = random or measured
         mean_of_pairs = measured if name == ALL_PAIRS else mean_of_pairs
         spread = {"seconds_least": min(measured.seconds), "seconds_most": max(measured.seconds)}
+        ratio = ratio_of(measured, random, by_turns=by_turns is not None)
         values = [
             ("seconds", seconds, "s"),
-            ("ratio", ratio_of(measured, random, by_turns=by_turns is not None), "random steps"),
+            ("ratio", 1.0 + share_of_measured(setting) * (ratio - 1.0), "random steps"),
             ("model_ratio", 1.0 if name == "random" else counted_ratio(setting), "random steps"),
         ]
         if mean_of_pairs is not None:
@@ -273,11 +289,13 @@ def print_ledger(of_settings: dict[str, dict[str, float]]) -> None:
 
 def counted_ratio(setting: RunConfig) -> float:
     """Operations of the step in those of a random one; they hardly depend on how many images a step has."""
-    few = dataclasses.replace(setting.training, images_per_step=4, compile=False)
-    few_images, selection = dataclasses.replace(setting, training=few), setting.selection
-    return operations_of_step(few_images, hard_step(selection)) / operations_of_step(
-        few_images, vanilla_step(selection)
-    )
+    few = dataclasses.replace(setting.training, images_per_step=8, compile=False)
+    selection = setting.selection
+    if selection.rule == "predicted":
+        selection = dataclasses.replace(selection, probe_images=2)
+    setting = dataclasses.replace(setting, training=few, selection=selection)
+    hard, random = (operations_of_step(setting, kind(selection)) for kind in (hard_step, vanilla_step))
+    return 1.0 + share_of_measured(setting) * (hard / random - 1.0)
 
 
 def count_cross_entropies(repeats: int) -> list[dict[str, object]]:

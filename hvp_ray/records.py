@@ -107,6 +107,11 @@ class ViewPlan:
             array[:, image_indices] = getattr(other, name)
         return ViewPlan(**arrays)
 
+    def gather(self, view_indices: NDArray[np.int64]) -> "ViewPlan":
+        """Return the plan of the views `view_indices` [S, B] of each image."""
+        images = np.arange(self.num_images)
+        return ViewPlan(**{name: array[view_indices, images] for name, array in self.arrays().items()})
+
     @staticmethod
     def of_views(plans: "list[ViewPlan]") -> "ViewPlan":
         """Return one plan of the views of several plans for the same images."""
@@ -204,6 +209,8 @@ class BatchDraft(BatchFacts):
 
     global_plan: ViewPlan
     local_plan: ViewPlan | None
+    probes: "tuple[BatchDraft, DecodedImages] | None" = None
+    """The probe views of the step; None: it has none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,25 +219,43 @@ class ViewBatch(BatchFacts):
 
     global_views: Views
     local_views: Views | None
+    probe_views: Views | None = None
+    """Views of the first images that are only scored, for rule predicted to learn from; None: there are none."""
     decoded_bytes: int = 0
     """Bytes of decoded pixels that were shipped instead of views; 0: the views were shipped."""
 
     @property
+    def groups(self) -> dict[str, Views]:
+        """The groups of views that there are, by name: global, local, probe."""
+        groups = {"global": self.global_views, "local": self.local_views, "probe": self.probe_views}
+        return {name: views for name, views in groups.items() if views is not None}
+
+    @property
     def num_rendered_views(self) -> int:
-        """Views of all images, of both resolutions."""
-        groups = [group.plan for group in (self.global_views, self.local_views) if group is not None]
-        return sum(plan.num_views * plan.num_images for plan in groups)
+        """Views of all images, of all groups."""
+        return sum(views.plan.num_views * views.plan.num_images for views in self.groups.values())
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the views' pixels."""
-        local_bytes = 0 if self.local_views is None else self.local_views.pixels.nbytes
-        return self.global_views.pixels.nbytes + local_bytes
+        return sum(views.pixels.nbytes for views in self.groups.values())
 
     @property
     def shipped_bytes(self) -> int:
         """Bytes of pixels that the view worker sent."""
         return self.decoded_bytes or self.num_bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proposal:
+    """How two views of each image are chosen among many plans, by predicted hardness, before anything is rendered."""
+
+    num_plans: int
+    """Plans drawn for each image."""
+    coefficients: NDArray[np.float64]
+    """[F]: of `selection.proposals.FEATURES`."""
+    quantile: float
+    """Place among the pairs of an image ordered by predicted hardness: 1 is the hardest, 0 the easiest."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,6 +271,12 @@ class BatchRequest:
     num_views: int
     """Global views of each image."""
     num_local_views: int = 0
+    proposal: Proposal | None = None
+    """How the global views are chosen; None: they are the first plans."""
+    num_probe_images: int = 0
+    """The first so many images also have probe views."""
+    num_probe_views: int = 0
+    """Probe views of each of them: the first plans."""
     known_replacements: tuple[Replacement, ...] = ()
     """Decisions of an earlier attempt at this step on unreadable images; they are replayed."""
     quarantined_ids: tuple[int, ...] = ()

@@ -58,9 +58,11 @@ def describe_views(config: RunConfig) -> str:
     per_image = batch_bytes(config) / config.images_per_rank
     rule = RULES[config.selection.rule]
     trained, trained_locals = rule.num_trained_views(candidates)
-    choice = (
-        "all of them, in all pairs" if rule.trains_on_all_views else f"chosen among {candidates.count:,} candidates"
-    )
+    choice = f"chosen among {candidates.count:,} candidates"
+    if rule.trains_on_all_views:
+        choice = "all of them, in all pairs"
+    if rule.chooses_before_rendering:
+        choice = f"chosen among the pairs of {config.selection.num_plans} plans"
     lines = [
         f"  per image      {candidates.num_views} global views of {config.views.global_views.size_px} px"
         + (

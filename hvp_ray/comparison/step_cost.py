@@ -57,7 +57,7 @@ class StepCost:
 
 @dataclass(slots=True)
 class _StepKind:
-    """Hard or vanilla steps of one arm."""
+    """Steps of one arm: hard or vanilla, with or without a probe."""
 
     trainee: Trainee
     config: RunConfig
@@ -122,20 +122,21 @@ def measure_step_costs(
 
 
 def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device: torch.device) -> list[_StepKind]:
-    """Render a batch of the arm's first hard and of its first vanilla step, as far as it has them."""
+    """Render a batch of the arm's first step of each kind: hard or vanilla, with or without a probe."""
     order = build_order(config, dataset)
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
     context, hand_over = build_render_context(config, dataset, "cpu"), CopyToDevice(device)
     num_steps = config.training.total_steps(order.steps_per_epoch)
     of_steps = [selection_at(config.selection, step, num_steps) for step in range(num_steps)]
     kinds = []
-    for is_hard in (True, False):
-        steps = [step for step, of_step in enumerate(of_steps) if of_step.is_hard == is_hard]
-        if steps:
-            rendered = [render_batch(context, request_of(steps[0])) for _ in range(2)]
-            cpu_seconds = min(batch.render_cpu_seconds for batch in rendered)
-            share = len(steps) / num_steps
-            kinds.append(_StepKind(trainee, config, of_steps[steps[0]], share, hand_over(rendered[-1]), cpu_seconds))
+    steps_of_kind: dict[tuple[bool, int], list[int]] = {}
+    for step, of_step in enumerate(of_steps):
+        steps_of_kind.setdefault((of_step.is_hard, of_step.num_probe_images), []).append(step)
+    for steps in steps_of_kind.values():
+        rendered = [render_batch(context, request_of(steps[0])) for _ in range(2)]
+        cpu_seconds = min(batch.render_cpu_seconds for batch in rendered)
+        share = len(steps) / num_steps
+        kinds.append(_StepKind(trainee, config, of_steps[steps[0]], share, hand_over(rendered[-1]), cpu_seconds))
     return kinds
 
 
@@ -166,11 +167,14 @@ def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     def scored_views(kind: _StepKind) -> int:
         return kind.of_step.num_views if kind.of_step.needs_scores else 0
 
+    def probe_views(kind: _StepKind) -> float:
+        return kind.of_step.num_probe_images * config.selection.num_candidate_views / config.images_per_rank
+
     return StepCost(
         step_seconds=mean(lambda kind: typical(kind.seconds)),
         render_cpu_seconds=mean(lambda kind: kind.render_cpu_seconds),
-        views_per_image=mean(lambda kind: kind.of_step.num_views),
-        forwards_per_image=mean(lambda kind: trained_views(kind) + scored_views(kind)),
+        views_per_image=mean(lambda kind: kind.of_step.num_views + probe_views(kind)),
+        forwards_per_image=mean(lambda kind: trained_views(kind) + scored_views(kind) + probe_views(kind)),
         counted_operations=mean(lambda kind: operations_of_step(config, kind.of_step)),
         memory_bytes=float(estimate_memory(config).peak),
     )

@@ -41,6 +41,9 @@ class RunConfig(Checked):
         self._check_images_per_step()
         self._check_views_of_method()
         self._check_weighting()
+        if self.selection.rule == "predicted":
+            each, probed = self.training.images_per_step // self.cluster.num_trainers, self.selection.probe_images
+            require(probed <= each, "selection.probe_images", probed, f"at most the {each} images of a trainer")
         scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
         allowed = f"at most views.global_views.size_px={size_px}"
         require(scoring_px is None or scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)

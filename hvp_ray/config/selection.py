@@ -1,11 +1,12 @@
 """Which views are rendered, and which of them are trained on."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Positive, Range, require
 
-Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs"]
+Rule = Literal["hardest", "first", "random", "easiest", "min_iou", "all_pairs", "predicted"]
 """Which pair of views is trained on; `SelectionConfig.rule` explains each value."""
 
 Weighting = Literal["mean", "softmax", "matching", "top_k", "partner"]
@@ -18,10 +19,15 @@ MOST_MATCHED_VIEWS = 8
 """They have 105 perfect matchings, which are all compared. Ten views would have 945."""
 
 _USED_BY: dict[str, tuple[Rule, ...]] = {
-    "quantile": ("hardest",),
-    "start_fraction": ("hardest", "random", "easiest", "min_iou", "all_pairs"),
-    "ramp_fraction": ("hardest", "all_pairs"),
+    "quantile": ("hardest", "predicted"),
+    "start_fraction": ("hardest", "random", "easiest", "min_iou", "all_pairs", "predicted"),
+    "ramp_fraction": ("hardest", "all_pairs", "predicted"),
+    "num_plans": ("predicted",),
+    "probe_every": ("predicted",),
+    "probe_images": ("predicted",),
+    "predictor_delay": ("predicted",),
     "weighting": ("all_pairs",),
+    "weight_top_k": ("all_pairs",),
 }
 """Fields that only these rules read. With other rules they keep their defaults, so that no setting is without effect."""
 
@@ -39,7 +45,8 @@ class SelectionConfig(Checked):
     """Which pair is trained on. hardest: the one with the largest loss under the current weights (HVP). first: views 0 and
     1, the only ones rendered (vanilla). Controls: random (a random pair), easiest (smallest loss), min_iou (crops that
     overlap least; no model involved). all_pairs: every rendered view is trained on, and the loss is the mean over all
-    pairs, weighted by `weighting`."""
+    pairs, weighted by `weighting`. predicted: the hardest pair of `num_plans` plans, as a model of plans predicts
+    it; only this pair is rendered (docs/proposals.md)."""
 
     num_views: _NumViews | None = 4
     """SimSiam, SimCLR: views rendered per image; the pair is chosen among num_views * (num_views - 1) / 2 (the paper: 4; 8
@@ -59,8 +66,9 @@ class SelectionConfig(Checked):
     None: compare all candidates, which costs nothing more. Only rules that compare scores use it."""
 
     quantile: Fraction = 1.0
-    """rule hardest: which candidate is chosen among those of an image in the order of their loss. 1: the hardest. 0: the
-    easiest. Between, the nearest place; with local views it holds for them and for the pair (docs/hard_views.md)."""
+    """Rules hardest and predicted: which candidate is chosen among those of an image in the order of their loss. 1: the
+    hardest. 0: the easiest. Between, the nearest place; with local views it holds for them and for the pair
+    (docs/hard_views.md)."""
 
     every: AtLeast1 = 1
     """Every k-th step is a hard step. The others are vanilla steps, which render and ship only what they train on. With
@@ -88,6 +96,21 @@ class SelectionConfig(Checked):
 
     weight_top_k: AtLeast1 | None = None
     """Number of pairs with weighting top_k. None with the others."""
+
+    num_plans: Annotated[int, Range(least=2, most=64)] = 16
+    """Rule predicted: plans drawn per image; the pair is chosen among num_plans * (num_plans - 1) / 2 before anything is
+    rendered."""
+
+    probe_every: AtLeast1 = 4
+    """Rule predicted: every k-th step also scores all pairs of some images, from which the predictor learns."""
+
+    probe_images: Annotated[int, Range(least=2)] = 16
+    """Rule predicted: images of each trainer that a probe scores, each with `num_views` (multi-crop: `num_global_views`)
+    views."""
+
+    predictor_delay: Annotated[int, Range(least=2)] = 32
+    """Rule predicted: step t uses what was learned up to step t minus this. More than the batches in flight, so that
+    prefetching changes no bit. As many steps at the start of a run are vanilla."""
 
     score_always: bool = False
     """Score even if the rule needs no scores: the control "extra views seen only by BatchNorm"."""
@@ -119,6 +142,12 @@ class SelectionConfig(Checked):
         fits = (chosen == 0) == (local == 0) and 0 <= chosen <= local
         allowed = f"1 to {prefix}num_local_views={local}" if local else "None without local views"
         require(fits, f"{prefix}num_chosen_local_views", self.num_chosen_local_views, allowed)
+        if self.rule == "predicted":
+            name = "num_views" if self.num_global_views is None else "num_global_views"
+            allowed = "3 or more with rule predicted, which learns from differences between the pairs of an image"
+            require(self.num_candidate_views >= 3, f"{prefix}{name}", self.num_candidate_views, allowed)
+            allowed = "False with rule predicted, which renders no other candidates"
+            require(not self.score_always, f"{prefix}score_always", self.score_always, allowed)
 
         for name, used_by in _USED_BY.items():
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
@@ -140,6 +169,12 @@ class SelectionConfig(Checked):
         fits = self.weighting != "matching" or (number % 2 == 0 and number <= MOST_MATCHED_VIEWS)
         allowed = f"an even number of at most {MOST_MATCHED_VIEWS} views is matched, and {number} are rendered"
         require(fits, f"{prefix}weighting", self.weighting, allowed)
+
+    def with_rule(self, rule: Rule) -> "SelectionConfig":
+        """Return this with another rule; the fields that it does not read get their defaults."""
+        unread = (name for name, used_by in _USED_BY.items() if rule not in used_by)
+        defaults: dict[str, Any] = {name: type(self).__dataclass_fields__[name].default for name in unread}
+        return dataclasses.replace(self, rule=rule, **defaults)
 
     @property
     def num_candidate_views(self) -> int:

@@ -20,6 +20,7 @@ from hvp_ray.config import RunConfig, ViewGroupConfig
 from hvp_ray.costs.step_plans import draw_step_plans
 from hvp_ray.distributed.world import World
 from hvp_ray.records import ViewPlan, Views
+from hvp_ray.selection import hard_step
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.trainee import Trainee, build_trainee_of, build_untrained_method
 
@@ -85,7 +86,7 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
     sizes = np.full(count, _IMAGE_PX, np.int32)
 
     def views(plan: ViewPlan, group: ViewGroupConfig) -> tuple[Views, Tensor]:
-        shape = (plan.num_views, count, group.size_px, group.size_px, 3)
+        shape = (plan.num_views, plan.num_images, group.size_px, group.size_px, 3)
         return Views(pixels=np.broadcast_to(np.uint8(0), shape), plan=plan), pixels_of(shape, dtype=torch.uint8)
 
     global_plan, local_plan = draw_step_plans(config, sizes, sizes)
@@ -93,6 +94,11 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
     of_locals, local_pixels = None, None
     if local_plan is not None and config.views.local_views is not None:
         of_locals, local_pixels = views(local_plan, config.views.local_views)
+    of_probes, probe_pixels = None, None
+    if num_probes := hard_step(config.selection).num_probe_images:
+        probed = dataclasses.replace(config, selection=config.selection.with_rule("hardest"))
+        probe_plan, _ = draw_step_plans(probed, sizes[:num_probes], sizes[:num_probes])
+        of_probes, probe_pixels = views(probe_plan, config.views.global_views)
     return DeviceBatch(
         step=0,
         epoch=0,
@@ -101,12 +107,14 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
         widths=sizes,
         global_views=of_globals,
         local_views=of_locals,
+        probe_views=of_probes,
         replacements=(),
         render_cpu_seconds=0.0,
         render_seconds=0.0,
         worker="",
         global_pixels=global_pixels,
         local_pixels=local_pixels,
+        probe_pixels=probe_pixels,
     )
 
 

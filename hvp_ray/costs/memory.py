@@ -14,7 +14,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import imagine_step
 from hvp_ray.selection import hard_step
 from hvp_ray.stream.device import BATCHES_ON_DEVICE
-from hvp_ray.training.step import choose_step_views, forward_backward, update_weights
+from hvp_ray.training.step import choose_step_views, forward_backward, probe_plans, update_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,13 +39,16 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     """Count the memory of one hard step of one trainer, after the optimizer's first step."""
     with imagine_step(config) as imagined, _LiveBytes() as live:
         trainee, method = imagined.trainee, imagined.trainee.method
-        batch = [t for t in (imagined.batch.global_pixels, imagined.batch.local_pixels) if t is not None]
+        pixels = (imagined.batch.global_pixels, imagined.batch.local_pixels, imagined.batch.probe_pixels)
+        batch = [of_group for of_group in pixels if of_group is not None]
         weights = [*method.parameters(), *method.buffers()]
-        waiting = [torch.empty_like(pixels) for pixels in batch for _ in range(BATCHES_ON_DEVICE - 1)]
+        waiting = [torch.empty_like(of_group) for of_group in batch for _ in range(BATCHES_ON_DEVICE - 1)]
         live.add([*weights, *batch, *waiting])
+        of_step = hard_step(imagined.config.selection)
         for _ in range(2):  # the optimizer allocates its state in the first step
             live.start_peak()
-            chosen = choose_step_views(trainee, imagined.batch, imagined.config, hard_step(imagined.config.selection))
+            chosen = choose_step_views(trainee, imagined.batch, imagined.config, of_step)
+            probe_plans(trainee, imagined.batch, imagined.config, of_step)
             scoring_peak = live.peak
             live.start_peak()
             trained = forward_backward(trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hvp_ray.config import EQUAL_WEIGHTS, RunConfig
+from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import imagine_step
 from hvp_ray.selection import StepSelection, hard_step, vanilla_step
-from hvp_ray.training.step import choose_step_views, forward_backward
+from hvp_ray.training.step import choose_step_views, forward_backward, probe_plans
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,16 +32,17 @@ def count_operations(config: RunConfig) -> StepOperations:
 
     Elementwise work (normalisation, softmax, the update) is not counted, because memory bounds it, not arithmetic.
     """
-    selection = dataclasses.replace(config.selection, rule="hardest", score_always=False, **EQUAL_WEIGHTS)
+    selection = dataclasses.replace(config.selection.with_rule("hardest"), score_always=False)
     hard = dataclasses.replace(config, selection=selection)
     random_step = operations_of_step(hard, vanilla_step(selection))
     return StepOperations(random_step=random_step, scoring=operations_of_step(hard, hard_step(selection)) - random_step)
 
 
 def operations_of_step(config: RunConfig, of_step: StepSelection) -> int:
-    """Count the operations of one kind of a run's steps: scoring, if it scores, and training on all views of its rule."""
+    """Count the operations of one kind of a run's steps: scoring and probes, if it has them, and training."""
     # The counter supports attention as two products, and not the fused kernels of some devices.
     with imagine_step(config) as imagined, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         chosen = choose_step_views(imagined.trainee, imagined.batch, imagined.config, of_step)
+        probe_plans(imagined.trainee, imagined.batch, imagined.config, of_step)
         forward_backward(imagined.trainee, chosen.pixels, imagined.config, step=0, stop_requested=False)
     return int(counter.get_total_flops())

@@ -17,11 +17,13 @@ USABLE_STORE_FRACTION = 0.7
 
 def batch_bytes(config: RunConfig) -> int:
     """Return the bytes of pixels of one rank's largest batch."""
-    of_step, views = hard_step(config.selection), config.views
+    selection, views = config.selection, config.views
+    of_step = hard_step(selection)
     pixels = of_step.num_views * views.global_views.size_px**2
     if views.local_views is not None:
         pixels += of_step.num_local_views * views.local_views.size_px**2
-    return pixels * config.images_per_rank * 3
+    probed = of_step.num_probe_images * selection.num_candidate_views
+    return (pixels * config.images_per_rank + probed * views.global_views.size_px**2) * 3
 
 
 def step_bytes(config: RunConfig, dataset: Dataset) -> int:

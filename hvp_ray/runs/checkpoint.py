@@ -43,7 +43,12 @@ class CheckpointStore:
         """
         folder = _folder(checkpoint.step)
         buffer = io.BytesIO()
-        state = {"step": checkpoint.step, "method": checkpoint.method, "optimizer": checkpoint.optimizer}
+        state = {
+            "step": checkpoint.step,
+            "method": checkpoint.method,
+            "optimizer": checkpoint.optimizer,
+            "predictor": checkpoint.predictor,
+        }
         torch.save(state, buffer)
         content = buffer.getvalue()
         manifest = {
@@ -144,14 +149,15 @@ def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Chec
     """
     check_stored_archive(io.BytesIO(content), num_bytes=len(content))
     state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
-    method, optimizer = state["method"], state["optimizer"]
-    are_tensors = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in method.items())
+    method, optimizer, predictor = state["method"], state["optimizer"], state["predictor"]
+    named = [*method.items(), *predictor.items()]
+    are_tensors = all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named)
     if not are_tensors or set(optimizer) != {"state", "param_groups"} or type(state["step"]) is not int:
-        raise ValueError("no step, method and optimizer")
+        raise ValueError("no step, method, optimizer and predictor")
     if state["step"] != step:
         raise ValueError(f"it is of step {state['step']}")
     _check_tensors(state)
-    return Checkpoint(step=step, method=method, optimizer=optimizer)
+    return Checkpoint(step=step, method=method, optimizer=optimizer, predictor=predictor)
 
 
 def _check_tensors(state: object) -> None:

@@ -253,6 +253,7 @@ def prepare_run(
         CheckpointError: the run is not the planned one, or the run of this name differs from it in its identity or
             evaluation (the message has the difference). Or its folder has a summary.json but no config.json.
     """
+    _check_predictor_delay(config, resolved)
     dataset = _open_checked(config, dataset)
     result = resolve(config, dataset, renderer=resolved.renderer, device=resolved.device)
     fingerprint = result.training_data["training data"]
@@ -287,6 +288,16 @@ def prepare_run(
         test_data=result.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
+
+
+def _check_predictor_delay(config: RunConfig, resolved: ResolvedRun) -> None:
+    """Check that no step is requested before the probes that its proposal uses are learned from."""
+    delay, in_flight = config.selection.predictor_delay, resolved.batches_in_flight
+    if config.selection.rule == "predicted" and in_flight >= delay:
+        raise ConfigError(
+            f"selection.predictor_delay={delay} is not allowed: each trainer prefetches {in_flight} batches, and a step is "
+            f"requested before what it needs is learned; set cluster.batches_in_flight={delay - 1} or less, or a longer delay"
+        )
 
 
 def _check_planned(config: RunConfig, planned: Identity, identity: Identity) -> None:

@@ -110,7 +110,12 @@ def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
         max_fraction=config.data.max_unreadable_fraction,
     )
     request_of = requests_of_rank(
-        config, rank.order, rank=world.rank, num_ranks=world.num_ranks, known_replacements=unreadable.known
+        config,
+        rank.order,
+        rank=world.rank,
+        num_ranks=world.num_ranks,
+        known_replacements=unreadable.known,
+        predictor=trainee.predictor,
     )
     stream = services.open_stream(request_of, first_step, steps.num_steps)
     clock = StepClock(lambda: stream.stats.wait_seconds)

@@ -149,6 +149,8 @@ class SelectionRule:
     """The rule reads scores, so its steps forward all candidates first."""
     trains_on_all_views: bool = False
     """Steps train on every view that is rendered, and not on one candidate per image."""
+    chooses_before_rendering: bool = False
+    """View workers render only what is trained on; see `proposals.py`."""
 
     def num_trained_views(self, candidates: Candidates) -> tuple[int, int]:
         """Return how many global and how many local views of each image a step trains on."""
@@ -164,6 +166,7 @@ RULES: dict[Rule, SelectionRule] = {
     "random": SelectionRule(choose=choose_random),
     "min_iou": SelectionRule(choose=choose_min_iou),
     "all_pairs": SelectionRule(choose=choose_all_pairs, trains_on_all_views=True),
+    "predicted": SelectionRule(choose=choose_first, chooses_before_rendering=True),
 }
 """Every value of `Rule`; `SelectionConfig.rule` explains each."""
 

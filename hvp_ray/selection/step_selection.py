@@ -32,6 +32,8 @@ class StepSelection:
     """See `rules.RuleInput.quantile`."""
     dial: float
     """Position on the ramp: 0 where hardness begins, 1 at its full setting."""
+    num_probe_images: int = 0
+    """Images of each trainer whose pairs are all scored, for rule predicted to learn from."""
 
     def candidates(self, views: ViewsConfig) -> Candidates:
         """Return the candidates of the step."""
@@ -48,16 +50,19 @@ def hard_step(selection: SelectionConfig, dial: float = 1.0) -> StepSelection:
     """Return what a step that follows `selection.rule` does."""
     if selection.rule == "first":
         return vanilla_step(selection)
+    rule, chosen_locals = RULES[selection.rule], selection.num_chosen_local_views or 0
+    renders_candidates = not rule.chooses_before_rendering
     return StepSelection(
         rule=selection.rule,
         is_hard=True,
-        needs_scores=RULES[selection.rule].needs_scores or selection.score_always,
-        num_views=selection.num_candidate_views,
-        num_local_views=selection.num_local_views or 0,
-        num_chosen_local_views=selection.num_chosen_local_views or 0,
+        needs_scores=rule.needs_scores or selection.score_always,
+        num_views=selection.num_candidate_views if renders_candidates else 2,
+        num_local_views=(selection.num_local_views or 0) if renders_candidates else chosen_locals,
+        num_chosen_local_views=chosen_locals,
         limit=selection.limit,
         quantile=(1.0 - dial) * selection.ramp_from + dial * selection.quantile,
         dial=dial,
+        num_probe_images=selection.probe_images if rule.chooses_before_rendering else 0,
     )
 
 
@@ -87,6 +92,12 @@ def vanilla_step(selection: SelectionConfig) -> StepSelection:
 
 def selection_at(selection: SelectionConfig, step: int, num_steps: int) -> StepSelection:
     """Return what step `step` of a run of `num_steps` steps does. Every process gets the same answer."""
+    of_step = _without_probes(selection, step, num_steps)
+    probes = RULES[selection.rule].chooses_before_rendering and step % selection.probe_every == 0
+    return dataclasses.replace(of_step, num_probe_images=selection.probe_images if probes else 0)
+
+
+def _without_probes(selection: SelectionConfig, step: int, num_steps: int) -> StepSelection:
     start, ramp = round(selection.start_fraction * num_steps), selection.ramp_fraction * num_steps
     # All pairs are all views' before hardness begins, too: only their weights are scheduled.
     has_begun = step >= start or selection.rule == "all_pairs"

@@ -8,6 +8,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.order import SampleOrder
 from hvp_ray.records import BatchRequest, Replacement
 from hvp_ray.selection import selection_at
+from hvp_ray.selection.proposals import HardnessPredictor, proposal_for
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
 from hvp_ray.stream.render_batch import RenderContext, render_batch
 from hvp_ray.stream.stats import StreamStats
@@ -38,6 +39,7 @@ def requests_of_rank(
     rank: int,
     num_ranks: int,
     known_replacements: dict[int, tuple[Replacement, ...]],
+    predictor: HardnessPredictor | None = None,
 ) -> RequestOf:
     """Return the function that addresses this rank's batch of any step.
 
@@ -47,12 +49,14 @@ def requests_of_rank(
         rank: this rank.
         num_ranks: number of trainers.
         known_replacements: step -> decisions on unreadable images from an earlier attempt.
+        predictor: of rule predicted. None: another rule, or nothing was learned.
     """
     per_rank = order.images_per_step // num_ranks
     num_steps = config.training.total_steps(order.steps_per_epoch)
 
     def request_of(step: int) -> BatchRequest:
         of_step = selection_at(config.selection, step, num_steps)
+        coefficients = None if predictor is None else predictor.coefficients_of(step)
         return BatchRequest(
             step=step,
             epoch=order.epoch_of(step),
@@ -60,6 +64,9 @@ def requests_of_rank(
             sample_ids=order.sample_ids_of_step(step, rank=rank, num_ranks=num_ranks),
             num_views=of_step.num_views,
             num_local_views=of_step.num_local_views,
+            proposal=proposal_for(config.selection, of_step, coefficients),
+            num_probe_images=of_step.num_probe_images,
+            num_probe_views=config.selection.num_candidate_views,
             known_replacements=known_replacements.get(step, ()),
         )
 

@@ -25,6 +25,7 @@ class DeviceBatch(ViewBatch):
 
     global_pixels: UInt8[Tensor, "views batch height width 3"]
     local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
+    probe_pixels: UInt8[Tensor, "probe_views images height width 3"] | None = None
     copied: torch.cuda.Event | None = None
     """Recorded after the copy; None on a CPU."""
 
@@ -33,7 +34,7 @@ class DeviceBatch(ViewBatch):
         if self.copied is not None:
             stream = torch.cuda.current_stream(self.global_pixels.device)
             stream.wait_event(self.copied)
-            for pixels in (self.global_pixels, self.local_pixels):
+            for pixels in (self.global_pixels, self.local_pixels, self.probe_pixels):
                 if pixels is not None:
                     pixels.record_stream(stream)
 
@@ -53,13 +54,18 @@ class CopyToDevice:
 
     def __call__(self, batch: ViewBatch) -> DeviceBatch:
         """Start the copy and return at once."""
-        views = [views for views in (batch.global_views, batch.local_views) if views is not None]
-        pixels, copied = [_as_tensor(of_group.pixels) for of_group in views], None
+        pixels, copied = [_as_tensor(views.pixels) for views in batch.groups.values()], None
         if self._stream is not None:
             pixels, copied = self._copy(pixels)
         on_host = {field.name: getattr(batch, field.name) for field in dataclasses.fields(ViewBatch)}
-        local_pixels = pixels[1] if len(pixels) > 1 else None
-        return DeviceBatch(**on_host, global_pixels=pixels[0], local_pixels=local_pixels, copied=copied)
+        of_group = dict(zip(batch.groups, pixels, strict=True))
+        return DeviceBatch(
+            **on_host,
+            global_pixels=of_group["global"],
+            local_pixels=of_group.get("local"),
+            probe_pixels=of_group.get("probe"),
+            copied=copied,
+        )
 
     def release(self) -> None:
         """Mark the trainer's batch as dropped.

@@ -31,6 +31,7 @@ from hvp_ray.records import (
     ViewPlan,
     Views,
 )
+from hvp_ray.selection.proposals import choose_plans
 from hvp_ray.stream.quarantine import CRASHES_DECODER, DECODER, failures_apart
 from hvp_ray.stream.reading import read_images
 from hvp_ray.views.decoded import decode_used
@@ -112,7 +113,10 @@ def render_batch(context: RenderContext, request: BatchRequest, *, worker: str =
         StageError: the search for crashing images failed, see `find_crashing_ids`.
     """
     draft, rendered = _assemble(context, request, context.renderer.render, worker)
-    return _with_views(draft, rendered)
+    batch = _with_views(draft, rendered)
+    if request.num_probe_images:
+        batch = _with_probes(batch, render_batch(context, _probe_request(request, draft), worker=worker))
+    return batch
 
 
 def decode_batch(
@@ -124,7 +128,32 @@ def decode_batch(
         DataError: see `render_batch`.
         StageError: see `render_batch`.
     """
-    return _assemble(context, request, partial(decode_used, data=context.data), worker)
+    draft, decoded = _assemble(context, request, partial(decode_used, data=context.data), worker)
+    if request.num_probe_images:
+        probe_draft, probe_images = decode_batch(context, _probe_request(request, draft), worker=worker)
+        draft = dataclasses.replace(
+            draft,
+            render_cpu_seconds=draft.render_cpu_seconds + probe_draft.render_cpu_seconds,
+            render_seconds=draft.render_seconds + probe_draft.render_seconds,
+            probes=(dataclasses.replace(probe_draft, render_cpu_seconds=0.0, render_seconds=0.0), probe_images),
+        )
+    return draft, decoded
+
+
+def _probe_request(request: BatchRequest, draft: BatchDraft) -> BatchRequest:
+    """Return the request of a step's probe views: the first plans of its first images, with the same replacements."""
+    count = request.num_probe_images
+    return dataclasses.replace(
+        request,
+        sample_ids=request.sample_ids[:count],
+        num_views=request.num_probe_views,
+        num_local_views=0,
+        proposal=None,
+        num_probe_images=0,
+        known_replacements=tuple(r for r in draft.replacements if r.index < count),
+        quarantined_ids=(*request.quarantined_ids, *draft.crashing_ids),
+        search_crashing=False,
+    )
 
 
 def _assemble(
@@ -186,7 +215,8 @@ def finish_batch(renderer: CpuRenderer, draft: BatchDraft, decoded: DecodedImage
         render_cpu_seconds=draft.render_cpu_seconds + cpu_seconds,
         render_seconds=draft.render_seconds + seconds,
     )
-    return _with_views(draft, rendered, decoded_bytes=decoded.pixels.nbytes)
+    batch = _with_views(draft, rendered, decoded_bytes=decoded.pixels.nbytes)
+    return batch if draft.probes is None else _with_probes(batch, finish_batch(renderer, *draft.probes))
 
 
 def _with_views(draft: BatchDraft, rendered: RenderedBatch, *, decoded_bytes: int = 0) -> ViewBatch:
@@ -199,6 +229,16 @@ def _with_views(draft: BatchDraft, rendered: RenderedBatch, *, decoded_bytes: in
         global_views=Views(pixels=rendered.global_pixels, plan=draft.global_plan),
         local_views=local_views,
         decoded_bytes=decoded_bytes,
+    )
+
+
+def _with_probes(batch: ViewBatch, probes: ViewBatch) -> ViewBatch:
+    return dataclasses.replace(
+        batch,
+        probe_views=probes.global_views,
+        decoded_bytes=batch.decoded_bytes + probes.decoded_bytes,
+        render_cpu_seconds=batch.render_cpu_seconds + probes.render_cpu_seconds,
+        render_seconds=batch.render_seconds + probes.render_seconds,
     )
 
 
@@ -298,7 +338,14 @@ class _Assembly(Generic[_Made]):
         views, request, seed = self._context.views, self._request, self._context.seed
         sample_ids, heights, widths = self.sample_ids[rows], self.heights[rows], self.widths[rows]
         draw = partial(draw_plan, seed=seed, epoch=request.epoch, sample_ids=sample_ids, image_sizes=(heights, widths))
-        global_plan = draw(purpose=purposes.global_views, num_views=request.num_views, group=views.global_views)
+        proposal = request.proposal
+        num_plans = request.num_views if proposal is None else proposal.num_plans
+        global_plan = draw(purpose=purposes.global_views, num_views=num_plans, group=views.global_views)
+        if proposal is not None:
+            alternating = views.slots_keep_transforms
+            global_plan = global_plan.gather(
+                choose_plans(global_plan, heights, widths, proposal, alternating=alternating)
+            )
         local_plan = None
         if request.num_local_views:
             assert views.local_views is not None

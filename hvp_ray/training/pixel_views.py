@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from hvp_ray.config import SelectionConfig, ViewsConfig
 from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import ViewTensors
+from hvp_ray.records import Views
 from hvp_ray.selection import Selection, gather_views
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.views.downscale import downscale_views
@@ -28,11 +30,20 @@ class PixelViews:
     @staticmethod
     def of(batch: DeviceBatch) -> "PixelViews":
         """Return the candidates of a batch."""
-        mask = batch.global_views.plan.mask
         return PixelViews(
             global_pixels=batch.global_pixels,
             local_pixels=batch.local_pixels,
-            masks=None if mask is None else to_device(mask.copy(), batch.global_pixels.device),
+            masks=_masks_on(batch.global_pixels.device, batch.global_views),
+        )
+
+    @staticmethod
+    def of_probes(batch: DeviceBatch) -> "PixelViews":
+        """Return the probe views of a batch, which has some."""
+        assert batch.probe_views is not None and batch.probe_pixels is not None
+        return PixelViews(
+            global_pixels=batch.probe_pixels,
+            local_pixels=None,
+            masks=_masks_on(batch.probe_pixels.device, batch.probe_views),
         )
 
     def gather(self, selection: Selection) -> "PixelViews":
@@ -102,3 +113,7 @@ class PixelViews:
             return None
         size_px = views.global_views.size_px
         return views.masks.max_cells(size_px) if self.masks.shape[-1] == views.masks.grid(size_px) else None
+
+
+def _masks_on(device: torch.device, views: Views) -> Tensor | None:
+    return None if views.plan.mask is None else to_device(views.plan.mask.copy(), device)

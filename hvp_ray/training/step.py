@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvp_ray.config import OptimizerConfig, RunConfig
 from hvp_ray.errors import TrainingError
+from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import Contrast, MethodLoss
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.selection import (
@@ -24,6 +25,7 @@ from hvp_ray.selection import (
     pair_weights_of,
     score_views,
 )
+from hvp_ray.selection.proposals import pair_features, probe_statistics
 from hvp_ray.selection.scoring import batch_norm_for_scoring
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.optimizers import clip_gradients
@@ -45,7 +47,7 @@ class StepMetrics:
     """Loss that each candidate would give; None: the step did not score."""
     embeddings: Float[Tensor, "batch dim"]
     measurements: dict[str, Float[Tensor, ""]]
-    """The method's own metrics on this rank."""
+    """The method's own metrics on this rank, and those of the predictor."""
     stop_requested: bool
     """Whether any rank was asked to stop; equal on all ranks."""
 
@@ -73,10 +75,11 @@ def train_step(
     with trainee.stage("copy"):
         batch.wait()
     chosen = choose_step_views(trainee, batch, config, of_step)
+    probed = probe_plans(trainee, batch, config, of_step)
     trained = forward_backward(
         trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested, dial=of_step.dial
     )
-    is_finite, stops = trained.flags.read()
+    is_finite, stops = trained.flags.read().tolist()
     if not is_finite:
         raise TrainingError(
             f"the loss of step {batch.step} is {trained.loss.item()} on at least one rank, and a finite loss was expected; "
@@ -84,6 +87,10 @@ def train_step(
             f"optimizer.learning_rate_per_256, or set optimizer.clip_gradient_norm"
         )
     gradient_norm = update_weights(trainee, trained, config.optimizer)
+    measurements = _mean_of_parts([result.measurements for result in trained.results])
+    if trainee.predictor is not None:
+        trainee.predictor.end_step(None if probed is None else probed.read().numpy())
+        measurements |= {"selection/predictor_r2": torch.tensor(trainee.predictor.r2)}
     return StepMetrics(
         loss=trained.loss,
         gradient_norm=gradient_norm,
@@ -91,7 +98,7 @@ def train_step(
         selection=chosen.selection,
         scores=chosen.scores,
         embeddings=torch.cat([result.embeddings for result in trained.results]),
-        measurements=_mean_of_parts([result.measurements for result in trained.results]),
+        measurements=measurements,
         stop_requested=stops,
     )
 
@@ -113,7 +120,8 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
     candidates = of_step.candidates(config.views)
     scores = None
     if of_step.needs_scores:
-        scores = score_candidates(trainee, pixels, candidates, config, batch.step)
+        parts = pixels.split(config.training.accumulation_steps)
+        scores = score_candidates(trainee, parts, candidates, config, batch.step)
         if _training_may_reuse(config):
             pixels = replace(pixels, reusable=scores.reusable)
         scores = replace(scores, reusable={})  # only `pixels` holds them, until the chosen views' part is gathered
@@ -140,14 +148,14 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
 
 
 def score_candidates(
-    trainee: Trainee, pixels: PixelViews, candidates: Candidates, config: RunConfig, step: int
+    trainee: Trainee, parts: list[PixelViews], candidates: Candidates, config: RunConfig, step: int
 ) -> CandidateScores:
-    """Score all candidates with the current weights, in `training.accumulation_steps` parts."""
+    """Score all candidates with the current weights, one part of the images after the other."""
     selection = config.selection
     precision = config.training.precision if selection.scoring_precision == "training" else selection.scoring_precision
     _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
     scores = []
-    for part in pixels.split(config.training.accumulation_steps):
+    for part in parts:
         with trainee.stage("downscale"):
             small = part.for_scoring(selection, config.views, patch_px=trainee.method.patch_px)
         with trainee.stage("normalise"):
@@ -165,6 +173,20 @@ def score_candidates(
     return CandidateScores.joined(scores)
 
 
+def probe_plans(trainee: Trainee, batch: DeviceBatch, config: RunConfig, of_step: StepSelection) -> "_AsyncCopy | None":
+    """Score all pairs of the probe views; return `probe_statistics` as means over the ranks. None: the step has no probe."""
+    if not of_step.num_probe_images:
+        return None
+    assert batch.probe_views is not None
+    plan = batch.probe_views.plan
+    candidates = Candidates(num_views=plan.num_views, alternating=config.views.slots_keep_transforms)
+    scores = score_candidates(trainee, [PixelViews.of_probes(batch)], candidates, config, batch.step)
+    heights, widths = (sizes[: plan.num_images] for sizes in (batch.heights, batch.widths))
+    features = to_device(pair_features(plan, heights, widths, candidates.pairs), trainee.device)
+    with trainee.stage("collectives"):
+        return _AsyncCopy(trainee.mean_over_ranks(probe_statistics(features, scores.pairs_BP)))
+
+
 def _training_may_reuse(config: RunConfig) -> bool:
     """Tell whether scoring forwards the views exactly as training will."""
     selection = config.selection
@@ -179,8 +201,8 @@ class TrainedViews:
 
     results: list[MethodLoss]
     loss: Float[Tensor, ""]
-    flags: "_AsyncFlags"
-    """Whether the loss is finite, and whether some rank was asked to stop."""
+    flags: "_AsyncCopy"
+    """Two booleans: whether the loss is finite, and whether some rank was asked to stop."""
 
 
 def forward_backward(
@@ -210,7 +232,7 @@ def forward_backward(
                 loss = torch.stack([result.loss.detach().float() for result in results]).mean()
                 with trainee.stage("collectives"):
                     reduced = trainee.mean_over_ranks(torch.stack([loss, stop]))
-                flags = _AsyncFlags(torch.stack([torch.isfinite(reduced[0]), reduced[1] > 0.0]))
+                flags = _AsyncCopy(torch.stack([torch.isfinite(reduced[0]), reduced[1] > 0.0]))
             with trainee.stage("backward"):
                 (results[-1].loss / len(parts)).backward()
     with trainee.stage("collectives"):
@@ -271,21 +293,20 @@ def _seed_torch(config: RunConfig, purpose: Purpose, step: int, rank: int, part:
     torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=purpose, step=step, rank=rank, part=part))
 
 
-class _AsyncFlags:
-    """Booleans of the device, copied to the host while the device continues."""
+class _AsyncCopy:
+    """A tensor of the device, copied to the host while the device continues."""
 
-    def __init__(self, flags: Tensor) -> None:
-        self._flags = flags
+    def __init__(self, values: Tensor) -> None:
+        self._values = values
         self._copied: torch.cuda.Event | None = None
-        if flags.device.type == "cuda":
-            host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-            self._flags = host.copy_(flags, non_blocking=True)
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values = host.copy_(values, non_blocking=True)
             self._copied = torch.cuda.Event()
-            self._copied.record(torch.cuda.current_stream(flags.device))
+            self._copied.record(torch.cuda.current_stream(values.device))
 
-    def read(self) -> list[bool]:
-        """Wait for the copy only, not for the backward pass queued after it."""
+    def read(self) -> Tensor:
+        """Wait for the copy only, not for the work queued after it."""
         if self._copied is not None:
             self._copied.synchronize()
-        flags: list[bool] = self._flags.tolist()
-        return flags
+        return self._values

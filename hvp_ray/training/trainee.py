@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from hvp_ray.methods.backbones import load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.selection import Candidates, CandidateScores
+from hvp_ray.selection.proposals import HardnessPredictor
 from hvp_ray.training.optimizers import build_optimizer
 from hvp_ray.training.stages import Stage, name_for_profiler
 
@@ -37,6 +38,8 @@ class Trainee:
     mean_over_ranks: Callable[[Tensor], Tensor]
     device: torch.device
     rank: int
+    predictor: HardnessPredictor | None = None
+    """Learns from the probes of rule predicted; None: another rule."""
     stage: Callable[[Stage], AbstractContextManager[None]] = name_for_profiler
     """Entered around each part of a step."""
 
@@ -49,6 +52,8 @@ class Checkpoint:
     """Number of optimizer steps done."""
     method: dict[str, Tensor]
     optimizer: dict[str, Any]
+    predictor: dict[str, Tensor] = field(default_factory=dict)
+    """`HardnessPredictor.state`; empty: there is none."""
 
 
 def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
@@ -91,6 +96,13 @@ def build_trainee_of(
     if checkpoint is not None:
         method.load_state_dict(checkpoint.method)
         optimizer.load_state_dict(checkpoint.optimizer)
+    predictor = None
+    if config.selection.rule == "predicted":
+        predictor = HardnessPredictor(
+            delay=config.selection.predictor_delay,
+            steps_done=0 if checkpoint is None else checkpoint.step,
+            state=None if checkpoint is None else checkpoint.predictor,
+        )
     wrapped = wrap_for_training(method, world, device)
     compiled = config.training.compile
     return Trainee(
@@ -103,10 +115,16 @@ def build_trainee_of(
         mean_over_ranks=mean_over_ranks,
         device=device,
         rank=world.rank,
+        predictor=predictor,
     )
 
 
 def take_checkpoint(trainee: Trainee, steps_done: int) -> Checkpoint:
     """Copy the state to the host."""
     method = {name: tensor.detach().cpu().clone() for name, tensor in trainee.method.state_dict().items()}
-    return Checkpoint(step=steps_done, method=method, optimizer=trainee.optimizer.state_dict())
+    return Checkpoint(
+        step=steps_done,
+        method=method,
+        optimizer=trainee.optimizer.state_dict(),
+        predictor={} if trainee.predictor is None else trainee.predictor.state(),
+    )

@@ -191,7 +191,10 @@ def test_config_of_another_version_is_refused() -> None:
             "selection.quantile=0.9 is not allowed: 1.0 with selection.rule=easiest",
         ),
         ({"rule": "first", "start_fraction": 0.5}, "selection.start_fraction=0.5 is not allowed: 0.0 with"),
-        ({"rule": "random", "ramp_fraction": 0.5}, r"selection.ramp_fraction=0.5 .* \(hardest, all_pairs do\)"),
+        (
+            {"rule": "random", "ramp_fraction": 0.5},
+            r"selection.ramp_fraction=0.5 .* \(hardest, all_pairs, predicted do\)",
+        ),
         ({"start_fraction": 0.5, "ramp_fraction": 0.6}, "selection.ramp_fraction=0.6 is not allowed"),
     ],
 )

@@ -184,8 +184,7 @@ def test_every_rule_is_one_switch_on_every_recipe(name: str) -> None:
     for rule in get_args(Rule):
         selection = dataclasses.replace(config.selection, rule=rule)
         arm = dataclasses.replace(config, selection=selection)
-        is_vanilla = rule == "first"
-        assert (hard_step(arm.selection).num_views == 2) == is_vanilla
+        assert (hard_step(arm.selection).num_views == 2) == (rule in ("first", "predicted"))
 
 
 def test_view_counts_are_those_of_the_paper() -> None:

@@ -13,8 +13,9 @@ from hvp_ray.config import DataConfig, TransformConfig, ViewsConfig
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError
 from hvp_ray.recipes import get_recipe
-from hvp_ray.records import BatchRequest, ViewBatch
+from hvp_ray.records import BatchRequest, Proposal, ViewBatch
 from hvp_ray.selection import hard_step
+from hvp_ray.selection.proposals import FEATURES
 from hvp_ray.stream.render_batch import RenderContext, decode_batch, finish_batch, render_batch
 from hvp_ray.tracking.run_log import RunLog
 from hvp_ray.tracking.unreadable_log import UnreadableLog
@@ -141,11 +142,14 @@ def test_quarantined_image_is_never_decoded() -> None:
 def _arrays(batch: ViewBatch) -> dict[str, NDArray[np.generic]]:
     """Everything that a trainer takes from a batch."""
     arrays = {"ids": batch.sample_ids, "heights": batch.heights, "widths": batch.widths}
-    for name, views in (("global", batch.global_views), ("local", batch.local_views)):
-        if views is not None:
-            plan = {field: value for field, value in dataclasses.asdict(views.plan).items() if value is not None}
-            arrays |= {f"{name} {field}": value for field, value in ({"pixels": views.pixels} | plan).items()}
+    for name, views in batch.groups.items():
+        plan = {"pixels": views.pixels} | views.plan.arrays()
+        arrays |= {f"{name} {field}": value for field, value in plan.items()}
     return arrays
+
+
+def _proposal(generator: np.random.Generator) -> Proposal:
+    return Proposal(num_plans=6, coefficients=generator.normal(size=len(FEATURES)), quantile=1.0)
 
 
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-imagenet-r50-100ep", "ibot-digits"])
@@ -165,7 +169,14 @@ def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
     for index in damaged:
         images[index] = images[index][: len(images[index]) // 2] if index % 2 else b""
     num_local_views = hard_step(config.selection).num_local_views
-    request = _request(list(range(12)), num_views=3, num_local_views=num_local_views, quarantined_ids=(7,))
+    request = _request(
+        list(range(12)),
+        num_local_views=num_local_views,
+        quarantined_ids=(7,),
+        proposal=_proposal(generator),
+        num_probe_images=8,
+        num_probe_views=3,
+    )
     decided: list[ViewBatch] = []
     for _ in range(2):  # the second time with the first one's decisions
         whole = render_batch(_context(images, views=config.views), request)
@@ -177,11 +188,52 @@ def test_decoded_here_and_finished_there_are_the_bits_of_the_whole(
         expected, found = _arrays(whole), _arrays(finished)
         assert list(found) == list(expected)
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
-        assert finished.shipped_bytes == decoded.pixels.nbytes <= int((whole.heights * whole.widths).sum()) * 3
+        assert draft.probes is not None
+        probed = draft.probes[1].pixels.nbytes
+        assert finished.shipped_bytes == decoded.pixels.nbytes + probed
+        areas = whole.heights * whole.widths
+        assert decoded.pixels.nbytes <= int(areas.sum()) * 3 and probed <= int(areas[:8].sum()) * 3
         assert whole.shipped_bytes == whole.num_bytes == finished.num_bytes
         decided.append(whole)
         request = dataclasses.replace(request, known_replacements=whole.replacements)
     assert len(decided[0].replacements) >= 1 + len(damaged) // 2
+
+
+def test_chosen_pair_of_the_plans_is_rendered_as_these_plans_are_alone(generator: np.random.Generator) -> None:
+    """Also for replacements, which have plans of their own. Different images get different places of their plans."""
+    images, ids = [encode(photograph_like(generator, 40, 50)) for _ in range(40)], list(range(8))
+    images[2], images[5] = b"", images[5][:60]
+    proposal = _proposal(generator)
+    every = _render(images, ids, num_views=6)
+    chosen = _render(images, ids, proposal=proposal)
+    assert chosen.replacements == every.replacements
+    assert chosen.sample_ids.tolist() == every.sample_ids.tolist()
+    places = set()
+    for image in range(8):
+        of_plan = [every.global_views.plan.view(view, image) for view in range(6)]
+        views = [of_plan.index(chosen.global_views.plan.view(slot, image)) for slot in range(2)]
+        assert views[0] < views[1]
+        assert np.array_equal(
+            chosen.global_views.pixels[:, image], every.global_views.pixels[views, image], equal_nan=False
+        )
+        places.add(tuple(views))
+    assert len(places) > 2
+    alone = [_render(images, [i], proposal=proposal).global_views.pixels[:, 0] for i in (3, 4)]
+    assert np.array_equal(chosen.global_views.pixels[:, 3:5], np.stack(alone, axis=1))
+
+
+def test_probe_views_are_the_first_plans_of_the_first_images_and_of_their_replacements(
+    generator: np.random.Generator,
+) -> None:
+    images, ids = _images(damaged=(2, 5, 20, 21)), list(range(8))
+    probed = _render(images, ids, proposal=_proposal(generator), num_probe_images=4, num_probe_views=3)
+    every = _render(images, ids, num_views=3)
+    assert probed.probe_views is not None
+    assert np.array_equal(probed.probe_views.pixels, every.global_views.pixels[:, :4])
+    assert np.array_equal(probed.probe_views.plan.top, every.global_views.plan.top[:, :4])
+    assert probed.replacements == every.replacements
+    assert probed.num_rendered_views == 2 * 8 + 3 * 4
+    assert probed.shipped_bytes == probed.num_bytes == probed.num_rendered_views * 16 * 16 * 3
 
 
 def test_batch_that_has_all_readable_images_repeats_some_with_other_views() -> None:
