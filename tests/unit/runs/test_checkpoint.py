@@ -120,7 +120,8 @@ def test_program_in_a_checkpoint_is_refused_and_not_run(
 ) -> None:
     proof = tmp_path / "proof"
     program = ProgramInAPickle(proof)
-    state: object = {"step": 2, "method": {}, "optimizer": {"state": {}, "param_groups": []}} | {place: program}
+    empty = {"step": 2, "method": {}, "optimizer": {"state": {}, "param_groups": []}, "predictor": {}}
+    state: object = empty | {place: program}
     content = saved(program if place == "state" else state)
     torch.load(io.BytesIO(content), weights_only=False) if saved is _saved else pickle.loads(content)
     assert proof.exists()  # it is a real one
@@ -144,7 +145,7 @@ def test_checkpoint_that_is_larger_inside_than_outside_is_refused(tmp_path: Path
     store = _store(tmp_path)
     store.write(_checkpoint(1))
     optimizer = _checkpoint(1).optimizer
-    small = {"step": 1, "method": {"weight": torch.zeros(2**22)}, "optimizer": optimizer}
+    small = {"step": 1, "method": {"weight": torch.zeros(2**22)}, "optimizer": optimizer, "predictor": {}}
     spread = small | {"method": {"weight": torch.zeros(1).expand(10**12)}}
     hidden = small | {
         "optimizer": {"state": {0: {"momentum_buffer": torch.zeros(1).expand(10**12)}}, "param_groups": []}
@@ -154,7 +155,7 @@ def test_checkpoint_that_is_larger_inside_than_outside_is_refused(tmp_path: Path
         (_saved(spread), "without its elements"),
         (_saved(hidden), "without its elements"),
         (_saved(small | {"step": 7}), "it is of step 7"),
-        (_saved(small | {"method": {"weight": 3}}), "no step, method and optimizer"),
+        (_saved(small | {"method": {"weight": 3}}), "no step, method, optimizer and predictor"),
         (_saved([1, 2]), "is refused"),
         (b"not even an archive", "is refused"),
     ):
