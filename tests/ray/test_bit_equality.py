@@ -135,6 +135,34 @@ def test_ibot_with_view_workers_and_a_trainer_killed_equals_inline(output: Path)
     assert _check(output, "ibot-killed", summary) == inline["weights_digest"]
 
 
+@pytest.mark.long
+def test_proposals_with_view_workers_and_a_trainer_killed_equal_inline(output: Path) -> None:
+    """The delay is one more than the batches in flight. Two probes were learned from since the newest checkpoint."""
+
+    def config(name: str, **cluster: object) -> RunConfig:
+        selection = {"rule": "predicted", "predictor_delay": 4, "probe_every": 1}
+        return tiny_config(str(output), run={"name": name}, selection=selection, cluster=cluster)
+
+    def kill(step: int) -> None:
+        for worker in processes_titled("ray::ViewWorker"):
+            os.kill(worker.pid, signal.SIGKILL)
+        os.kill(attempts(output / "proposals-killed")[-1]["process_id"], signal.SIGKILL)
+
+    inline = pretrain_in_process(config("proposals-inline"))
+    assert inline is not None
+    killer = AtStep(output / "proposals-killed", [10], kill)
+    killer.start()
+    summary = launch_quietly(config("proposals-killed", num_view_workers=2, batches_in_flight=3))
+    killer.end()
+    assert killer.fired
+    assert summary["num_resumes"] == 1
+    assert _check(output, "proposals-killed", summary) == inline["weights_digest"]
+    pixels = launch_quietly(config("proposals-pixels", ship="pixels", finishers_per_trainer=1))
+    assert pixels["weights_digest"] == inline["weights_digest"]
+    with pytest.raises(ConfigError, match="selection.predictor_delay=4.*prefetches 4 batches"):
+        launch_quietly(config("proposals-ahead", batches_in_flight=4))
+
+
 def _train_without_ray(rank: int, num_ranks: int, output: str) -> dict[str, Any] | None:
     return pretrain_in_process(_config(Path(output), "two", num_trainers=num_ranks))
 
