@@ -90,7 +90,7 @@ def train_step(
     measurements = _mean_of_parts([result.measurements for result in trained.results])
     if trainee.predictor is not None:
         trainee.predictor.end_step(None if probed is None else probed.read().numpy())
-        measurements |= {"selection/predictor_r2": torch.tensor(trainee.predictor.r2)}
+        measurements = measurements | {"selection/predictor_r2": torch.tensor(trainee.predictor.r2)}
     return StepMetrics(
         loss=trained.loss,
         gradient_norm=gradient_norm,
