@@ -19,7 +19,8 @@ class StepOperations:
     random_step: int
     """Forward and backward on the views that the vanilla arm trains on."""
     scoring: int
-    """Additional operations of a hard step, less those that it saves in training (`selection.reuse_teacher`)."""
+    """Additional operations of a hard step, less those that it saves in training (`selection.reuse_teacher`). With rule
+    predicted those of its probes, as a mean over all steps."""
 
     @property
     def ratio(self) -> float:
@@ -32,10 +33,14 @@ def count_operations(config: RunConfig) -> StepOperations:
 
     Elementwise work (normalisation, softmax, the update) is not counted, because memory bounds it, not arithmetic.
     """
-    selection = dataclasses.replace(config.selection.with_rule("hardest"), score_always=False)
-    hard = dataclasses.replace(config, selection=selection)
-    random_step = operations_of_step(hard, vanilla_step(selection))
-    return StepOperations(random_step=random_step, scoring=operations_of_step(hard, hard_step(selection)) - random_step)
+    selection, share = dataclasses.replace(config.selection, score_always=False), 1
+    if selection.rule == "predicted":
+        share = selection.probe_every
+    else:
+        selection = selection.with_rule("hardest")
+    config = dataclasses.replace(config, selection=selection)
+    random_step, hard = (operations_of_step(config, kind(selection)) for kind in (vanilla_step, hard_step))
+    return StepOperations(random_step=random_step, scoring=(hard - random_step) // share)
 
 
 def operations_of_step(config: RunConfig, of_step: StepSelection) -> int:
