@@ -41,6 +41,10 @@ class TrainingError(HvpRayError):
     """Training cannot continue, for instance because the loss is not finite."""
 
 
+class RowReuseError(HvpRayError):
+    """Rows cannot be reused: the module mixes rows, or what was kept is not valid any more."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error, at most 500 characters, or its type if it has no text."""
     return (str(error) or type(error).__name__).splitlines()[0][:500]

@@ -1,0 +1,502 @@
+"""Forward all rows, later run the backward of some of them, without a second forward.
+
+Training on a part of the rows that were scored usually forwards that part again with gradient. A per-sample module (no
+BatchNorm) needs no second forward. `RowReuse.forward_all` keeps what autograd saves, and `Kept.rows` gathers it for the
+chosen rows, whose backward then gives the gradients of an ordinary forward and backward on these rows:
+
+    reuse = RowReuse(encoder)
+    features, kept = reuse.forward_all(images)  # [N, D], without gradient
+    loss_of(kept.rows(hardest)).backward()  # [M, D] -> gradients of the encoder's parameters
+
+AOTAutograd traces forward and backward as one graph of aten operators, once for each signature of the inputs. It is traced
+with two numbers of rows, on tensors without content: a number that differs between the two graphs is a multiple of the
+number of rows, and every other number is a constant. So the graph holds for any number of rows.
+
+Legend: N rows forwarded, M rows chosen, D features.
+"""
+
+import dataclasses
+import logging
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hvp_ray.errors import ConfigError, RowReuseError, first_line
+
+logger = logging.getLogger(__name__)
+
+_FEW, _MORE = 2, 3
+"""Numbers of rows that are traced: the smallest that torch does not treat specially."""
+
+
+class RowReuse:
+    """Forwards all rows of a per-sample module, so that the backward can run on some of them.
+
+    Parameters and buffers are read when rows are forwarded. Other attributes (a drop path's rate) are part of the trace.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None) -> None:
+        """Prepare a module; nothing is traced yet.
+
+        Args:
+            module: owner of the parameters.
+            function: what is forwarded, a function of tensors whose first dimension is the rows, which uses parameters of
+                `module` only; None: `module`. Its result is one tensor, with the rows first.
+
+        Raises:
+            ConfigError: the module has BatchNorm in training mode.
+        """
+        for name, layer in module.named_modules():
+            if isinstance(layer, _BatchNorm) and layer.training:
+                raise ConfigError(
+                    f"rows cannot be reused: {name or 'the module'} is a BatchNorm, so the result of a row depends on the "
+                    f"other rows. Forward the chosen rows again, or use an encoder without BatchNorm (a Vision Transformer)"
+                )
+        self._called = _Called(module, function or module)
+        self._splits: dict[Any, _Split | None] = {}
+
+    @torch.no_grad()
+    def forward_all(self, *inputs: Tensor | None) -> tuple[Tensor, "Kept"]:
+        """Return the outputs of all rows without gradient, and what the backward of any of them needs.
+
+        Dropout and drop path draw here, for all rows, as an ordinary forward of all rows would.
+
+        Args:
+            inputs: arguments of the function; tensors with N rows, or None.
+
+        Raises:
+            RowReuseError: the result of a row depends on the other rows.
+        """
+        states = self._called.states()
+        rows = next(value.shape[0] for value in inputs if value is not None)
+        split = self._split_of(states, inputs)
+        if split is None:
+            outputs = self._called(*inputs)
+            return outputs, _KeptInputs(self._called, inputs, outputs.device)
+        given = [value for value in inputs if value is not None]
+        with torch.autocast(given[0].device.type, enabled=False):  # the casts are in the graph
+            outputs, *values = split.forward(rows)(*states, *given)
+        return outputs, _KeptValues(split, self._called, values, outputs, rows)
+
+    def _split_of(self, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> "_Split | None":
+        """Return the traced halves for these inputs; None: they cannot be traced."""
+        signature = self._signature(states, inputs)
+        if signature not in self._splits:
+            try:
+                split = _trace(self._called, states, inputs)
+                if not isinstance(states[0], FakeTensor):  # an imaginary step has no values to check
+                    _check_against_autograd(split, self._called, states, inputs)
+                self._splits[signature] = split
+            except RowReuseError:
+                raise
+            except Exception as error:  # noqa: BLE001 (torch raises all kinds while it traces)
+                if None not in self._splits.values():
+                    logger.warning(
+                        "rows are forwarded again instead of reused: %s cannot be traced: %s",
+                        type(self._called.module).__name__,
+                        first_line(error),
+                    )
+                self._splits[signature] = None
+        return self._splits[signature]
+
+    def _signature(self, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> Any:
+        """Return what a trace depends on."""
+        device = states[0].device.type
+        return (
+            tuple(None if value is None else (value.shape[1:], value.dtype, value.device) for value in inputs),
+            tuple((state.dtype, state.device, state.requires_grad) for state in states),
+            tuple(layer.training for layer in self._called.module.modules()),
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        )
+
+
+class Kept:
+    """What the backward of all rows needs, until some rows are chosen."""
+
+    def rows(self, indices: Int64[Tensor, " chosen"]) -> Tensor:
+        """Return the outputs of some rows, differentiable with respect to the module's parameters.
+
+        What was kept of the other rows is freed, so this can be called once. The parameters must not change before the
+        backward.
+
+        Raises:
+            RowReuseError: rows were chosen before.
+        """
+        raise NotImplementedError
+
+
+class _KeptValues(Kept):
+    def __init__(
+        self, split: "_Split", called: "_Called", values: list[Tensor], outputs: Tensor, num_rows: int
+    ) -> None:
+        self._split, self._called, self._num_rows = split, called, num_rows
+        self._values: list[Tensor] | None = values
+        self._outputs: Tensor | None = outputs
+
+    def rows(self, indices: Int64[Tensor, " chosen"]) -> Tensor:
+        """See `Kept.rows`."""
+        values, outputs = self._values, self._outputs
+        if values is None or outputs is None:
+            raise RowReuseError("rows were chosen before, and what was kept is freed; call forward_all again")
+        self._values = self._outputs = None
+        chosen: list[Tensor] = []
+        with torch.no_grad():
+            outputs = outputs.index_select(0, indices)
+            for of_rows in reversed(self._split.has_rows):  # each tensor of all rows is freed before the next is gathered
+                value = values.pop()
+                chosen.append(_gather(value, indices, self._num_rows) if of_rows else value)
+                del value
+        states = self._called.states()
+        return _Backward.apply(_ChosenRows(self._split, len(indices), chosen, states), outputs, *states)
+
+
+class _KeptInputs(Kept):
+    """Of a module that cannot be traced: the chosen rows are forwarded again."""
+
+    def __init__(self, called: "_Called", inputs: tuple[Tensor | None, ...], device: torch.device) -> None:
+        self._called, self._inputs, self._device = called, inputs, device.type
+        self._autocast = {"enabled": torch.is_autocast_enabled(device.type), "dtype": torch.get_autocast_dtype(device.type)}
+
+    def rows(self, indices: Int64[Tensor, " chosen"]) -> Tensor:
+        """See `Kept.rows`."""
+        chosen = [None if value is None else value.index_select(0, indices) for value in self._inputs]
+        with torch.autocast(self._device, **self._autocast):
+            outputs: Tensor = self._called(*chosen)
+        return outputs
+
+
+def _gather(value: Tensor, indices: Tensor, num_rows: int) -> Tensor:
+    """Return the chosen rows of a tensor whose first dimension is rows, or rows times something; strides keep their order."""
+    if value.stride(0) == 0 and value.shape[0] == num_rows:
+        return value[: len(indices)]  # expanded: all rows are equal
+    by_row = value.unflatten(0, (num_rows, -1))
+    order = sorted(range(by_row.dim()), key=by_row.stride, reverse=True)
+    gathered = by_row.permute(order).index_select(order.index(0), indices)
+    return gathered.permute([order.index(dim) for dim in range(by_row.dim())]).flatten(0, 1)
+
+
+@dataclass(slots=True)
+class _ChosenRows:
+    """What the backward of the chosen rows needs."""
+
+    split: "_Split"
+    num_rows: int
+    values: list[Tensor]
+    """In reverse order; the backward empties it."""
+    states: list[Tensor]
+    versions: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = [state._version for state in self.states]
+
+
+class _Backward(torch.autograd.Function):
+    """Connects the outputs of the chosen rows with the parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, chosen: _ChosenRows, outputs: Tensor, *states: Tensor) -> Tensor:
+        ctx.chosen = chosen
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, tangent: Tensor) -> Any:
+        chosen: _ChosenRows | None = ctx.chosen
+        if chosen is None:
+            raise RowReuseError("this backward ran before and has freed what it needs; call forward_all again")
+        ctx.chosen = None
+        if any(state._version != version for state, version in zip(chosen.states, chosen.versions, strict=True)):
+            raise RowReuseError("the parameters changed between the forward and the backward; run the backward first")
+        split = chosen.split
+        box = [tangent.contiguous(), *chosen.values, *(chosen.states[i] for i in reversed(split.states_of_backward))]
+        chosen.values = []
+        return None, None, *split.backward(chosen.num_rows)(box)
+
+
+class _Called(nn.Module):
+    """A function of a module's parameters, as a module, so that the parameters can be replaced in a trace."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._function = [function]  # in a list: a module in an attribute would be a second child
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        return self._function[0](*inputs)
+
+    def states(self) -> list[Tensor]:
+        """Return parameters and buffers, in a fixed order."""
+        return [*self.parameters(), *self.buffers()]
+
+    def call_with(self, states: Iterable[Tensor], inputs: tuple[Tensor | None, ...]) -> Tensor:
+        """Forward with other parameters and buffers."""
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        outputs: Tensor = torch.func.functional_call(self, dict(zip(names, states, strict=True)), inputs)
+        return outputs
+
+
+_VIEWS = {
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.squeeze.dim,
+    torch.ops.aten.squeeze.dims,
+}
+"""Operators whose result is all of their input's memory."""
+_SPLITS = {torch.ops.aten.unbind.int, torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default}
+"""Operators whose results together are their input's memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PerRow:
+    """A number in a graph: this many for each row."""
+
+    number: int
+
+
+class _Joint:
+    """Forward and backward in one graph, for any number of rows."""
+
+    def __init__(self, few: fx.GraphModule, more: fx.GraphModule) -> None:
+        """Compare the graphs of `_FEW` and `_MORE` rows.
+
+        Raises:
+            RowReuseError: they differ in more than multiples of the number of rows.
+        """
+        self._module = few
+        self.nodes = list(few.graph.nodes)
+        of_more = list(more.graph.nodes)
+        if [(node.op, node.target) for node in self.nodes] != [(node.op, node.target) for node in of_more]:
+            raise RowReuseError("the operators of the module depend on the number of rows, so rows cannot be reused")
+        self._twins = dict(zip(self.nodes, of_more, strict=True))
+        self._arguments = {node: self._scalable(node, twin) for node, twin in self._twins.items()}
+
+    @staticmethod
+    def _scalable(node: fx.Node, twin: fx.Node) -> tuple[list[Any], Any]:
+        """Return the leaves of a node's arguments, with `_PerRow` for numbers that grow with the rows, and their tree."""
+        leaves, tree = tree_flatten((node.args, node.kwargs))
+        of_twin, _ = tree_flatten((twin.args, twin.kwargs))
+        scalable = []
+        for value, other in zip(leaves, of_twin, strict=True):
+            if value == other or (isinstance(value, fx.Node) and value.name == other.name):
+                scalable.append(value)
+            elif isinstance(value, int) and value * _MORE == other * _FEW:
+                scalable.append(_PerRow(value // _FEW))
+            else:
+                raise RowReuseError(
+                    f"the operator {node.target} is given {value} for {_FEW} rows and {other} for {_MORE}, which is no "
+                    f"multiple of the number of rows, so rows cannot be reused"
+                )
+        return scalable, tree
+
+    def has_rows(self, node: fx.Node) -> bool:
+        """Tell whether the first dimension of a node's value is rows, or a multiple of the rows.
+
+        Raises:
+            RowReuseError: another dimension grows with the rows.
+        """
+        few, more = node.meta["val"].shape, self._twins[node].meta["val"].shape
+        if few == more:
+            return False
+        if few[0] * _MORE != more[0] * _FEW or few[1:] != more[1:]:
+            raise RowReuseError(
+                f"{node.name} has the shape {tuple(few)} for {_FEW} rows and {tuple(more)} for {_MORE}; only the first "
+                f"dimension may grow with the rows. The module mixes rows, so forward the chosen rows again"
+            )
+        return True
+
+    def extract(self, inputs: list[fx.Node], outputs: list[fx.Node | None], rows: int, *, boxed: bool) -> fx.GraphModule:
+        """Return the part of the graph between some nodes, for a number of rows.
+
+        Args:
+            inputs: nodes whose values are given.
+            outputs: nodes whose values are returned; None stays None.
+            rows: number of rows.
+            boxed: the part takes one list of the inputs in reverse order and empties it, so that each value is freed
+                after its last use.
+        """
+        graph = fx.Graph()
+        if boxed:
+            box = graph.placeholder("box")
+            new = {node: graph.call_function(_take, (box,)) for node in inputs}
+        else:
+            new = {node: graph.placeholder(node.name) for node in inputs}
+        needed = _ancestors((node for node in outputs if node is not None), stop=set(inputs))
+        for node in self.nodes:
+            if node in needed and node not in new:
+                leaves, tree = self._arguments[node]
+                scaled = [leaf.number * rows if isinstance(leaf, _PerRow) else leaf for leaf in leaves]
+                arguments, options = tree_unflatten([new.get(s, s) if isinstance(s, fx.Node) else s for s in scaled], tree)
+                new[node] = graph.create_node(node.op, node.target, tuple(arguments), options)
+        graph.output(tuple(None if node is None else new[node] for node in outputs))
+        return fx.GraphModule(self._module, graph)
+
+
+def _take(box: list[Tensor]) -> Tensor:
+    return box.pop()
+
+
+def _ancestors(nodes: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
+    """Return the nodes and all that they are computed from, up to `stop`."""
+    found: set[fx.Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            if node not in stop:
+                waiting += node.all_input_nodes
+    return found
+
+
+class _Split:
+    """The two halves of a joint graph: the forward returns what the backward needs."""
+
+    def __init__(self, joint: _Joint, num_states: int) -> None:
+        self._joint = joint
+        placeholders = [node for node in joint.nodes if node.op == "placeholder"]
+        self._inputs, tangent = placeholders[:-1], placeholders[-1]
+        self._outputs, *self._gradients = joint.nodes[-1].args[0]
+        del self._gradients[num_states:]  # of the inputs
+        if not joint.has_rows(self._outputs):
+            raise RowReuseError("the module's result has no rows in its first dimension, so rows cannot be reused")
+        used = self._used_by_backward(tangent)
+        states = set(self._inputs[:num_states])
+        self._values = [node for node in used if node not in states]
+        self.has_rows = [joint.has_rows(node) for node in self._values]
+        """Of each kept value."""
+        self.states_of_backward = [i for i, node in enumerate(self._inputs[:num_states]) if node in used]
+        """Indices of the parameters and buffers that the backward reads."""
+        self._of_backward = [*(self._inputs[i] for i in self.states_of_backward), *self._values, tangent]
+        self._forwards: dict[int, fx.GraphModule] = {}
+        self._backwards: dict[int, fx.GraphModule] = {}
+
+    def forward(self, rows: int) -> fx.GraphModule:
+        """Return (states, inputs) -> (outputs, values)."""
+        if rows not in self._forwards:
+            self._forwards[rows] = self._joint.extract(
+                self._inputs, [self._outputs, *self._values], rows, boxed=False
+            )
+        return self._forwards[rows]
+
+    def backward(self, rows: int) -> fx.GraphModule:
+        """Return [tangent, values reversed, states reversed] -> gradients of all states."""
+        if rows not in self._backwards:
+            self._backwards[rows] = self._joint.extract(self._of_backward, self._gradients, rows, boxed=True)
+        return self._backwards[rows]
+
+    def _used_by_backward(self, tangent: fx.Node) -> list[fx.Node]:
+        """Return the nodes of the forward whose values the backward uses; views are made again from what they view."""
+        forward = _ancestors([self._outputs], stop=set())
+        forward |= {node for node in self._joint.nodes if node.target is operator.getitem and node.args[0] in forward}
+        forward |= set(self._inputs)
+        backward = _ancestors((node for node in self._gradients if node is not None), stop=forward)
+        used = {node for node in backward if node in forward}
+        bases = {_base_of(node, used) for node in used}
+        return [node for node in self._joint.nodes if node in bases]
+
+
+def _base_of(node: fx.Node, used: set[fx.Node]) -> fx.Node:
+    """Return the node whose value a view views, if the view is all of it."""
+    while True:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node):
+            return node
+        if node.target in _VIEWS:
+            node = source
+        elif node.target is operator.getitem and source.target in _SPLITS and used.issuperset(source.users):
+            node = source.args[0]  # type: ignore[assignment]
+        else:
+            return node
+
+
+def _trace(called: _Called, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> _Split:
+    """Trace forward and backward.
+
+    Raises:
+        RowReuseError: the module mixes rows.
+        Exception: of any kind, if torch cannot trace the module.
+    """
+
+    def compute(*flat: Tensor) -> tuple[Tensor]:
+        given = iter(flat[len(states) :])
+        outputs = called.call_with(flat[: len(states)], tuple(None if i is None else next(given) for i in inputs))
+        if not isinstance(outputs, Tensor):
+            raise RowReuseError(f"the module returns a {type(outputs).__name__}, and rows are reused of one tensor only")
+        return (outputs.clone() if outputs._is_view() else outputs,)  # the tracer allows no views
+
+    def joint_graph(rows: int) -> fx.GraphModule:
+        made = [_without_content(state, state.shape).requires_grad_(state.requires_grad) for state in states]
+        made += [_without_content(value, (rows, *value.shape[1:])) for value in inputs if value is not None]
+        return aot_export_joint_simple(compute, tuple(made), trace_joint=True)
+
+    # Counters of operations and memory that are active must not see the trace. Autograd runs its backward outside autocast.
+    with (
+        _disable_current_modes(),
+        FakeTensorMode(),
+        torch.enable_grad(),
+        functorch_config.patch(backward_pass_autocast="off"),
+    ):
+        return _Split(_Joint(joint_graph(_FEW), joint_graph(_MORE)), len(states))
+
+
+def _without_content(like: Tensor, shape: Iterable[int]) -> Tensor:
+    """Return a tensor without content, with the dtype, device and strides (if the shape is equal) of another."""
+    shape = tuple(shape)
+    if shape == tuple(like.shape):
+        return torch.empty_strided(shape, like.stride(), dtype=like.dtype, device=like.device)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _check_against_autograd(
+    split: _Split, called: _Called, states: list[Tensor], inputs: tuple[Tensor | None, ...]
+) -> None:
+    """Compare the backward of two of three rows with autograd's, of all three rows and no gradient for the other row.
+
+    Both draw the same numbers (drop path). A module that mixes rows, or whose rows are not outermost in memory, differs.
+
+    Raises:
+        RowReuseError: they differ.
+    """
+    given = [value for value in inputs if value is not None]
+    first = torch.arange(_MORE, device=given[0].device) % given[0].shape[0]
+    few = [None if value is None else value[first] for value in inputs]
+    chosen = torch.tensor([2, 0], device=given[0].device)
+    devices = [given[0].device] if given[0].is_cuda else []
+    trained = [state for state in states if state.requires_grad]
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        ordinary = called(*few)
+        tangents = torch.zeros_like(ordinary)
+        tangents[chosen] = torch.randn_like(ordinary[chosen])
+        expected = torch.autograd.grad(ordinary, trained, tangents, allow_unused=True)
+        torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
+            outputs, *values = split.forward(_MORE)(*states, *(value for value in few if value is not None))
+        reused = _KeptValues(split, called, values, outputs, _MORE).rows(chosen)
+        found = torch.autograd.grad(reused, trained, tangents[chosen], allow_unused=True)
+    pairs = [(reused, ordinary[chosen]), *zip(found, expected, strict=True)]
+    difference = sum(float((a - b).float().square().sum()) for a, b in pairs if a is not None and b is not None)
+    size = sum(float(b.float().square().sum()) for _, b in pairs if b is not None)
+    unequal_use = any((a is None) != (b is None) for a, b in pairs)
+    tolerance = 1e-3 if all(b is None or b.dtype in (torch.float32, torch.float64) for _, b in pairs) else 5e-2
+    if unequal_use or not difference <= tolerance**2 * size:
+        raise RowReuseError(
+            "the backward of some rows differs from autograd's, so the result of a row depends on the other rows; forward "
+            "the chosen rows again, or use an encoder that treats each row by itself"
+        )
