@@ -15,10 +15,9 @@ number of rows, and every other number is a constant. So the graph holds for any
 Legend: N rows forwarded, M rows chosen, D features.
 """
 
-import dataclasses
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,7 +152,9 @@ class _KeptValues(Kept):
         chosen: list[Tensor] = []
         with torch.no_grad():
             outputs = outputs.index_select(0, indices)
-            for of_rows in reversed(self._split.has_rows):  # each tensor of all rows is freed before the next is gathered
+            for of_rows in reversed(
+                self._split.has_rows
+            ):  # each tensor of all rows is freed before the next is gathered
                 value = values.pop()
                 chosen.append(_gather(value, indices, self._num_rows) if of_rows else value)
                 del value
@@ -166,12 +167,12 @@ class _KeptInputs(Kept):
 
     def __init__(self, called: "_Called", inputs: tuple[Tensor | None, ...], device: torch.device) -> None:
         self._called, self._inputs, self._device = called, inputs, device.type
-        self._autocast = {"enabled": torch.is_autocast_enabled(device.type), "dtype": torch.get_autocast_dtype(device.type)}
+        self._precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
     def rows(self, indices: Int64[Tensor, " chosen"]) -> Tensor:
         """See `Kept.rows`."""
         chosen = [None if value is None else value.index_select(0, indices) for value in self._inputs]
-        with torch.autocast(self._device, **self._autocast):
+        with torch.autocast(self._device, dtype=self._precision, enabled=self._precision is not None):
             outputs: Tensor = self._called(*chosen)
         return outputs
 
@@ -320,7 +321,9 @@ class _Joint:
             )
         return True
 
-    def extract(self, inputs: list[fx.Node], outputs: list[fx.Node | None], rows: int, *, boxed: bool) -> fx.GraphModule:
+    def extract(
+        self, inputs: list[fx.Node], outputs: list[fx.Node | None], rows: int, *, boxed: bool
+    ) -> fx.GraphModule:
         """Return the part of the graph between some nodes, for a number of rows.
 
         Args:
@@ -341,7 +344,9 @@ class _Joint:
             if node in needed and node not in new:
                 leaves, tree = self._arguments[node]
                 scaled = [leaf.number * rows if isinstance(leaf, _PerRow) else leaf for leaf in leaves]
-                arguments, options = tree_unflatten([new.get(s, s) if isinstance(s, fx.Node) else s for s in scaled], tree)
+                arguments, options = tree_unflatten(
+                    [new.get(s, s) if isinstance(s, fx.Node) else s for s in scaled], tree
+                )
                 new[node] = graph.create_node(node.op, node.target, tuple(arguments), options)
         graph.output(tuple(None if node is None else new[node] for node in outputs))
         return fx.GraphModule(self._module, graph)
@@ -389,9 +394,7 @@ class _Split:
     def forward(self, rows: int) -> fx.GraphModule:
         """Return (states, inputs) -> (outputs, values)."""
         if rows not in self._forwards:
-            self._forwards[rows] = self._joint.extract(
-                self._inputs, [self._outputs, *self._values], rows, boxed=False
-            )
+            self._forwards[rows] = self._joint.extract(self._inputs, [self._outputs, *self._values], rows, boxed=False)
         return self._forwards[rows]
 
     def backward(self, rows: int) -> fx.GraphModule:
@@ -407,8 +410,25 @@ class _Split:
         forward |= set(self._inputs)
         backward = _ancestors((node for node in self._gradients if node is not None), stop=forward)
         used = {node for node in backward if node in forward}
-        bases = {_base_of(node, used) for node in used}
-        return [node for node in self._joint.nodes if node in bases]
+        kept = {_base_of(node, used) for node in used}
+        for node in self._joint.nodes:  # in order: what is recomputed depends on what is kept before it
+            if node in kept and _is_cheap(node, kept | set(self._inputs)):
+                kept.remove(node)
+        return [node for node in self._joint.nodes if node in kept]
+
+
+_CHEAP = {
+    torch.ops.aten.gelu.default,
+    torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten._to_copy.default,
+}
+"""Operators that the backward computes again for the chosen rows, if their inputs are kept: as fast as gathering."""
+
+
+def _is_cheap(node: fx.Node, kept: set[fx.Node]) -> bool:
+    """Tell whether cheap operators alone give the value of a node from values that are kept."""
+    cheap = node.target is operator.getitem or node.target in _VIEWS | _CHEAP
+    return cheap and all(source in kept or _is_cheap(source, kept) for source in node.all_input_nodes)
 
 
 def _base_of(node: fx.Node, used: set[fx.Node]) -> fx.Node:
@@ -437,13 +457,17 @@ def _trace(called: _Called, states: list[Tensor], inputs: tuple[Tensor | None, .
         given = iter(flat[len(states) :])
         outputs = called.call_with(flat[: len(states)], tuple(None if i is None else next(given) for i in inputs))
         if not isinstance(outputs, Tensor):
-            raise RowReuseError(f"the module returns a {type(outputs).__name__}, and rows are reused of one tensor only")
+            raise RowReuseError(
+                f"the module returns a {type(outputs).__name__}, and rows are reused of one tensor only"
+            )
         return (outputs.clone() if outputs._is_view() else outputs,)  # the tracer allows no views
 
     def joint_graph(rows: int) -> fx.GraphModule:
         made = [_without_content(state, state.shape).requires_grad_(state.requires_grad) for state in states]
         made += [_without_content(value, (rows, *value.shape[1:])) for value in inputs if value is not None]
-        return aot_export_joint_simple(compute, tuple(made), trace_joint=True)
+        joint = aot_export_joint_simple(compute, tuple(made), trace_joint=True)
+        assert isinstance(joint, fx.GraphModule)
+        return joint
 
     # Counters of operations and memory that are active must not see the trace. Autograd runs its backward outside autocast.
     with (
