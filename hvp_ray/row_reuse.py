@@ -17,7 +17,7 @@ Legend: N rows forwarded, M rows chosen, D features.
 
 import logging
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hvp_ray.errors import ConfigError, RowReuseError, first_line
+from hvp_ray.errors import RowReuseError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +45,22 @@ class RowReuse:
     Parameters and buffers are read when rows are forwarded. Other attributes (a drop path's rate) are part of the trace.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, module: nn.Module) -> None:
         """Prepare a module; nothing is traced yet.
 
         Args:
-            module: owner of the parameters.
-            function: what is forwarded, a function of tensors whose first dimension is the rows, which uses parameters of
-                `module` only; None: `module`. Its result is one tensor, with the rows first.
+            module: its inputs are tensors whose first dimension is the rows, and its result is one such tensor.
 
         Raises:
-            ConfigError: the module has BatchNorm in training mode.
+            RowReuseError: the module has BatchNorm in training mode.
         """
         for name, layer in module.named_modules():
             if isinstance(layer, _BatchNorm) and layer.training:
-                raise ConfigError(
-                    f"rows cannot be reused: {name or 'the module'} is a BatchNorm, so the result of a row depends on the "
-                    f"other rows. Forward the chosen rows again, or use an encoder without BatchNorm (a Vision Transformer)"
+                raise RowReuseError(
+                    f"{name or 'the module'} is a BatchNorm, so the result of a row depends on the other rows. Forward the "
+                    f"chosen rows again, or use an encoder without BatchNorm (a Vision Transformer)"
                 )
-        self._called = _Called(module, function or module)
+        self._module = module
         self._splits: dict[Any, _Split | None] = {}
 
     @torch.no_grad()
@@ -72,30 +70,30 @@ class RowReuse:
         Dropout and drop path draw here, for all rows, as an ordinary forward of all rows would.
 
         Args:
-            inputs: arguments of the function; tensors with N rows, or None.
+            inputs: arguments of the module; tensors with N rows, or None.
 
         Raises:
             RowReuseError: the result of a row depends on the other rows.
         """
-        states = self._called.states()
+        states = _states_of(self._module)
         rows = next(value.shape[0] for value in inputs if value is not None)
         split = self._split_of(states, inputs)
         if split is None:
-            outputs = self._called(*inputs)
-            return outputs, _KeptInputs(self._called, inputs, outputs.device)
+            outputs = self._module(*inputs)
+            return outputs, _KeptInputs(self._module, inputs, outputs.device)
         given = [value for value in inputs if value is not None]
         with torch.autocast(given[0].device.type, enabled=False):  # the casts are in the graph
             outputs, *values = split.forward(rows)(*states, *given)
-        return outputs, _KeptValues(split, self._called, values, outputs, rows)
+        return outputs, _KeptValues(split, self._module, values, outputs, rows)
 
     def _split_of(self, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> "_Split | None":
         """Return the traced halves for these inputs; None: they cannot be traced."""
         signature = self._signature(states, inputs)
         if signature not in self._splits:
             try:
-                split = _trace(self._called, states, inputs)
+                split = _trace(self._module, states, inputs)
                 if not isinstance(states[0], FakeTensor):  # an imaginary step has no values to check
-                    _check_against_autograd(split, self._called, states, inputs)
+                    _check_against_autograd(split, self._module, states, inputs)
                 self._splits[signature] = split
             except RowReuseError:
                 raise
@@ -103,7 +101,7 @@ class RowReuse:
                 if None not in self._splits.values():
                     logger.warning(
                         "rows are forwarded again instead of reused: %s cannot be traced: %s",
-                        type(self._called.module).__name__,
+                        type(self._module).__name__,
                         first_line(error),
                     )
                 self._splits[signature] = None
@@ -115,7 +113,7 @@ class RowReuse:
         return (
             tuple(None if value is None else (value.shape[1:], value.dtype, value.device) for value in inputs),
             tuple((state.dtype, state.device, state.requires_grad) for state in states),
-            tuple(layer.training for layer in self._called.module.modules()),
+            tuple(layer.training for layer in self._module.modules()),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         )
 
@@ -137,9 +135,9 @@ class Kept:
 
 class _KeptValues(Kept):
     def __init__(
-        self, split: "_Split", called: "_Called", values: list[Tensor], outputs: Tensor, num_rows: int
+        self, split: "_Split", module: nn.Module, values: list[Tensor], outputs: Tensor, num_rows: int
     ) -> None:
-        self._split, self._called, self._num_rows = split, called, num_rows
+        self._split, self._module, self._num_rows = split, module, num_rows
         self._values: list[Tensor] | None = values
         self._outputs: Tensor | None = outputs
 
@@ -158,22 +156,22 @@ class _KeptValues(Kept):
                 value = values.pop()
                 chosen.append(_gather(value, indices, self._num_rows) if of_rows else value)
                 del value
-        states = self._called.states()
+        states = _states_of(self._module)
         return _Backward.apply(_ChosenRows(self._split, len(indices), chosen, states), outputs, *states)
 
 
 class _KeptInputs(Kept):
     """Of a module that cannot be traced: the chosen rows are forwarded again."""
 
-    def __init__(self, called: "_Called", inputs: tuple[Tensor | None, ...], device: torch.device) -> None:
-        self._called, self._inputs, self._device = called, inputs, device.type
+    def __init__(self, module: nn.Module, inputs: tuple[Tensor | None, ...], device: torch.device) -> None:
+        self._module, self._inputs, self._device = module, inputs, device.type
         self._precision = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
     def rows(self, indices: Int64[Tensor, " chosen"]) -> Tensor:
         """See `Kept.rows`."""
         chosen = [None if value is None else value.index_select(0, indices) for value in self._inputs]
         with torch.autocast(self._device, dtype=self._precision, enabled=self._precision is not None):
-            outputs: Tensor = self._called(*chosen)
+            outputs: Tensor = self._module(*chosen)
         return outputs
 
 
@@ -224,26 +222,16 @@ class _Backward(torch.autograd.Function):
         return None, None, *split.backward(chosen.num_rows)(box)
 
 
-class _Called(nn.Module):
-    """A function of a module's parameters, as a module, so that the parameters can be replaced in a trace."""
+def _states_of(module: nn.Module) -> list[Tensor]:
+    """Return parameters and buffers, in a fixed order."""
+    return [*module.parameters(), *module.buffers()]
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.module = module
-        self._function = [function]  # in a list: a module in an attribute would be a second child
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
-        return self._function[0](*inputs)
-
-    def states(self) -> list[Tensor]:
-        """Return parameters and buffers, in a fixed order."""
-        return [*self.parameters(), *self.buffers()]
-
-    def call_with(self, states: Iterable[Tensor], inputs: tuple[Tensor | None, ...]) -> Tensor:
-        """Forward with other parameters and buffers."""
-        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
-        outputs: Tensor = torch.func.functional_call(self, dict(zip(names, states, strict=True)), inputs)
-        return outputs
+def _call_with(module: nn.Module, states: Iterable[Tensor], inputs: tuple[Tensor | None, ...]) -> Tensor:
+    """Forward with other parameters and buffers."""
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    outputs: Tensor = torch.func.functional_call(module, dict(zip(names, states, strict=True)), inputs)
+    return outputs
 
 
 _VIEWS = {
@@ -380,14 +368,14 @@ class _Split:
         del self._gradients[num_states:]  # of the inputs
         if not joint.has_rows(self._outputs):
             raise RowReuseError("the module's result has no rows in its first dimension, so rows cannot be reused")
-        used = self._used_by_backward(tangent)
-        states = set(self._inputs[:num_states])
-        self._values = [node for node in used if node not in states]
+        states = self._inputs[:num_states]
+        self._values = self._choose_values(set(states))
         self.has_rows = [joint.has_rows(node) for node in self._values]
         """Of each kept value."""
-        self.states_of_backward = [i for i, node in enumerate(self._inputs[:num_states]) if node in used]
+        needed = self._needed_by_backward({*self._values, *states})
+        self.states_of_backward = [i for i, node in enumerate(states) if node in needed]
         """Indices of the parameters and buffers that the backward reads."""
-        self._of_backward = [*(self._inputs[i] for i in self.states_of_backward), *self._values, tangent]
+        self._of_backward = [*(states[i] for i in self.states_of_backward), *self._values, tangent]
         self._forwards: dict[int, fx.GraphModule] = {}
         self._backwards: dict[int, fx.GraphModule] = {}
 
@@ -403,18 +391,23 @@ class _Split:
             self._backwards[rows] = self._joint.extract(self._of_backward, self._gradients, rows, boxed=True)
         return self._backwards[rows]
 
-    def _used_by_backward(self, tangent: fx.Node) -> list[fx.Node]:
-        """Return the nodes of the forward whose values the backward uses; views are made again from what they view."""
-        forward = _ancestors([self._outputs], stop=set())
+    def _choose_values(self, states: set[fx.Node]) -> list[fx.Node]:
+        """Return the nodes of the forward whose values are kept for the backward.
+
+        The backward makes views again from what they view, and computes cheap values again.
+        """
+        forward = _ancestors([self._outputs], stop=set()) | set(self._inputs)
         forward |= {node for node in self._joint.nodes if node.target is operator.getitem and node.args[0] in forward}
-        forward |= set(self._inputs)
-        backward = _ancestors((node for node in self._gradients if node is not None), stop=forward)
-        used = {node for node in backward if node in forward}
-        kept = {_base_of(node, used) for node in used}
+        used = self._needed_by_backward(forward) & forward
+        kept = {_base_of(node, used) for node in used} - states
         for node in self._joint.nodes:  # in order: what is recomputed depends on what is kept before it
-            if node in kept and _is_cheap(node, kept | set(self._inputs)):
+            if node in kept and self._joint.has_rows(node) and _is_cheap(node, kept | states):
                 kept.remove(node)
         return [node for node in self._joint.nodes if node in kept]
+
+    def _needed_by_backward(self, given: set[fx.Node]) -> set[fx.Node]:
+        """Return the nodes that the gradients are computed from, up to those that are given."""
+        return _ancestors((node for node in self._gradients if node is not None), stop=given)
 
 
 _CHEAP = {
@@ -445,7 +438,7 @@ def _base_of(node: fx.Node, used: set[fx.Node]) -> fx.Node:
             return node
 
 
-def _trace(called: _Called, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> _Split:
+def _trace(module: nn.Module, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> _Split:
     """Trace forward and backward.
 
     Raises:
@@ -455,7 +448,7 @@ def _trace(called: _Called, states: list[Tensor], inputs: tuple[Tensor | None, .
 
     def compute(*flat: Tensor) -> tuple[Tensor]:
         given = iter(flat[len(states) :])
-        outputs = called.call_with(flat[: len(states)], tuple(None if i is None else next(given) for i in inputs))
+        outputs = _call_with(module, flat[: len(states)], tuple(None if i is None else next(given) for i in inputs))
         if not isinstance(outputs, Tensor):
             raise RowReuseError(
                 f"the module returns a {type(outputs).__name__}, and rows are reused of one tensor only"
@@ -488,7 +481,7 @@ def _without_content(like: Tensor, shape: Iterable[int]) -> Tensor:
 
 
 def _check_against_autograd(
-    split: _Split, called: _Called, states: list[Tensor], inputs: tuple[Tensor | None, ...]
+    split: _Split, module: nn.Module, states: list[Tensor], inputs: tuple[Tensor | None, ...]
 ) -> None:
     """Compare the backward of two of three rows with autograd's, of all three rows and no gradient for the other row.
 
@@ -505,14 +498,14 @@ def _check_against_autograd(
     trained = [state for state in states if state.requires_grad]
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(0)
-        ordinary = called(*few)
+        ordinary = module(*few)
         tangents = torch.zeros_like(ordinary)
         tangents[chosen] = torch.randn_like(ordinary[chosen])
         expected = torch.autograd.grad(ordinary, trained, tangents, allow_unused=True)
         torch.manual_seed(0)
         with torch.no_grad(), torch.autocast(given[0].device.type, enabled=False):
             outputs, *values = split.forward(_MORE)(*states, *(value for value in few if value is not None))
-        reused = _KeptValues(split, called, values, outputs, _MORE).rows(chosen)
+        reused = _KeptValues(split, module, values, outputs, _MORE).rows(chosen)
         found = torch.autograd.grad(reused, trained, tangents[chosen], allow_unused=True)
     pairs = [(reused, ordinary[chosen]), *zip(found, expected, strict=True)]
     difference = sum(float((a - b).float().square().sum()) for a, b in pairs if a is not None and b is not None)

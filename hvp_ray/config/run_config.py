@@ -41,6 +41,7 @@ class RunConfig(Checked):
         self._check_images_per_step()
         self._check_views_of_method()
         self._check_weighting()
+        self._check_reuse()
         if self.selection.rule == "predicted":
             each, probed = self.training.images_per_step // self.cluster.num_trainers, self.selection.probe_images
             require(probed <= each, "selection.probe_images", probed, f"at most the {each} images of a trainer")
@@ -89,6 +90,23 @@ class RunConfig(Checked):
         allowed = "mean with method.averaged_target=True, whose loss is not a mean over pairs"
         fits = selection.weighting == "mean" or self.method.trains_on_pairs
         require(fits, "selection.weighting", selection.weighting, allowed)
+
+    def _check_reuse(self) -> None:
+        if not self.selection.reuse_student:
+            return
+        conditions = {
+            "training.accumulation_steps=1": self.training.accumulation_steps == 1,
+            "training.compile=False": not self.training.compile,
+            "scoring at full resolution in the precision of training": self.scores_as_in_training,
+        }
+        for allowed, holds in conditions.items():
+            require(holds, "selection.reuse_student", self.selection.reuse_student, f"False without {allowed}")
+
+    @property
+    def scores_as_in_training(self) -> bool:
+        """Whether scoring forwards the views exactly as training does."""
+        full_resolution = self.selection.scoring_resolution_px in (None, self.views.global_views.size_px)
+        return full_resolution and self.selection.scoring_precision in ("training", self.training.precision)
 
     @property
     def images_per_rank(self) -> int:

@@ -128,6 +128,11 @@ class SelectionConfig(Checked):
     """DINO, iBOT: training reuses the teacher's outputs of scoring for the chosen views, if they are equal: scored at full
     resolution in the precision of training, by a teacher without BatchNorm."""
 
+    reuse_student: bool = False
+    """Training takes the student's forward pass of the chosen views from scoring, which keeps what the backward needs of all
+    views: a hard step is a third of a random one dearer instead of two, and scoring takes more memory. For encoders without
+    BatchNorm (Vision Transformers); see docs/row_reuse.md. Drop path draws once, in scoring."""
+
     def check_together(self, prefix: str) -> None:
         """Check that either the numbers of multi-crop or `num_views` are set."""
         known = (self.num_views is None) != (self.num_global_views is None)

@@ -16,7 +16,7 @@ from hvp_ray.methods.backbones import build_backbone, feature_dim, patch_px
 from hvp_ray.methods.configs import DinoConfig
 from hvp_ray.methods.heads import PrototypeHead
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, StepPosition, ViewTensors
-from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
 from hvp_ray.selection.weights import PairWeights
 
 
@@ -65,11 +65,12 @@ class Dino(Method):
         """Forward the teacher on the global views and the student on all; keep centre and teacher unchanged."""
         bottleneck = self._teacher_bottleneck(views)
         targets_GBK = self._probabilities(self.teacher_head.logits(bottleneck))
-        features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
+        features, kept = self.encode_views(views)
         logits = self.head.logits_by_view(self.head(features))
         crosses = distillation.cross_entropies(targets_GBK, logits, self._config.student_temperature)
         return replace(
-            distillation.score_tuples(crosses, candidates), reusable=self._reusable(teacher_bottleneck=bottleneck)
+            distillation.score_tuples(crosses, candidates),
+            reusable=self._reusable(teacher_bottleneck=bottleneck) | kept,
         )
 
     def forward(
@@ -83,7 +84,7 @@ class Dino(Method):
         with torch.no_grad():
             teacher_logits = self.teacher_head.logits(self._teacher_bottleneck(views))
             targets_SBK = self._probabilities(teacher_logits)
-        features = distillation.forward_by_resolution(self.backbone, views.global_views, views.local_views)
+        features, _ = self.encode_views(views)
         logits = self.head.logits(self.head(features))
         crosses = distillation.cross_entropies(targets_SBK, logits, self._config.student_temperature)
         common: dict[str, Any] = {
@@ -124,10 +125,10 @@ class Dino(Method):
         )
         return bottleneck
 
-    def _reusable(self, **of_teacher: Tensor) -> dict[str, Tensor]:
+    def _reusable(self, **of_teacher: Tensor) -> Reusable:
         """Return the teacher's outputs, unless they depend on the other images of the batch."""
         modules = (*self.teacher_backbone.modules(), *self.teacher_head.modules())
-        return {} if any(isinstance(module, _BatchNorm) for module in modules) else of_teacher
+        return {} if any(isinstance(module, _BatchNorm) for module in modules) else dict(of_teacher)
 
     def _probabilities(self, logits: Tensor) -> Float[Tensor, "views batch prototypes"]:
         return distillation.teacher_probabilities(logits, self.center, self.teacher_temperature)

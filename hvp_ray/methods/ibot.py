@@ -4,7 +4,7 @@ Legend: G global views, L local views, S slots of global views, B images, N patc
 masked, K prototypes, D features.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,7 @@ from hvp_ray.methods.backbones import forward_tokens
 from hvp_ray.methods.configs import IBotConfig
 from hvp_ray.methods.dino import Dino
 from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors, in_float32
-from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
 from hvp_ray.selection.weights import PairWeights, mean_of_pairs
 
 
@@ -72,7 +72,7 @@ class IBot(Dino):
             patch_bottleneck=teacher.patch_bottleneck,
             patch_bottleneck_mean=teacher.patch_bottleneck_mean,
         )
-        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable)
+        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable | student.kept)
 
     def forward(
         self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
@@ -126,28 +126,26 @@ class IBot(Dino):
         )
 
     def _student(self, views: ViewTensors) -> "_OfStudent":
-        masked = _MaskedPatches.of(views)
-        vit, images = cast(VisionTransformer, self.backbone), views.global_views
-        tokens = forward_tokens(
-            vit, images.flatten(0, 1), mask=masked.mask.flatten(0, 1), mask_token=self.mask_token
-        ).unflatten(0, images.shape[:2])
+        masked, vit = _MaskedPatches.of(views), cast(VisionTransformer, self.backbone)
+        tokens, kept = self.encode(_MaskedEncoder(vit, self.mask_token), views, views.global_views, masked.mask)
         class_tokens = tokens[:, :, 0]
         if views.local_views is not None:
-            of_locals = self.backbone(views.local_views.flatten(0, 1)).unflatten(0, views.local_views.shape[:2])
-            class_tokens = torch.cat([class_tokens, of_locals])
+            of_locals, kept_of_locals = self.encode(vit, views, views.local_views, are_local=True)
+            class_tokens, kept = torch.cat([class_tokens, of_locals]), kept | kept_of_locals
         patches = masked.take(tokens[:, :, vit.num_prefix_tokens :])
         return _OfStudent(
             class_tokens=class_tokens,
             class_bottleneck=self.head(class_tokens),
             patch_bottleneck=self.head(patches),
             masked=masked,
+            kept=kept,
         )
 
     @torch.no_grad()
     def _teacher(self, views: ViewTensors) -> "_OfTeacher":
         """Return the teacher's outputs, computed by scoring or now."""
-        if views.reusable:
-            return _OfTeacher(**views.reusable)
+        if "class_bottleneck" in views.reusable:
+            return _OfTeacher(**{field.name: views.reusable[field.name] for field in fields(_OfTeacher)})
         masked = _MaskedPatches.of(views)
         vit, images = cast(VisionTransformer, self.teacher_backbone), views.global_views
         tokens = forward_tokens(vit, images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -197,6 +195,19 @@ def patch_loss(
     return (cross_BM * weights_BM).sum(dim=1)
 
 
+class _MaskedEncoder(nn.Module):
+    """The student's encoder on views with masked patches; its parts belong to the method."""
+
+    def __init__(self, encoder: VisionTransformer, mask_token: nn.Parameter) -> None:
+        super().__init__()
+        self.encoder, self.mask_token = encoder, mask_token
+
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], mask: Bool[Tensor, "batch rows columns"]
+    ) -> Float[Tensor, "batch tokens dim"]:
+        return forward_tokens(self.encoder, images, mask=mask, mask_token=self.mask_token)
+
+
 class _MaskedPatches:
     """Indices of the masked patches of the global views. Their number is fixed, so that no shape depends on values."""
 
@@ -230,6 +241,8 @@ class _OfStudent:
     class_bottleneck: Float[Tensor, "all_views batch bottleneck"]
     patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
     masked: _MaskedPatches
+    kept: Reusable
+    """See `Method.encode`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from hvp_ray.config import MethodConfig
-from hvp_ray.errors import ConfigError
-from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.errors import ConfigError, RowReuseError
+from hvp_ray.row_reuse import RowReuse
+from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable
 from hvp_ray.selection.weights import PairWeights, effective_pairs, mean_of_pairs
 
 Arguments = ParamSpec("Arguments")
@@ -147,12 +148,14 @@ class Method(nn.Module):
 
     backbone: nn.Module
     """The encoder that is trained."""
+    _row_reuse: "dict[str, RowReuse] | None" = None
+    """Of global and of local views; None: scoring keeps nothing."""
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Return the loss that each candidate would give; higher is harder; float32.
 
-        Values that do not depend on other views of the batch and have no gradient may go into `reusable`. `forward` then
-        receives them with the chosen views, if scoring forwarded the views as training does.
+        Values that do not depend on other views of the batch and have no gradient may go into `reusable`, and so may what
+        `encode` keeps. `forward` then receives them with the chosen views, if scoring forwarded the views as training does.
         """
         raise NotImplementedError
 
@@ -165,6 +168,59 @@ class Method(nn.Module):
         with the loss that `score` would give it; `MethodLoss.of_pairs` weighs them by `weigh`.
         """
         raise NotImplementedError
+
+    def encode_views(self, views: ViewTensors) -> tuple[Float[Tensor, "all_views batch dim"], Reusable]:
+        """Forward `backbone` on the views, each size as one batch; return the features of global, then local views.
+
+        The second result is that of `encode`.
+        """
+        features, kept = self.encode(self.backbone, views, views.global_views)
+        if views.local_views is None:
+            return features, kept
+        of_locals, kept_of_locals = self.encode(self.backbone, views, views.local_views, are_local=True)
+        return torch.cat([features, of_locals]), kept | kept_of_locals
+
+    def encode(
+        self,
+        encoder: nn.Module,
+        views: ViewTensors,
+        *of_views: Shaped[Tensor, "views batch *inputs"],
+        are_local: bool = False,
+    ) -> tuple[Float[Tensor, "views batch *outputs"], Reusable]:
+        """Forward the student's encoder on views of one size as one batch, or take what scoring kept.
+
+        Scoring with `selection.reuse_student` also gets what it puts into `CandidateScores.reusable`. `forward` then gets the
+        outputs from `ViewTensors.reusable`.
+
+        Args:
+            encoder: treats each view by itself; its parameters are trained.
+            views: the views of the step.
+            of_views: inputs of the encoder for each view, such as pixels and masks.
+            are_local: the views are local views.
+        """
+        name = "student_local" if are_local else "student_global"
+        if name in views.reusable:
+            return views.reusable[name], {}
+        shape = of_views[0].shape[:2]
+        flat = [values.flatten(0, 1) for values in of_views]
+        if self._row_reuse is None or torch.is_grad_enabled():
+            return encoder(*flat).unflatten(0, shape), {}
+        if name not in self._row_reuse:
+            self._row_reuse[name] = RowReuse(encoder)
+        outputs, kept = self._row_reuse[name].forward_all(*flat)
+        return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
+
+    def keep_rows(self) -> None:
+        """Let scoring keep what the backward of the student's encoder needs (`selection.reuse_student`).
+
+        Raises:
+            ConfigError: the encoder has BatchNorm.
+        """
+        try:
+            RowReuse(self.backbone)
+        except RowReuseError as error:
+            raise ConfigError(f"selection.reuse_student=True is not allowed with this encoder: {error}") from error
+        self._row_reuse = {}
 
     @property
     def encoder(self) -> nn.Module:

@@ -6,7 +6,7 @@ trained on.
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeVar
 
 import torch
@@ -128,16 +128,6 @@ def losses_of_pairs(
     Its mean over the pairs leaves L / (1 + L) of the loss to the local views, for any number of global views.
     """
     return score_tuples(crosses_BAV, candidates).with_all_locals()
-
-
-def forward_by_resolution(
-    forward: Callable[[Tensor], Tensor],
-    global_views: Float[Tensor, "views batch channels height width"],
-    local_views: Float[Tensor, "local_views batch channels small_height small_width"] | None,
-) -> Float[Tensor, "all_views batch dim"]:
-    """Forward all views of one resolution as one batch; return the features of global, then local views."""
-    parts = [global_views] if local_views is None else [global_views, local_views]
-    return torch.cat([forward(views.flatten(0, 1)).unflatten(0, views.shape[:2]) for views in parts])
 
 
 def teacher_measurements(probabilities_ABK: Float[Tensor, "views batch prototypes"]) -> dict[str, Float[Tensor, ""]]:

@@ -15,7 +15,7 @@ from hvp_ray.methods.backbones import build_backbone, feature_dim
 from hvp_ray.methods.configs import SimCLRConfig
 from hvp_ray.methods.heads import simclr_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
-from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
 from hvp_ray.selection.weights import PairWeights
 
 
@@ -33,9 +33,10 @@ class SimCLR(Method):
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Forward all views as one batch, gather their projections over the ranks once, and score all pairs."""
-        own_VBD = self._project(views.global_views)
+        own_VBD, kept = self._project(views)
         everything_VND = _join_ranks(self._ranks.gather(own_VBD))
         return CandidateScores(
+            reusable=kept,
             pairs_BP=score_pairs(
                 own_VBD,
                 everything_VND,
@@ -43,7 +44,7 @@ class SimCLR(Method):
                 first_image=self._ranks.rank * own_VBD.shape[1],
                 temperature=self._temperature,
                 negatives_of_all_views=self._negatives_of_all_views,
-            )
+            ),
         )
 
     def forward(
@@ -55,7 +56,7 @@ class SimCLR(Method):
         never a slot of this image. With `contrast`, the value is the loss of the whole step on this rank, and the gradient
         is scaled so that the mean over the parts is the gradient of the whole step.
         """
-        own_SBD = self._project(views.global_views)
+        own_SBD, _ = self._project(views)
         everything_SND = _join_ranks(self._ranks.gather(own_SBD))
         candidates, first_image = views.as_candidates(), self._ranks.rank * own_SBD.shape[1]
         if contrast is None:
@@ -103,14 +104,13 @@ class SimCLR(Method):
 
     def contrast_features(self, views: ViewTensors) -> Float[Tensor, "slots batch dim"]:
         """Return the normalised projections of the chosen views."""
-        return self._project(views.global_views)
+        return self._project(views)[0]
 
-    def _project(
-        self, views_VB: Float[Tensor, "views batch channels height width"]
-    ) -> Float[Tensor, "views batch dim"]:
-        """Return projections of unit length, float32."""
-        projections = self.projector(self.backbone(views_VB.flatten(0, 1)))
-        return F.normalize(projections.float(), dim=-1).unflatten(0, views_VB.shape[:2])
+    def _project(self, views: ViewTensors) -> tuple[Float[Tensor, "views batch dim"], Reusable]:
+        """Return projections of unit length, float32, and what scoring keeps of the encoder."""
+        features, kept = self.encode_views(views)
+        projections = self.projector(features.flatten(0, 1))
+        return F.normalize(projections.float(), dim=-1).unflatten(0, features.shape[:2]), kept
 
 
 @in_float32

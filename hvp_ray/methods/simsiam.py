@@ -31,13 +31,14 @@ class SimSiam(Method):
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Forward all views as one batch (one set of BatchNorm statistics, as the authors do) and score all pairs."""
-        views_VB = views.global_views
-        projections = self.projector(self.backbone(views_VB.flatten(0, 1)))
+        features, kept = self.encode_views(views)
+        projections = self.projector(features.flatten(0, 1))
         predictions = self.predictor(projections)
-        shape = (*views_VB.shape[:2], -1)
+        shape = (*features.shape[:2], -1)
         pairs = candidates.pairs_on(projections.device)
         return CandidateScores(
-            pairs_BP=score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float(), pairs)
+            pairs_BP=score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float(), pairs),
+            reusable=kept,
         )
 
     def forward(
@@ -49,7 +50,9 @@ class SimSiam(Method):
         `averaged_target` are FastSiam.
         """
         slots = views.global_views
-        projections = [self.projector(self.backbone(slot)) for slot in slots]
+        kept = views.reusable.get("student_global")
+        features = [self.backbone(slot) for slot in slots] if kept is None else kept
+        projections = [self.projector(of_slot) for of_slot in features]
         predictions = [self.predictor(projection).float() for projection in projections]
         targets = [projection.detach().float() for projection in projections]
         if len(slots) == 2:

@@ -1,7 +1,7 @@
 """Selection: which views of each image are trained on. Usable in your own training loop, without Ray."""
 
-from hvp_ray.selection.candidates import Candidates, CandidateScores, num_pairs, pair_table
-from hvp_ray.selection.chosen import Selection, gather_views
+from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable, num_pairs, pair_table
+from hvp_ray.selection.chosen import Selection, gather_reusable, gather_views
 from hvp_ray.selection.draw import Draw
 from hvp_ray.selection.rules import RULES, choose_views
 from hvp_ray.selection.scoring import score_views
@@ -14,10 +14,13 @@ __all__ = [
     "CandidateScores",
     "Candidates",
     "Draw",
+    "KeptViews",
     "PairWeights",
+    "Reusable",
     "Selection",
     "StepSelection",
     "choose_views",
+    "gather_reusable",
     "gather_views",
     "hard_step",
     "num_pairs",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvp_ray.errors import ShapeError
+from hvp_ray.row_reuse import Kept
 
 
 def num_pairs(num_views: int) -> int:
@@ -92,6 +93,25 @@ def _kept_pairs(candidates: Candidates, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class KeptViews:
+    """What the backward of an encoder's outputs needs, kept for all views of one size; see `hvp_ray.row_reuse`."""
+
+    kept: Kept
+    """Of the rows (view, image), in this order."""
+    num_images: int
+    are_local: bool
+
+    def gather(self, view_indices: Int64[Tensor, "slots batch"]) -> Float[Tensor, "slots batch *rest"]:
+        """Return the outputs of the chosen views, differentiable; once, because it frees what the others kept."""
+        rows_SB = view_indices * self.num_images + torch.arange(self.num_images, device=view_indices.device)
+        return self.kept.rows(rows_SB.flatten()).unflatten(0, view_indices.shape)
+
+
+Reusable = dict[str, Float[Tensor, "views batch *rest"] | KeptViews]
+"""Results of scoring by name: those of each global view without gradient, or kept ones of an encoder."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CandidateScores:
     """Hardness of every candidate: the loss that it would give.
 
@@ -104,8 +124,8 @@ class CandidateScores:
     locals_BPL: Float[Tensor, "batch pairs locals"] | None = None  # noqa: N815
     """Addition of each local view; None: there are no local views."""
 
-    reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
-    """Results for each global view that training on it can reuse."""
+    reusable: Reusable = field(default_factory=dict)
+    """Results that training on some of the views can reuse."""
 
     @staticmethod
     def joined(parts: "Sequence[CandidateScores]") -> "CandidateScores":
@@ -113,10 +133,14 @@ class CandidateScores:
         if len(parts) == 1:
             return parts[0]
         of_locals = [part.locals_BPL for part in parts if part.locals_BPL is not None]
+        reusable: Reusable = {}
+        for name in parts[0].reusable:
+            of_parts = [part.reusable[name] for part in parts]
+            reusable[name] = torch.cat([values for values in of_parts if isinstance(values, Tensor)], dim=1)
         return CandidateScores(
             pairs_BP=torch.cat([part.pairs_BP for part in parts]),
             locals_BPL=torch.cat(of_locals) if of_locals else None,
-            reusable={name: torch.cat([part.reusable[name] for part in parts], dim=1) for name in parts[0].reusable},
+            reusable=reusable,
         )
 
     def mean(self, num_chosen_local_views: int) -> Float[Tensor, " batch"]:

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
+from hvp_ray.selection.candidates import KeptViews, Reusable
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
@@ -30,3 +32,16 @@ def gather_views(
     """Gather what belongs to the chosen views (pixels, masks) by one index: out[s, b] = of_views[view_indices[s, b], b]."""
     batch = torch.arange(of_views.shape[1], device=of_views.device)
     return of_views[view_indices, batch]
+
+
+def gather_reusable(reusable: Reusable, selection: Selection) -> dict[str, Float[Tensor, "slots batch *rest"]]:
+    """Gather what training on the chosen views reuses of scoring; see `CandidateScores.reusable`."""
+    chosen = {}
+    for name, of_views in reusable.items():
+        if not isinstance(of_views, KeptViews):
+            chosen[name] = gather_views(of_views, selection.view_indices)
+        elif not of_views.are_local:
+            chosen[name] = of_views.gather(selection.view_indices)
+        elif selection.local_indices is not None:
+            chosen[name] = of_views.gather(selection.local_indices)
+    return chosen

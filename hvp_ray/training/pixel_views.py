@@ -11,7 +11,7 @@ from hvp_ray.config import SelectionConfig, ViewsConfig
 from hvp_ray.host_to_device import to_device
 from hvp_ray.methods.method import ViewTensors
 from hvp_ray.records import Views
-from hvp_ray.selection import Selection, gather_views
+from hvp_ray.selection import Reusable, Selection, gather_reusable, gather_views
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.views.downscale import downscale_views
 from hvp_ray.views.normalise import normalise_views
@@ -25,7 +25,7 @@ class PixelViews:
     local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
     masks: Bool[Tensor, "views batch patch_rows patch_columns"] | None
     reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
-    """Results of scoring for each global view; see `CandidateScores.reusable`."""
+    """Results of scoring for these views; see `CandidateScores.reusable`."""
 
     @staticmethod
     def of(batch: DeviceBatch) -> "PixelViews":
@@ -46,8 +46,8 @@ class PixelViews:
             masks=_masks_on(batch.probe_pixels.device, batch.probe_views),
         )
 
-    def gather(self, selection: Selection) -> "PixelViews":
-        """Return the chosen views; a mask goes with its view."""
+    def gather(self, selection: Selection, reusable: Reusable) -> "PixelViews":
+        """Return the chosen views; a mask goes with its view, and so does what scoring left for training."""
         local_pixels = None
         if self.local_pixels is not None and selection.local_indices is not None:
             local_pixels = gather_views(self.local_pixels, selection.local_indices)
@@ -55,7 +55,7 @@ class PixelViews:
             global_pixels=gather_views(self.global_pixels, selection.view_indices),
             local_pixels=local_pixels,
             masks=None if self.masks is None else gather_views(self.masks, selection.view_indices),
-            reusable={name: gather_views(values, selection.view_indices) for name, values in self.reusable.items()},
+            reusable=gather_reusable(reusable, selection),
         )
 
     def split(self, num_parts: int) -> list["PixelViews"]:

@@ -19,6 +19,8 @@ from hvp_ray.selection import (
     Candidates,
     CandidateScores,
     Draw,
+    KeptViews,
+    Reusable,
     Selection,
     StepSelection,
     choose_views,
@@ -118,13 +120,13 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
     trainee.optimizer.zero_grad(set_to_none=True)  # frees the last step's gradients before scoring
     pixels = PixelViews.of(batch)
     candidates = of_step.candidates(config.views)
-    scores = None
+    scores: CandidateScores | None = None
+    reusable: Reusable = {}
     if of_step.needs_scores:
         parts = pixels.split(config.training.accumulation_steps)
         scores = score_candidates(trainee, parts, candidates, config, batch.step)
-        if _training_may_reuse(config):
-            pixels = replace(pixels, reusable=scores.reusable)
-        scores = replace(scores, reusable={})  # only `pixels` holds them, until the chosen views' part is gathered
+        reusable = _reusable_in_training(scores, config)
+        scores = replace(scores, reusable={})
     with trainee.stage("choose"):
         selection = choose_views(
             of_step.rule,
@@ -143,7 +145,7 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
             ),
         )
     with trainee.stage("gather"):
-        chosen = pixels.gather(selection)
+        chosen = pixels.gather(selection, reusable)
     return ChosenViews(candidates=candidates, scores=scores, selection=selection, pixels=chosen)
 
 
@@ -187,12 +189,15 @@ def probe_plans(trainee: Trainee, batch: DeviceBatch, config: RunConfig, of_step
         return _AsyncCopy(trainee.mean_over_ranks(probe_statistics(features, scores.pairs_BP)))
 
 
-def _training_may_reuse(config: RunConfig) -> bool:
-    """Tell whether scoring forwards the views exactly as training will."""
-    selection = config.selection
-    full_resolution = selection.scoring_resolution_px in (None, config.views.global_views.size_px)
-    same_precision = selection.scoring_precision in ("training", config.training.precision)
-    return selection.reuse_teacher and full_resolution and same_precision
+def _reusable_in_training(scores: CandidateScores, config: RunConfig) -> Reusable:
+    """Return what scoring leaves for training: the student's rows, and the teacher's outputs if `reuse_teacher` is set."""
+    if not config.scores_as_in_training:
+        return {}
+    return {
+        name: of_views
+        for name, of_views in scores.reusable.items()
+        if config.selection.reuse_teacher or isinstance(of_views, KeptViews)
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

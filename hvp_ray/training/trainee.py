@@ -67,6 +67,8 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
         method = build_method(config.method, ranks)
+    if config.selection.reuse_student:
+        method.keep_rows()
     if config.training.initial_weights is not None:
         for encoder in method.encoders:
             load_initial_weights(encoder, config.training.initial_weights)
