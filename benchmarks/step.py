@@ -5,13 +5,14 @@ python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [-
     [--all-pairs] [--compile] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
-(hardest-224) or at lower ones (hardest-112). With --images 8 or more, predicted probes a quarter of them in every fourth
-step and takes random steps between: seconds and ledger are of a step with a probe, the ratio is that of all its steps. All
-are the real step on the real network with made-up pixels; rendering is not part of it. On a CPU the time is CPU time of one
-thread, which other load on the machine distorts little, and the steps take turns: the ratio is the median over the turns of
-the ratio within a turn. On a GPU it is the device's own clock, and one setting follows the other, each with a network of its
-own (so that compiled code is that of one resolution, as in a run, and the peak of memory is that of one setting); medians
-are compared.
+(hardest-224) or at lower ones (hardest-112). hardest-224-reuse trains on the student's rows of scoring
+(`selection.reuse_student`; Vision Transformers without --compile). With --images 8 or more, predicted probes a quarter of
+them in every fourth step and takes random steps between: seconds and ledger are of a step with a probe, the ratio is that of
+all its steps. All are the real step on the real network with made-up pixels; rendering is not part of it. On a CPU the time
+is CPU time of one thread, which other load on the machine distorts little, and the steps take turns: the ratio is the median
+over the turns of the ratio within a turn. On a GPU it is the device's own clock, and one setting follows the other, each with
+a network of its own (so that compiled code is that of one resolution, as in a run, and the peak of memory is that of one
+setting); medians are compared.
 
 With --all-pairs the steps train on all pairs of the candidate views instead: all-pairs takes their plain mean, and
 all-pairs-softmax and its like weigh them. ratio_to_all_pairs is then what the weights cost.
@@ -67,7 +68,10 @@ def noise(shape: tuple[int, ...], *, dtype: torch.dtype) -> torch.Tensor:
 def settings_of(
     config: RunConfig, scoring_px: list[int] | None = None, *, all_pairs: bool = False
 ) -> dict[str, RunConfig]:
-    """The settings that are compared, by name; hard steps score at full and half resolution, or as `scoring_px` says."""
+    """The settings that are compared, by name; hard steps score at full and half resolution, or as `scoring_px` says.
+
+    At full resolution a Vision Transformer's rows are also reused.
+    """
 
     def with_selection(**changes: object) -> RunConfig:
         return dataclasses.replace(config, selection=dataclasses.replace(config.selection, every=1, **changes))
@@ -82,6 +86,8 @@ def settings_of(
         return settings
     for px in scoring_px or [size_px, size_px // 2]:
         settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
+        if px == size_px and config.method.backbone.name.startswith("vit_") and not config.training.compile:
+            settings[f"hardest-{px}-reuse"] = with_selection(rule="hardest", reuse_student=True)
     images = config.training.images_per_step
     if images >= 8:
         probes = {"probe_images": images // 4, "scoring_resolution_px": None}

@@ -496,7 +496,7 @@ def _check_against_autograd(
     chosen = torch.tensor([2, 0], device=given[0].device)
     devices = [given[0].device] if given[0].is_cuda else []
     trained = [state for state in states if state.requires_grad]
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with _disable_current_modes(), torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(0)
         ordinary = module(*few)
         tangents = torch.zeros_like(ordinary)

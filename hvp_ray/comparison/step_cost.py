@@ -42,7 +42,7 @@ class StepCost:
     """CPU seconds to decode the images of a step and render their views."""
     views_per_image: float
     forwards_per_image: float
-    """Global views forwarded per image for scoring and training. Training alone forwards two."""
+    """Global views that the student forwards per image for scoring and training. Training alone forwards two."""
     counted_operations: float
     """Floating-point operations of a step on one trainer, counted."""
     memory_bytes: float
@@ -164,8 +164,10 @@ def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     def trained_views(kind: _StepKind) -> int:
         return RULES[kind.of_step.rule].num_trained_views(kind.of_step.candidates(config.views))[0]
 
-    def scored_views(kind: _StepKind) -> int:
-        return kind.of_step.num_views if kind.of_step.needs_scores else 0
+    def forwards(kind: _StepKind) -> int:
+        if not kind.of_step.needs_scores:
+            return trained_views(kind)
+        return kind.of_step.num_views + (0 if config.selection.reuse_student else trained_views(kind))
 
     def probe_views(kind: _StepKind) -> float:
         return kind.of_step.num_probe_images * config.selection.num_candidate_views / config.images_per_rank
@@ -174,7 +176,7 @@ def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
         step_seconds=mean(lambda kind: typical(kind.seconds)),
         render_cpu_seconds=mean(lambda kind: kind.render_cpu_seconds),
         views_per_image=mean(lambda kind: kind.of_step.num_views + probe_views(kind)),
-        forwards_per_image=mean(lambda kind: trained_views(kind) + scored_views(kind) + probe_views(kind)),
+        forwards_per_image=mean(lambda kind: forwards(kind) + probe_views(kind)),
         counted_operations=mean(lambda kind: operations_of_step(config, kind.of_step)),
         memory_bytes=float(estimate_memory(config).peak),
     )

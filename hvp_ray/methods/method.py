@@ -10,14 +10,14 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from hvp_ray.config import MethodConfig
-from hvp_ray.errors import ConfigError, RowReuseError
+from hvp_ray.errors import ConfigError
 from hvp_ray.row_reuse import RowReuse
 from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable
 from hvp_ray.selection.weights import PairWeights, effective_pairs, mean_of_pairs
@@ -41,6 +41,8 @@ class ViewTensors:
     """`CandidateScores.reusable` of these very views; empty: everything is computed."""
     alternating: bool = False
     """Pairs are (even view, odd view) only; see `pair_table`."""
+    keep_rows: bool = False
+    """Scoring keeps what the backward of the student's encoder needs (`selection.reuse_student`)."""
 
     def as_candidates(self) -> Candidates:
         """Return all admissible pairs of these views, each with all local views."""
@@ -148,8 +150,10 @@ class Method(nn.Module):
 
     backbone: nn.Module
     """The encoder that is trained."""
-    _row_reuse: "dict[str, RowReuse] | None" = None
-    """Of global and of local views; None: scoring keeps nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._row_reuse: dict[str, RowReuse] = {}
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Return the loss that each candidate would give; higher is harder; float32.
@@ -184,13 +188,13 @@ class Method(nn.Module):
         self,
         encoder: nn.Module,
         views: ViewTensors,
-        *of_views: Shaped[Tensor, "views batch *inputs"],
+        *of_views: Shaped[Tensor, "views batch ..."],
         are_local: bool = False,
     ) -> tuple[Float[Tensor, "views batch *outputs"], Reusable]:
         """Forward the student's encoder on views of one size as one batch, or take what scoring kept.
 
-        Scoring with `selection.reuse_student` also gets what it puts into `CandidateScores.reusable`. `forward` then gets the
-        outputs from `ViewTensors.reusable`.
+        With `views.keep_rows`, scoring also gets what it puts into `CandidateScores.reusable`. `forward` then takes the
+        outputs of the chosen views from `views.reusable`.
 
         Args:
             encoder: treats each view by itself; its parameters are trained.
@@ -203,24 +207,12 @@ class Method(nn.Module):
             return views.reusable[name], {}
         shape = of_views[0].shape[:2]
         flat = [values.flatten(0, 1) for values in of_views]
-        if self._row_reuse is None or torch.is_grad_enabled():
+        if not views.keep_rows:
             return encoder(*flat).unflatten(0, shape), {}
         if name not in self._row_reuse:
             self._row_reuse[name] = RowReuse(encoder)
         outputs, kept = self._row_reuse[name].forward_all(*flat)
         return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
-
-    def keep_rows(self) -> None:
-        """Let scoring keep what the backward of the student's encoder needs (`selection.reuse_student`).
-
-        Raises:
-            ConfigError: the encoder has BatchNorm.
-        """
-        try:
-            RowReuse(self.backbone)
-        except RowReuseError as error:
-            raise ConfigError(f"selection.reuse_student=True is not allowed with this encoder: {error}") from error
-        self._row_reuse = {}
 
     @property
     def encoder(self) -> nn.Module:
@@ -270,4 +262,4 @@ def build_method(config: MethodConfig, ranks: Ranks = ALONE) -> Method:
         ) from error
     if not (isinstance(implementation, type) and issubclass(implementation, Method)):
         raise ConfigError(f"the method {config.name} is {config.implementation}, which is no hvp_ray Method")
-    return implementation(config, ranks)
+    return cast(Any, implementation)(config, ranks)

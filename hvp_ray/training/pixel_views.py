@@ -46,7 +46,7 @@ class PixelViews:
             masks=_masks_on(batch.probe_pixels.device, batch.probe_views),
         )
 
-    def gather(self, selection: Selection, reusable: Reusable) -> "PixelViews":
+    def gather(self, selection: Selection, reusable: Reusable | None = None) -> "PixelViews":
         """Return the chosen views; a mask goes with its view, and so does what scoring left for training."""
         local_pixels = None
         if self.local_pixels is not None and selection.local_indices is not None:
@@ -55,7 +55,7 @@ class PixelViews:
             global_pixels=gather_views(self.global_pixels, selection.view_indices),
             local_pixels=local_pixels,
             masks=None if self.masks is None else gather_views(self.masks, selection.view_indices),
-            reusable=gather_reusable(reusable, selection),
+            reusable=gather_reusable(reusable or {}, selection),
         )
 
     def split(self, num_parts: int) -> list["PixelViews"]:

@@ -161,7 +161,7 @@ def score_candidates(
         with trainee.stage("downscale"):
             small = part.for_scoring(selection, config.views, patch_px=trainee.method.patch_px)
         with trainee.stage("normalise"):
-            views = small.normalised(config.views)
+            views = replace(small.normalised(config.views), keep_rows=selection.reuse_student)
         with trainee.stage("score"), _autocast(precision, trainee.device):
             scores.append(
                 score_views(

@@ -11,10 +11,11 @@ from torch import Tensor
 from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
-from hvp_ray.errors import ConfigError
+from hvp_ray.errors import ConfigError, RowReuseError
 from hvp_ray.methods.backbones import load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
+from hvp_ray.row_reuse import RowReuse
 from hvp_ray.selection import Candidates, CandidateScores
 from hvp_ray.selection.proposals import HardnessPredictor
 from hvp_ray.training.optimizers import build_optimizer
@@ -63,12 +64,16 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
 
     Raises:
         CheckpointError: the initial weights are missing or fit another network.
+        ConfigError: `selection.reuse_student` is set, and the encoder has BatchNorm.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
         method = build_method(config.method, ranks)
     if config.selection.reuse_student:
-        method.keep_rows()
+        try:
+            RowReuse(method.backbone)
+        except RowReuseError as error:
+            raise ConfigError(f"selection.reuse_student=True is not allowed with this encoder: {error}") from error
     if config.training.initial_weights is not None:
         for encoder in method.encoders:
             load_initial_weights(encoder, config.training.initial_weights)

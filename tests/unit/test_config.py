@@ -68,6 +68,22 @@ def test_unknown_recipe_names_the_nearest() -> None:
         (lambda: tiny_config("x", selection={"scoring_resolution_px": 64}), "scoring_resolution_px=64.*at most"),
         (lambda: tiny_config("x", training={"compile": True}, cluster={"device": "cpu"}), "training.compile"),
         (lambda: tiny_config("x", cluster={"object_store_mib": 3}), "object_store_mib"),
+        (
+            lambda: tiny_config("x", selection={"reuse_student": True}, training={"accumulation_steps": 2}),
+            "selection.reuse_student=True is not allowed: False without training.accumulation_steps=1",
+        ),
+        (
+            lambda: tiny_config("x", selection={"reuse_student": True, "scoring_resolution_px": 4}),
+            "selection.reuse_student=True is not allowed: False without scoring at full resolution",
+        ),
+        (
+            lambda: tiny_config("x", selection={"reuse_student": True, "scoring_precision": "bfloat16"}),
+            "in the precision of training",
+        ),
+        (
+            lambda: tiny_config("x", selection={"reuse_student": True}, training={"compile": True}),
+            "False without training.compile=False",
+        ),
     ],
 )
 def test_wrong_values_say_path_value_and_what_is_allowed(build: Any, message: str) -> None:

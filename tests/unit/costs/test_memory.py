@@ -1,17 +1,24 @@
 """A trainer's device holds two batches, and both are counted."""
 
+import dataclasses
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from hvp_ray.costs.imaginary import made_up_batch
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.prefetch import batch_bytes
+from hvp_ray.distributed.world import World
 from hvp_ray.launch import local
 from hvp_ray.recipes import get_recipe
+from hvp_ray.selection import KeptViews, hard_step
 from hvp_ray.stream.batches import InlineBatches
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceBatch
+from hvp_ray.training.pixel_views import PixelViews
+from hvp_ray.training.step import score_candidates
+from hvp_ray.training.trainee import build_trainee
 from tests.helpers import tiny_config
 
 
@@ -21,6 +28,22 @@ def test_batch_in_use_and_the_next_are_counted(recipe: str) -> None:
     estimate = estimate_memory(config)
     assert estimate.batches == BATCHES_ON_DEVICE * batch_bytes(config) == 2 * batch_bytes(config)
     assert estimate.scoring_peak > estimate.weights + estimate.optimizer_state + estimate.batches
+
+
+def test_estimate_has_what_is_kept_of_the_students_rows(tmp_path: Path) -> None:
+    """Reuse adds to the peak of scoring what a real step keeps, less what a scoring pass frees on its way."""
+    config = tiny_config(str(tmp_path), recipe="ibot-digits", data={"num_images": 60})
+    reusing = dataclasses.replace(config, selection=dataclasses.replace(config.selection, reuse_student=True))
+    trainee = build_trainee(reusing, World(), torch.device("cpu"), None)
+    pixels = PixelViews.of(made_up_batch(reusing, torch.zeros))
+    candidates = hard_step(config.selection).candidates(config.views)
+    reusable = score_candidates(trainee, pixels, candidates, reusing, 0).reusable
+    kept = [of_views.kept for of_views in reusable.values() if isinstance(of_views, KeptViews)]
+    kept_bytes = sum(value.untyped_storage().nbytes() for of_size in kept for value in of_size._values)
+    assert len(kept) == 2
+    plain, with_rows = estimate_memory(config), estimate_memory(reusing)
+    assert 0.8 * kept_bytes < with_rows.scoring_peak - plain.scoring_peak < 1.05 * kept_bytes
+    assert with_rows.training_peak <= plain.training_peak
 
 
 def test_trainer_drops_a_batch_before_it_takes_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,17 +5,19 @@ import dataclasses
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
-from hvp_ray.errors import TrainingError
+from hvp_ray.errors import ConfigError, TrainingError
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.methods.method import StepPosition, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
@@ -217,6 +219,65 @@ def test_teacher_with_batch_norm_is_not_reused(tmp_path: Path) -> None:
     trainee = build_trainee(config, World(), CPU, None)
     trainee.method.train()
     assert choose_step_views(trainee, _batches(config, 1)[0], config, hard_step(config.selection)).pixels.reusable == {}
+
+
+@pytest.mark.parametrize("recipe", ["dino-digits", "ibot-digits", "simclr-digits", "simsiam-digits"])
+def test_reusing_the_students_rows_changes_no_bit(tmp_path: Path, recipe: str) -> None:
+    """Against forwarding the chosen views again, over three steps; reuse needs fewer operations.
+
+    SimSiam forwards its slots one after the other, and the backward of both at once rounds differently.
+    """
+    states, operations = [], []
+    for reuse in (True, False):
+        config = tiny_config(
+            str(tmp_path),
+            recipe=recipe,
+            selection={"reuse_student": reuse},
+            method={"backbone": dataclasses.replace(VIT, drop_path=0.0)},
+            data={"num_images": 60},
+        )
+        if recipe in MULTI_CROP:
+            config = with_vit_views(config)
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        for step, batch in enumerate(_batches(config, 3)):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
+            with FlopCounterMode(display=False) if step == 2 else nullcontext() as counter:
+                train_step(trainee, batch, config, hard_step(config.selection))
+        operations.append(counter.get_total_flops())
+        states.append(trainee.method.state_dict())
+    assert operations[0] < 0.9 * operations[1]
+    if recipe == "simsiam-digits":
+        torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-5)
+    else:
+        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_drop_path_of_reused_rows_is_that_of_scoring(tmp_path: Path) -> None:
+    """Its numbers are drawn by (seed, step, rank), so a step that is run again gives the same bits."""
+    digests = []
+    for _ in range(2):
+        config = tiny_config(
+            str(tmp_path), recipe="ibot-digits", selection={"reuse_student": True}, data={"num_images": 60}
+        )
+        assert config.method.backbone.drop_path > 0.0
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        batch = _batches(config, 1)[0]
+        scores = choose_step_views(trainee, batch, config, hard_step(config.selection)).scores
+        metrics = train_step(trainee, batch, config, hard_step(config.selection))
+        assert scores is not None
+        assert metrics.scores is not None
+        assert torch.equal(scores.pairs_BP, metrics.scores.pairs_BP)
+        assert torch.allclose(metrics.loss, metrics.selection.scores.mean(), rtol=1e-5)  # scoring=full: the very loss
+        digests.append(trainee.method.state_dict())
+    assert all(torch.equal(value, digests[1][key]) for key, value in digests[0].items())
+
+
+def test_student_with_batch_norm_is_not_reused(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), selection={"reuse_student": True})  # a ResNet
+    with pytest.raises(ConfigError, match="reuse_student=True is not allowed with this encoder.*BatchNorm"):
+        build_trainee(config, World(), CPU, None)
 
 
 def test_low_resolution_scoring_and_clipping_train(tmp_path: Path) -> None:
