@@ -19,7 +19,7 @@ class StepOperations:
     random_step: int
     """Forward and backward on the views that the vanilla arm trains on."""
     scoring: int
-    """Additional operations of a hard step, less those that it saves in training (reuse). With rule
+    """Additional operations of a hard step, less those that reuse saves in training. With rule
     predicted those of its probes, as a mean over all steps."""
 
     @property

@@ -17,7 +17,7 @@ from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.method import Contrast, Method, Ranks, StepPosition, ViewTensors, build_method
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import Candidates, PairWeights, pair_weights_of, score_views
+from hvp_ray.selection import Candidates, PairWeights, Selection, gather_reusable, pair_weights_of, score_views
 from tests.distributed.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -70,7 +70,14 @@ def two_updates(rank: int, num_ranks: int, device_type: str = "cpu") -> dict[str
     return {name: two_updates_of(name, rank, num_ranks, device) for name in METHODS}
 
 
-def two_updates_of(name: str, rank: int, num_ranks: int, device: torch.device = CPU) -> dict[str, Any]:
+def two_updates_with_rows(rank: int, num_ranks: int) -> dict[str, Any]:
+    """Return that of iBOT, whose training takes the students' rows from scoring."""
+    return two_updates_of("ibot", rank, num_ranks, reuse_student=True)
+
+
+def two_updates_of(
+    name: str, rank: int, num_ranks: int, device: torch.device = CPU, *, reuse_student: bool = False
+) -> dict[str, Any]:
     world = World(rank=rank, num_ranks=num_ranks)
     method = synchronize_batch_norm(_method(name, Ranks(rank=rank, gather=gather_over_ranks)), world, device)
     assert isinstance(method, Method)
@@ -84,7 +91,13 @@ def two_updates_of(name: str, rank: int, num_ranks: int, device: torch.device = 
     losses = []
     for step in range(2):
         method.begin_step(StepPosition(step=step, num_steps=2, steps_per_epoch=1))
-        result = wrapped.forward(_part(views, images, num_views=2))
+        trained_on = _part(views, images, num_views=2)
+        if reuse_student:
+            kept = method.score(dataclasses.replace(_part(views, images), keep_rows=True), candidates).reusable
+            first_two = torch.arange(2)[:, None].expand(2, trained_on.global_views.shape[1])
+            selection = Selection(pair_indices=None, view_indices=first_two, local_indices=first_two)
+            trained_on = dataclasses.replace(trained_on, reusable=gather_reusable(kept, selection))
+        result = wrapped.forward(trained_on)
         losses.append(float(mean_over_ranks(result.loss.detach())))
         optimizer.zero_grad()
         result.loss.backward()
@@ -104,6 +117,17 @@ def two_updates_of(name: str, rank: int, num_ranks: int, device: torch.device = 
 @pytest.mark.parametrize(("num_ranks", "tolerance"), [(2, 2e-5), (3, 5e-5)])
 def test_ranks_equal_one_rank_in_value_and_gradient(num_ranks: int, tolerance: float) -> None:
     check_ranks_equal_one(run_ranks(two_updates, num_ranks), CPU, tolerance)
+
+
+@pytest.mark.parametrize(("num_ranks", "tolerance"), [(2, 2e-5), (3, 5e-5)])
+def test_ranks_that_reuse_the_students_rows_equal_one_rank_that_does_not(num_ranks: int, tolerance: float) -> None:
+    single = two_updates_of("ibot", 0, 1)
+    for of_rank in run_ranks(two_updates_with_rows, num_ranks):
+        np.testing.assert_allclose(of_rank["losses"], single["losses"], rtol=tolerance)
+        assert of_rank["gradients"].keys() == single["gradients"].keys()
+        for key, gradient in single["gradients"].items():
+            scale = max(float(np.abs(gradient).max()), 1e-3)
+            np.testing.assert_allclose(of_rank["gradients"][key], gradient, atol=tolerance * scale, err_msg=key)
 
 
 def check_ranks_equal_one(ranks: list[dict[str, dict[str, Any]]], device: torch.device, tolerance: float) -> None:

@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,3 +307,11 @@ def test_rows_that_are_not_chosen_are_freed() -> None:
     reused = kept.rows(ROWS[:3])
     after = sum(value.untyped_storage().nbytes() for value in reused.grad_fn.chosen.values)
     assert after == before / 4
+
+
+def test_example_of_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "row_reuse.md").read_text()
+    (program,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert all(parameter.grad is not None for parameter in names["encoder"].parameters())
