@@ -34,7 +34,7 @@ class TrackingConfig(Checked):
 
     selection_images_per_epoch: AtLeast0 = 2_000
     """Images of each epoch whose plan, scores and choice are logged for pipelines/analyse_selection.py (approximately; rank
-    0's part, about 200 bytes per image). 0: no log."""
+    0's part, about 200 bytes per image, and 4 for each pair and local view). 0: no log."""
 
     comparison: str | None = None
     """Comparison that the run belongs to, set by pipelines/compare.py; a tag in MLflow."""

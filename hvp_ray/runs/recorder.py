@@ -243,15 +243,17 @@ def _log_selection(log: SelectionLogWriter, steps_done: int, batch: DeviceBatch,
     candidates, chosen, scores = metrics.candidates, metrics.selection.pair_indices, metrics.scores
     if chosen is None or len(candidates.pairs) < 2:
         return  # all pairs were trained on, or there was nothing to choose
-    scores_BP = None
+    scores_BP, locals_BPL = None, None
     if scores is not None:
         scores_BP = scores.best_of_pairs(candidates.num_chosen_local_views).float().cpu().numpy()
+        locals_BPL = None if scores.locals_BPL is None else scores.locals_BPL.float().cpu().numpy()
     log.take(
         steps_done,
         batch,
         pairs=candidates.pairs,
         chosen=chosen.cpu().numpy().astype(np.int64),
         scores=scores_BP,
+        local_scores=locals_BPL,
     )
 
 

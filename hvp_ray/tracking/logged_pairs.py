@@ -69,7 +69,8 @@ class SelectionLog(LoggedRun):
     """Logged images with another number of views, or other pairs, than most."""
     images: pa.Table
     """A row per image: step (optimizer steps done), epoch, sample_id, image_height and image_width in px, chosen_pair
-    (row of `pairs`), scores (a list over the pairs, or null), and each field of `PLAN_COLUMNS` as a list over the views."""
+    (row of `pairs`), scores (a list over the pairs, or null), each field of `PLAN_COLUMNS` as a list over the views, and, if
+    there are local views, local_scores (a list over pairs and local views, or null)."""
 
     @property
     def num_images(self) -> int:
@@ -85,6 +86,13 @@ class SelectionLog(LoggedRun):
     def num_pairs(self) -> int:
         """P."""
         return len(self.pairs)
+
+    @property
+    def local_scores(self) -> NDArray[np.float32] | None:
+        """What each local view adds to the score of a pair, [N, P, L], NaN if the step did not score; None: L is 0."""
+        if "local_scores" not in self.images.column_names:
+            return None
+        return self["local_scores"].reshape(self.num_images, self.num_pairs, -1)
 
     def __getitem__(self, column: str) -> NDArray[Any]:
         """Return a column: [N]; fields of the plan [N, V]; scores [N, P], NaN if the rule needed none."""
@@ -154,6 +162,8 @@ def _read_part(path: Path) -> SelectionLog | None:
         num_views = len(table["top"][0])
         columns = _IMAGE_COLUMNS | {"scores": pa.list_(pa.float32(), len(pairs))}
         columns |= {name: pa.list_(kind, num_views) for name, kind in PLAN_COLUMNS.items()}
+        if "local_scores" in table.column_names:
+            columns["local_scores"] = pa.list_(pa.float32(), len(pairs) * described["num_local_views"])
         run = {field.name: described[field.name] for field in dataclasses.fields(LoggedRun)}
         log = SelectionLog(**run, pairs=pairs, images=table.select(list(columns)).cast(pa.schema(columns)))
         chosen = log["chosen_pair"]

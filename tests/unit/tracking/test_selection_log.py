@@ -63,6 +63,25 @@ def test_plans_scores_and_choices_come_back_as_they_were(tmp_path: Path) -> None
     assert np.isnan(log["scores"][32:]).all()
 
 
+def test_scores_of_local_views_come_back_for_each_pair(tmp_path: Path) -> None:
+    """With DINO's local views; a step that did not score has none. Without local views the log has no such column."""
+    config = tiny_config(str(tmp_path), "dino-digits")
+    writer = SelectionLogWriter(_log(tmp_path), config, run_name="one", steps_per_epoch=10)
+    locals_BPL = np.random.default_rng(0).normal(size=(16, len(PAIRS), 4)).astype(np.float32)
+    for step, batch in enumerate(_batches(config, 2), start=1):
+        chosen, scores = _choice(step, 16)
+        of_step = {"scores": scores, "local_scores": locals_BPL} if step == 2 else {"scores": None}
+        writer.take(step, batch, pairs=PAIRS, chosen=chosen, **of_step)
+    writer.flush()
+    logged = read_selection_log(tmp_path).local_scores
+    assert logged is not None
+    assert np.isnan(logged[:16]).all()
+    np.testing.assert_array_equal(logged[16:], locals_BPL)
+
+    pretrain_in_process(tiny_config(str(tmp_path), run={"name": "pairs"}, training={"num_steps": 1}))
+    assert read_selection_log(tmp_path / "pairs").local_scores is None
+
+
 def test_resumed_run_writes_the_same_log(tmp_path: Path) -> None:
     """Checkpoints of steps 4 and 7, of which the second was damaged: resumed from that of step 4."""
     batches = _batches(tiny_config(str(tmp_path)), 9)
