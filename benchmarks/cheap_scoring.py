@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from benchmarks.replay.scores import score_of
 from benchmarks.results_file import describe_machine, open_results
-from hvp_ray.config import Rule, RunConfig, config_from_dict
+from hvp_ray.config import RunConfig, config_from_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import HvpRayError
@@ -72,8 +72,7 @@ def hard_config(config: RunConfig, *, images_per_step: int, device: torch.device
     return dataclasses.replace(
         config,
         selection=dataclasses.replace(
-            config.selection,
-            rule="hardest",
+            config.selection.with_rule("hardest"),
             every=1,
             limit=None,
             scoring_resolution_px=None,
@@ -195,12 +194,15 @@ class ScoredImages:
         return float(torch.stack(losses).mean())
 
     def random_training_loss(self) -> float:
-        """Return the training loss of random views: with pairs, the mean of all of them."""
-        rule: Rule = "first" if self.candidates.num_local_views else "all_pairs"
-        return self.training_loss(choose_views(rule, self.candidates, num_images=self.num_images, device=self.device))
+        """Return the training loss of random views: without local views, the mean over all pairs, each trained on alone."""
+        if self.candidates.num_local_views:
+            first = choose_views("first", self.candidates, num_images=self.num_images, device=self.device)
+            return self.training_loss(first)
+        pairs = self.candidates.pairs_on(self.device)[:, :, None].expand(-1, -1, self.num_images)
+        return float(np.mean([self.training_loss(Selection(pair_indices=None, view_indices=pair)) for pair in pairs]))
 
     def _score(self, pixels: PixelViews, config: RunConfig, step: int) -> CandidateScores:
-        return score_candidates(self.trainee, pixels, self.candidates, config, step)
+        return score_candidates(self.trainee, [pixels], self.candidates, config, step)
 
 
 def _take(pixels: PixelViews, images: Tensor) -> PixelViews:
