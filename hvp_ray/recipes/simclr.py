@@ -64,7 +64,7 @@ def simclr_cifar10_small() -> RunConfig:
         ),
         optimizer=OptimizerConfig(
             name="sgd",
-            learning_rate_per_256=0.8,
+            learning_rate_per_256=0.3,
             weight_decay=5e-4,
             decay_exempts_vectors=True,
             schedule="cosine-per-step",
