@@ -103,7 +103,7 @@ def _with_any(config: RunConfig, name: str) -> RunConfig:
 def _compared(config: RunConfig) -> tuple[str, dict[str, Any]]:
     """The identity of the weights, and what the runs of a comparison have in common."""
     resolved = resolved_of(config)
-    return identity_of(config, resolved).digest, settings_of(config, resolved, "measured")
+    return identity_of(config, resolved).digest, settings_of(config, resolved, "steps", "measured")
 
 
 class _Made:
@@ -191,11 +191,11 @@ def test_every_field_is_classified_and_all_that_is_not_compared_by_value_is_trie
 def test_fields_compared_by_value_change_identity_and_comparison(recipe: str) -> None:
     base = get_recipe(recipe)
     resolved = resolved_of(base)
-    digest, settings = identity_of(base, resolved).digest, settings_of(base, resolved, "measured")
+    digest, settings = identity_of(base, resolved).digest, settings_of(base, resolved, "steps", "measured")
     for name in set(_fields(base)) - set(CHANGES):
         changed = _with_any(base, name)
         assert identity_of(changed, resolved).digest != digest, name
-        assert (settings_of(changed, resolved, "measured") != settings) == (name != "run.seed"), name
+        assert (settings_of(changed, resolved, "steps", "measured") != settings) == (name != "run.seed"), name
 
 
 @pytest.mark.parametrize("name", CHANGES)
