@@ -49,6 +49,7 @@ def replay_run(run: Path, num_views: int) -> Iterator[Result]:
     num_views = min(num_views, logged.candidates.num_views)
     among = logged.of_first_views(num_views)
     scale = KeptScale(step_N=among.step_N, mean_N=among.mean(), hardest_N=among.chosen_by("hardest"))
+    windows = scale.thirds()
     context = {
         "method": config.method.name,
         "recipe": config.recipe,
@@ -59,7 +60,7 @@ def replay_run(run: Path, num_views: int) -> Iterator[Result]:
     }
     for setting in replay(logged, config, num_views):
         kept = scale.of(setting.chosen_N)
-        thirds = {name: round(scale.of(setting.chosen_N, third).kept, 4) for name, third in scale.thirds().items()}
+        thirds = {name: round(scale.of(setting.chosen_N, third).kept, 4) for name, third in windows.items()}
         name = "-".join(filter(None, (setting.knob, setting.value)))
         yield {
             "name": f"hardness.{config.method.name}.{name}.kept",

@@ -68,19 +68,20 @@ def replay(logged: LoggedScores, config: RunConfig, num_views: int) -> Iterator[
     if not has_locals:
         yield from _weightings(among, prices.all_pairs(num_views))
     for plans in range(3, logged.candidates.num_views + 1):
-        chosen_N = _predicted(logged.of_first_views(plans), num_views, probe_images=16)
-        price = 1.0 + 16 / config.images_per_rank / _PROBE_EVERY * scoring
-        yield Setting(knob="plans", value=str(plans), price=price, chosen_N=chosen_N)
+        yield _predicted(logged.of_first_views(plans), prices, num_views, "plans", plans, probe_images=16)
     for probe_images in (4, 64):
-        chosen_N = _predicted(among, num_views, probe_images=probe_images)
-        price = 1.0 + probe_images / config.images_per_rank / _PROBE_EVERY * scoring
-        yield Setting(knob="probes", value=str(probe_images), price=price, chosen_N=chosen_N)
+        yield _predicted(among, prices, num_views, "probes", probe_images, probe_images=probe_images)
 
 
-def _predicted(logged: LoggedScores, num_probe_views: int, *, probe_images: int) -> NDArray[np.float64]:
-    return chosen_by_predictor(
-        logged, num_probe_views=num_probe_views, probe_images=probe_images, probe_every=_PROBE_EVERY
+def _predicted(
+    logged: LoggedScores, prices: Prices, num_views: int, knob: str, value: int, *, probe_images: int
+) -> Setting:
+    """Choose among all logged views, and learn from the first `num_views` of some images."""
+    chosen_N = chosen_by_predictor(
+        logged, num_probe_views=num_views, probe_images=probe_images, probe_every=_PROBE_EVERY
     )
+    price = prices.probed(num_views, probe_images=probe_images, probe_every=_PROBE_EVERY)
+    return Setting(knob=knob, value=str(value), price=price, chosen_N=chosen_N)
 
 
 def _place_in_step(logged: LoggedScores) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
