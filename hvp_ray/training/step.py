@@ -123,8 +123,7 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
     scores: CandidateScores | None = None
     reusable: Reusable = {}
     if of_step.needs_scores:
-        parts = pixels.split(config.training.accumulation_steps)
-        scores = score_candidates(trainee, parts, candidates, config, batch.step)
+        scores = score_candidates(trainee, pixels, candidates, config, batch.step)
         reusable = _reusable_in_training(scores, config)
         scores = replace(scores, reusable={})
     with trainee.stage("choose"):
@@ -150,18 +149,27 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
 
 
 def score_candidates(
-    trainee: Trainee, parts: list[PixelViews], candidates: Candidates, config: RunConfig, step: int
+    trainee: Trainee,
+    pixels: PixelViews,
+    candidates: Candidates,
+    config: RunConfig,
+    step: int,
+    *,
+    is_probe: bool = False,
 ) -> CandidateScores:
-    """Score all candidates with the current weights, one part of the images after the other."""
+    """Score all candidates with the current weights, in `training.accumulation_steps` parts.
+
+    A probe is not trained on, so it is scored in one part, and no rows are kept for `selection.reuse_student`.
+    """
     selection = config.selection
     precision = config.training.precision if selection.scoring_precision == "training" else selection.scoring_precision
     _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
     scores = []
-    for part in parts:
+    for part in pixels.split(1 if is_probe else config.training.accumulation_steps):
         with trainee.stage("downscale"):
             small = part.for_scoring(selection, config.views, patch_px=trainee.method.patch_px)
         with trainee.stage("normalise"):
-            views = replace(small.normalised(config.views), keep_rows=selection.reuse_student)
+            views = replace(small.normalised(config.views), keep_rows=selection.reuse_student and not is_probe)
         with trainee.stage("score"), _autocast(precision, trainee.device):
             scores.append(
                 score_views(
@@ -182,7 +190,7 @@ def probe_plans(trainee: Trainee, batch: DeviceBatch, config: RunConfig, of_step
     assert batch.probe_views is not None
     plan = batch.probe_views.plan
     candidates = Candidates(num_views=plan.num_views, alternating=config.views.slots_keep_transforms)
-    scores = score_candidates(trainee, [PixelViews.of_probes(batch)], candidates, config, batch.step)
+    scores = score_candidates(trainee, PixelViews.of_probes(batch), candidates, config, batch.step, is_probe=True)
     heights, widths = (sizes[: plan.num_images] for sizes in (batch.heights, batch.widths))
     features = to_device(pair_features(plan, heights, widths, candidates.pairs), trainee.device)
     with trainee.stage("collectives"):
