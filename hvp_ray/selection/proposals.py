@@ -50,7 +50,8 @@ FEATURES = (
 """Features of a pair, symmetric in its views; all are of the order of 1."""
 
 _FORGETTING = 0.98
-"""Weight of earlier probes at each new one: about 50 probes count."""
+"""Weight of earlier probes at each new one: about 50 probes count. (R2 changed by less than 0.01 from 0.95 to 1, and with a
+penalty from 1 to 16: SimCLR, CIFAR-10.)"""
 
 _RIDGE = 4.0
 """Penalty of a squared coefficient, in the squared error of one pair whose hardness has standard deviation 1."""
