@@ -197,7 +197,7 @@ class ScoredImages:
         return self.training_loss(choose_views(rule, self.candidates, num_images=self.num_images, device=self.device))
 
     def _score(self, pixels: PixelViews, config: RunConfig, step: int) -> CandidateScores:
-        return score_candidates(self.trainee, pixels, self.candidates, config, step)
+        return score_candidates(self.trainee, [pixels], self.candidates, config, step)
 
 
 def _take(pixels: PixelViews, images: Tensor) -> PixelViews:

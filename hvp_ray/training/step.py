@@ -124,7 +124,8 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
     reusable: Reusable = {}
     if of_step.needs_scores:
         parts = pixels.split(config.training.accumulation_steps)
-        scores = score_candidates(trainee, parts, candidates, config, batch.step)
+        keep_rows = config.selection.reuse_student
+        scores = score_candidates(trainee, parts, candidates, config, batch.step, keep_rows=keep_rows)
         reusable = _reusable_in_training(scores, config)
         scores = replace(scores, reusable={})
     with trainee.stage("choose"):
@@ -150,9 +151,18 @@ def choose_step_views(trainee: Trainee, batch: DeviceBatch, config: RunConfig, o
 
 
 def score_candidates(
-    trainee: Trainee, parts: list[PixelViews], candidates: Candidates, config: RunConfig, step: int
+    trainee: Trainee,
+    parts: list[PixelViews],
+    candidates: Candidates,
+    config: RunConfig,
+    step: int,
+    *,
+    keep_rows: bool = False,
 ) -> CandidateScores:
-    """Score all candidates with the current weights, one part of the images after the other."""
+    """Score all candidates with the current weights, one part of the images after the other.
+
+    With `keep_rows`, the result has what the backward of the student's encoder needs; there must be one part.
+    """
     selection = config.selection
     precision = config.training.precision if selection.scoring_precision == "training" else selection.scoring_precision
     _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
@@ -161,7 +171,7 @@ def score_candidates(
         with trainee.stage("downscale"):
             small = part.for_scoring(selection, config.views, patch_px=trainee.method.patch_px)
         with trainee.stage("normalise"):
-            views = replace(small.normalised(config.views), keep_rows=selection.reuse_student)
+            views = replace(small.normalised(config.views), keep_rows=keep_rows)
         with trainee.stage("score"), _autocast(precision, trainee.device):
             scores.append(
                 score_views(
