@@ -32,7 +32,9 @@ def test_batch_in_use_and_the_next_are_counted(recipe: str) -> None:
 
 def test_estimate_has_what_is_kept_of_the_students_rows(tmp_path: Path) -> None:
     """Reuse adds to the peak of scoring what a real step keeps, less what a scoring pass frees on its way."""
-    config = tiny_config(str(tmp_path), recipe="ibot-digits", data={"num_images": 60})
+    method = get_recipe("ibot-digits").method
+    small = dataclasses.replace(method, backbone=dataclasses.replace(method.backbone, depth=1, drop_path=0.0))
+    config = dataclasses.replace(tiny_config(str(tmp_path), recipe="ibot-digits"), method=small)
     reusing = dataclasses.replace(config, selection=dataclasses.replace(config.selection, reuse_student=True))
     trainee = build_trainee(reusing, World(), torch.device("cpu"), None)
     pixels = PixelViews.of(made_up_batch(reusing, torch.zeros))
