@@ -32,12 +32,14 @@ def test_batch_in_use_and_the_next_are_counted(recipe: str) -> None:
 
 def test_estimate_has_what_is_kept_of_the_students_rows(tmp_path: Path) -> None:
     """Reuse adds to the peak of scoring what a real step keeps, less what a scoring pass frees on its way."""
-    config = tiny_config(str(tmp_path), recipe="ibot-digits", data={"num_images": 60})
+    method = get_recipe("ibot-digits").method
+    small = dataclasses.replace(method, backbone=dataclasses.replace(method.backbone, depth=1, drop_path=0.0))
+    config = dataclasses.replace(tiny_config(str(tmp_path), recipe="ibot-digits"), method=small)
     reusing = dataclasses.replace(config, selection=dataclasses.replace(config.selection, reuse_student=True))
     trainee = build_trainee(reusing, World(), torch.device("cpu"), None)
     pixels = PixelViews.of(made_up_batch(reusing, torch.zeros))
     candidates = hard_step(config.selection).candidates(config.views)
-    reusable = score_candidates(trainee, pixels, candidates, reusing, 0).reusable
+    reusable = score_candidates(trainee, [pixels], candidates, reusing, 0, keep_rows=True).reusable
     kept = [of_views.kept for of_views in reusable.values() if isinstance(of_views, KeptViews)]
     kept_bytes = sum(value.untyped_storage().nbytes() for of_size in kept for value in of_size._values)
     assert len(kept) == 2
