@@ -202,7 +202,7 @@ class ScoredImages:
         return float(np.mean([self.training_loss(Selection(pair_indices=None, view_indices=pair)) for pair in pairs]))
 
     def _score(self, pixels: PixelViews, config: RunConfig, step: int) -> CandidateScores:
-        return score_candidates(self.trainee, [pixels], self.candidates, config, step)
+        return score_candidates(self.trainee, pixels, self.candidates, config, step)
 
 
 def _take(pixels: PixelViews, images: Tensor) -> PixelViews:

@@ -39,7 +39,7 @@ def test_estimate_has_what_is_kept_of_the_students_rows(tmp_path: Path) -> None:
     trainee = build_trainee(reusing, World(), torch.device("cpu"), None)
     pixels = PixelViews.of(made_up_batch(reusing, torch.zeros))
     candidates = hard_step(config.selection).candidates(config.views)
-    reusable = score_candidates(trainee, [pixels], candidates, reusing, 0, keep_rows=True).reusable
+    reusable = score_candidates(trainee, pixels, candidates, reusing, 0).reusable
     kept = [of_views.kept for of_views in reusable.values() if isinstance(of_views, KeptViews)]
     kept_bytes = sum(value.untyped_storage().nbytes() for of_size in kept for value in of_size._values)
     assert len(kept) == 2
