@@ -299,6 +299,15 @@ def test_what_was_kept_serves_once_and_for_unchanged_parameters() -> None:
         reused.sum().backward()
 
 
+def test_parameters_must_not_change_before_rows_are_chosen_either() -> None:
+    network = vit()
+    _, kept = RowReuse(network).forward_all(torch.randn(12, 3, 16, 16))
+    with torch.no_grad():
+        next(network.parameters()).mul_(2.0)
+    with pytest.raises(RowReuseError, match="the parameters changed"):
+        kept.rows(ROWS).sum().backward()
+
+
 def test_rows_that_are_not_chosen_are_freed() -> None:
     network = vit()
     _, kept = RowReuse(network).forward_all(torch.randn(12, 3, 16, 16))
