@@ -22,7 +22,7 @@ from hvp_ray.selection import hard_step
 from hvp_ray.training.step import train_step
 from hvp_ray.training.trainee import build_trainee
 
-IMAGENET = [name for name in RECIPES if "imagenet" in name]
+IMAGENET = [name for name in RECIPES if "-imagenet-" in name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
