@@ -44,8 +44,8 @@ def test_an_arm_sets_fields_of_selection_after_a_colon() -> None:
     selection = arm.configure(get_recipe("simsiam-digits")).selection
     assert (selection.rule, selection.every, selection.quantile) == ("hardest", 3, 0.8)
     assert arm.label == "hardest-every-3-quantile-0.8"
-    with pytest.raises(ConfigError, match="'evry' is no setting of an arm; did you mean 'every'"):
-        get_arm("hardest:evry=3")
+    with pytest.raises(ConfigError, match="'everyth' is no setting of an arm; did you mean 'every'"):
+        get_arm("hardest:everyth=3")
     with pytest.raises(
         ConfigError, match="arm hardest:scoring_resolution_px=112: .* at most views.global_views.size_px"
     ):
