@@ -15,9 +15,10 @@ number of rows, and every other number is a constant. So the graph holds for any
 Legend: N rows forwarded, M rows chosen, D features.
 """
 
+import contextlib
 import logging
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,13 @@ class RowReuse:
     Parameters and buffers are read when rows are forwarded. Other attributes (a drop path's rate) are part of the trace.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, keep_inputs_of: Iterable[nn.Module] = ()) -> None:
         """Prepare a module; nothing is traced yet.
 
         Args:
             module: its inputs are tensors whose first dimension is the rows, and its result is one such tensor.
+            keep_inputs_of: submodules (a transformer's blocks) of which only the input is kept. The backward computes the
+                rest again for the chosen rows, as activation checkpointing does. None: all that the backward needs is kept.
 
         Raises:
             RowReuseError: the module has BatchNorm in training mode.
@@ -61,6 +64,7 @@ class RowReuse:
                     f"chosen rows again, or use an encoder without BatchNorm (a Vision Transformer)"
                 )
         self._module = module
+        self._blocks = tuple(keep_inputs_of)
         self._splits: dict[Any, _Split | None] = {}
 
     @torch.no_grad()
@@ -91,7 +95,7 @@ class RowReuse:
         signature = self._signature(states, inputs)
         if signature not in self._splits:
             try:
-                split = _trace(self._module, states, inputs)
+                split = _trace(self._module, self._blocks, states, inputs)
                 if not isinstance(states[0], FakeTensor):  # an imaginary step has no values to check
                     _check_against_autograd(split, self._module, states, inputs)
                 self._splits[signature] = split
@@ -405,11 +409,60 @@ class _Split:
         for node in self._joint.nodes:  # in order: what is recomputed depends on what is kept before it
             if node in kept and self._joint.has_rows(node) and _is_cheap(node, kept | states):
                 kept.remove(node)
+        boundaries = {node for node in self._joint.nodes if node.target is _BOUNDARY}
+        if boundaries:
+            ends = [node for node in boundaries if node.args[1] == "end"]
+            inside = set().union(*(_ancestors([end], stop=boundaries - {end}) for end in ends)) - set(self._inputs)
+            drawn = {node for node in inside if _is_random(node)}
+            kept = (kept - inside) | boundaries | {value for node in drawn for value in _values_of(node)}
+            kept &= self._needed_by_backward(kept | states)
         return [node for node in self._joint.nodes if node in kept]
 
     def _needed_by_backward(self, given: set[fx.Node]) -> set[fx.Node]:
         """Return the nodes that the gradients are computed from, up to those that are given."""
         return _ancestors((node for node in self._gradients if node is not None), stop=given)
+
+
+@torch.library.custom_op("hvp_ray::boundary", mutates_args=())
+def _boundary(value: Tensor, place: str) -> Tensor:  # noqa: ARG001 (read from the graph)
+    """Mark the input ("start") or the output ("end") of a block in a graph; return its values."""
+    return value.clone()
+
+
+_boundary.register_fake(lambda value, _place: torch.empty_like(value))
+_boundary.register_autograd(lambda _ctx, tangent: (tangent, None))
+_BOUNDARY = torch.ops.hvp_ray.boundary.default
+
+
+@contextlib.contextmanager
+def _marked(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Mark the first input and the output of every block while it is traced."""
+    hooks = []
+    for block in blocks:
+        hooks.append(block.register_forward_pre_hook(lambda _, inputs: (_boundary(inputs[0], "start"), *inputs[1:])))
+        hooks.append(block.register_forward_hook(lambda _, _inputs, output: _boundary(output, "end")))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_random(node: fx.Node) -> bool:
+    """Tell whether a node draws random numbers, which the backward must not draw again."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return bool(given.get("dropout_p"))
+
+
+def _values_of(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes of an operator's results."""
+    results = [user for user in node.users if user.target is operator.getitem]
+    return results or [node]
 
 
 _CHEAP = {
@@ -440,7 +493,9 @@ def _base_of(node: fx.Node, used: set[fx.Node]) -> fx.Node:
             return node
 
 
-def _trace(module: nn.Module, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> _Split:
+def _trace(
+    module: nn.Module, blocks: tuple[nn.Module, ...], states: list[Tensor], inputs: tuple[Tensor | None, ...]
+) -> _Split:
     """Trace forward and backward.
 
     Raises:
@@ -450,7 +505,8 @@ def _trace(module: nn.Module, states: list[Tensor], inputs: tuple[Tensor | None,
 
     def compute(*flat: Tensor) -> tuple[Tensor]:
         given = iter(flat[len(states) :])
-        outputs = _call_with(module, flat[: len(states)], tuple(None if i is None else next(given) for i in inputs))
+        with _marked(blocks):
+            outputs = _call_with(module, flat[: len(states)], tuple(None if i is None else next(given) for i in inputs))
         if not isinstance(outputs, Tensor):
             raise RowReuseError(
                 f"the module returns a {type(outputs).__name__}, and rows are reused of one tensor only"

@@ -317,6 +317,29 @@ def test_rows_that_are_not_chosen_are_freed() -> None:
     assert after == before / 4
 
 
+def test_of_blocks_only_the_inputs_are_kept_and_the_rest_is_computed_again_to_the_same_bits() -> None:
+    """Without drop path against ordinary autograd; with it against rows of which everything is kept."""
+    network, images = vit(depth=3), torch.randn(12, 3, 16, 16)
+    in_part = RowReuse(network, keep_inputs_of=network.blocks)
+    _, few = in_part.forward_all(images)
+    _, all_values = RowReuse(network).forward_all(images)
+    assert isinstance(few, row_reuse._KeptValues) and isinstance(all_values, row_reuse._KeptValues)
+    sizes = [sum(value.nbytes for value in kept._values or []) for kept in (few, all_values)]
+    of_inputs = images.nbytes + 4 * 12 * 17 * 32 * 4  # three blocks' inputs and the last one's output, float32
+    assert of_inputs <= sizes[0] < 1.1 * of_inputs < 0.5 * sizes[1]
+    assert_equal_to_ordinary(network, few.rows(ROWS), images[ROWS])
+
+    network = vit(depth=3, drop_path_rate=0.4)
+    gradients = []
+    for blocks in (network.blocks, ()):
+        reuse = RowReuse(network, keep_inputs_of=blocks)
+        reuse.forward_all(images)  # the first call draws more, because it is checked
+        torch.manual_seed(3)
+        gradients.append(gradients_of(network, reuse.forward_all(images)[1].rows(ROWS)))
+    for a, b in zip(*gradients, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
 def test_example_of_the_page_runs() -> None:
     page = (Path(__file__).parents[2] / "docs" / "row_reuse.md").read_text()
     (program,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
