@@ -119,6 +119,11 @@ def costs_path(name: str) -> Path:
     return RESULTS / f"study-costs-{name}.json"
 
 
+def comparison_of(name: str, length: int, seed: int) -> str:
+    """Return the name of a comparison; those of its runs begin with it and a dash."""
+    return f"study-{name}-{length}-s{seed}"
+
+
 def missing(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
     """Yield the (length, seed) of a setting whose arms are not all done, short ones first."""
     setting = SETTINGS[name]
@@ -139,7 +144,7 @@ def measure_costs(name: str, data: Path) -> None:
 
 def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -> list[dict[str, Any]]:
     """Do one comparison, or continue it; return its rows."""
-    comparison = f"study-{name}-{length}-s{seed}"
+    comparison = comparison_of(name, length, seed)
     words = [*SETTINGS[name].options(data), "--run.output", str(output), "--comparison", comparison]
     words += ["--costs", str(costs_path(name)), "--training.num_steps", str(length), "--seeds", str(seed)]
     subprocess.run([*COMPARE, *words], check=True)
@@ -170,7 +175,8 @@ def run(names: list[str], data: Path, output: Path) -> None:
             rows = do_comparison(name, length, seed, data, output)
             with ROWS.open("a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
-            for folder in output.glob(f"study-{name}-{length}-s{seed}*"):
+            comparison = comparison_of(name, length, seed)
+            for folder in (output / comparison, *output.glob(f"{comparison}-*")):
                 shutil.rmtree(folder)
 
 
