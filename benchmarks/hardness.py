@@ -14,11 +14,11 @@ every step: tracking.selection_images_per_epoch at least the images of an epoch.
     views            the hardest of fewer or more global views; 2 fixes them and chooses local views only
     every, share     hard every k-th step; only a share of the images of each step scored
     rescue           two views scored; all views of this share of a step, its easiest images, rendered and scored
-    limit            the hardest of so many random candidates (the authors: 64 or 128)
+    limit            the hardest of this number of random candidates (the authors: 64 or 128)
     quantile         not the hardest, but this place in the order of the scores
     softmax, top_k, matching, partner    all views trained on, pairs weighted by their losses; of the weighted mean
-    plans, probes    the pair that a model of so many plans predicts to be hardest, learned from 16 images, or so many, whose
-                     first N views are scored every fourth step
+    plans, probes    the pair among this number of plans that a model predicts to be hardest; every fourth step it learns from
+                     the first N views of 16 images, or of this number of images
 
 `cheap_scoring.py` asks what cheaper scoring keeps, which needs the network. The interval is the 95 % bootstrap over the
 logged steps. The last three columns are the thirds of the run.

@@ -2,13 +2,16 @@
 
 python benchmarks/study.py costs SETTING --data FOLDER      measure once what a step of each arm costs
 python benchmarks/study.py run SETTING ... --data FOLDER    do the comparisons that are missing, one after the other
-python benchmarks/study.py report                           write the table and the figure of all rows
+python benchmarks/study.py report                           write results/study.md and docs/images/study.png from all rows
 
-Settings, arms, lengths and seeds are those of docs/experiments/2026-11-29-hard-views-that-pay.md. Each finished comparison
-is appended to benchmarks/results/study.jsonl, one row a run, so that any machine continues where another one stopped.
+Run `costs` first: `run` needs its file. FOLDER has cifar10-train.parquet and cifar10-test.parquet.
+
+Settings, arms, lengths and seeds are those of stage 1 in docs/experiments/2026-11-29-hard-views-that-pay.md. Each finished
+comparison is added to benchmarks/results/study.jsonl, one row a run, so that any machine continues where another one stopped.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -47,21 +50,32 @@ class Setting:
     arms: tuple[str, ...]
     """Arms beside vanilla."""
     overrides: tuple[str, ...] = ()
+    level: float = 0.95
+    """Coverage of the intervals."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of the settings that all arms share, so that rows of other settings do not count as done."""
+        shared = self.options(Path())
+        return hashlib.sha256(" ".join(shared[: shared.index("--arms")]).encode()).hexdigest()[:12]
 
     def options(self, folder: Path) -> list[str]:
         """Return the options of compare.py that all comparisons share."""
         return [
             self.recipe,
             *("--data.source", str(folder / self.train), "--data.test_source", str(folder / self.test)),
-            *("--training.precision", "bfloat16", "--tracking.uri", "none", "--tracking.knn_images", "10000"),
+            *COMMON,
             *self.overrides,
             *("--arms", "vanilla", *self.arms),
             *("--budget", "compute", "--views", "inline"),
         ]
 
 
+COMMON = (
+    *("--training.precision", "bfloat16", "--optimizer.schedule", "cosine-per-step"),
+    *("--tracking.uri", "none", "--tracking.knn_images", "10000"),
+)
 CIFAR10 = {"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"}
-IMAGENETTE = {"train": "imagenette128-train.parquet", "test": "imagenette128-val.parquet"}
 LENGTHS = (500, 1500, 4500)
 TEN_THOUSAND = ("--data.num_images", "10000")
 LATE = "start_fraction=0.5"
@@ -124,13 +138,18 @@ def comparison_of(name: str, length: int, seed: int) -> str:
     return f"study-{name}-{length}-s{seed}"
 
 
-def missing(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Return what distinguishes a run of the study."""
+    return row["setting"], row["settings_digest"], row["length"], row["seed"], row["arm"]
+
+
+def missing_comparisons(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
     """Yield the (length, seed) of a setting whose arms are not all done, short ones first."""
     setting = SETTINGS[name]
-    done = {(row["length"], row["seed"], row["arm"]) for row in rows if row["setting"] == name}
+    done = {key_of(row) for row in rows}
     for length in setting.lengths:
         for seed in setting.seeds:
-            if any((length, seed, arm) not in done for arm in ("vanilla", *setting.arms)):
+            if any((name, setting.digest, length, seed, arm) not in done for arm in ("vanilla", *setting.arms)):
                 yield length, seed
 
 
@@ -150,18 +169,23 @@ def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -
     subprocess.run([*COMPARE, *words], check=True)
     report = json.loads((output / comparison / "report.json").read_text())
     costs, machine = report["costs"], describe_machine("torch")
-    kept = (
+
+    def train_seconds(run: str) -> float:
+        summary = json.loads((output / run / "summary.json").read_text())
+        return round(summary["train_seconds"], 1)
+
+    recorded = (
         "seed",
         "num_steps",
         "knn_top1",
         "knn5shot_top1",
-        "train_seconds",
         "num_collapse_warnings",
         "weights_digest",
     )
     return [
-        {"setting": name, "recipe": report["recipe"], "length": length, "arm": run["arm"]}
-        | {key: run[key] for key in kept}
+        {"setting": name, "settings_digest": SETTINGS[name].digest, "length": length, "arm": run["arm"]}
+        | {key: run[key] for key in recorded}
+        | {"train_seconds": train_seconds(run["name"])}
         | {"step_cost": costs[run["arm"]]["step_seconds"] / costs["vanilla"]["step_seconds"]}
         | {key: machine[key] for key in ("date", "cpu", "torch")}
         for run in report["runs"]
@@ -171,10 +195,13 @@ def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -
 def run(names: list[str], data: Path, output: Path) -> None:
     """Do what is missing; the rows of a comparison are kept as soon as it is done."""
     for name in names:
-        for length, seed in missing(name, read_rows()):
-            rows = do_comparison(name, length, seed, data, output)
-            with ROWS.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+        for length, seed in missing_comparisons(name, read_rows()):
+            new, rows = do_comparison(name, length, seed, data, output), read_rows()
+            known = {key_of(row) for row in rows}
+            rows += [row for row in new if key_of(row) not in known]
+            unfinished = ROWS.with_suffix(".part")
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            unfinished.replace(ROWS)
             comparison = comparison_of(name, length, seed)
             for folder in (output / comparison, *output.glob(f"{comparison}-*")):
                 shutil.rmtree(folder)
@@ -192,7 +219,7 @@ class Effect:
     mean: float
     """Mean difference."""
     interval: tuple[float, float] | None
-    """95 %, Student's t over paired seeds. None: one seed."""
+    """Of `Setting.level`, Student's t over paired seeds. None: one seed."""
 
 
 def effects_of(rows: list[dict[str, Any]]) -> list[Effect]:
@@ -206,7 +233,7 @@ def effects_of(rows: list[dict[str, Any]]) -> list[Effect]:
         theirs = np.array([accuracy[setting, length, "vanilla", seed] for seed in seeds])
         interval = None
         if len(seeds) > 1 and arm != "vanilla":
-            found = paired_difference(theirs, ours).interval
+            found = paired_difference(theirs, ours, level=SETTINGS[setting].level).interval
             interval = (found.low, found.high)
         effects.append(
             Effect(
@@ -239,7 +266,7 @@ def table_of(effects: list[Effect]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(effects: list[Effect]) -> Figure:
+def build_figure(effects: list[Effect]) -> Figure:
     """Draw the effect against the length of the schedule, one panel for each setting."""
     settings = list(dict.fromkeys(effect.setting for effect in effects))
     figure = Figure(figsize=(5.2 * len(settings), 4.4), layout="constrained")
@@ -271,7 +298,7 @@ def report() -> None:
     hours = sum(row["train_seconds"] for row in read_rows()) / 3600
     text = table_of(effects)
     (RESULTS / "study.md").write_text(text)
-    draw(effects).savefig(IMAGES / "study.png", dpi=110)
+    build_figure(effects).savefig(IMAGES / "study.png", dpi=110)
     print(text + f"\n{len(read_rows())} runs, {hours:.1f} hours of training", flush=True)
 
 

@@ -274,7 +274,7 @@ class BatchRequest:
     proposal: Proposal | None = None
     """How the global views are chosen; None: they are the first plans."""
     num_probe_images: int = 0
-    """The first so many images also have probe views."""
+    """Number of images, from the first, that also have probe views."""
     num_probe_views: int = 0
     """Probe views of each of them: the first plans."""
     known_replacements: tuple[Replacement, ...] = ()

@@ -185,7 +185,7 @@ class _KeptInputs(Kept):
 def _gather(value: Tensor, indices: Tensor, num_rows: int) -> Tensor:
     """Return the chosen rows of a tensor whose first dimension is rows, or rows times something; strides keep their order."""
     if value.stride(0) == 0 and value.shape[0] == num_rows:
-        return value[: len(indices)]  # expanded: all rows are equal
+        return value[:1].expand(len(indices), *value.shape[1:])  # all rows are equal
     by_row = value.unflatten(0, (num_rows, -1))
     order = _order_in_memory(by_row)
     gathered = by_row.permute(order).index_select(order.index(0), indices)

@@ -48,7 +48,7 @@ def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--budget",
         choices=["steps", "compute"],
         default="steps",
-        help="what all arms get alike: steps (default), or the compute of the vanilla arm, with schedules as long",
+        help="what all arms get alike: steps (default), or the compute of the vanilla arm (leave out vanilla-long)",
     )
     parser.add_argument(
         "--costs", type=Path, metavar="FILE", help="comparison.json of another comparison whose costs are used"
@@ -169,6 +169,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study, read_costs
     from hvp_ray.data.dataset import open_dataset
     from hvp_ray.data.inventory import take_inventory
+    from hvp_ray.errors import ConfigError
     from hvp_ray.runs.intensity_check import check_intensities
     from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
 
@@ -186,10 +187,14 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     # One device for all runs: a run that decides alone might choose another device.
     base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
 
-    known_costs = {} if options.costs is None else read_costs(options.costs, base.recipe)
+    known_costs = None if options.costs is None else read_costs(options.costs, base)
 
     def measure(names: list[str]) -> dict[str, StepCost]:
-        if set(names) <= set(known_costs):
+        if known_costs is not None:
+            if unknown := [name for name in names if name not in known_costs]:
+                raise ConfigError(
+                    f"--costs {options.costs} has no costs of {', '.join(unknown)}; measure them with the others"
+                )
             return {name: known_costs[name] for name in names}
         say(f"measuring what a step of {', '.join(names)} costs ...")
         return measure_on_cluster(base, names, device)

@@ -16,7 +16,7 @@ from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, S
 from hvp_ray.methods.self_distillation import frozen_copy, teacher_momentum_at, update_teacher
 from hvp_ray.methods.simsiam import score_pairs
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import Candidates, CandidateScores, PairWeights
+from hvp_ray.selection import Candidates, CandidateScores, PairWeighting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +63,7 @@ class Byol(Method):
         return CandidateScores(pairs_BP=_losses(*self._embed(views), candidates))
 
     def forward(
-        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """BYOL's symmetric loss, -(cos(p1, z2) + cos(p2, z1)) / 2, mean over images (and over pairs of slots)."""
         targets, predictions = self._embed(views)

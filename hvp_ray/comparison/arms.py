@@ -1,4 +1,4 @@
-"""Arms of a comparison. An arm changes how the views of a step are chosen, and how many images share a step.
+"""Arms of a comparison. An arm changes how views are chosen. Some also change images per step, augmentation or loss.
 
 Arms of a seed share images, order, initial weights, and the crops of views that both render. Arms that train on every
 view that they render take fewer images per step, so that all arms train on equally many views per step.
@@ -7,6 +7,7 @@ view that they render take fewer images per step, so that all arms train on equa
 import ast
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,10 @@ _SELECTION_FIELDS = [field.name for field in dataclasses.fields(SelectionConfig)
 VANILLA = "vanilla"
 VANILLA_LONG = "vanilla-long"
 HARDEST = "hardest"
+
+
+_METHOD_EPOCHS = ("freeze_last_layer_epochs", "warmup_teacher_epochs", "warmup_patch_teacher_epochs")
+"""Settings of methods that are counted in epochs."""
 
 
 def _unchanged(config: RunConfig) -> RunConfig:
@@ -56,9 +61,7 @@ class Arm:
             ConfigError: the recipe does not allow it.
         """
         try:
-            rule = config.selection.with_rule(self.selection["rule"])
-            selection = dataclasses.replace(rule, **self.selection)
-            return self.change(dataclasses.replace(config, selection=selection))
+            return self.change(dataclasses.replace(config, selection=config.selection.with_rule(**self.selection)))
         except ConfigError as error:
             raise ConfigError(f"arm {self.name}: {error}") from error
 
@@ -66,21 +69,33 @@ class Arm:
 def with_equal_views_per_step(config: RunConfig) -> RunConfig:
     """Return the run of an arm that trains on all V views: 2 / V of the images per step, at the same learning rate.
 
-    Warm-up is counted in epochs, which have V / 2 times the steps, so it is shortened by the same factor.
+    It renders V / 2 times the local views that a random step trains on. Warm-ups are counted in epochs, which have V / 2
+    times the steps, so they are shortened by this factor; those in whole epochs are rounded up.
 
     Raises:
-        ConfigError: this is no whole number of images.
+        ConfigError: this is no whole number of images, or of local views.
     """
-    views, images = config.selection.num_candidate_views, config.training.images_per_step
+    selection, images = config.selection, config.training.images_per_step
+    views, chosen_locals = selection.num_candidate_views, selection.num_chosen_local_views
     if 2 * images % views:
         raise ConfigError(
             f"training.images_per_step={images} is not allowed: with {views} views a step has 2/{views} of the images, which "
             f"must be a whole number"
         )
-    optimizer = config.optimizer
+    if chosen_locals is not None:
+        if chosen_locals * views % 2:
+            raise ConfigError(
+                f"selection.num_chosen_local_views={chosen_locals} is not allowed: {views} global views need {views}/2 times "
+                f"as many, which must be a whole number"
+            )
+        selection = dataclasses.replace(selection, num_local_views=chosen_locals * views // 2)
+    optimizer, method = config.optimizer, config.method
+    epochs = {name: getattr(method, name) for name in _METHOD_EPOCHS if hasattr(method, name)}
     return dataclasses.replace(
         config,
+        selection=selection,
         training=dataclasses.replace(config.training, images_per_step=2 * images // views),
+        method=dataclasses.replace(method, **{name: math.ceil(count * 2 / views) for name, count in epochs.items()}),
         optimizer=dataclasses.replace(
             optimizer,
             learning_rate_per_256=optimizer.learning_rate_per_256 * views / 2,
@@ -116,6 +131,7 @@ _NEUTRAL = {
     "every": 1,
     "start_fraction": 0.0,
     "ramp_fraction": 0.0,
+    "ramp_from": 0.5,
     "quantile": 1.0,
     "limit": None,
     "score_always": False,
@@ -123,7 +139,12 @@ _NEUTRAL = {
 }
 """Neutral values of what a recipe sets for hard views."""
 _RANDOM_VIEWS = _NEUTRAL | {"rule": "first"}
-_ALL_PAIRS = _NEUTRAL | {"rule": "all_pairs"}
+_ALL_PAIRS = _NEUTRAL | {
+    "rule": "all_pairs",
+    "weighting": "mean",
+    "weight_temperature": 1.0,
+    "weight_top_k": None,
+}
 _PREDICTED = _NEUTRAL | {"rule": "predicted"}
 
 
@@ -152,7 +173,7 @@ ARMS = {
         Arm(name="predicted", title="pairs predicted to be hard, before rendering", selection=_PREDICTED),
         Arm(
             name="asym-aug",
-            title="AsymAug: random views, the second one without colour operations",
+            title="AsymAug: random views, the second one only cropped and flipped",
             selection=_RANDOM_VIEWS,
             change=with_weak_odd_views,
         ),
@@ -185,6 +206,8 @@ def get_arm(name: str) -> Arm:
         )
     if not settings:
         return ARMS[known]
+    if known == VANILLA_LONG:
+        raise ConfigError(f"arm {name}: {VANILLA_LONG} takes no settings, because it is {VANILLA} with more steps")
     fields = dict(_parse_setting(name, setting) for setting in settings.split(","))
     arm = ARMS[known]
     return dataclasses.replace(arm, name=name, title=f"{arm.title}; {settings}", selection={**arm.selection, **fields})

@@ -48,7 +48,6 @@ _FIGURE_TEXTS = {
 _RUN_VALUES = (
     "num_steps",
     "weights_digest",
-    "train_seconds",
     "knn_top1",
     "knn5shot_top1",
     "chosen_iou_mean",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hvp_ray.comparison.arms import Arm
-from hvp_ray.config import RunConfig
+from hvp_ray.config import MethodConfig, RunConfig
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.operations import operations_of_step
 from hvp_ray.data.dataset import Dataset
@@ -100,13 +100,13 @@ def measure_step_costs(
     try:
         configs = {arm.name: arm.configure(alone) for arm in arms}
         trainees = {
-            config.method: build_trainee(with_local_weights(config), World(), device, None)
+            _key(config): build_trainee(with_local_weights(config), World(), device, None)
             for config in configs.values()
         }
         for trainee in trainees.values():
             trainee.method.train()
         kinds = {
-            name: _prepare_kinds(config, trainees[config.method], dataset, device) for name, config in configs.items()
+            name: _prepare_kinds(config, trainees[_key(config)], dataset, device) for name, config in configs.items()
         }
         every_kind = list(itertools.chain.from_iterable(kinds.values()))
         for turn in itertools.count():
@@ -119,6 +119,11 @@ def measure_step_costs(
     finally:
         torch.set_num_threads(threads)
     return {name: _cost_of(of_arm, device) for name, of_arm in kinds.items()}
+
+
+def _key(config: RunConfig) -> tuple[MethodConfig, bool]:
+    """Return what distinguishes the trainees of arms: the method, and whether a predictor learns."""
+    return config.method, config.selection.rule == "predicted"
 
 
 def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device: torch.device) -> list[_StepKind]:

@@ -141,6 +141,7 @@ def open_study(
     arms = check_arms_and_seeds(arm_names, seeds)
     if budget == "compute" and VANILLA_LONG in arm_names:
         raise ConfigError(f"--budget compute gives all arms equal compute, so leave out {VANILLA_LONG}")
+    _check_schedule(base, arms, budget)
     name = name or f"compare-{base.recipe.replace(':', '-')}"
     path = output_folder(base) / name / _FILE
     inline = resolve_inline(base.cluster)
@@ -186,23 +187,45 @@ def settings_of(base: RunConfig, resolved: Resolved, budget: Budget, accounting:
     return shared | identity.evaluation | {"budget": budget, "accounting": accounting}
 
 
-def read_costs(path: Path, recipe: str) -> dict[str, StepCost]:
-    """Return the costs of a step that another comparison of this recipe measured.
+_COST_SETTINGS = (
+    "views.",
+    "method.",
+    "selection.",
+    "optimizer.name",
+    "training.images_per_step",
+    "training.accumulation_steps",
+    "training.torch_threads",
+    "training.precision",
+    "cluster.num_trainers",
+    "cluster.device",
+)
+"""Settings that the cost of a step depends on."""
+
+
+def read_costs(path: Path, base: RunConfig) -> dict[str, StepCost]:
+    """Return the costs of a step that another comparison measured.
 
     Args:
         path: its comparison.json.
-        recipe: recipe of the new comparison.
+        base: recipe and overrides of the new comparison.
 
     Raises:
-        ConfigError: the file cannot be read, or is of another recipe.
+        ConfigError: the file cannot be read, or its steps are of other settings.
     """
     try:
         content = json.loads(path.read_text())
-        known, costs = content["config"]["recipe"], {arm: StepCost(**cost) for arm, cost in content["costs"].items()}
+        known, costs = content["config"], {arm: StepCost(**cost) for arm, cost in content["costs"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--costs {path} is no comparison.json of this version ({error})") from error
-    if known != recipe:
-        raise ConfigError(f"--costs {path} has the costs of {known}, and this comparison is of {recipe}")
+    now = json.loads(json.dumps(flat_values(base)))
+    differing = [
+        f"{name}: {known.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(known | now)
+        if name.startswith(_COST_SETTINGS) and known.get(name) != now.get(name)
+    ]
+    if differing:
+        lines = "\n  ".join(differing)
+        raise ConfigError(f"--costs {path} has the costs of other steps (its value -> yours):\n  {lines}")
     return costs
 
 
@@ -234,6 +257,16 @@ def _check_runs(study: Study) -> None:
             )
 
 
+def _check_schedule(base: RunConfig, arms: Sequence[Arm], budget: Budget) -> None:
+    """Check that every arm ends its schedule, however many steps its epochs have."""
+    images = {arm.configure(base).training.images_per_step for arm in arms}
+    if base.optimizer.schedule == "cosine-per-epoch" and (budget == "compute" or len(images) > 1):
+        raise ConfigError(
+            "optimizer.schedule='cosine-per-epoch' is not allowed for arms whose epochs or lengths differ, because the last "
+            "learning rates would differ; give --optimizer.schedule cosine-per-step"
+        )
+
+
 def check_labels(base: RunConfig, dataset: Dataset) -> tuple[str, ...]:
     """Check before training that k-NN can judge the arms; return remarks on the labels, one sentence each.
 
@@ -262,7 +295,7 @@ def check_arms_and_seeds(arm_names: Sequence[str], seeds: Sequence[int]) -> list
     arms = [get_arm(name) for name in arm_names]
     for seed in seeds:
         check_seed(seed)
-    for what, values in (("--arms", list(arm_names)), ("--seeds", list(seeds))):
+    for what, values in (("--arms", [arm.label for arm in arms]), ("--seeds", list(seeds))):
         if len(set(values)) != len(values):
             raise ConfigError(f"{what} {' '.join(map(str, values))}: name each only once")
     if VANILLA not in arm_names:

@@ -40,7 +40,8 @@ def step_bytes(config: RunConfig, dataset: Dataset) -> int:
     """
     num_bytes = batch_bytes(config)
     if config.cluster.ship == "pixels":
-        num_bytes += int(_mean_decoded_bytes(config.data, dataset) * config.images_per_rank)
+        num_images = config.images_per_rank + hard_step(config.selection).num_probe_images
+        num_bytes += int(_mean_decoded_bytes(config.data, dataset) * num_images)
     return config.cluster.num_trainers * num_bytes
 
 

@@ -17,7 +17,7 @@ from hvp_ray.methods.configs import DinoConfig
 from hvp_ray.methods.heads import PrototypeHead
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, StepPosition, ViewTensors
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
-from hvp_ray.selection.weights import PairWeights
+from hvp_ray.selection.weights import PairWeighting
 
 
 class Dino(Method):
@@ -74,7 +74,7 @@ class Dino(Method):
         )
 
     def forward(
-        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """Return the mean cross-entropy over all (teacher's global view, other view of the student).
 

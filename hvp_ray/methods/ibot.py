@@ -19,7 +19,7 @@ from hvp_ray.methods.configs import IBotConfig
 from hvp_ray.methods.dino import Dino
 from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
-from hvp_ray.selection.weights import PairWeights, mean_of_pairs
+from hvp_ray.selection.weights import PairWeighting, mean_of_pairs
 
 
 class IBot(Dino):
@@ -75,7 +75,7 @@ class IBot(Dino):
         return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable | student.kept)
 
     def forward(
-        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """Return the class loss over views, plus the mean patch loss of the global slots.
 

@@ -20,7 +20,7 @@ from hvp_ray.config import MethodConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.row_reuse import RowReuse
 from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable
-from hvp_ray.selection.weights import PairWeights, effective_pairs, mean_of_pairs
+from hvp_ray.selection.weights import PairWeighting, effective_pairs, mean_of_pairs
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -85,7 +85,7 @@ class MethodLoss:
     @staticmethod
     def of_pairs(
         losses_BP: Float[Tensor, "batch pairs"],
-        weigh: PairWeights | None,
+        weigh: PairWeighting | None,
         *,
         embeddings: Float[Tensor, "batch dim"],
         statistics: dict[str, Tensor] | None = None,
@@ -164,7 +164,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(
-        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """Return the training loss on the chosen views.
 

@@ -16,7 +16,7 @@ from hvp_ray.methods.configs import SimCLRConfig
 from hvp_ray.methods.heads import simclr_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
-from hvp_ray.selection.weights import PairWeights
+from hvp_ray.selection.weights import PairWeighting
 
 
 class SimCLR(Method):
@@ -48,7 +48,7 @@ class SimCLR(Method):
         )
 
     def forward(
-        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """Forward the slots as one batch; NT-Xent over all images of the step.
 
@@ -85,7 +85,7 @@ class SimCLR(Method):
         everything_SND: Float[Tensor, "slots images dim"],
         first_image: int,
         candidates: Candidates,
-        weigh: PairWeights | None,
+        weigh: PairWeighting | None,
     ) -> MethodLoss:
         """Return the loss of these images' slots among all images of the step, of which the first is `first_image`."""
         embeddings = own_SBD[0].detach()

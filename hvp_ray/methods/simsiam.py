@@ -14,7 +14,7 @@ from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.heads import simsiam_predictor, simsiam_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores
-from hvp_ray.selection.weights import PairWeights
+from hvp_ray.selection.weights import PairWeighting
 
 
 class SimSiam(Method):
@@ -42,7 +42,7 @@ class SimSiam(Method):
         )
 
     def forward(
-        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeights | None = None
+        self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """Forward each slot by itself (own BatchNorm statistics) and average the loss over all pairs of slots.
 

@@ -6,7 +6,7 @@ from hvp_ray.selection.draw import Draw
 from hvp_ray.selection.rules import RULES, choose_views
 from hvp_ray.selection.scoring import score_views
 from hvp_ray.selection.step_selection import StepSelection, hard_step, selection_at, vanilla_step
-from hvp_ray.selection.weights import WEIGHTINGS, PairWeights, pair_weights_of
+from hvp_ray.selection.weights import WEIGHTINGS, PairWeighting, pair_weights_of
 
 __all__ = [
     "RULES",
@@ -15,7 +15,7 @@ __all__ = [
     "Candidates",
     "Draw",
     "KeptViews",
-    "PairWeights",
+    "PairWeighting",
     "Reusable",
     "Selection",
     "StepSelection",

@@ -1,10 +1,10 @@
-"""Proposals: hard pairs for nothing, chosen among many plans before anything is rendered.
+"""Proposals: choose a hard pair among many plans of an image before anything is rendered.
 
-A plan costs nothing. So many are drawn for each image, a linear model predicts from two plans how hard the pair is, and only
-the chosen pair is rendered. The model is a ridge regression, updated by probes: every few steps all pairs of a few images are
-scored. View workers choose (`choose_plans`), trainers learn (`HardnessPredictor`).
+Many plans are drawn for each image. A linear model predicts from two plans how hard their pair is, and only the chosen pair
+is rendered. The model is a ridge regression, updated by probes: every few steps all pairs of a few images are scored.
+View workers choose (`choose_plans`), trainers learn (`HardnessPredictor`).
 
-Views are chosen with additions, products and square roots alone, so the choice has equal bits on every CPU.
+Views are chosen with correctly rounded operations alone (+, -, *, /, sqrt), so the choice has equal bits on every CPU.
 
 Legend: V plans of each image, B images, P pairs, F features.
 """
@@ -64,7 +64,7 @@ def pair_features(
 
     Sides are square roots of the crops' share of the image, distances are those of the crops' centres in diagonals of the
     image, aspects are (width - height) / (width + height). Colours are deviations from the neutral factor (hue: in tenths of
-    a turn); grey views have no saturation and no hue. Blur is in 2 px.
+    a turn); grey views have no saturation and no hue. Blur sigmas are in units of 2 px.
 
     Args:
         plan: plan of the V views.

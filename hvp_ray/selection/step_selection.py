@@ -1,4 +1,4 @@
-"""What one step of a run does to select views: the schedule of hard views, resolved.
+"""Resolve the schedule of hard views into what one step of a run does.
 
 A run may begin with random views, turn to hard ones at `selection.start_fraction`, and reach their full hardness
 `selection.ramp_fraction` later. Renderers, trainers and logs read a step's part of this here and nowhere else.
@@ -30,7 +30,7 @@ class StepSelection:
     limit: int | None
     quantile: float
     """See `rules.RuleInput.quantile`."""
-    dial: float
+    ramp_position: float
     """Position on the ramp: 0 where hardness begins, 1 at its full setting."""
     num_probe_images: int = 0
     """Images of each trainer whose pairs are all scored, for rule predicted to learn from."""
@@ -46,7 +46,7 @@ class StepSelection:
         )
 
 
-def hard_step(selection: SelectionConfig, dial: float = 1.0) -> StepSelection:
+def hard_step(selection: SelectionConfig, ramp_position: float = 1.0) -> StepSelection:
     """Return what a step that follows `selection.rule` does."""
     if selection.rule == "first":
         return vanilla_step(selection)
@@ -60,8 +60,8 @@ def hard_step(selection: SelectionConfig, dial: float = 1.0) -> StepSelection:
         num_local_views=(selection.num_local_views or 0) if renders_candidates else chosen_locals,
         num_chosen_local_views=chosen_locals,
         limit=selection.limit,
-        quantile=(1.0 - dial) * selection.ramp_from + dial * selection.quantile,
-        dial=dial,
+        quantile=(1.0 - ramp_position) * selection.ramp_from + ramp_position * selection.quantile,
+        ramp_position=ramp_position,
         num_probe_images=selection.probe_images if rule.chooses_before_rendering else 0,
     )
 
@@ -78,7 +78,7 @@ def vanilla_step(selection: SelectionConfig) -> StepSelection:
         num_chosen_local_views=chosen_locals,
         limit=selection.limit,
         quantile=1.0,
-        dial=0.0,
+        ramp_position=0.0,
     )
     if not selection.score_always:
         return vanilla
@@ -92,17 +92,17 @@ def vanilla_step(selection: SelectionConfig) -> StepSelection:
 
 def selection_at(selection: SelectionConfig, step: int, num_steps: int) -> StepSelection:
     """Return what step `step` of a run of `num_steps` steps does. Every process gets the same answer."""
-    of_step = _without_probes(selection, step, num_steps)
+    of_step = _scheduled_selection(selection, step, num_steps)
     probes = RULES[selection.rule].chooses_before_rendering and step % selection.probe_every == 0
     return dataclasses.replace(of_step, num_probe_images=selection.probe_images if probes else 0)
 
 
-def _without_probes(selection: SelectionConfig, step: int, num_steps: int) -> StepSelection:
+def _scheduled_selection(selection: SelectionConfig, step: int, num_steps: int) -> StepSelection:
     start, ramp = round(selection.start_fraction * num_steps), selection.ramp_fraction * num_steps
-    # All pairs are all views' before hardness begins, too: only their weights are scheduled.
+    # Rule all_pairs trains on all pairs from the first step; only their weights are scheduled.
     has_begun = step >= start or selection.rule == "all_pairs"
     if not has_begun or step % selection.every:
         return vanilla_step(selection)
     if step < start:
-        return hard_step(selection, dial=0.0)
-    return hard_step(selection, dial=min(1.0, (step - start) / ramp) if ramp else 1.0)
+        return hard_step(selection, ramp_position=0.0)
+    return hard_step(selection, ramp_position=min(1.0, (step - start) / ramp) if ramp else 1.0)

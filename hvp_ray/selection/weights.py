@@ -23,18 +23,18 @@ from hvp_ray.selection.candidates import Candidates, pair_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PairWeights:
+class PairWeighting:
     """The weighting of a step. Call it with losses [B, P] to get weights [B, P], whose rows sum to 1."""
 
     weighting: Weighting
     temperature: float
     """In standard deviations of an image's losses."""
     top_k: int | None
-    pairs_of_views: Bool[Tensor, "views pairs"]
+    view_is_in_pair: Bool[Tensor, "views pairs"]
     """Whether a view is in a pair."""
     matchings: Int64[Tensor, "matchings half_of_views"] | None
     """Pairs of each perfect matching; see `matching_table`."""
-    dial: Float[Tensor, ""]
+    ramp_position: Float[Tensor, ""]
     """0: equal weights. 1: those of the weighting. Between: linear. A tensor, so that a new value compiles nothing anew."""
 
     @torch.no_grad()
@@ -42,41 +42,45 @@ class PairWeights:
         """Return the weights of the pairs, without gradient."""
         losses_BP = losses_BP.detach()
         weights_BP = WEIGHTINGS[self.weighting](losses_BP, self)
-        return torch.lerp(weigh_equally(losses_BP, self), weights_BP, self.dial.to(losses_BP.dtype))
+        return torch.lerp(weigh_equally(losses_BP, self), weights_BP, self.ramp_position.to(losses_BP.dtype))
 
 
-def weigh_equally(losses_BP: Float[Tensor, "batch pairs"], _: PairWeights) -> Float[Tensor, "batch pairs"]:
+def weigh_equally(losses_BP: Float[Tensor, "batch pairs"], _: PairWeighting) -> Float[Tensor, "batch pairs"]:
     """Return 1 / P for each pair."""
     return torch.full_like(losses_BP, 1 / losses_BP.shape[1])
 
 
-def weigh_by_softmax(losses_BP: Float[Tensor, "batch pairs"], given: PairWeights) -> Float[Tensor, "batch pairs"]:
+def weigh_by_softmax(losses_BP: Float[Tensor, "batch pairs"], given: PairWeighting) -> Float[Tensor, "batch pairs"]:
     """Return softmax(loss / (temperature * standard deviation of the image's losses)); equal weights for equal losses."""
     scale = losses_BP.std(dim=1, keepdim=True, correction=0) * given.temperature
     above = losses_BP - losses_BP.amax(dim=1, keepdim=True)  # exactly 0 if all are equal, whatever the scale
     return torch.softmax(above / scale.clamp_min(torch.finfo(losses_BP.dtype).tiny), dim=1)
 
 
-def weigh_hardest_matching(losses_BP: Float[Tensor, "batch pairs"], given: PairWeights) -> Float[Tensor, "batch pairs"]:
-    """Return the mean over the perfect matching of the views with the largest loss; ties go to the first matching."""
+def weigh_hardest_matching(
+    losses_BP: Float[Tensor, "batch pairs"], given: PairWeighting
+) -> Float[Tensor, "batch pairs"]:
+    """Return equal weights for the pairs of the perfect matching with the largest loss; ties go to the first matching."""
     assert given.matchings is not None
     hardest = losses_BP[:, given.matchings].sum(dim=2).argmax(dim=1)
     return _mean_over_chosen(losses_BP, given.matchings[hardest])
 
 
-def weigh_top_k(losses_BP: Float[Tensor, "batch pairs"], given: PairWeights) -> Float[Tensor, "batch pairs"]:
-    """Return the mean over the k hardest pairs."""
+def weigh_top_k(losses_BP: Float[Tensor, "batch pairs"], given: PairWeighting) -> Float[Tensor, "batch pairs"]:
+    """Return equal weights for the k hardest pairs, and 0 for the others."""
     assert given.top_k is not None
     return _mean_over_chosen(losses_BP, losses_BP.topk(given.top_k, dim=1).indices)
 
 
-def weigh_hardest_partners(losses_BP: Float[Tensor, "batch pairs"], given: PairWeights) -> Float[Tensor, "batch pairs"]:
-    """Return the mean over the views of each view's hardest pair; a pair that both of its views choose counts twice."""
-    of_views_BVP = losses_BP[:, None].masked_fill(~given.pairs_of_views, -torch.inf)
+def weigh_hardest_partners(
+    losses_BP: Float[Tensor, "batch pairs"], given: PairWeighting
+) -> Float[Tensor, "batch pairs"]:
+    """Return weights by which each view counts its hardest pair; a pair that both of its views choose counts twice."""
+    of_views_BVP = losses_BP[:, None].masked_fill(~given.view_is_in_pair, -torch.inf)
     return _mean_over_chosen(losses_BP, of_views_BVP.argmax(dim=2))
 
 
-WEIGHTINGS: dict[Weighting, Callable[[Tensor, PairWeights], Tensor]] = {
+WEIGHTINGS: dict[Weighting, Callable[[Tensor, PairWeighting], Tensor]] = {
     "mean": weigh_equally,
     "softmax": weigh_by_softmax,
     "matching": weigh_hardest_matching,
@@ -87,27 +91,27 @@ WEIGHTINGS: dict[Weighting, Callable[[Tensor, PairWeights], Tensor]] = {
 
 
 def pair_weights_of(
-    selection: SelectionConfig, candidates: Candidates, *, device: torch.device, dial: float = 1.0
-) -> PairWeights | None:
+    selection: SelectionConfig, candidates: Candidates, *, device: torch.device, ramp_position: float = 1.0
+) -> PairWeighting | None:
     """Return the weighting of a step that trains on all pairs of these views; None: the plain mean over the pairs.
 
     Args:
         selection: weighting, temperature and k.
         candidates: the views that are trained on.
         device: device of the losses.
-        dial: 0 (plain mean) to 1 (the weighting in full).
+        ramp_position: 0 (plain mean) to 1 (the weighting in full).
     """
     pairs = candidates.pairs_on(device)
-    if selection.weighting == "mean" or dial == 0.0 or len(pairs) == 1:
+    if selection.weighting == "mean" or ramp_position == 0.0 or len(pairs) == 1:
         return None
     views = torch.arange(candidates.num_views, device=device)
-    return PairWeights(
+    return PairWeighting(
         weighting=selection.weighting,
         temperature=selection.weight_temperature,
         top_k=selection.weight_top_k,
-        pairs_of_views=(pairs == views[:, None, None]).any(dim=2),
+        view_is_in_pair=(pairs == views[:, None, None]).any(dim=2),
         matchings=_matchings_on(candidates, device) if selection.weighting == "matching" else None,
-        dial=torch.full((), dial, device=device),
+        ramp_position=torch.full((), ramp_position, device=device),
     )
 
 
@@ -127,7 +131,7 @@ def effective_pairs(weights_BP: Float[Tensor, "batch pairs"]) -> Float[Tensor, "
 def matching_table(num_views: int, *, alternating: bool = False) -> NDArray[np.int64]:
     """Return the perfect matchings of the views, [M, V/2]: rows of `pair_table` that have every view once.
 
-    There are (V-1)!! = (V-1)(V-3)... matchings, 105 for 8 views, and (V/2)! with `alternating`. None for odd V.
+    There are (V-1)!! = (V-1)(V-3)... matchings, 105 for 8 views, and (V/2)! with `alternating`. Odd V: M = 0.
     """
     row_of = {frozenset(pair): row for row, pair in enumerate(pair_table(num_views, alternating=alternating).tolist())}
 

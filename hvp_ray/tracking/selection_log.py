@@ -51,10 +51,10 @@ class SelectionLogWriter:
 
     def wants(self, steps_done: int) -> bool:
         """Tell whether the choices of this step are logged."""
-        step = steps_done - 1
+        step, every = steps_done - 1, self._selection.every
         of_step = selection_at(self._selection, step, self._num_steps)
-        is_chosen = of_step.is_hard or of_step.needs_scores
-        return self._stride > 0 and is_chosen and (step // self._selection.every) % self._stride == 0
+        is_chosen = step % every == 0 and (of_step.is_hard or of_step.needs_scores)
+        return self._stride > 0 and is_chosen and (step // every) % self._stride == 0
 
     def take(
         self,

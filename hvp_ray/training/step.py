@@ -79,7 +79,7 @@ def train_step(
     chosen = choose_step_views(trainee, batch, config, of_step)
     probed = probe_plans(trainee, batch, config, of_step)
     trained = forward_backward(
-        trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested, dial=of_step.dial
+        trainee, chosen.pixels, config, batch.step, stop_requested=stop_requested, ramp_position=of_step.ramp_position
     )
     is_finite, stops = trained.flags.read().tolist()
     if not is_finite:
@@ -159,9 +159,11 @@ def score_candidates(
 ) -> CandidateScores:
     """Score all candidates with the current weights, in `training.accumulation_steps` parts.
 
-    A probe is not trained on, so it is scored in one part, and no rows are kept for `selection.reuse_student`.
+    A probe is not trained on, so it is scored in one part, moves no running statistics of BatchNorm, and keeps no rows for
+    `selection.reuse_student`.
     """
     selection = config.selection
+    is_faithful = selection.scoring_batch_norm == "faithful"
     precision = config.training.precision if selection.scoring_precision == "training" else selection.scoring_precision
     _seed_torch(config, Purpose.TORCH_SCORING, step, trainee.rank)
     scores = []
@@ -177,7 +179,7 @@ def score_candidates(
                     views,
                     candidates,
                     module=trainee.method,
-                    batch_norm=selection.scoring_batch_norm,
+                    batch_norm="batch" if is_faithful and is_probe else selection.scoring_batch_norm,
                 )
             )
     return CandidateScores.joined(scores)
@@ -219,16 +221,22 @@ class TrainedViews:
 
 
 def forward_backward(
-    trainee: Trainee, chosen: PixelViews, config: RunConfig, step: int, *, stop_requested: bool, dial: float = 1.0
+    trainee: Trainee,
+    chosen: PixelViews,
+    config: RunConfig,
+    step: int,
+    *,
+    stop_requested: bool,
+    ramp_position: float = 1.0,
 ) -> TrainedViews:
     """Forward and backward on the chosen views, part by part; gradients are means over all parts and ranks.
 
-    With rule all_pairs, `dial` goes from the plain mean over the pairs (0) to `selection.weighting` (1).
+    With rule all_pairs, `ramp_position` goes from the plain mean over the pairs (0) to `selection.weighting` (1).
     """
     parts = chosen.split(config.training.accumulation_steps)
     features = _contrast_features(trainee, parts, config, step)
     trained = Candidates(num_views=len(chosen.global_pixels), alternating=config.views.slots_keep_transforms)
-    weigh = pair_weights_of(config.selection, trained, device=trainee.device, dial=dial)
+    weigh = pair_weights_of(config.selection, trained, device=trainee.device, ramp_position=ramp_position)
     trainee.optimizer.zero_grad(set_to_none=True)
     results: list[MethodLoss] = []
     for part, of_part in enumerate(parts):

@@ -17,7 +17,7 @@ from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.method import Contrast, Method, Ranks, StepPosition, ViewTensors, build_method
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import Candidates, PairWeights, Selection, gather_reusable, pair_weights_of, score_views
+from hvp_ray.selection import Candidates, PairWeighting, Selection, gather_reusable, pair_weights_of, score_views
 from tests.distributed.processes import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -214,7 +214,7 @@ def _accumulated(rank: int, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def _accumulated_on(mine: ViewTensors, weigh: PairWeights | None, rank: int, num_ranks: int) -> dict[str, Any]:
+def _accumulated_on(mine: ViewTensors, weigh: PairWeighting | None, rank: int, num_ranks: int) -> dict[str, Any]:
     gradients = []
     for num_parts in (1, 2):
         method = _method("simclr", Ranks(rank=rank, gather=gather_over_ranks)).eval()

@@ -211,6 +211,9 @@ def test_config_of_another_version_is_refused() -> None:
             {"rule": "random", "ramp_fraction": 0.5},
             r"selection.ramp_fraction=0.5 .* \(hardest, all_pairs, predicted do\)",
         ),
+        ({"ramp_from": 0.3}, "selection.ramp_from=0.3 is not allowed: 0.5 without a ramp"),
+        ({"rule": "all_pairs", "weight_temperature": 0.5}, "selection.weight_temperature=0.5 .*weighting=softmax"),
+        ({"rule": "predicted", "reuse_student": True}, "selection.reuse_student=True is not allowed"),
         ({"start_fraction": 0.5, "ramp_fraction": 0.6}, "selection.ramp_fraction=0.6 is not allowed"),
     ],
 )

@@ -11,7 +11,9 @@ from hvp_ray.recipes import get_recipe
 
 
 def _row(arm: str, seed: int, accuracy: float, length: int = 500) -> dict[str, object]:
-    return {"setting": "simsiam", "length": length, "arm": arm, "seed": seed, "knn_top1": accuracy}
+    digest = study.SETTINGS["simsiam"].digest
+    row = {"setting": "simsiam", "settings_digest": digest, "length": length, "arm": arm, "seed": seed}
+    return row | {"knn_top1": accuracy}
 
 
 @pytest.mark.parametrize("name", study.SETTINGS)
@@ -26,10 +28,12 @@ def test_every_arm_is_a_valid_run_of_its_recipe(name: str) -> None:
 def test_comparisons_with_all_their_rows_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = study.SETTINGS["simsiam"]
     everything = [(length, seed) for length in setting.lengths for seed in setting.seeds]
-    assert list(study.missing("simsiam", [])) == everything
+    assert list(study.missing_comparisons("simsiam", [])) == everything
     done = [_row(arm, 0, 0.5) for arm in ("vanilla", *setting.arms)]
-    assert list(study.missing("simsiam", done)) == everything[1:]
-    assert list(study.missing("simsiam", done[:-1])) == everything
+    assert list(study.missing_comparisons("simsiam", done)) == everything[1:]
+    assert list(study.missing_comparisons("simsiam", done[:-1])) == everything
+    of_other_settings = [row | {"settings_digest": "0"} for row in done]
+    assert list(study.missing_comparisons("simsiam", of_other_settings)) == everything
     monkeypatch.setattr(study, "ROWS", tmp_path / "rows.jsonl")
     assert study.read_rows() == []
     study.ROWS.write_text("".join(json.dumps(row) + "\n" for row in done))
@@ -48,4 +52,4 @@ def test_effects_are_paired_differences_in_points() -> None:
     assert all_pairs.mean == pytest.approx(3.0) and all_pairs.interval is None
     table = study.table_of([vanilla, hardest, all_pairs])
     assert "| simsiam | 500 | `hardest` | 41.0, 52.0, 63.0 | 52.0 | +2.0 (-0.5 to +4.5) |" in table
-    assert len(study.draw([vanilla, hardest, all_pairs]).axes) == 1
+    assert len(study.build_figure([vanilla, hardest, all_pairs]).axes) == 1

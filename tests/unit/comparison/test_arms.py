@@ -15,7 +15,14 @@ from hvp_ray.selection import hard_step
 from tests.helpers import resolved_of, tiny_config
 
 _ALSO_CHANGED = {
-    "all-pairs": {"training.images_per_step", "optimizer.learning_rate_per_256", "optimizer.warmup_epochs"},
+    "all-pairs": {
+        "training.images_per_step",
+        "optimizer.learning_rate_per_256",
+        "optimizer.warmup_epochs",
+        "method.freeze_last_layer_epochs",
+        "method.warmup_teacher_epochs",
+        "method.warmup_patch_teacher_epochs",
+    },
     "asym-aug": {"views.global_views.odd"},
 }
 """Beside fields of `selection`."""
@@ -31,6 +38,33 @@ def test_an_arm_is_a_valid_run_that_differs_in_its_selection(recipe: str, name: 
     changed = {key for key in before | after if before.get(key) != after.get(key)}
     also = _ALSO_CHANGED.get(name.partition(":")[0], set())
     assert all(key.startswith(("selection.", *also)) for key in changed)
+
+
+def test_arms_reset_what_a_recipe_sets_for_its_own_rule() -> None:
+    base = get_recipe("simclr-digits")
+    late = base.selection.with_rule("hardest", start_fraction=0.5, ramp_fraction=0.2, ramp_from=0.3)
+    weighted = base.selection.with_rule("all_pairs", weighting="softmax", weight_temperature=0.5)
+    for selection in (late, weighted, base.selection.with_rule("first", score_always=True, num_views=2)):
+        config = dataclasses.replace(base, selection=selection)
+        for name in ("vanilla", "random", "predicted:num_views=4", "all-pairs"):
+            assert get_arm(name).configure(config).selection.rule == get_arm(name).selection["rule"]
+        assert get_arm("all-pairs").configure(config).selection.weighting == "mean"
+
+
+def test_all_pairs_with_local_views_trains_on_as_many_views_per_step() -> None:
+    """4 + 4 views of half the images: 16 global and 16 local views of 4 images; vanilla has 2 + 2 of 8."""
+    base = get_recipe("dino-digits")
+    config = get_arm("all-pairs").configure(base)
+    views = config.selection.num_candidate_views + (config.selection.num_local_views or 0)
+    chosen = 2 + (base.selection.num_chosen_local_views or 0)
+    assert config.training.images_per_step * views == base.training.images_per_step * chosen
+    longer = dataclasses.replace(base, method=dataclasses.replace(base.method, warmup_teacher_epochs=30))
+    assert get_arm("all-pairs").configure(longer).method.warmup_teacher_epochs == 15
+
+
+def test_vanilla_long_takes_no_settings() -> None:
+    with pytest.raises(ConfigError, match="vanilla-long takes no settings"):
+        get_arm("vanilla-long:every=1")
 
 
 def test_fast_siam_is_an_arm_of_simsiam_only() -> None:

@@ -79,20 +79,24 @@ def test_costs_are_measured_once_and_new_arms_are_scaled_to_them(tmp_path: Path)
     assert len(slower.asked) == 1
 
 
+def _by_step(tmp_path: Path) -> RunConfig:
+    return tiny_config(str(tmp_path), optimizer={"schedule": "cosine-per-step"})
+
+
 def test_equal_compute_is_steps_times_cost(tmp_path: Path) -> None:
     """By hand: 20 random steps at 1.0; hard steps cost 1.5, so 13; one hard step in two costs 1.25, so 16."""
     arms = ("vanilla", "hardest", "hardest:every=2")
-    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), *arms, seeds=(0,), budget="compute")
+    study = _open(_by_step(tmp_path), _Stopwatch(1.0), *arms, seeds=(0,), budget="compute")
     assert [run.num_steps for run in study.runs()] == [20, 13, 16]
     assert [run.config.training.num_steps for run in study.runs()] == [None, 13, 16]
     metric = summarize_metric(study, [_result(study, arm, 0, 0.5) for arm in arms], "knn_top1")
     assert {difference.question.rpartition(", ")[2] for difference in metric.differences} == {"equal compute"}
     with pytest.raises(ConfigError, match="leave out vanilla-long"):
-        _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), budget="compute")
+        _open(_by_step(tmp_path), _Stopwatch(1.0), budget="compute")
 
 
 def test_arms_that_train_on_all_views_take_fewer_images_in_as_many_steps(tmp_path: Path) -> None:
-    base = tiny_config(str(tmp_path))
+    base = _by_step(tmp_path)
     vanilla, everything = _open(base, _Stopwatch(1.0), "vanilla", "all-pairs", seeds=(0,)).runs()
     images = [run.config.training.images_per_step for run in (vanilla, everything)]
     assert images == [base.training.images_per_step, base.training.images_per_step // 2]
@@ -104,11 +108,21 @@ def test_arms_that_train_on_all_views_take_fewer_images_in_as_many_steps(tmp_pat
 def test_costs_of_another_comparison_are_read(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
     path = study.folder / "comparison.json"
-    assert read_costs(path, study.base.recipe) == study.costs
-    with pytest.raises(ConfigError, match="has the costs of simsiam-digits, and this comparison is of dino-digits"):
-        read_costs(path, "dino-digits")
+    longer = tiny_config(str(tmp_path), training={"epochs": 7}, data={"num_images": 100})
+    assert read_costs(path, longer) == study.costs, "a step costs as much in a longer run and on fewer images"
+    larger = tiny_config(str(tmp_path), training={"images_per_step": 32})
+    with pytest.raises(ConfigError, match=r"(?s)costs of other steps.*training.images_per_step: 16 -> 32"):
+        read_costs(path, larger)
     with pytest.raises(ConfigError, match="is no comparison.json"):
-        read_costs(tmp_path / "nothing.json", study.base.recipe)
+        read_costs(tmp_path / "nothing.json", study.base)
+
+
+def test_arms_whose_schedules_would_end_elsewhere_are_refused(tmp_path: Path) -> None:
+    by_epoch = tiny_config(str(tmp_path), optimizer={"schedule": "cosine-per-epoch"})
+    for arms, budget in ((("vanilla", "hardest"), "compute"), (("vanilla", "all-pairs"), "steps")):
+        with pytest.raises(ConfigError, match="give --optimizer.schedule cosine-per-step"):
+            _open(by_epoch, _Stopwatch(1.0), *arms, budget=budget)
+    _open(by_epoch, _Stopwatch(1.0), "vanilla", "hardest")
 
 
 def test_counted_accounting_uses_operations(tmp_path: Path) -> None:

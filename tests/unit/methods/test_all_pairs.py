@@ -16,7 +16,7 @@ from hvp_ray.methods.backbones import forward_tokens
 from hvp_ray.methods.method import Contrast, Method, MethodLoss, ViewTensors, build_method
 from hvp_ray.methods.simclr import score_pairs
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import PairWeights, pair_table, pair_weights_of
+from hvp_ray.selection import PairWeighting, pair_table, pair_weights_of
 
 METHODS = ("simsiam", "simclr", "dino", "ibot")
 IMAGES = 3
@@ -49,7 +49,7 @@ def _views(name: str, num_views: int = 4, *, num_images: int = IMAGES, alternati
     )
 
 
-def _softmax_weights(views: ViewTensors) -> PairWeights:
+def _softmax_weights(views: ViewTensors) -> PairWeighting:
     selection = SelectionConfig(rule="all_pairs", weighting="softmax", weight_temperature=0.7)
     weigh = pair_weights_of(selection, views.as_candidates(), device=torch.device("cpu"))
     assert weigh is not None

@@ -50,7 +50,12 @@ def test_the_ramp_is_a_line_from_its_quantile_to_the_full_one() -> None:
 def test_all_pairs_are_trained_on_from_the_first_step_and_only_the_dial_waits() -> None:
     selection = SelectionConfig(rule="all_pairs", weighting="softmax", start_fraction=0.5)
     of_steps = [selection_at(selection, step, 4) for step in range(4)]
-    assert [(of_step.is_hard, of_step.dial) for of_step in of_steps] == [(True, 0), (True, 0), (True, 1), (True, 1)]
+    assert [(of_step.is_hard, of_step.ramp_position) for of_step in of_steps] == [
+        (True, 0),
+        (True, 0),
+        (True, 1),
+        (True, 1),
+    ]
 
 
 @pytest.mark.parametrize("quantile", [0.0, 0.1, 0.4, 0.5, 0.9, 1.0])

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hvp_ray.config import SelectionConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import WEIGHTINGS, Candidates, PairWeights, pair_table, pair_weights_of
+from hvp_ray.selection import WEIGHTINGS, Candidates, PairWeighting, pair_table, pair_weights_of
 from hvp_ray.selection.weights import effective_pairs, matching_table, mean_of_pairs
 
 CPU = torch.device("cpu")
@@ -21,11 +21,13 @@ HARD = [name for name in WEIGHTINGS if name != "mean"]
 
 
 def _weighting(
-    name: str, num_views: int, *, alternating: bool = False, dial: float = 1.0, **settings: Any
-) -> PairWeights:
+    name: str, num_views: int, *, alternating: bool = False, ramp_position: float = 1.0, **settings: Any
+) -> PairWeighting:
     top_k = settings.pop("weight_top_k", 2 if name == "top_k" else None)
     selection = SelectionConfig(rule="all_pairs", num_views=num_views, weighting=name, weight_top_k=top_k, **settings)
-    weigh = pair_weights_of(selection, Candidates(num_views=num_views, alternating=alternating), device=CPU, dial=dial)
+    weigh = pair_weights_of(
+        selection, Candidates(num_views=num_views, alternating=alternating), device=CPU, ramp_position=ramp_position
+    )
     assert weigh is not None
     return weigh
 
@@ -142,17 +144,17 @@ def test_weights_sum_to_1_and_move_with_the_views(
 def test_dial_blends_from_the_mean_to_the_weighting(name: str, generator: np.random.Generator) -> None:
     losses_BP = torch.from_numpy(generator.normal(size=(3, 6)))
     full = _weighting(name, 4)(losses_BP)
-    torch.testing.assert_close(_weighting(name, 4, dial=0.25)(losses_BP), 0.75 / 6 + 0.25 * full)
-    assert torch.equal(_weighting(name, 4, dial=1.0)(losses_BP), full)
+    torch.testing.assert_close(_weighting(name, 4, ramp_position=0.25)(losses_BP), 0.75 / 6 + 0.25 * full)
+    assert torch.equal(_weighting(name, 4, ramp_position=1.0)(losses_BP), full)
 
 
 def test_mean_needs_no_weights() -> None:
-    """At dial 0, with equal weights, and with two views, the loss is the plain mean to the bit."""
+    """At ramp_position 0, with equal weights, and with two views, the loss is the plain mean to the bit."""
     softmax = SelectionConfig(rule="all_pairs", weighting="softmax")
     mean = dataclasses.replace(softmax, weighting="mean")
     four, two = Candidates(num_views=4), Candidates(num_views=2)
-    for selection, candidates, dial in ((softmax, four, 0.0), (mean, four, 1.0), (softmax, two, 1.0)):
-        assert pair_weights_of(selection, candidates, device=CPU, dial=dial) is None
+    for selection, candidates, ramp_position in ((softmax, four, 0.0), (mean, four, 1.0), (softmax, two, 1.0)):
+        assert pair_weights_of(selection, candidates, device=CPU, ramp_position=ramp_position) is None
     values_BP = torch.randn(5, 6)
     assert torch.equal(mean_of_pairs(values_BP, None), values_BP.mean())
     torch.testing.assert_close(mean_of_pairs(values_BP, torch.full((5, 6), 1 / 6)), values_BP.mean())

@@ -474,7 +474,7 @@ def test_weighting_begins_with_the_schedule_and_rises_along_the_ramp(tmp_path: P
         for step, batch in enumerate(_batches(config, 8)):
             metrics = train_step(trainee, batch, config, selection_at(config.selection, step, 8))
             effective.append(float(metrics.measurements.get("selection/effective_pairs", math.nan)))
-            if step in (2, 3):  # the dial of step 2 is 0 yet
+            if step in (2, 3):  # the ramp_position of step 2 is 0 yet
                 states.append(copy.deepcopy(trainee.method.state_dict()))
     assert all(torch.equal(value, states[2][name]) for name, value in states[0].items())
     assert not all(torch.equal(value, states[3][name]) for name, value in states[1].items())
