@@ -163,21 +163,29 @@ def open_study(
         costs=costs,
         num_images=len(dataset.training_ids),
     )
-    new = [arm for arm in dict.fromkeys([VANILLA, *(arm.priced_as for arm in arms)]) if arm not in costs]
-    if new:
-        # Check before time is spent on costs. Lengths that follow from them are checked below.
-        lengths_follow = {VANILLA_LONG} if budget == "steps" else {arm.name for arm in arms} - {VANILLA}
-        of_known_length = tuple(arm for arm in arms if arm.name not in lengths_follow)
-        _check_runs(dataclasses.replace(study, arms=of_known_length, budget="steps"))
-        # Costs are ratios of one measurement: known ones stay, and new ones are scaled to them.
-        measured = measure(list(dict.fromkeys([VANILLA, *new])))
-        scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
-        study.costs.update((arm, measured[arm].scaled(scale)) for arm in new)
+    is_new = _add_costs(study, measure)
     _check_runs(study)
-    if new:
+    if is_new:
         content = {"settings": settings, "config": flat_values(base)}
         _write(path, content | {"costs": {arm: dataclasses.asdict(cost) for arm, cost in study.costs.items()}})
     return study
+
+
+def _add_costs(study: Study, measure: Callable[[list[str]], dict[str, StepCost]]) -> bool:
+    """Measure the arms whose costs are unknown; tell whether there are any."""
+    costs, names = study.costs, [arm.name for arm in study.arms]
+    new = [name for name in dict.fromkeys([VANILLA, *(arm.priced_as for arm in study.arms)]) if name not in costs]
+    if not new:
+        return False
+    # Check before time is spent on costs. Runs whose length follows from the costs are checked later.
+    lengths_follow = {VANILLA_LONG} if study.budget == "steps" else set(names) - {VANILLA}
+    of_known_length = tuple(arm for arm in study.arms if arm.name not in lengths_follow)
+    _check_runs(dataclasses.replace(study, arms=of_known_length, budget="steps"))
+    # Costs are ratios of one measurement: known ones stay, and new ones are scaled to them.
+    measured = measure(list(dict.fromkeys([VANILLA, *new])))
+    scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
+    costs.update((name, measured[name].scaled(scale)) for name in new)
+    return True
 
 
 def settings_of(base: RunConfig, resolved: Resolved, budget: Budget, accounting: Accounting) -> dict[str, Any]:

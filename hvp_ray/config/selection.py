@@ -137,7 +137,16 @@ class SelectionConfig(Checked):
     docs/row_reuse.md. Drop path draws once, in scoring."""
 
     def check_together(self, prefix: str) -> None:
-        """Check that either the numbers of multi-crop or `num_views` are set."""
+        """Check the numbers of views, and that the rule and the weighting read what is set."""
+        self._check_views(prefix)
+        for name, used_by in _USED_BY.items():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            allowed = f"{default} with {prefix}rule={self.rule}, which does not read it ({', '.join(used_by)} do)"
+            require(value == default or self.rule in used_by, f"{prefix}{name}", value, allowed)
+        self._check_schedule(prefix)
+        self._check_weighting(prefix)
+
+    def _check_views(self, prefix: str) -> None:
         known = (self.num_views is None) != (self.num_global_views is None)
         allowed = f"None with {prefix}num_global_views (multi-crop), and a number without it"
         require(known, f"{prefix}num_views", self.num_views, allowed)
@@ -154,11 +163,7 @@ class SelectionConfig(Checked):
             allowed = "False with rule predicted, which renders no other candidates"
             require(not self.score_always, f"{prefix}score_always", self.score_always, allowed)
 
-        for name, used_by in _USED_BY.items():
-            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            allowed = f"{default} with {prefix}rule={self.rule}, which does not read it ({', '.join(used_by)} do)"
-            require(value == default or self.rule in used_by, f"{prefix}{name}", value, allowed)
-
+    def _check_schedule(self, prefix: str) -> None:
         is_scheduled = (self.start_fraction, self.ramp_fraction) != (0.0, 0.0)
         allowed = f"no schedule of hardness ({prefix}start_fraction, {prefix}ramp_fraction) with equal weights"
         fits = self.rule != "all_pairs" or self.weighting != "mean" or not is_scheduled
@@ -166,9 +171,10 @@ class SelectionConfig(Checked):
         left = 1.0 - self.start_fraction
         allowed = f"at most {left:g}, what {prefix}start_fraction={self.start_fraction} leaves of the run"
         require(self.ramp_fraction <= left + 1e-9, f"{prefix}ramp_fraction", self.ramp_fraction, allowed)
-
         allowed = f"0.5 without a ramp ({prefix}ramp_fraction)"
         require(self.ramp_fraction > 0.0 or self.ramp_from == 0.5, f"{prefix}ramp_from", self.ramp_from, allowed)
+
+    def _check_weighting(self, prefix: str) -> None:
         allowed = f"1.0 without {prefix}weighting=softmax"
         fits = self.weighting == "softmax" or self.weight_temperature == 1.0
         require(fits, f"{prefix}weight_temperature", self.weight_temperature, allowed)

@@ -10,6 +10,7 @@ Legend: V plans of each image, B images, P pairs, F features.
 """
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +72,13 @@ def pair_features(
         heights, widths: [B], px of the original images.
         pairs: [P, 2], view indices.
     """
+    values = [*_crop_features(plan, heights, widths, pairs), *_operation_features(plan, pairs)]
+    return np.stack(values, dtype=np.float64)
+
+
+def _crop_features(
+    plan: ViewPlan, heights: NDArray[np.int32], widths: NDArray[np.int32], pairs: NDArray[np.int64]
+) -> list[NDArray[np.float64]]:
     first, second = pairs[:, 0], pairs[:, 1]
     top, left, height, width = (v.astype(np.float64) for v in (plan.top, plan.left, plan.height, plan.width))
     image_h, image_w = heights.astype(np.float64), widths.astype(np.float64)
@@ -83,6 +91,22 @@ def pair_features(
     )
     side = np.sqrt(area / (image_h * image_w))
     aspect = (width - height) / (width + height)
+    return [
+        iou,
+        iou * iou,
+        iou * (area[first] + area[second]) / (1.0 + iou) / smaller,
+        np.sqrt(distance_squared),
+        distance_squared,
+        side[first] + side[second],
+        np.abs(side[first] - side[second]),
+        np.minimum(side[first], side[second]) / np.maximum(side[first], side[second]),
+        np.abs(aspect[first] - aspect[second]),
+        np.abs(aspect[first]) + np.abs(aspect[second]),
+    ]
+
+
+def _operation_features(plan: ViewPlan, pairs: NDArray[np.int64]) -> list[NDArray[Any]]:
+    first, second = pairs[:, 0], pairs[:, 1]
     colored = ~plan.grayscale
     colors = (
         plan.brightness - 1.0,
@@ -90,36 +114,25 @@ def pair_features(
         (plan.saturation - 1.0) * colored,
         plan.hue_turns * 10.0 * colored,
     )
-    blur = plan.blur_sigma_px.astype(np.float64) / 2.0
-
-    def difference(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.abs(values[first] - values[second])
-
-    values = [
-        iou,
-        iou * iou,
-        iou * (area[first] + area[second]) / (1.0 + iou) / smaller,
-        np.sqrt(distance_squared),
-        distance_squared,
-        side[first] + side[second],
-        difference(side),
-        np.minimum(side[first], side[second]) / np.maximum(side[first], side[second]),
-        difference(aspect),
-        np.abs(aspect[first]) + np.abs(aspect[second]),
-    ]
+    values: list[NDArray[Any]] = []
     for color in (of_color.astype(np.float64) for of_color in colors):
-        values += [difference(color), color[first] + color[second], color[first] * color[second]]
-    values += [
+        values += [
+            np.abs(color[first] - color[second]),
+            color[first] + color[second],
+            color[first] * color[second],
+        ]
+    blur = plan.blur_sigma_px.astype(np.float64) / 2.0
+    return [
+        *values,
         plan.grayscale[first] != plan.grayscale[second],
         plan.grayscale[first] & plan.grayscale[second],
         plan.jitter[first] != plan.jitter[second],
-        difference(blur),
+        np.abs(blur[first] - blur[second]),
         blur[first] + blur[second],
         plan.solarize[first] != plan.solarize[second],
         plan.solarize[first] & plan.solarize[second],
         plan.flip[first] != plan.flip[second],
     ]
-    return np.stack(values, dtype=np.float64)
 
 
 def choose_plans(
