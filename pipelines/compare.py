@@ -147,9 +147,11 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
 
 def describe_report(report: Any) -> str:
     """Return the result and its files."""
+    arms, references = report.primary.arms, report.primary.references
+    width = max(map(len, (*(arm.arm for arm in arms), *references)))
     lines = ["", report.sentence, ""]
-    lines += [f"  {arm.arm:<14} {100 * arm.mean:6.2f} %   {arm.title}" for arm in report.primary.arms]
-    lines += [f"  {name:<14} {100 * value:6.2f} %" for name, value in report.primary.references.items()]
+    lines += [f"  {arm.arm:<{width}} {100 * arm.mean:6.2f} %   {arm.title}" for arm in arms]
+    lines += [f"  {name:<{width}} {100 * value:6.2f} %" for name, value in references.items()]
     lines += [*([""] if report.problems else []), *(f"problem  {problem}" for problem in report.problems)]
     return "\n".join([*lines, "", f"report   {report.html_path}", f"numbers  {report.json_path}"])
 
