@@ -113,7 +113,7 @@ def measure_step_costs(
             if turn > repeats and sum(sum(kind.seconds) for kind in every_kind) >= at_least_seconds:
                 break
             for kind in every_kind:
-                # The first step after one of another size pays for memory that was given back. In a run it has none before it.
+                # The first step after one of another size pays for memory that was given back, as steps of a run seldom do.
                 _seconds_of_step(kind, device)
                 spent = _seconds_of_step(kind, device)
                 if turn:  # the first one allocates memory and the optimizer's state, and compiles kernels
