@@ -72,11 +72,12 @@ class Setting:
 
 
 COMMON = (
+    *("--views.global_views.size_px", "16", "--views.evaluation_resize_px", "16", "--training.images_per_step", "64"),
     *("--training.precision", "bfloat16", "--optimizer.schedule", "cosine-per-step"),
     *("--tracking.uri", "none", "--tracking.knn_images", "10000"),
 )
 CIFAR10 = {"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"}
-LENGTHS = (500, 1500, 4500)
+LENGTHS = (600, 1800, 5400)
 TEN_THOUSAND = ("--data.num_images", "10000")
 LATE = "start_fraction=0.5"
 
@@ -118,7 +119,7 @@ SETTINGS = {
             f"hardest:num_global_views=2,{LATE}",
             "vanilla:num_chosen_local_views=8",
         ),
-        overrides=TEN_THOUSAND,
+        overrides=(*TEN_THOUSAND, "--views.local_views.size_px", "8"),
     ),
 }
 

@@ -10,7 +10,7 @@ from hvp_ray.comparison.arms import get_arm
 from hvp_ray.recipes import get_recipe
 
 
-def _row(arm: str, seed: int, accuracy: float, length: int = 500) -> dict[str, object]:
+def _row(arm: str, seed: int, accuracy: float, length: int = 600) -> dict[str, object]:
     digest = study.SETTINGS["simsiam"].digest
     row = {"setting": "simsiam", "settings_digest": digest, "length": length, "arm": arm, "seed": seed}
     return row | {"knn_top1": accuracy}
@@ -51,5 +51,5 @@ def test_effects_are_paired_differences_in_points() -> None:
     assert hardest.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
     assert all_pairs.mean == pytest.approx(3.0) and all_pairs.interval is None
     table = study.table_of([vanilla, hardest, all_pairs])
-    assert "| simsiam | 500 | `hardest` | 41.0, 52.0, 63.0 | 52.0 | +2.0 (-0.5 to +4.5) |" in table
+    assert "| simsiam | 600 | `hardest` | 41.0, 52.0, 63.0 | 52.0 | +2.0 (-0.5 to +4.5) |" in table
     assert len(study.build_figure([vanilla, hardest, all_pairs]).axes) == 1
