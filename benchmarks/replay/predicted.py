@@ -15,7 +15,7 @@ def chosen_by_predictor(
 
     Args:
         logged: the candidates.
-        num_probe_views: pairs among so many first views are learned from.
+        num_probe_views: the model learns from the pairs of this number of first views.
         probe_images: images of a probe: the first of the step.
         probe_every: steps between probes.
     """

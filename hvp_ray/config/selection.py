@@ -86,7 +86,7 @@ class SelectionConfig(Checked):
     """Quantile at the beginning of the ramp; 0.5 is the median."""
 
     weighting: Weighting = "mean"
-    """Rule all_pairs: how much each pair of an image counts, from the losses of this very step. mean: all alike. softmax:
+    """Rule all_pairs: how much each pair of an image counts, from the losses of the current step. mean: equally. softmax:
     by the softmax of the losses (`weight_temperature`). matching: the pairs of the hardest perfect matching, in which every
     view occurs once. top_k: the `weight_top_k` hardest pairs. partner: for each view the pair in which it is hardest."""
 
