@@ -194,18 +194,18 @@ def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -
 
 
 def run(names: list[str], data: Path, output: Path) -> None:
-    """Do what is missing; the rows of a comparison are kept as soon as it is done."""
-    for name in names:
-        for length, seed in missing_comparisons(name, read_rows()):
-            new, rows = do_comparison(name, length, seed, data, output), read_rows()
-            known = {key_of(row) for row in rows}
-            rows += [row for row in new if key_of(row) not in known]
-            unfinished = ROWS.with_suffix(".part")
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            unfinished.replace(ROWS)
-            comparison = comparison_of(name, length, seed)
-            for folder in (output / comparison, *output.glob(f"{comparison}-*")):
-                shutil.rmtree(folder)
+    """Do what is missing, short schedules of all settings first; the rows of a comparison are kept as soon as it is done."""
+    missing = [(length, name, seed) for name in names for length, seed in missing_comparisons(name, read_rows())]
+    for length, name, seed in sorted(missing, key=lambda comparison: comparison[0]):
+        new, rows = do_comparison(name, length, seed, data, output), read_rows()
+        known = {key_of(row) for row in rows}
+        rows += [row for row in new if key_of(row) not in known]
+        unfinished = ROWS.with_suffix(".part")
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        unfinished.replace(ROWS)
+        comparison = comparison_of(name, length, seed)
+        for folder in (output / comparison, *output.glob(f"{comparison}-*")):
+            shutil.rmtree(folder)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,1 +1,1 @@
-"""Programs: the only place that parses arguments and prints."""
+"""The subcommands of `hvp-ray` as files, for `ray job submit -- python pipelines/pretrain.py` and for a checkout."""

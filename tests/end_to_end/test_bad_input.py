@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.describe import main as describe
-from pipelines.pretrain import main
+from hvp_ray.cli.describe import main as describe
+from hvp_ray.cli.pretrain import main
 from tests.helpers import encode
 
 ROOT = Path(__file__).parents[2]

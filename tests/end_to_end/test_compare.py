@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import ray
 
+from hvp_ray.cli.command_line import parse_run
+from hvp_ray.cli.compare import main
 from hvp_ray.comparison.report import write_report
 from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.comparison.study import open_study
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.tracking.run_log import last_recorded_step
-from pipelines.command_line import parse_run
-from pipelines.compare import main
 from tests.ray.runs import recorded_steps
 from tests.waiting import wait_until
 

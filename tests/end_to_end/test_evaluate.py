@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hvp_ray.cli.evaluate import main
 from hvp_ray.data.digits import DigitsSource
 from hvp_ray.launch.local import pretrain_in_process
-from pipelines.evaluate import main
 from tests.helpers import encode, photograph_like, tiny_config
 
 

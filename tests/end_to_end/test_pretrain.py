@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hvp_ray.cli.pretrain import main
 from hvp_ray.errors import TrainingError
 from hvp_ray.launch import ray_train
 from hvp_ray.launch.driver import Watchers, launch
@@ -24,7 +25,6 @@ from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.recipes import get_recipe
 from hvp_ray.tracking.logged_pairs import read_selection_log
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
-from pipelines.pretrain import main
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.ray.runs import AtStep, attempts, digest_from_checkpoint, launch_quietly, recorded_steps
 from tests.waiting import wait_until

@@ -20,9 +20,9 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscali
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from cluster.kubernetes.check_manifests import find_errors, load_documents
+from hvp_ray.cli.command_line import parse_run
 from hvp_ray.config import RunConfig
 from hvp_ray.launch.placement import TRAINER_LABEL, VIEW_LABEL
-from pipelines.command_line import parse_run
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "cluster" / "kubernetes"

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvp_ray.cli.evaluate import Evaluation, parse_arguments, read_trained_on
 from hvp_ray.config import RunConfig
 from hvp_ray.data.source import open_source
 from hvp_ray.methods.backbones import build_backbone, export_backbone
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import prepare_run
-from pipelines.evaluate import Evaluation, parse_arguments, read_trained_on
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.unit.data.made import write_folder
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hvp_ray.cli.command_line import parse_run
 from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError
@@ -17,7 +18,6 @@ from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.stream.reading import read_sample
 from hvp_ray.stream.render_batch import decode_batch, find_crashing_ids, finish_batch, open_render_context, render_batch
 from hvp_ray.views.render_cpu import CpuRenderer
-from pipelines.command_line import parse_run
 from tests.helpers import encode, tiny_config
 from tests.unit.data import made_intensities as made
 from tests.unit.data.made import write_folder

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hvp_ray.cli.analyse import main
 from hvp_ray.config import TransformConfig, ViewGroupConfig
 from hvp_ray.errors import DataError
 from hvp_ray.randomness import Purpose
@@ -22,7 +23,6 @@ from hvp_ray.tracking.selection_log import PLAN_COLUMNS
 from hvp_ray.tracking.selection_metrics import color_distances
 from hvp_ray.views.geometry import CROP_WORDS, crop_iou, draw_crops
 from hvp_ray.views.plan import draw_plan
-from pipelines.analyse_selection import main
 
 PAIRS = pair_table(4)
 STEPS_PER_EPOCH, IMAGES_PER_STEP = 30, 50

@@ -2,8 +2,8 @@
 
 import pytest
 
+from hvp_ray.cli.command_line import exit_status
 from hvp_ray.errors import ConfigError
-from pipelines.command_line import exit_status
 
 
 def _raise(error: BaseException) -> None:

@@ -1,0 +1,1 @@
+"""The programs: one file for each subcommand of `hvp-ray`."""

@@ -1,0 +1,227 @@
+"""Compare hard views with random views: arms x seeds, at equal epochs and at equal compute, and write a report.
+
+hvp-ray compare [RECIPE] [--arms NAME ...] [--seeds N ...] [--section.field VALUE ...]
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from hvp_ray.cli.command_line import DEFAULT_RECIPE, exit_status, parse_run, say
+from hvp_ray.launch.environment import prepare_ray_environment
+
+_LINE_SECONDS = 20.0
+
+
+def positive(text: str) -> int:
+    """Parse a number of 1 or more."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Return the options of this program, and RECIPE and overrides for the run."""
+    parser = argparse.ArgumentParser(
+        prog="hvp-ray compare [RECIPE]",
+        description=__doc__,
+        epilog="All other options are those of pretrain.py and hold for every arm: pretrain.py --help lists them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=["vanilla", "hardest", "vanilla-long"],
+        metavar="NAME",
+        help="vanilla, hardest, vanilla-long (equal compute), all-pairs, predicted, fast-siam, asym-aug, and the controls "
+        "random, easiest, min-iou, batch-norm; hardest:every=3,quantile=0.8 sets fields of selection (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
+    parser.add_argument("--comparison", metavar="NAME", help="its folder under run.output; the same name continues it")
+    parser.add_argument(
+        "--budget",
+        choices=["steps", "compute"],
+        default="steps",
+        help="what all arms get alike: steps (default), or the compute of the vanilla arm (leave out vanilla-long)",
+    )
+    parser.add_argument(
+        "--costs", type=Path, metavar="FILE", help="comparison.json of another comparison whose costs are used"
+    )
+    parser.add_argument(
+        "--accounting",
+        choices=["measured", "counted"],
+        default="measured",
+        help="equal compute by measured cost of a trainer's step (default), or by counted operations",
+    )
+    parser.add_argument(
+        "--metric", choices=["knn_top1", "knn5shot_top1"], default="knn_top1", help="what is compared first"
+    )
+    parser.add_argument(
+        "--views",
+        choices=["auto", "inline", "workers"],
+        default="auto",
+        help="render in the run's own process, or in view workers",
+    )
+    parser.add_argument(
+        "--parallel", type=positive, help="runs side by side (default: as many as the cluster has room for)"
+    )
+    parser.add_argument("--plan-only", action="store_true", help="print the plan and its duration, and start nothing")
+    return parser.parse_known_args(arguments)
+
+
+class ProgressLines:
+    """Prints a line every twenty seconds."""
+
+    def __init__(self) -> None:
+        self._line_at = 0.0
+        self._started = time.monotonic()
+        self._first_steps: int | None = None
+
+    def __call__(self, progress: Any) -> None:
+        """Print the progress of the comparison if it is time."""
+        now = time.monotonic()
+        if self._first_steps is None:
+            self._first_steps = progress.steps_done
+        if now - self._line_at < _LINE_SECONDS:
+            return
+        self._line_at = now
+        done_here, rest = progress.steps_done - self._first_steps, ""
+        if done_here > 0:
+            seconds = (now - self._started) / done_here * (progress.num_steps - progress.steps_done)
+            rest = f", about {describe_seconds(seconds)} left"
+        running = ", ".join(f"{name} {share:.0%}" for name, share in progress.running.items())
+        say(
+            f"{progress.num_done} of {progress.num_runs} runs done, {progress.steps_done / progress.num_steps:.0%} of all "
+            f"steps{rest}{'; running: ' if running else ''}{running}"
+        )
+
+
+def describe_seconds(seconds: float) -> str:
+    """Return a duration in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe_plan(study: Any, mode: str, parallel: int) -> str:
+    """Return what is compared, at what cost, and how long it will take."""
+    threads = study.base.training.torch_threads if mode == "inline" else 1
+    width = max(14, *(len(arm.name) + 2 for arm in study.arms))
+    lines = [
+        f"comparison {study.name}: {len(study.arms)} arms x {len(study.seeds)} seeds of {study.base.recipe}",
+        f"folder     {study.folder}",
+        "",
+        f"{'arm':<{width}}{'steps':>8}{'epochs':>8}{'a step costs':>14}{'the run costs':>15}   what it trains on",
+    ]
+    total = 0.0
+    runs = {run.arm.name: run for run in study.runs()}
+    for arm in study.arms:
+        num_steps, cost, ratio = runs[arm.name].num_steps, study.costs[arm.priced_as], study.ratio_of(arm)
+        compute = ratio * num_steps / study.num_steps
+        epochs = num_steps / study.steps_per_epoch(runs[arm.name].config)
+        lines.append(f"{arm.name:<{width}}{num_steps:>8}{epochs:>8.1f}{ratio:>14.2f}{compute:>15.2f}   {arm.title}")
+        rendering = cost.render_cpu_seconds if mode == "inline" else 0.0
+        total += num_steps * (cost.step_seconds / threads + rendering) + 10.0
+    what = (
+        "measured before the start: CPU time of the trainer's step (GPU: device time), arms in turn"
+        if study.accounting == "measured"
+        else "counted operations of the trainer's step"
+    )
+    duration = describe_seconds(total * len(study.seeds) / parallel)
+    return "\n".join(
+        [
+            *lines,
+            f"costs are in random steps and in runs of the vanilla arm, without rendering;\n{what}",
+            "",
+            f"{parallel} run(s) side by side; all of it takes about {duration} on an idle machine; finished runs are not "
+            f"repeated",
+        ]
+    )
+
+
+def describe_report(report: Any) -> str:
+    """Return the result and its files."""
+    arms, references = report.primary.arms, report.primary.references
+    width = max(map(len, (*(arm.arm for arm in arms), *references)))
+    lines = ["", report.sentence, ""]
+    lines += [f"  {arm.arm:<{width}} {100 * arm.mean:6.2f} %   {arm.title}" for arm in arms]
+    lines += [f"  {name:<{width}} {100 * value:6.2f} %" for name, value in references.items()]
+    lines += [*([""] if report.problems else []), *(f"problem  {problem}" for problem in report.problems)]
+    return "\n".join([*lines, "", f"report   {report.html_path}", f"numbers  {report.json_path}"])
+
+
+def compare(options: argparse.Namespace, rest: list[str]) -> None:
+    """Do the missing runs, and write the report.
+
+    Raises:
+        HvpRayError: the message tells the user what to do.
+    """
+    base = parse_run(rest or [DEFAULT_RECIPE], program="hvp-ray compare", description=__doc__ or "")
+    prepare_ray_environment()
+    from hvp_ray.comparison.publish import publish_report
+    from hvp_ray.comparison.report import write_report
+    from hvp_ray.comparison.runner import choose_mode, connect, do_runs, measure_on_cluster, num_parallel
+    from hvp_ray.comparison.step_cost import StepCost
+    from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study, read_costs
+    from hvp_ray.data.dataset import open_dataset
+    from hvp_ray.data.inventory import take_inventory
+    from hvp_ray.errors import ConfigError
+    from hvp_ray.runs.intensity_check import check_intensities
+    from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
+
+    base = with_absolute_paths(base)
+    output_folder(base)  # refuses a bucket before the data is opened
+    arms, dataset = check_arms_and_seeds(options.arms, options.seeds), open_dataset(base.data)
+    for arm in arms:
+        check_before_start(arm.configure(base), dataset)
+    inventory, remarks = take_inventory(dataset, base.data), check_intensities(base.data, dataset)
+    for line in (*inventory.lines(), *check_labels(base, dataset), *remarks):
+        say(line)
+    asked = None if options.views == "auto" else options.views
+    connect(base, dataset, asked)
+    mode, device = choose_mode(base.cluster, asked)
+    # One device for all runs: a run that decides alone might choose another device.
+    base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
+
+    known_costs = None if options.costs is None else read_costs(options.costs, base)
+
+    def measure(names: list[str]) -> dict[str, StepCost]:
+        if known_costs is not None:
+            if unknown := [name for name in names if name not in known_costs]:
+                raise ConfigError(
+                    f"--costs {options.costs} has no costs of {', '.join(unknown)}; measure them with the others"
+                )
+            return {name: known_costs[name] for name in names}
+        say(f"measuring what a step of {', '.join(names)} costs ...")
+        return measure_on_cluster(base, names, device)
+
+    study = open_study(
+        base,
+        dataset,
+        name=options.comparison,
+        arm_names=options.arms,
+        seeds=options.seeds,
+        budget=options.budget,
+        accounting=options.accounting,
+        measure=measure,
+    )
+    parallel = num_parallel(study.runs(), dataset, mode, wanted=options.parallel)
+    say(describe_plan(study, mode, parallel))
+    if options.plan_only:
+        return
+    do_runs(study.runs(), study.folder.parent, mode=mode, parallel=parallel, show=ProgressLines())
+    say("all runs are done; writing the report ...")
+    report = write_report(study, metric=options.metric)
+    say(describe_report(report))
+    if (link := publish_report(study, report)) is not None:
+        say(link)
+
+
+def main(arguments: list[str]) -> int:
+    """Compare; return the exit status."""
+    options, rest = parse_options(arguments)
+    stopped = "stopped; the same command continues from the last checkpoints"
+    return exit_status(lambda: compare(options, rest), stopped=stopped)
