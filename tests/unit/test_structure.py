@@ -25,7 +25,7 @@ MAY_IMPORT = {
 }
 LEVELS = [
     ("errors.py", "host_to_device.py", "logs.py", "stored_archive.py"),
-    ("row_reuse.py",),
+    ("row_reuse.py", "extras.py"),
     ("randomness.py", "credentials.py"),
     ("files.py",),
     ("config/",),
