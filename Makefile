@@ -61,11 +61,7 @@ soak: setup
 	$(BIN)/python benchmarks/soak.py $(if $(KILLS),--kills $(KILLS)) $(if $(STEPS),--steps $(STEPS))
 
 ui: setup
-	@test -f "$(UI_STORE)" || { echo "no runs in $(UI_STORE) yet: start with make pretrain, or name another store: make ui UI_STORE=path/to/mlflow.db" >&2; exit 1; }
-	@echo "open http://127.0.0.1:$(UI_PORT)/#/experiments/1/runs?compareRunsMode=CHART&workflowType=machine_learning"
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(UI_PORT) \
-		--backend-store-uri "$$($(BIN)/python -c 'import sys; from pathlib import Path; from hvp_ray.tracking.mlflow_store \
-			import store_uri; print(store_uri(Path(sys.argv[1]).absolute()))' "$(UI_STORE)")"
+	$(BIN)/hvp-ray ui --store "$(UI_STORE)" --port $(UI_PORT)
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DATA),--data $(DATA))

@@ -6,12 +6,16 @@ RUN is a run's folder, or its name under runs/. The run must have logged selecti
 tracking.selection_images_per_epoch.
 """
 
-import argparse
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from hvp_ray.cli.command_line import exit_status, find_run, keep_results, say
+import tyro
+
+from hvp_ray.cli.command_line import exit_status, find_run, keep_results, parse_options, say
+from hvp_ray.config.checks import Checked
 from hvp_ray.errors import ConfigError
 from hvp_ray.launch.environment import prepare_home
 from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, read_selection_log
@@ -143,18 +147,21 @@ def describe_analysis(analysis: SelectionAnalysis) -> str:
     return text
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return the parsed options: run, json and figures."""
-    parser = argparse.ArgumentParser(
-        prog="hvp-ray analyse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN", help="folder or URI of a run, or its name under runs/")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default RUN/selection_analysis.json")
-    parser.add_argument("--figures", type=Path, metavar="FOLDER", help="default RUN/figures")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Options of an analysis."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder or URI of a run, or its name under runs/."""
+
+    json: Path | None = None
+    """File of the numbers. None: RUN/selection_analysis.json."""
+
+    figures: Path | None = None
+    """Folder of the figures. None: RUN/figures."""
 
 
-def analyse(options: argparse.Namespace) -> None:
+def analyse(options: Options) -> None:
     """Analyse; print and write the results.
 
     Raises:
@@ -183,5 +190,6 @@ def analyse(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     """Analyse; return the exit status."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: analyse(options))
+    return exit_status(
+        lambda: analyse(parse_options(Options, arguments, program="hvp-ray analyse", description=__doc__ or ""))
+    )

@@ -3,12 +3,14 @@
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
-from hvp_ray.config import RunConfig, deferred_checks
+from hvp_ray.config import RunConfig, config_to_dict, deferred_checks, flatten
+from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import CheckpointError, ConfigError, HvpRayError
 from hvp_ray.recipes import describe_recipes, get_recipe
 
@@ -39,36 +41,116 @@ def exit_status(work: Callable[[], None], *, stopped: str = "stopped") -> int:
     return 0
 
 
-def parse_run(arguments: list[str], *, program: str, description: str) -> RunConfig:
-    """Return the run that `[RECIPE] [--section.field VALUE ...]` describes.
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Checked):
+    """Options of a program that is about one run: its recipe, and the settings that differ from it."""
+
+    recipe: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RECIPE")] = DEFAULT_RECIPE
+    """Settings to start from; the first argument."""
+
+    run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    """All settings, as --section.field VALUE."""
+
+
+Options = TypeVar("Options", bound=Checked)
+OptionsOfRun = TypeVar("OptionsOfRun", bound=RunOptions)
+
+PARSER_SETTINGS = (tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff, tyro.conf.SuppressFixed)
+
+
+def parse_options(kind: type[Options], arguments: list[str], *, program: str, description: str) -> Options:
+    """Return the options of a program.
+
+    Args:
+        kind: a dataclass with a field for each option.
+        arguments: words of the command line.
+        program: for instance `hvp-ray pack`.
+        description: begins the help.
+
+    Raises:
+        ConfigError: a value is out of range.
+        SystemExit: an option is unknown or wrong (tyro has printed why), or --help was given.
+    """
+    with deferred_checks():
+        options = tyro.cli(kind, args=arguments, prog=program, description=description, config=PARSER_SETTINGS)
+    check(options, "--")
+    return options
+
+
+def parse_run_options(
+    kind: type[OptionsOfRun], arguments: list[str], *, program: str, description: str
+) -> OptionsOfRun:
+    """Return the options of a program that is about one run. Settings that are not given are those of its recipe.
+
+    Args:
+        kind: `RunOptions`, or a dataclass that adds fields to it.
+        arguments: words of the command line; the recipe is the first one.
+        program: for instance `hvp-ray pretrain`.
+        description: begins the help.
 
     Raises:
         ConfigError: the recipe is unknown, or a value is out of range.
         SystemExit: an option is unknown or wrong (tyro has printed why), or --help was given.
     """
     name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
-    rest = arguments[1:] if arguments and not arguments[0].startswith("-") else arguments
     recipe = get_recipe(name)
-    words = [{"true": "True", "false": "False", "none": "None"}.get(word, word) for word in rest]
-    for index, word in enumerate(rest):
-        if word == "none" and index and rest[index - 1].endswith("tracking.uri"):
-            words[index] = "none"  # a value with its own meaning there
     with deferred_checks():  # the whole run is checked at once, so that messages have full paths
-        parsed: RunConfig = tyro.cli(
-            RunConfig,
-            default=recipe,
-            args=words,
-            prog=f"{program} [RECIPE]",
+        options = tyro.cli(
+            kind,
+            default=kind(run=recipe),
+            args=_python_words(arguments),
+            prog=program,
             description=(
                 f"{description}\n\nRecipes (default {DEFAULT_RECIPE}; module:function names one of your own):\n"
-                f"{describe_recipes()}"
+                f"{describe_recipes()}\n\n{describe_common_options(recipe)}"
             ),
             use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff, tyro.conf.SuppressFixed),
+            config=PARSER_SETTINGS,
         )
-    if parsed.recipe != recipe.recipe:
-        raise ConfigError(f"--recipe is set by the first argument, not as an option; got {parsed.recipe!r}")
-    return parsed
+    if options.recipe != name:
+        raise ConfigError(f"the recipe {options.recipe!r} must be the first argument")
+    if options.run.recipe != recipe.recipe:
+        raise ConfigError(f"--recipe is set by the first argument, not as an option; got {options.run.recipe!r}")
+    check(options, "--")
+    return options
+
+
+def parse_run(arguments: list[str], *, program: str, description: str) -> RunConfig:
+    """Return the run that `[RECIPE] [--section.field VALUE ...]` describes; see `parse_run_options`."""
+    return parse_run_options(RunOptions, arguments, program=program, description=description).run
+
+
+COMMON_OPTIONS = {
+    "data.source": "training images: a folder, Parquet, shards, or a URI",
+    "data.test_source": "labelled images for the evaluation at the end",
+    "run.name": "the name of an existing run continues it",
+    "run.output": "folder of all runs",
+    "selection.rule": "hardest: hard views; first: random views",
+    "training.epochs": "passes over the images",
+    "training.images_per_step": "images of a step, over all trainers",
+    "optimizer.learning_rate_per_256": "learning rate for 256 images per step",
+    "views.global_views.size_px": "size of the views",
+    "cluster.num_trainers": "processes that train",
+}
+"""The settings that people change most: path -> what it is, in a line."""
+
+
+def describe_common_options(config: RunConfig) -> str:
+    """Return a line for each of the ten settings that people change most, with its value in a run."""
+    values = flatten(config_to_dict(config))
+    width = max(map(len, COMMON_OPTIONS)) + 2
+    lines = [f"  --{path:<{width}}{text} ({values[path]})" for path, text in COMMON_OPTIONS.items()]
+    return "\n".join(["Changed most, with their values here; all settings are below, by section:", *lines])
+
+
+def _python_words(words: list[str]) -> list[str]:
+    """Return the words with true, false and none as Python writes them; `none` is a value of tracking.uri."""
+    spelling = {"true": "True", "false": "False", "none": "None"}
+    before = ["", *words]
+    return [
+        word if option.endswith("tracking.uri") else spelling.get(word, word)
+        for option, word in zip(before, words, strict=False)
+    ]
 
 
 def find_run(

@@ -3,73 +3,53 @@
 hvp-ray compare [RECIPE] [--arms NAME ...] [--seeds N ...] [--section.field VALUE ...]
 """
 
-import argparse
 import dataclasses
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from hvp_ray.cli.command_line import DEFAULT_RECIPE, exit_status, parse_run, say
+from hvp_ray.cli.command_line import RunOptions, exit_status, parse_run_options, say
+from hvp_ray.config.checks import AtLeast1
 from hvp_ray.launch.environment import prepare_ray_environment
 
 _LINE_SECONDS = 20.0
 
 
-def positive(text: str) -> int:
-    """Parse a number of 1 or more."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Options of a comparison. Those of the run hold for every arm."""
 
+    arms: tuple[str, ...] = ("vanilla", "hardest", "vanilla-long")
+    """vanilla, hardest, vanilla-long (equal compute), all-pairs, predicted, fast-siam, asym-aug, and the controls random,
+    easiest, min-iou, batch-norm; hardest:every=3,quantile=0.8 sets fields of selection."""
 
-def parse_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of this program, and RECIPE and overrides for the run."""
-    parser = argparse.ArgumentParser(
-        prog="hvp-ray compare [RECIPE]",
-        description=__doc__,
-        epilog="All other options are those of pretrain.py and hold for every arm: pretrain.py --help lists them.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        default=["vanilla", "hardest", "vanilla-long"],
-        metavar="NAME",
-        help="vanilla, hardest, vanilla-long (equal compute), all-pairs, predicted, fast-siam, asym-aug, and the controls "
-        "random, easiest, min-iou, batch-norm; hardest:every=3,quantile=0.8 sets fields of selection (default: %(default)s)",
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2")
-    parser.add_argument("--comparison", metavar="NAME", help="its folder under run.output; the same name continues it")
-    parser.add_argument(
-        "--budget",
-        choices=["steps", "compute"],
-        default="steps",
-        help="what all arms get alike: steps (default), or the compute of the vanilla arm (leave out vanilla-long)",
-    )
-    parser.add_argument(
-        "--costs", type=Path, metavar="FILE", help="comparison.json of another comparison whose costs are used"
-    )
-    parser.add_argument(
-        "--accounting",
-        choices=["measured", "counted"],
-        default="measured",
-        help="equal compute by measured cost of a trainer's step (default), or by counted operations",
-    )
-    parser.add_argument(
-        "--metric", choices=["knn_top1", "knn5shot_top1"], default="knn_top1", help="what is compared first"
-    )
-    parser.add_argument(
-        "--views",
-        choices=["auto", "inline", "workers"],
-        default="auto",
-        help="render in the run's own process, or in view workers",
-    )
-    parser.add_argument(
-        "--parallel", type=positive, help="runs side by side (default: as many as the cluster has room for)"
-    )
-    parser.add_argument("--plan-only", action="store_true", help="print the plan and its duration, and start nothing")
-    return parser.parse_known_args(arguments)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+
+    comparison: str | None = None
+    """Its folder under run.output; the same name continues it."""
+
+    budget: Literal["steps", "compute"] = "steps"
+    """What all arms get alike: steps, or the compute of the vanilla arm (leave out vanilla-long)."""
+
+    costs: Path | None = None
+    """comparison.json of another comparison whose costs are used."""
+
+    accounting: Literal["measured", "counted"] = "measured"
+    """Equal compute by the measured cost of a trainer's step, or by counted operations."""
+
+    metric: Literal["knn_top1", "knn5shot_top1"] = "knn_top1"
+    """What is compared first."""
+
+    views: Literal["auto", "inline", "workers"] = "auto"
+    """Where views are rendered: in the run's own process, or in view workers."""
+
+    parallel: AtLeast1 | None = None
+    """Runs side by side. None: as many as the cluster has room for."""
+
+    plan_only: bool = False
+    """Print the plan and its duration, and start nothing."""
 
 
 class ProgressLines:
@@ -153,13 +133,12 @@ def describe_report(report: Any) -> str:
     return "\n".join([*lines, "", f"report   {report.html_path}", f"numbers  {report.json_path}"])
 
 
-def compare(options: argparse.Namespace, rest: list[str]) -> None:
+def compare(options: Options) -> None:
     """Do the missing runs, and write the report.
 
     Raises:
         HvpRayError: the message tells the user what to do.
     """
-    base = parse_run(rest or [DEFAULT_RECIPE], program="hvp-ray compare", description=__doc__ or "")
     prepare_ray_environment()
     from hvp_ray.comparison.publish import publish_report
     from hvp_ray.comparison.report import write_report
@@ -172,7 +151,7 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
     from hvp_ray.runs.intensity_check import check_intensities
     from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
 
-    base = with_absolute_paths(base)
+    base = with_absolute_paths(options.run)
     output_folder(base)  # refuses a bucket before the data is opened
     arms, dataset = check_arms_and_seeds(options.arms, options.seeds), open_dataset(base.data)
     for arm in arms:
@@ -222,6 +201,8 @@ def compare(options: argparse.Namespace, rest: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Compare; return the exit status."""
-    options, rest = parse_options(arguments)
     stopped = "stopped; the same command continues from the last checkpoints"
-    return exit_status(lambda: compare(options, rest), stopped=stopped)
+    return exit_status(
+        lambda: compare(parse_run_options(Options, arguments, program="hvp-ray compare", description=__doc__ or "")),
+        stopped=stopped,
+    )

@@ -6,12 +6,13 @@ hvp-ray describe [RECIPE] [--demand IMAGES_PER_SECOND] [--link GIGABYTES_PER_SEC
 with it, the program recommends what to ship.
 """
 
-import argparse
+from dataclasses import dataclass
 from typing import Any
 
-from hvp_ray.cli.command_line import exit_status, parse_run, say
+from hvp_ray.cli.command_line import RunOptions, exit_status, parse_run_options, say
 from hvp_ray.config import RunConfig, config_to_dict, flatten
-from hvp_ray.errors import ConfigError, DataError
+from hvp_ray.config.checks import Positive
+from hvp_ray.errors import DataError
 from hvp_ray.resolved_run import renderer_of
 
 _MIB = 2**20
@@ -24,6 +25,17 @@ _NAMES = {
     "training_peak": "forward, backward, update, peak",
     "peak": "PEAK",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RunOptions):
+    """Options of a description."""
+
+    demand: Positive = 1000.0
+    """Images/s that the trainers shall get."""
+
+    link: Positive | None = None
+    """GB/s of the network to a trainer's node. None: not considered."""
 
 
 def describe_settings(config: RunConfig) -> str:
@@ -208,41 +220,22 @@ def _made_up_photograph() -> bytes:
     return buffer.getvalue()
 
 
-def _parse_own(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the options of this program, and the rest: recipe and settings.
-
-    Raises:
-        ConfigError: a number is not positive.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--demand", type=float, default=1000.0)
-    parser.add_argument("--link", type=float)
-    try:
-        own, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error}; it must be a number") from error
-    for name in ("demand", "link"):
-        value = getattr(own, name)
-        if value is not None and not 0.0 < value < float("inf"):
-            raise ConfigError(f"--{name} {value:g} is not allowed: a positive number")
-    return own, rest
-
-
-def describe(arguments: list[str]) -> None:
+def describe(options: Options) -> None:
     """Print each part as soon as it is known.
 
     Raises:
         HvpRayError: the message tells the user what to do.
     """
-    own, rest = _parse_own(arguments)
-    config = parse_run(rest, program="hvp-ray describe", description=__doc__ or "")
+    config = options.run
     say(f"settings of {config.recipe}\n{describe_settings(config)}\n")
     say(f"data\n{describe_data(config)}\n\nviews\n{describe_views(config)}\n")
-    link = None if own.link is None else own.link * 1e9
-    say(f"view workers\n{describe_pool(config, own.demand, link)}\n")
+    link = None if options.link is None else options.link * 1e9
+    say(f"view workers\n{describe_pool(config, options.demand, link)}\n")
     say(describe_step(config))
 
 
 def main(arguments: list[str]) -> int:
     """Print; return the exit status."""
-    return exit_status(lambda: describe(arguments))
+    return exit_status(
+        lambda: describe(parse_run_options(Options, arguments, program="hvp-ray describe", description=__doc__ or ""))
+    )

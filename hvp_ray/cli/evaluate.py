@@ -7,21 +7,23 @@ on. It recognises the run's images by their fingerprint, and by the bytes of thr
 Classes of training and test images are matched by name.
 """
 
-import argparse
 import dataclasses
 import functools
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
+import tyro
 from numpy.typing import NDArray
 
-from hvp_ray.cli.command_line import exit_status, find_run, keep_results, say
+from hvp_ray.cli.command_line import exit_status, find_run, keep_results, parse_options, say
 from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
+from hvp_ray.config.checks import AtLeast1, Checked, Positive
 from hvp_ray.data.dataset import Dataset, have_same_images, open_dataset, split_source
 from hvp_ray.data.labels import MatchedLabels, match_labels
 from hvp_ray.data.order import choose_subset
@@ -29,7 +31,8 @@ from hvp_ray.data.source import Source, open_source
 from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, LabelError
 from hvp_ray.launch.environment import prepare_ray_environment
 
-PROTOCOLS = ("knn", "linear", "logistic", "few-label", "finetune")
+Protocol = Literal["knn", "linear", "logistic", "few-label", "finetune", "all"]
+PROTOCOLS = tuple(name for name in get_args(Protocol) if name != "all")
 SHOTS = (1, 5, 10)
 AUTO_WORKERS_FROM_IMAGES = 5_000
 """With fewer images, starting a local Ray takes longer than the work."""
@@ -112,43 +115,62 @@ def _open_again(data: DataConfig) -> Source | None:
         return None
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Parse the options. Unknown ones end the program with a usage line."""
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Options of an evaluation."""
 
-    def count(text: str) -> int:
-        number = int(text)
-        if number < 1:
-            raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-        return number
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="RUN")]
+    """Folder or URI of a run, or its name under runs/."""
 
-    def workers(text: str) -> int | str:
-        return text if text == "auto" else count(text)
+    protocol: tuple[Protocol, ...] = ("knn",)
+    """What to measure."""
 
-    parser = argparse.ArgumentParser(
-        prog="hvp-ray evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN", help="folder or URI of a run, or its name under runs/")
-    add("--protocol", nargs="+", default=["knn"], choices=[*PROTOCOLS, "all"], help="default: knn")
-    add("--data", metavar="SOURCE", help="digits, a folder of class folders, or Parquet; default: the run's own")
-    add("--test-data", metavar="SOURCE",
-        help="test images; default: the run's own if --data is the run's, else a held-out part")  # fmt: skip
-    add("--intensity-range", nargs=2, type=float, metavar=("BLACK", "WHITE"),
-        help="black and white of images above 8 bits a channel; default: the run's data.intensity_range")  # fmt: skip
-    add("--num-images", type=count, metavar="N", help="at most N training images; default: all")
-    add("--num-test-images", type=count, metavar="N", help="at most N test images; default: all")
-    add("--neighbours", nargs="+", type=count, default=[10, 20, 100, 200], metavar="K", help="default: 10 20 100 200")
-    add("--epochs", type=count, metavar="N", help=f"default: linear {_LINEAR_EPOCHS}, finetune {_FINE_TUNING_EPOCHS}")
-    add("--learning-rate", type=float, metavar="X", help="of finetune, per 256 images; default: 5e-4")
-    add("--last-blocks", type=count, default=1, metavar="N",
-        help="Vision Transformers: the probes use class tokens of the last N blocks (DINO, ViT-S: 4)")  # fmt: skip
-    add("--num-workers", type=workers, default="auto", metavar="N",
-        help=f"Ray tasks that extract features; auto: 1 below {AUTO_WORKERS_FROM_IMAGES} images, else all CPUs")  # fmt: skip
-    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--seed", type=int, default=0, help="of the classifiers (not of the run)")
-    add("--no-cache", action="store_true", help="neither read nor write features in RUN/features")
-    add("--json", metavar="FILE", help="default: RUN/evaluation-DATA-TIME.json")
-    return parser.parse_args(arguments)
+    data: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
+    """Digits, a folder of class folders, or Parquet. None: the run's own."""
+
+    test_data: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
+    """Test images. None: the run's own if --data is the run's, else a held-out part."""
+
+    intensity_range: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="BLACK WHITE")] = None
+    """Black and white of images above 8 bits a channel. None: the run's data.intensity_range."""
+
+    num_images: AtLeast1 | None = None
+    """At most this many training images. None: all."""
+
+    num_test_images: AtLeast1 | None = None
+    """At most this many test images. None: all."""
+
+    neighbours: tuple[AtLeast1, ...] = (10, 20, 100, 200)
+    """Values of k."""
+
+    epochs: AtLeast1 | None = None
+    """None: linear 100, finetune 30."""
+
+    learning_rate: Positive | None = None
+    """Of finetune, per 256 images. None: 5e-4."""
+
+    last_blocks: AtLeast1 = 1
+    """Vision Transformers: the probes use class tokens of this many last blocks (DINO, ViT-S: 4)."""
+
+    num_workers: AtLeast1 | Literal["auto"] = "auto"
+    """Ray tasks that extract features; auto: 1 below 5,000 images, else all CPUs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the encoder runs."""
+
+    seed: int = 0
+    """Of the classifiers (not of the run)."""
+
+    no_cache: bool = False
+    """Neither read nor write features in RUN/features."""
+
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """None: RUN/evaluation-DATA-TIME.json."""
+
+
+def parse_arguments(arguments: list[str]) -> Options:
+    """Return the options; see `parse_options`."""
+    return parse_options(Options, arguments, program="hvp-ray evaluate", description=__doc__ or "")
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -183,7 +205,7 @@ def _read_entry(run_dir: Path, name: str) -> dict[str, Any]:
     return values
 
 
-def choose_data(trained_on: TrainedOn, options: argparse.Namespace) -> DataConfig:
+def choose_data(trained_on: TrainedOn, options: Options) -> DataConfig:
     """Return the data to evaluate on: the run's own with its own split, or the data that the options name.
 
     Raises:
@@ -200,7 +222,7 @@ def choose_data(trained_on: TrainedOn, options: argparse.Namespace) -> DataConfi
     if options.test_data is not None:
         config = dataclasses.replace(config, test_source=options.test_data)
     if options.intensity_range is not None:
-        config = dataclasses.replace(config, intensity_range=tuple(options.intensity_range))
+        config = dataclasses.replace(config, intensity_range=options.intensity_range)
     return config
 
 
@@ -218,7 +240,7 @@ def load_labels(dataset: Dataset) -> MatchedLabels:
         ) from error
 
 
-def choose_images(dataset: Dataset, labels: MatchedLabels, options: argparse.Namespace) -> tuple[Images, Images]:
+def choose_images(dataset: Dataset, labels: MatchedLabels, options: Options) -> tuple[Images, Images]:
     """Return labelled training and test images, at most as many as the options allow."""
 
     def choose(source: Source, ids: NDArray[np.int64], limit: int | None, all_labels: NDArray[np.int64]) -> Images:
@@ -234,7 +256,7 @@ def choose_images(dataset: Dataset, labels: MatchedLabels, options: argparse.Nam
 class Evaluation:
     """One encoder on one data set. Features and pixels are computed when a protocol first needs them."""
 
-    def __init__(self, run_dir: Path, config: RunConfig, options: argparse.Namespace) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, options: Options) -> None:
         from hvp_ray.evaluation.features import check_last_blocks
         from hvp_ray.methods.backbones import load_exported_backbone
         from hvp_ray.runs.intensity_check import check_intensities
@@ -438,7 +460,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         raise ConfigError(f"the results cannot be written to {path}: {error.strerror or error}; give --json") from error
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def evaluate(options: Options) -> None:
     """Evaluate; print and write the results.
 
     Raises:
@@ -463,7 +485,7 @@ def evaluate(options: argparse.Namespace) -> None:
     say("The interval (bootstrap) covers the choice of test images, and not the seed of the run.")
     name = Path(evaluation.data.source).stem
     path = run_dir / f"evaluation-{name}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-    path = path if options.json is None else Path(options.json).expanduser()
+    path = path if options.json is None else options.json.expanduser()
     content = {
         "checkpoint": options.checkpoint if "://" in options.checkpoint else str(run_dir),
         "recipe": config.recipe,
@@ -486,5 +508,4 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     """Run; return the exit status."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: evaluate(options))
+    return exit_status(lambda: evaluate(parse_arguments(arguments)))

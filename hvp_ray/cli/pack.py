@@ -8,59 +8,63 @@ Every image is decoded once. Images that cannot be decoded are left out and list
 their order and bytes. If packing was stopped or killed, the same command continues. Then train with --data.source TARGET.
 """
 
-import argparse
 import os
 import sys
 import time
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
-from hvp_ray.cli.command_line import exit_status, say
+import tyro
+
+from hvp_ray.cli.command_line import exit_status, parse_options, say
 from hvp_ray.config import DataConfig
+from hvp_ray.config.checks import AtLeast1, Checked, Fraction
+from hvp_ray.errors import ConfigError
 from hvp_ray.files import place_in
 
 _LINE_SECONDS = 10.0
 _MIB = 2**20
 
 
-def parse_options(arguments: list[str]) -> argparse.Namespace:
-    """Return the options, or exit with a message if they are wrong."""
-    defaults = DataConfig(source="-")
-    parser = argparse.ArgumentParser(
-        prog="hvp-ray pack",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("source", nargs="?", metavar="SOURCE", help="images; see above")
-    add("target", nargs="?", metavar="TARGET", help="folder for the shards: new, empty, or started by the same command")
-    add("--verify", metavar="TARGET", help="only read all shards of TARGET and compare their digests")
-    add("--workers", type=_positive, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="processes; the shards do not depend on it (default: the CPUs of this process, %(default)s)")  # fmt: skip
-    add("--shard-mib", type=_positive, default=128, metavar="N",
-        help="a shard is closed at this many MiB of images; a process needs twice that (default: %(default)s)")  # fmt: skip
-    add("--strict", action="store_true", help="stop at the first unreadable image instead of leaving it out")
-    add("--max-unreadable-fraction", type=float, default=defaults.max_unreadable_fraction, metavar="F",
-        help="stop if a larger fraction is unreadable, checked after 1,000 images (default: %(default)s)")  # fmt: skip
-    add("--image-column", default=defaults.image_column, help="Parquet: column of images (default: %(default)s)")
-    add("--label-column", default=defaults.label_column, help="Parquet: column of labels (default: %(default)s)")
-    add("--max-image-pixels", type=_positive, default=defaults.max_image_pixels, metavar="N",
-        help="larger images count as unreadable (default: %(default)s)")  # fmt: skip
-    add("--max-image-mib", type=_positive, default=defaults.max_image_mib, metavar="N",
-        help="larger encoded images count as unreadable (default: %(default)s)")  # fmt: skip
-    options = parser.parse_args(arguments)
-    if options.verify is not None and options.source is not None:
-        parser.error("--verify TARGET takes no other argument")
-    if options.verify is None and options.target is None:
-        parser.error("give SOURCE and TARGET, or --verify TARGET")
-    return options
+_DEFAULTS = DataConfig(source="-")
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: 1 or more")
-    return number
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Options of packing."""
+
+    source: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")] = None
+    """Images; see above."""
+
+    target: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")] = None
+    """Folder for the shards: new, empty, or begun by the same command."""
+
+    verify: Annotated[str | None, tyro.conf.arg(metavar="TARGET")] = None
+    """Only read all shards of TARGET and compare their digests."""
+
+    workers: AtLeast1 | None = None
+    """Processes; the shards do not depend on it. None: one for each CPU of this process."""
+
+    shard_mib: AtLeast1 = 128
+    """A shard is closed at this many MiB of images; a process needs twice that."""
+
+    strict: bool = False
+    """Stop at the first unreadable image instead of leaving it out."""
+
+    max_unreadable_fraction: Fraction = _DEFAULTS.max_unreadable_fraction
+    """Stop if a larger fraction is unreadable, checked after 1,000 images."""
+
+    image_column: str = _DEFAULTS.image_column
+    """Parquet: column of images."""
+
+    label_column: str = _DEFAULTS.label_column
+    """Parquet: column of labels."""
+
+    max_image_pixels: AtLeast1 = _DEFAULTS.max_image_pixels
+    """Images with more pixels count as unreadable."""
+
+    max_image_mib: AtLeast1 = _DEFAULTS.max_image_mib
+    """Encoded images that are larger count as unreadable."""
 
 
 class Display:
@@ -91,7 +95,7 @@ class Display:
             self._bar = None
 
 
-def pack(options: argparse.Namespace) -> None:
+def pack(source: str, target: str, options: Options) -> None:
     """Pack, or continue packing.
 
     Raises:
@@ -102,38 +106,38 @@ def pack(options: argparse.Namespace) -> None:
     from hvp_ray.data.packing_pool import pack as run_pack
 
     config = DataConfig(
-        source=options.source,
+        source=source,
         image_column=options.image_column,
         label_column=options.label_column,
         max_image_pixels=options.max_image_pixels,
         max_image_mib=options.max_image_mib,
         max_unreadable_fraction=options.max_unreadable_fraction,
     )
-    for line in inventory_of(open_for_packing(options.source, config)[0], options.source).lines("source"):
+    for line in inventory_of(open_for_packing(source, config)[0], source).lines("source"):
         say(line)
     display = Display("images")
     started = time.monotonic()
     try:
         result = run_pack(
-            options.source,
-            options.target,
+            source,
+            target,
             config,
             shard_mib=options.shard_mib,
-            num_workers=options.workers,
+            num_workers=options.workers or len(os.sched_getaffinity(0)),
             is_strict=options.strict,
             show=display,
         )
     finally:
         display.close()
-    what = f"{result.num_images} images in {result.num_shards} shard(s), {result.num_bytes / _MIB:.1f} MiB: {options.target}"
+    what = f"{result.num_images} images in {result.num_shards} shard(s), {result.num_bytes / _MIB:.1f} MiB: {target}"
     if result.was_complete:
         say(f"packed already: {what}")
     else:
         say(f"packed {what} ({time.monotonic() - started:.0f} s)")
     if result.num_unreadable:
-        listed = place_in(options.target, "unreadable.jsonl")
+        listed = place_in(target, "unreadable.jsonl")
         say(f"{result.num_unreadable} image(s) could not be decoded and were left out: see {listed}")
-    say(f"train with --data.source {options.target}")
+    say(f"train with --data.source {target}")
 
 
 def verify(location: str) -> None:
@@ -154,6 +158,16 @@ def verify(location: str) -> None:
 
 def main(arguments: list[str]) -> int:
     """Pack or verify; return the exit status."""
-    options = parse_options(arguments)
-    work = (lambda: pack(options)) if options.verify is None else (lambda: verify(options.verify))
+
+    def work() -> None:
+        options = parse_options(Options, arguments, program="hvp-ray pack", description=__doc__ or "")
+        if options.verify is not None:
+            if options.source is not None:
+                raise ConfigError("--verify TARGET takes no other argument")
+            verify(options.verify)
+        elif options.source is None or options.target is None:
+            raise ConfigError("give SOURCE and TARGET, or --verify TARGET")
+        else:
+            pack(options.source, options.target, options)
+
     return exit_status(work, stopped="stopped; give the same command again to continue")

@@ -8,9 +8,11 @@ import sys
 import time
 from typing import Any
 
-from hvp_ray.cli.command_line import exit_status, parse_run, say
+from hvp_ray.cli.command_line import RunOptions, exit_status, parse_run, say
 from hvp_ray.config import RunConfig
 from hvp_ray.launch.environment import prepare_ray_environment
+
+Options = RunOptions
 
 _LINE_SECONDS = 10.0
 
