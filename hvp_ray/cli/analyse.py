@@ -14,10 +14,11 @@ from typing import Annotated
 
 import tyro
 
-from hvp_ray.cli.command_line import exit_status, find_run, keep_results, parse_options, say
+from hvp_ray.cli.command_line import exit_status, parse_options, say
 from hvp_ray.config.checks import Checked
 from hvp_ray.errors import ConfigError
 from hvp_ray.launch.environment import prepare_home
+from hvp_ray.runs.find import find_run, keep_results
 from hvp_ray.tracking.logged_pairs import FEATURES, MEASURES, read_selection_log
 from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
 from hvp_ray.tracking.selection_models import AUTHORS_FANOVA, ChoiceModel, ScoreModel

@@ -1,20 +1,17 @@
-"""The command line of all programs: parse a run, find a run's folder, print, and end with an exit status."""
+"""The command line of all programs: parse options, print, and end with an exit status."""
 
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
 from hvp_ray.config import RunConfig, config_to_dict, deferred_checks, flatten
 from hvp_ray.config.checks import Checked, check
-from hvp_ray.errors import CheckpointError, ConfigError, HvpRayError
-from hvp_ray.recipes import describe_recipes, get_recipe
-
-DEFAULT_RECIPE = "simsiam-digits"
+from hvp_ray.errors import ConfigError, HvpRayError
+from hvp_ray.recipes import DEFAULT_RECIPE, describe_recipes, get_recipe
 
 
 def say(text: str) -> None:
@@ -72,7 +69,14 @@ def parse_options(kind: type[Options], arguments: list[str], *, program: str, de
         SystemExit: an option is unknown or wrong (tyro has printed why), or --help was given.
     """
     with deferred_checks():
-        options = tyro.cli(kind, args=arguments, prog=program, description=description, config=PARSER_SETTINGS)
+        options = tyro.cli(
+            kind,
+            args=arguments,
+            prog=program,
+            description=description,
+            use_underscores=True,  # the names in Python; hyphens are understood too
+            config=PARSER_SETTINGS,
+        )
     check(options, "--")
     return options
 
@@ -153,40 +157,6 @@ def _python_words(words: list[str]) -> list[str]:
     ]
 
 
-def find_run(
-    name: str, *, option: str = "", needs: tuple[str, ...] = ("config.json",), folders: tuple[str, ...] = ()
-) -> Path:
-    """Return the absolute folder of a run: a path, or a name under `runs/` here or `hvp_runs/` in the home folder.
-
-    The needed files of a run on a bucket are copied to this machine first. The folder is that copy.
-
-    Args:
-        name: path, name, or URI of a run's folder.
-        option: command-line option that gave the name, for messages.
-        needs: required files.
-        folders: folders in it that are read.
-
-    Raises:
-        CheckpointError: there is no such folder, or it lacks a file.
-        ConfigError: the URI cannot be used.
-    """
-    if "://" in name:
-        from hvp_ray.runs.storage import fetch_run
-
-        copy = fetch_run(name, files=needs, folders=folders, option=option.strip() or "RUN")
-        return _checked(copy, name, option, needs)
-    places = list(dict.fromkeys([Path(name).expanduser(), Path("runs") / name, Path.home() / "hvp_runs" / name]))
-    folder = next((place for place in places if place.is_dir()), None)
-    if folder is None:
-        here = sorted(path.parent.name for path in Path("runs").glob("*/config.json"))
-        known = f"; runs/ has {', '.join(here[-5:])}" if here else ""
-        raise CheckpointError(
-            f"{option}{name}: expected the folder of a run, or its name under runs/; there is neither "
-            f"{' nor '.join(map(str, places))}{known}"
-        )
-    return _checked(folder.absolute(), name, option, needs)
-
-
 def leave(status: int) -> NoReturn:
     """End the program and the Ray that it started. If Ray died, skip the clean-up, which would wait for Ray."""
     connect = sys.modules.get("hvp_ray.stream.connect")
@@ -197,37 +167,3 @@ def leave(status: int) -> NoReturn:
             sys.stderr.flush()
             os._exit(status)
     sys.exit(status)
-
-
-def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
-    """Copy results to a run on a bucket, if they are in the local copy of its folder.
-
-    Args:
-        name: name of the run that `find_run` got.
-        run_dir: folder that `find_run` returned.
-        paths: files.
-
-    Raises:
-        ConfigError: the bucket refused.
-    """
-    if "://" not in name:
-        return
-    from hvp_ray.files import Folder
-
-    remote = Folder(name, option="RUN")
-    for path in paths:
-        if path.is_relative_to(run_dir):
-            try:
-                remote.write(path.relative_to(run_dir).as_posix(), path.read_bytes())
-            except OSError as error:
-                raise ConfigError(f"{path} could not be copied to {name}: {error}") from error
-
-
-def _checked(folder: Path, name: str, option: str, needs: tuple[str, ...]) -> Path:
-    missing = [file for file in needs if not (folder / file).is_file()]
-    if missing:
-        raise CheckpointError(
-            f"{option}{name}: {folder} has no {' and no '.join(missing)}; expected the folder of a run"
-            + (" that has ended (the encoder is written at the end)" if "backbone.safetensors" in missing else "")
-        )
-    return folder

@@ -3,7 +3,6 @@
 hvp-ray compare [RECIPE] [--arms NAME ...] [--seeds N ...] [--section.field VALUE ...]
 """
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,62 +139,26 @@ def compare(options: Options) -> None:
         HvpRayError: the message tells the user what to do.
     """
     prepare_ray_environment()
-    from hvp_ray.comparison.publish import publish_report
-    from hvp_ray.comparison.report import write_report
-    from hvp_ray.comparison.runner import choose_mode, connect, do_runs, measure_on_cluster, num_parallel
-    from hvp_ray.comparison.step_cost import StepCost
-    from hvp_ray.comparison.study import check_arms_and_seeds, check_labels, open_study, read_costs
-    from hvp_ray.data.dataset import open_dataset
-    from hvp_ray.data.inventory import take_inventory
-    from hvp_ray.errors import ConfigError
-    from hvp_ray.runs.intensity_check import check_intensities
-    from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
+    from hvp_ray.comparison.compare import plan_comparison, run_comparison
 
-    base = with_absolute_paths(options.run)
-    output_folder(base)  # refuses a bucket before the data is opened
-    arms, dataset = check_arms_and_seeds(options.arms, options.seeds), open_dataset(base.data)
-    for arm in arms:
-        check_before_start(arm.configure(base), dataset)
-    inventory, remarks = take_inventory(dataset, base.data), check_intensities(base.data, dataset)
-    for line in (*inventory.lines(), *check_labels(base, dataset), *remarks):
-        say(line)
-    asked = None if options.views == "auto" else options.views
-    connect(base, dataset, asked)
-    mode, device = choose_mode(base.cluster, asked)
-    # One device for all runs: a run that decides alone might choose another device.
-    base = dataclasses.replace(base, cluster=dataclasses.replace(base.cluster, device=device))
-
-    known_costs = None if options.costs is None else read_costs(options.costs, base)
-
-    def measure(names: list[str]) -> dict[str, StepCost]:
-        if known_costs is not None:
-            if unknown := [name for name in names if name not in known_costs]:
-                raise ConfigError(
-                    f"--costs {options.costs} has no costs of {', '.join(unknown)}; measure them with the others"
-                )
-            return {name: known_costs[name] for name in names}
-        say(f"measuring what a step of {', '.join(names)} costs ...")
-        return measure_on_cluster(base, names, device)
-
-    study = open_study(
-        base,
-        dataset,
-        name=options.comparison,
-        arm_names=options.arms,
+    planned = plan_comparison(
+        options.run,
+        arms=options.arms,
         seeds=options.seeds,
+        name=options.comparison,
         budget=options.budget,
         accounting=options.accounting,
-        measure=measure,
+        costs=options.costs,
+        mode=None if options.views == "auto" else options.views,
+        parallel=options.parallel,
+        show=say,
     )
-    parallel = num_parallel(study.runs(), dataset, mode, wanted=options.parallel)
-    say(describe_plan(study, mode, parallel))
+    say(describe_plan(planned.study, planned.mode, planned.parallel))
     if options.plan_only:
         return
-    do_runs(study.runs(), study.folder.parent, mode=mode, parallel=parallel, show=ProgressLines())
-    say("all runs are done; writing the report ...")
-    report = write_report(study, metric=options.metric)
+    report, link = run_comparison(planned, metric=options.metric, show=ProgressLines())
     say(describe_report(report))
-    if (link := publish_report(study, report)) is not None:
+    if link is not None:
         say(link)
 
 

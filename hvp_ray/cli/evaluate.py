@@ -21,15 +21,16 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from hvp_ray.cli.command_line import exit_status, find_run, keep_results, parse_options, say
-from hvp_ray.config import DataConfig, RunConfig, config_from_dict, config_to_dict
+from hvp_ray.cli.command_line import exit_status, parse_options, say
+from hvp_ray.config import DataConfig, RunConfig, config_to_dict
 from hvp_ray.config.checks import AtLeast1, Checked, Positive
 from hvp_ray.data.dataset import Dataset, have_same_images, open_dataset, split_source
 from hvp_ray.data.labels import MatchedLabels, match_labels
 from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source, open_source
-from hvp_ray.errors import CheckpointError, ConfigError, DataError, HvpRayError, LabelError
+from hvp_ray.errors import ConfigError, DataError, HvpRayError, LabelError
 from hvp_ray.launch.environment import prepare_ray_environment
+from hvp_ray.runs.find import find_run, keep_results, read_config, read_entry
 
 Protocol = Literal["knn", "linear", "logistic", "few-label", "finetune", "all"]
 PROTOCOLS = tuple(name for name in get_args(Protocol) if name != "all")
@@ -173,36 +174,15 @@ def parse_arguments(arguments: list[str]) -> Options:
     return parse_options(Options, arguments, program="hvp-ray evaluate", description=__doc__ or "")
 
 
-def read_config(run_dir: Path) -> RunConfig:
-    """Return the config of a run.
-
-    Raises:
-        CheckpointError: config.json is damaged.
-        ConfigError: another version wrote it.
-    """
-    return config_from_dict(_read_entry(run_dir, "config"))
-
-
 def read_trained_on(run_dir: Path, config: RunConfig) -> TrainedOn:
     """Return what a run was trained on, as far as it recorded that.
 
     Raises:
         CheckpointError: config.json is damaged.
     """
-    identity = _read_entry(run_dir, "identity")
+    identity = read_entry(run_dir, "identity")
     fingerprint = identity.get("training data", identity.get("data fingerprint"))  # the key of earlier versions
     return TrainedOn(data=config.data, fingerprint=fingerprint if isinstance(fingerprint, str) else None)
-
-
-def _read_entry(run_dir: Path, name: str) -> dict[str, Any]:
-    path = run_dir / "config.json"
-    try:
-        values = json.loads(path.read_text())[name]
-        if not isinstance(values, dict):
-            raise TypeError(f"{name} is no object")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as the config of a run: {error!r}") from error
-    return values
 
 
 def choose_data(trained_on: TrainedOn, options: Options) -> DataConfig:

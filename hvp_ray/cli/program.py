@@ -11,8 +11,8 @@ from typing import Annotated, Any, NoReturn
 import tyro
 
 import hvp_ray
-from hvp_ray.cli.command_line import DEFAULT_RECIPE, PARSER_SETTINGS, RunOptions, leave, say
-from hvp_ray.recipes import get_recipe
+from hvp_ray.cli.command_line import PARSER_SETTINGS, RunOptions, leave, say
+from hvp_ray.recipes import DEFAULT_RECIPE, get_recipe
 
 COMMANDS = {
     "pretrain": "pretrain an encoder, on this machine or on a Ray cluster",
@@ -25,7 +25,7 @@ COMMANDS = {
 }
 """Subcommand -> what it does. `hvp_ray.cli.NAME` has a dataclass `Options` and a function `main(arguments)` that returns the
 exit status."""
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 
 
 def run_command(name: str, arguments: list[str]) -> NoReturn:

@@ -1,7 +1,10 @@
 """A config as plain values for JSON, and back; flat for logs and identities."""
 
 import dataclasses
+import difflib
 import importlib
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from hvp_ray.config.checks import Checked, deferred_checks, hints_of
@@ -44,6 +47,31 @@ def config_from_dict(nested: dict[str, Any]) -> RunConfig:
         built = _build(RunConfig, nested, "")
     assert isinstance(built, RunConfig)
     return built
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """Return the config with some settings replaced.
+
+    Args:
+        config: a run.
+        settings: path -> value, for instance `{"training.epochs": 10}`.
+
+    Raises:
+        ConfigError: there is no such setting, or a value is out of range.
+    """
+    nested = config_to_dict(config)
+    known = flatten(nested)
+    for path, value in settings.items():
+        *sections, name = path.split(".")
+        place: Any = nested
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if not isinstance(place, dict) or name not in place or isinstance(place[name], dict):
+            near = difflib.get_close_matches(path, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"there is no setting {path!r} in {config.recipe}{hint}")
+        place[name] = str(value) if isinstance(value, Path) else value
+    return config_from_dict(nested)
 
 
 def _build(kind: type[Any], nested: dict[str, Any], path: str) -> object:

@@ -36,12 +36,12 @@ def load_evaluation_pixels(
             pixels = decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
         except UnreadableImageError:
             continue
-        crops[len(kept)] = _centre_crop(pixels, views)
+        crops[len(kept)] = centre_crop(pixels, views)
         kept.append(sample_id)
     return crops[: len(kept)], np.array(kept, dtype=np.int64)
 
 
-def _centre_crop(pixels: NDArray[np.uint8], views: ViewsConfig) -> NDArray[np.uint8]:
+def centre_crop(pixels: NDArray[np.uint8], views: ViewsConfig) -> NDArray[np.uint8]:
     """Resize and crop as torchvision's Resize and CenterCrop: truncate the longer side, round the margin half to even."""
     resize_px, size_px = views.evaluation_resize_px, views.global_views.size_px
     height, width = pixels.shape[:2]

@@ -32,6 +32,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
+DEFAULT_RECIPE = "simsiam-digits"
+
+
 def get_recipe(name: str) -> RunConfig:
     """Return the recipe of this name, or the value of `module:function` for a recipe of your own.
 

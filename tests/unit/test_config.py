@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar
 import pytest
 
 from hvp_ray.cli.command_line import parse_run
-from hvp_ray.cli.evaluate import read_config
 from hvp_ray.config import (
     BackboneConfig,
     Checked,
@@ -32,6 +31,7 @@ from hvp_ray.config.checks import describe, hints_of
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.recipes import get_recipe
+from hvp_ray.runs.find import read_config
 from hvp_ray.runs.prepare import mlflow_location
 from tests.helpers import tiny_config
 

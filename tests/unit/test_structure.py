@@ -49,7 +49,7 @@ LEVELS = [
     ("costs/", "runs/"),
     ("launch/",),
     ("comparison/",),
-    ("cli/",),
+    ("api.py", "cli/"),
 ]
 
 

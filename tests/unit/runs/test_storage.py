@@ -413,7 +413,7 @@ def test_files_of_the_moved_run_are_those_of_the_undisturbed_one(both_runs: _Bot
 def test_log_of_choices_of_the_moved_run_is_read_through_its_uri(
     both_runs: _BothRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hvp_ray.cli.command_line import find_run
+    from hvp_ray.runs.find import find_run
 
     _on_machine(monkeypatch, tmp_path, "c")
     copy = find_run(both_runs.uri, needs=("config.json", "backbone.safetensors"), folders=("log",))
@@ -434,7 +434,7 @@ def test_log_of_choices_of_the_moved_run_is_read_through_its_uri(
 
 
 def test_results_go_to_the_run(both_runs: _BothRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hvp_ray.cli.command_line import find_run, keep_results
+    from hvp_ray.runs.find import find_run, keep_results
 
     _on_machine(monkeypatch, tmp_path, "c")
     copy = find_run(both_runs.uri)

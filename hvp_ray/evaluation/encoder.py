@@ -1,0 +1,110 @@
+"""The encoder of a run, with the preprocessing that the run evaluated it with."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from hvp_ray.config import DataConfig, ViewsConfig
+from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.source import open_source
+from hvp_ray.errors import DataError, UnreadableImageError
+from hvp_ray.evaluation.features import centre_crop
+from hvp_ray.stream.reading import read_images
+from hvp_ray.views.normalise import normalise_views
+
+AnImage = str | Path | Image.Image | NDArray[np.uint8]
+"""A file, an image of Pillow, or [H, W, 3] pixels."""
+
+
+class Encoder(nn.Module):
+    """An encoder in evaluation mode. It maps normalised images [B, 3, S, S] to features [B, D]."""
+
+    def __init__(self, backbone: nn.Module, views: ViewsConfig, data: DataConfig) -> None:
+        super().__init__()
+        self.backbone = backbone.eval()
+        self._views = views
+        self._data = data
+
+    @property
+    def size_px(self) -> int:
+        """Height and width S of its images."""
+        return self._views.global_views.size_px
+
+    def forward(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch dim"]:
+        """Return the features of prepared images."""
+        features: Tensor = self.backbone(images)
+        return features
+
+    def prepare(self, image: AnImage) -> Float[Tensor, "3 size size"]:
+        """Decode, resize, crop the centre and normalise one image, as the run's evaluation does.
+
+        Raises:
+            UnreadableImageError: it cannot be decoded.
+        """
+        return self._normalised(np.stack([self._crop(image)]))[0]
+
+    @torch.no_grad()
+    def embed(
+        self, images: str | Path | Sequence[AnImage], *, images_per_step: int = 64
+    ) -> Float[NDArray[np.float32], "images dim"]:
+        """Return the features of images, in their order.
+
+        Args:
+            images: images, or the source of a data set (as `data.source`, such as a folder) whose own order holds.
+            images_per_step: images forwarded at once.
+
+        Raises:
+            DataError: the source cannot be used, or an image cannot be read.
+        """
+        device = next(self.backbone.parameters()).device
+        parts, crops = [], []
+        for crop in self._crops(images):
+            crops.append(crop)
+            if len(crops) == images_per_step:
+                parts.append(self(self._normalised(np.stack(crops)).to(device)).float().cpu())
+                crops = []
+        if crops:
+            parts.append(self(self._normalised(np.stack(crops)).to(device)).float().cpu())
+        if not parts:
+            raise DataError("there are no images to embed")
+        return torch.cat(parts).numpy()
+
+    def _crops(self, images: str | Path | Sequence[AnImage]) -> Iterator[NDArray[np.uint8]]:
+        if isinstance(images, str | Path):
+            source = open_source(str(images), self._data, in_order=True)
+            for sample_id in range(source.num_samples):
+                try:
+                    yield self._decoded(read_images(source, [sample_id]).images[0])
+                except UnreadableImageError as error:
+                    raise DataError(f"{source.describe(sample_id)} cannot be read: {error}; remove it") from error
+            return
+        for image in images:
+            try:
+                yield self._crop(image)
+            except UnreadableImageError as error:
+                raise DataError(f"{image} cannot be read: {error}") from error
+
+    def _crop(self, image: AnImage) -> NDArray[np.uint8]:
+        if isinstance(image, str | Path):
+            try:
+                return self._decoded(Path(image).expanduser().read_bytes())
+            except OSError as error:
+                raise UnreadableImageError(str(error)) from error
+        pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise UnreadableImageError(f"expected [H, W, 3] of uint8, got {list(pixels.shape)} of {pixels.dtype}")
+        return centre_crop(np.ascontiguousarray(pixels), self._views)
+
+    def _decoded(self, encoded: bytes) -> NDArray[np.uint8]:
+        limits = self._data
+        pixels = decode_rgb(encoded, max_pixels=limits.max_image_pixels, intensity_range=limits.intensity_range)
+        return centre_crop(pixels, self._views)
+
+    def _normalised(self, crops: NDArray[np.uint8]) -> Float[Tensor, "batch 3 size size"]:
+        return normalise_views(torch.from_numpy(crops), self._views)

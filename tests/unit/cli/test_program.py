@@ -1,0 +1,98 @@
+"""`hvp-ray`: its commands, their help, the options people change most, completion in a shell, and a reader that leaves."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvp_ray.cli.command_line import COMMON_OPTIONS, RunOptions, describe_common_options, parse_run
+from hvp_ray.cli.program import COMMANDS, SHELLS, describe_commands
+from hvp_ray.config import config_to_dict, flatten
+from hvp_ray.errors import ConfigError
+from hvp_ray.recipes import RECIPES, get_recipe
+
+ROOT = Path(__file__).parents[3]
+HVP_RAY = [sys.executable, "-c", "from hvp_ray.cli.program import main; main()"]
+
+
+def run(*words: str, status: int = 0) -> str:
+    result = subprocess.run([*HVP_RAY, *words], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == status, result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_its_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program = importlib.import_module(f"hvp_ray.cli.{name}")
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and text.startswith(f"usage: hvp-ray {name} ")
+    if issubclass(program.Options, RunOptions):
+        assert text.index("Recipes") < text.index("Changed most") < text.index("run options")
+        assert all(recipe in text for recipe in RECIPES)
+
+
+def test_each_program_file_is_the_command_of_its_name() -> None:
+    for path in (ROOT / "pipelines").glob("*.py"):
+        name = {"analyse_selection": "analyse"}.get(path.stem, path.stem)
+        assert name == "__init__" or f'run_command("{name}", sys.argv[1:])' in path.read_text()
+
+
+def test_help_names_every_command_and_a_wrong_one_has_a_hint() -> None:
+    assert run() == run("--help") == f"{describe_commands()}\n"
+    assert all(f"  {name}" in describe_commands() for name in COMMANDS)
+    assert "has no command 'pretain'; did you mean pretrain?" in run("pretain", status=2)
+
+
+def test_options_that_people_change_most_are_settings_with_their_values() -> None:
+    config = get_recipe("dino-digits")
+    values = flatten(config_to_dict(config))
+    assert set(COMMON_OPTIONS) <= set(values) and len(COMMON_OPTIONS) == 10
+    assert f"({config.training.images_per_step})" in describe_common_options(config)
+
+
+def test_words_of_python_may_be_lower_case_but_the_tracking_uri_none_stays() -> None:
+    config = parse_run(
+        ["simsiam-digits", "--selection.score_always", "true", "--tracking.uri", "none", "--data.num_images", "none"],
+        program="test",
+        description="",
+    )
+    assert config.selection.score_always and config.tracking.uri == "none" and config.data.num_images is None
+
+
+def test_recipe_is_the_first_argument() -> None:
+    with pytest.raises(ConfigError, match="the recipe 'dino-digits' must be the first argument"):
+        parse_run(["--training.epochs", "3", "dino-digits"], program="test", description="")
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_knows_commands_and_options(shell: str) -> None:
+    text = run("completion", shell)
+    assert all(word in text for word in (*COMMANDS, "training.epochs", "shard_mib"))
+
+
+def test_bash_completes_a_command_and_an_option(tmp_path: Path) -> None:
+    script = tmp_path / "completion.sh"
+    script.write_text(run("completion", "bash"))
+    program = """
+    source {script}
+    complete_words() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _tyro_hvp_ray; echo "${{COMPREPLY[@]}}"; }}
+    complete_words hvp-ray pre
+    complete_words hvp-ray pack --shard
+    """
+    lines = subprocess.run(
+        ["bash", "-c", program.format(script=script)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert lines[0].split() == ["pretrain"]
+    assert lines[1].split() == ["--shard_mib"]
+
+
+def test_reader_that_leaves_is_no_error() -> None:
+    words = " ".join(f"'{word}'" for word in [*HVP_RAY, "pretrain", "--help"])
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words} | head -1"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert result.stdout.startswith("usage: hvp-ray pretrain") and result.stderr == ""
