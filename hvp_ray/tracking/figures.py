@@ -4,12 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -49,14 +45,8 @@ def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uin
     has_locals = batch.local_views is not None
     ious = crop_iou(plan.top, plan.left, plan.height, plan.width, choice.pairs)
     ratios = [1.0] * (num_views + 1) + ([1.6] if has_locals else []) + [1.5]
-    figure, axes = plt.subplots(
-        num_images,
-        len(ratios),
-        figsize=(1.9 * sum(ratios), 2.0 * num_images),
-        squeeze=False,
-        width_ratios=ratios,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(1.9 * sum(ratios), 2.0 * num_images), layout="constrained")
+    axes = figure.subplots(num_images, len(ratios), squeeze=False, width_ratios=ratios)
     for line, row in enumerate(choice.rows.tolist()):
         pair = choice.pairs[choice.chosen[row]]
         axes[line][0].imshow(originals[line])
@@ -74,7 +64,6 @@ def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uin
     axes[0][-1].set_title("loss of each pair, and its overlap", fontsize=8)
     figure.suptitle("Candidate views, scored with the final weights: the hardest choice is framed", fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_crop(axis: Any, plan: ViewPlan, view: int, row: int, *, is_chosen: bool) -> None:
@@ -188,7 +177,8 @@ def draw_curves(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
 
 
 def _draw_curves(path: Path, records: list[dict[str, Any]], curves: _Curves) -> None:
-    figure, axis = plt.subplots(figsize=(7.0, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.0, 3.6), layout="constrained")
+    axis = figure.subplots()
     for name, (label, color) in curves.series.items():
         points = [(r["step"], r["metrics"][name]) for r in records if name in r["metrics"]]
         if not points:
@@ -202,7 +192,6 @@ def _draw_curves(path: Path, records: list[dict[str, Any]], curves: _Curves) -> 
     axis.grid(alpha=0.25)
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _moving_average(
