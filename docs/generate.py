@@ -36,7 +36,7 @@ def configuration_page() -> str:
     parts = [
         GENERATED,
         "# Configuration\n",
-        "Every option of a run, by section. Set `data.source` with `--data.source VALUE`; `pipelines/pretrain.py RECIPE "
+        "Every option of a run, by section. Set `data.source` with `--data.source VALUE`; `hvp-ray pretrain RECIPE "
         "--help` prints the same list with the values of a recipe. `None` means off unless the option says otherwise.\n",
     ]
     for paths, kind in _sections():

@@ -209,7 +209,7 @@ def recorded_difference(
         raise CheckpointError(
             f"{path} is damaged, or an earlier version of hvp_ray wrote it ({type(error).__name__}: "
             f"{first_line(error)}). Expected the identity of a run. Continue the run with that version, or choose "
-            f"another name (--run.name, or --comparison of compare.py)"
+            f"another name (--run.name, or --comparison of hvp-ray compare)"
         ) from error
     now = {**identity.weights, **identity.evaluation}
     before, now = ({n: v for n, v in parts.items() if n not in ignored} for parts in (before, now))

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from hvp_ray.config import RunConfig
@@ -13,6 +13,7 @@ from hvp_ray.files import is_uri, join_uri, read_file
 
 BACKBONE = "backbone.safetensors"
 """Name of the trained encoder in a run's folder."""
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def cache_folder() -> Path:
@@ -33,7 +34,7 @@ def local_weights(location: str) -> str:
     """Return the path of initial weights; those at a URI are downloaded, once per process.
 
     Args:
-        location: `training.initial_weights`: a run's folder or a safetensors file, path or URI.
+        location: `training.initial_weights`: a run's folder or a file, path or URI.
 
     Raises:
         CheckpointError: there is no such file.
@@ -42,14 +43,15 @@ def local_weights(location: str) -> str:
     if not is_uri(location):
         return location
     option = "training.initial_weights"
-    uri = location if urlsplit(location).path.endswith(".safetensors") else join_uri(location, BACKBONE)
+    suffix = PurePosixPath(urlsplit(location).path).suffix
+    uri = location if suffix in WEIGHT_SUFFIXES else join_uri(location, BACKBONE)
     try:
         content = read_file(uri, option=option)
     except OSError as error:
         raise CheckpointError(f"{option}={location!r} cannot be read: {error}") from error
     if content is None:
         raise CheckpointError(f"{option}={location!r}: there is no file {uri}")
-    path = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()}.safetensors"
+    path = cache_folder() / "weights" / f"{hashlib.sha256(content).hexdigest()}{PurePosixPath(uri).suffix}"
     try:
         if not path.is_file():
             write_local(path, content)

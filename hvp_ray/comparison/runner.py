@@ -1,7 +1,7 @@
 """Do the runs of a comparison on Ray, side by side if resources allow. A finished run is not repeated.
 
 There are two modes, which give the same bits. `inline`: each run is one Ray task that renders its own views. Most runs of
-one trainer fit few CPUs in this way. `workers`: each run has view workers and trainers, as pretrain.py starts them.
+one trainer fit few CPUs in this way. `workers`: each run has view workers and trainers, as hvp-ray pretrain starts them.
 """
 
 import dataclasses

@@ -52,7 +52,7 @@ class ClusterConfig(Checked):
     ship: Literal["views", "pixels"] = "views"
     """What is sent to the trainer's node. views: rendered views. pixels: each image decoded once and cropped to what its
     views use; view finishers on that node render them to the same bits (renderer cpu only). pixels is smaller for many
-    views, or views that are large beside their images; `pipelines/describe.py` computes both."""
+    views, or views that are large beside their images; `hvp-ray describe` computes both."""
 
     finishers_per_trainer: AtLeast1 = 1
     """View finishers beside each trainer with ship=pixels. Each adds `cpus_per_view_worker` CPUs to the trainer's

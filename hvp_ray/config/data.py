@@ -15,7 +15,7 @@ class DataConfig(Checked):
 
     source: Annotated[str, Location("`digits`, a path or a URI")]
     """Training images: `digits` (embedded), a folder of class folders, Parquet in Hugging Face's image layout (a file, a
-    folder, or a pattern such as FOLDER/train-*.parquet), or shards of pipelines/pack.py. Parquet and shards also by URI:
+    folder, or a pattern such as FOLDER/train-*.parquet), or shards of hvp-ray pack. Parquet and shards also by URI:
     hf://datasets/OWNER/NAME, s3://bucket/prefix, gs://bucket/prefix, file:///; other S3 servers:
     s3://bucket/prefix?endpoint_override=HOST:PORT&scheme=http. Every node reads credentials from its environment."""
 

@@ -33,11 +33,11 @@ class TrackingConfig(Checked):
     """Epochs between evaluations of the encoder by k-NN, which run beside training. 0: only at the end."""
 
     selection_images_per_epoch: AtLeast0 = 2_000
-    """Images of each epoch whose plan, scores and choice are logged for pipelines/analyse_selection.py (approximately; rank
+    """Images of each epoch whose plan, scores and choice are logged for hvp-ray analyse (approximately; rank
     0's part, about 200 bytes per image, and 4 for each pair and local view). 0: no log."""
 
     comparison: str | None = None
-    """Comparison that the run belongs to, set by pipelines/compare.py; a tag in MLflow."""
+    """Comparison that the run belongs to, set by hvp-ray compare; a tag in MLflow."""
 
     arm: str | None = None
     """Arm of the comparison; a tag in MLflow."""

@@ -42,8 +42,9 @@ class TrainingConfig(Checked):
     """Use torch.compile for scoring and training; GPUs only."""
 
     initial_weights: PathOrUri | None = None
-    """Backbone weights to start from: a run's folder or its backbone.safetensors, by path or URI. None: random weights, or
-    timm's with `method.backbone.pretrained`."""
+    """Backbone weights to start from, by path or URI: a run's folder, or a file (safetensors or torch) with the names of
+    timm, torchvision, DINO or DINOv2. The run says what did not fit. None: random weights, or timm's with
+    `method.backbone.pretrained`."""
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the run."""

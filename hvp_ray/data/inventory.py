@@ -1,4 +1,4 @@
-"""Count what the sources of a run hold: printed before a run, by `describe.py`, and stored in the run's summary."""
+"""Count what the sources of a run hold: printed before a run, by `hvp-ray describe`, and stored in the run's summary."""
 
 import dataclasses
 import os

@@ -2,7 +2,7 @@
 
 The source alone determines how samples are split into tasks. A task writes its shards and then a note, which commits it. So
 any number of processes, killed and restarted any number of times, write the same bytes. `packing_pool.py` runs the processes,
-`pipelines/pack.py` is the program.
+`hvp-ray pack` is the program.
 """
 
 import dataclasses
@@ -143,7 +143,7 @@ class Target:
             return None
         if names:
             raise ConfigError(
-                f"TARGET {self.location} is not empty ({names[0]}, ...), and pack.py did not make it; name a new folder"
+                f"TARGET {self.location} is not empty ({names[0]}, ...), and hvp-ray pack did not make it; name a new folder"
             )
         self.folder.write(PLAN, json.dumps(plan.to_dict(), indent=1).encode())
         return None

@@ -126,7 +126,7 @@ def _claimed(location: str) -> Iterator[None]:
         try:
             fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"TARGET {location}: another pack.py is packing there; wait for it") from error
+            raise ConfigError(f"TARGET {location}: another hvp-ray pack is packing there; wait for it") from error
         yield
     finally:
         os.close(claim)

@@ -8,7 +8,7 @@
 
 Any Arrow library reads the shards (columns crc32, image, label, path). hvp_ray reads the bytes of single images by the
 offsets in `blocks.bin`, so an image costs its own bytes only. Everything that is read has a checksum: images and offsets a
-CRC-32, the small files a SHA-256. `pack.py --verify` compares the SHA-256 of shards.
+CRC-32, the small files a SHA-256. `hvp-ray pack --verify` compares the SHA-256 of shards.
 """
 
 import dataclasses
@@ -116,7 +116,7 @@ def manifest_from_json(content: bytes, where: str) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{refusal}: {first_line(error)}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise DataError(f"{refusal}: it lacks the format name; pack images with pipelines/pack.py")
+        raise DataError(f"{refusal}: it lacks the format name; pack images with hvp-ray pack")
     if values.get("version") != VERSION:
         raise DataError(
             f"{where} is of version {values.get('version')!r}, this program reads version {VERSION}; pack again"

@@ -345,5 +345,5 @@ class ShardSource(Source):
 
 
 _WHAT_TO_DO = (
-    "compare the shards with their digests by pipelines/pack.py --verify FOLDER, then copy them again or pack again"
+    "compare the shards with their digests by hvp-ray pack --verify FOLDER, then copy them again or pack again"
 )

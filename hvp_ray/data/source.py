@@ -137,12 +137,12 @@ def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
         return ParquetSource(files, config, cache_bytes=cache_bytes)
     if PLAN in files.sizes or (path is not None and (path / PLAN).is_file()):
         raise DataError(
-            f"data.source={source!r} is not packed completely; give the command of pipelines/pack.py again to continue"
+            f"data.source={source!r} is not packed completely; give the command of hvp-ray pack again to continue"
         )
     if path is None:
         raise DataError(
             f"data.source={source!r} has no Parquet files and no packed shards ({len(files.sizes)} files of other kinds). "
-            f"Single images are read from folders of this machine only: pack them with pipelines/pack.py FOLDER {source}"
+            f"Single images are read from folders of this machine only: pack them with hvp-ray pack FOLDER {source}"
         )
     if "*" in path.name:
         raise DataError(f"data.source={source!r}: no Parquet files match; patterns are for *.parquet")

@@ -31,7 +31,7 @@ from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.after_training import forgive_death
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RunJob
-from hvp_ray.runs.prepare import check_before_start, prepare_run, with_absolute_paths
+from hvp_ray.runs.prepare import check_before_start, describe_initial_weights, prepare_run, with_absolute_paths
 from hvp_ray.stream.connect import connect_ray, end_ray, is_ray_lost
 from hvp_ray.stream.machine import this_machine
 from hvp_ray.stream.pool import start_pool
@@ -64,7 +64,12 @@ def launch(
     stop = stop or StopRequest()
     config = with_absolute_paths(config)
     dataset = check_before_start(config)
-    for remark in (*check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+    remarks = (
+        *check_intensities(config.data, dataset),
+        *check_knn_labels(config, dataset),
+        *describe_initial_weights(config),
+    )
+    for remark in remarks:
         watchers.show_message(remark)
     bytes_per_step = step_bytes(config, dataset)
     is_ours = not ray.is_initialized()

@@ -21,7 +21,7 @@ from hvp_ray.identity import Identity
 from hvp_ray.resolved_run import Device, resolve_inline
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RankServices
-from hvp_ray.runs.prepare import draw_run_name, prepare_run
+from hvp_ray.runs.prepare import describe_initial_weights, draw_run_name, prepare_run
 from hvp_ray.runs.progress import ReportProgress
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
@@ -65,7 +65,12 @@ def pretrain_in_process(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     dataset = open_dataset(config.data)
     if world.rank == 0:
-        for remark in (*check_intensities(config.data, dataset), *check_knn_labels(config, dataset)):
+        remarks = (
+            *check_intensities(config.data, dataset),
+            *check_knn_labels(config, dataset),
+            *describe_initial_weights(config),
+        )
+        for remark in remarks:
             logger.warning("%s", remark)
     job = prepare_run(config, resolved, is_writer=world.rank == 0, planned=planned, dataset=dataset)
     context = open_render_context(config_to_dict(config), resolved.renderer, job.data_fingerprint)

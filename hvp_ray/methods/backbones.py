@@ -164,25 +164,6 @@ def load_exported_backbone(path: str | Path) -> nn.Module:
     return backbone.eval()
 
 
-def load_initial_weights(backbone: nn.Module, location: str) -> None:
-    """Copy the weights of a run's folder, or of an exported file, into `backbone`.
-
-    Raises:
-        CheckpointError: nothing there, or the weights are of another network.
-    """
-    path = Path(location).expanduser()
-    path = path / "backbone.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise CheckpointError(f"training.initial_weights={location!r}: there is no file {path}")
-    try:
-        _check_shapes(_read_header(path)[0], backbone)
-        backbone.load_state_dict(load_file(path))
-    except (RuntimeError, ValueError, SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"training.initial_weights={location!r} does not fit the backbone: {first_line(error)}"
-        ) from error
-
-
 def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shapes of the tensors and the metadata of a safetensors file; no tensor is read.
 

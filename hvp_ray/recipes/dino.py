@@ -32,7 +32,7 @@ VIT_OPTIMIZER = OptimizerConfig(
 def dino_digits() -> RunConfig:
     """Smoke test: the embedded scanned digits, a narrow ResNet-10 at 8 px with local views of 6 px; on 2 CPU cores.
 
-    python pipelines/pretrain.py dino-digits
+    hvp-ray pretrain dino-digits
     """
     return RunConfig(
         recipe="dino-digits",
@@ -61,7 +61,7 @@ def dino_digits() -> RunConfig:
 def dino_cifar10_small() -> RunConfig:
     """CIFAR-10 on CPUs: a ResNet-10 of a quarter of the width, views of 24 and 12 px; needs --data.source.
 
-    python pipelines/pretrain.py dino-cifar10-small --data.source cifar10-train.parquet \
+    hvp-ray pretrain dino-cifar10-small --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
     """
     global_views, local_views = data_sets.dino_multi_crop(
@@ -103,7 +103,7 @@ def cifar_transformer() -> BackboneConfig:
 def dino_cifar10() -> RunConfig:
     """CIFAR-10, ViT-Ti/4 at 32 px with local views of 16 px, 300 epochs; for one GPU.
 
-    python pipelines/pretrain.py dino-cifar10 --data.source cifar10-train.parquet \
+    hvp-ray pretrain dino-cifar10 --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet
 
     Settings are this project's, after DINO's 100-epoch recipe; blur is off at this size. No reference number. Not yet
@@ -129,7 +129,7 @@ def dino_cifar10() -> RunConfig:
 def dino_imagenet_vits16_100ep() -> RunConfig:
     """ImageNet, ViT-S/16, 100 epochs, 4 + 16 views of which 2 + 8 are trained on, 512 images per step; for GPUs.
 
-    python pipelines/pretrain.py dino-imagenet-vits16-100ep --data.source imagenet/train \
+    hvp-ray pretrain dino-imagenet-vits16-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 8
 
     Source: automl/hvp, branch dino, configs/ImageNet/pretrain_default.yaml, 512 images as in its run names, 128 candidates
@@ -160,7 +160,7 @@ def dino_imagenet_vits16_100ep() -> RunConfig:
 def dino_imagenet_vits16_800ep() -> RunConfig:
     """ImageNet, ViT-S/16, 800 epochs, 4 + 16 views of which 2 + 10 are trained on, 1,024 images per step; for GPUs.
 
-    python pipelines/pretrain.py dino-imagenet-vits16-800ep --data.source imagenet/train \
+    hvp-ray pretrain dino-imagenet-vits16-800ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 16
 
     Source: automl/hvp, dino-wds example_config__juwels_pretrain.yaml (16 GPUs; no clipping, 64 candidates), which is
@@ -192,7 +192,7 @@ def dino_imagenet_vits16_800ep() -> RunConfig:
 def dino_imagenet_r50_100ep() -> RunConfig:
     """ImageNet, ResNet-50, 100 epochs, inferred: 4 + 16 views of which 2 + 8 are trained on; for GPUs.
 
-    python pipelines/pretrain.py dino-imagenet-r50-100ep --data.source imagenet/train \
+    hvp-ray pretrain dino-imagenet-r50-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 8
 
     Inferred: the HVP authors published no config of it. These are the settings of DINO's README for ResNet-50 (SGD, 0.03,

@@ -22,7 +22,7 @@ _SELECTION = SelectionConfig(num_views=None, num_global_views=4, num_local_views
 def ibot_digits() -> RunConfig:
     """Smoke test: the embedded scanned digits, a tiny Vision Transformer at 16 px; five minutes on 2 CPU cores.
 
-    python pipelines/pretrain.py ibot-digits
+    hvp-ray pretrain ibot-digits
     """
     return RunConfig(
         recipe="ibot-digits",
@@ -51,7 +51,7 @@ def ibot_digits() -> RunConfig:
 def ibot_cifar10() -> RunConfig:
     """CIFAR-10, ViT-Ti/4 at 32 px with local views of 16 px, 300 epochs; for one GPU.
 
-    python pipelines/pretrain.py ibot-cifar10 --data.source cifar10-train.parquet \
+    hvp-ray pretrain ibot-cifar10 --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet
 
     Settings are this project's, after the ImageNet recipe; blur is off at this size. No reference number. Not yet run by
@@ -77,7 +77,7 @@ def ibot_cifar10() -> RunConfig:
 def ibot_imagenet_vits16_100ep() -> RunConfig:
     """ImageNet, ViT-S/16, 100 epochs, 4 + 4 views of which 2 + 2 are trained on, every third step hard; for GPUs.
 
-    python pipelines/pretrain.py ibot-imagenet-vits16-100ep --data.source imagenet/train \
+    hvp-ray pretrain ibot-imagenet-vits16-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 4
 
     Source: rapanti/ibot job.sh (4 GPUs with 128 images each, hard views every third step) over the defaults of

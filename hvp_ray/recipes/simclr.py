@@ -20,7 +20,7 @@ _STRONG_COLOR = TransformConfig(brightness=0.8, contrast=0.8, saturation=0.8, hu
 def simclr_digits() -> RunConfig:
     """Smoke test: the embedded scanned digits, a narrow ResNet-10 at 8 px; three minutes on 2 CPU cores.
 
-    python pipelines/pretrain.py simclr-digits
+    hvp-ray pretrain simclr-digits
     """
     return RunConfig(
         recipe="simclr-digits",
@@ -48,7 +48,7 @@ def simclr_digits() -> RunConfig:
 def simclr_cifar10_small() -> RunConfig:
     """CIFAR-10 on CPUs: a ResNet-10 of a quarter of the width at 24 px; needs --data.source.
 
-    python pipelines/pretrain.py simclr-cifar10-small --data.source cifar10-train.parquet \
+    hvp-ray pretrain simclr-cifar10-small --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
     """
     transform = dataclasses.replace(_STRONG_COLOR, blur_probability=0.0)
@@ -78,7 +78,7 @@ def simclr_cifar10_small() -> RunConfig:
 def simclr_imagenette_small() -> RunConfig:
     """Imagenette on CPUs: a ResNet-18 of a quarter of the width at 64 px; needs --data.source.
 
-    python pipelines/pretrain.py simclr-imagenette-small --data.source imagenette/train \
+    hvp-ray pretrain simclr-imagenette-small --data.source imagenette/train \
         --data.test_source imagenette/val --training.epochs 2
     """
     transform = dataclasses.replace(_STRONG_COLOR, blur_kernel_px=7)
@@ -99,7 +99,7 @@ def simclr_imagenette_small() -> RunConfig:
 def simclr_cifar10() -> RunConfig:
     """CIFAR-10, ResNet-18, 1,000 epochs, 256 images per step; for one GPU.
 
-    python pipelines/pretrain.py simclr-cifar10 --data.source cifar10-train.parquet \
+    hvp-ray pretrain simclr-cifar10 --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet
 
     Source: solo-learn scripts/pretrain/cifar/simclr.yaml (LARS with clipping, 0.4 per 256 images, temperature 0.2); the
@@ -133,7 +133,7 @@ def simclr_cifar10() -> RunConfig:
 def simclr_imagenet_r50_100ep() -> RunConfig:
     """ImageNet, ResNet-50, 100 epochs, 4,096 images per step; for GPUs.
 
-    python pipelines/pretrain.py simclr-imagenet-r50-100ep --data.source imagenet/train \
+    hvp-ray pretrain simclr-imagenet-r50-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 8
     (with little memory: --training.accumulation_steps 4; the loss still contrasts all 4,096 images)
 

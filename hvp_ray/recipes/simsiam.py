@@ -18,7 +18,7 @@ from hvp_ray.recipes import data_sets
 def simsiam_digits() -> RunConfig:
     """Smoke test: the embedded scanned digits, a narrow ResNet-10 at 8 px; three minutes on 2 CPU cores.
 
-    python pipelines/pretrain.py simsiam-digits
+    hvp-ray pretrain simsiam-digits
     """
     return RunConfig(
         recipe="simsiam-digits",
@@ -44,7 +44,7 @@ def _cifar_transform() -> TransformConfig:
 def simsiam_cifar10_small() -> RunConfig:
     """CIFAR-10 on CPUs: a ResNet-10 of a quarter of the width at 24 px; needs --data.source.
 
-    python pipelines/pretrain.py simsiam-cifar10-small --data.source cifar10-train.parquet \
+    hvp-ray pretrain simsiam-cifar10-small --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
     """
     return RunConfig(
@@ -67,7 +67,7 @@ def simsiam_cifar10_small() -> RunConfig:
 def simsiam_cifar10() -> RunConfig:
     """CIFAR-10 at the authors' settings: ResNet-18, 800 epochs, 512 images per step; for one GPU.
 
-    python pipelines/pretrain.py simsiam-cifar10 --data.source cifar10-train.parquet \
+    hvp-ray pretrain simsiam-cifar10 --data.source cifar10-train.parquet \
         --data.test_source cifar10-test.parquet
 
     Source: automl/hvp configs/CIFAR10/pretrain_default.yaml; CIFAR stem as in its test config.
@@ -92,7 +92,7 @@ def simsiam_cifar10() -> RunConfig:
 def simsiam_imagenet_r50_100ep() -> RunConfig:
     """ImageNet, ResNet-50, 100 epochs, as the authors ran it: 256 images per step; for GPUs.
 
-    python pipelines/pretrain.py simsiam-imagenet-r50-100ep --data.source imagenet/train \
+    hvp-ray pretrain simsiam-imagenet-r50-100ep --data.source imagenet/train \
         --data.test_source imagenet/val --cluster.num_trainers 4
 
     Source: automl/hvp configs/ImageNet/pretrain_default.yaml, batch 256 as in its analysis files. Expected: linear top-1

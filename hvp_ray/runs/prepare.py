@@ -30,6 +30,8 @@ from hvp_ray.identity import (
     run_record,
 )
 from hvp_ray.local_cache import local_weights, with_local_weights
+from hvp_ray.methods.backbones import build_backbone
+from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.job import RunJob
@@ -69,7 +71,7 @@ def output_folder(config: RunConfig) -> Path:
     if is_uri(config.run.output):
         raise ConfigError(
             f"run.output={config.run.output!r}: a comparison needs a folder, which all its runs see; single runs "
-            f"(pretrain.py) can go to a bucket"
+            f"(hvp-ray pretrain) can go to a bucket"
         )
     path = Path(config.run.output).expanduser()
     if is_shipped and not path.is_absolute():
@@ -119,6 +121,19 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
             f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another"
         )
     return dataset
+
+
+def describe_initial_weights(config: RunConfig) -> tuple[str, ...]:
+    """Return a line on how `training.initial_weights` fit the encoder; none without them.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    weights = with_local_weights(config).training.initial_weights
+    if weights is None:
+        return ()
+    fit = load_initial_weights(build_backbone(config.method.backbone), weights)
+    return (f"initial weights: {fit.describe()}",)
 
 
 def _check_view_sizes(config: RunConfig, method: Method) -> None:

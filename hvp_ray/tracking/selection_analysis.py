@@ -1,7 +1,7 @@
 """The analysis of a run's selection log: which pairs were chosen, and what makes a pair hard.
 
 It compares chosen pairs with the others over time, predicts which pair is chosen, and weighs the features of a pair.
-`pipelines/analyse_selection.py` prints the result, `selection_figures.py` draws it. No torch, no Ray.
+`hvp-ray analyse` prints the result, `selection_figures.py` draws it. No torch, no Ray.
 
 Source: the HVP authors' analysis; for definitions and differences, see `logged_pairs.pair_features`.
 """

@@ -1,4 +1,4 @@
-"""Figures of a selection analysis: chosen pairs against the others. `pipelines/analyse_selection.py` draws them."""
+"""Figures of a selection analysis: chosen pairs against the others. `hvp-ray analyse` draws them."""
 
 from collections.abc import Callable
 from pathlib import Path

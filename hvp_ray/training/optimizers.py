@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-from timm.optim import Lars
+from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
 from hvp_ray.config import OptimizerConfig
 from hvp_ray.methods.method import Method
 from hvp_ray.training.schedules import base_learning_rate
 
-_SCHEDULED, _DECAYS = "follows_schedule", "decays"
+_SCHEDULED, _DECAYS, _SCALE = "follows_schedule", "decays", "rate_scale"
 """Keys of a parameter group."""
 
 
@@ -18,24 +18,28 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
     """Build SGD, LARS or AdamW for the trained parameters of a method; a teacher's are not trained.
 
     With `constant_predictor_rate`, the parameters that the method names keep the initial learning rate. With
-    `decay_exempts_vectors`, biases and norms do not decay.
+    `decay_exempts_vectors`, biases and norms do not decay. With `layer_decay`, layers of the encoder have rates of their own.
     """
+    scale_of = _layer_scales(method, config.layer_decay)
     constant = {id(p) for p in method.constant_rate_parameters()} if config.constant_predictor_rate else set()
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in method.parameters():
         if parameter.requires_grad:
             decays = not (config.decay_exempts_vectors and parameter.ndim <= 1)
-            groups.setdefault((id(parameter) not in constant, decays), []).append(parameter)
+            key = id(parameter) not in constant, decays, scale_of.get(id(parameter), 1.0)
+            groups.setdefault(key, []).append(parameter)
+    rate = base_learning_rate(config, images_per_step)
     described: list[dict[str, Any]] = [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": scale * rate,
             _SCHEDULED: scheduled,
             _DECAYS: decays,
+            _SCALE: scale,
         }
-        for (scheduled, decays), parameters in groups.items()
+        for (scheduled, decays, scale), parameters in groups.items()
     ]
-    rate = base_learning_rate(config, images_per_step)
     match config.name:
         case "sgd":
             return torch.optim.SGD(described, lr=rate, momentum=config.momentum)
@@ -53,6 +57,17 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
             return lars
         case "adamw":
             return torch.optim.AdamW(described, lr=rate)
+
+
+def _layer_scales(method: Method, layer_decay: float) -> dict[int, float]:
+    """Return the factor of the rate for each parameter of the encoder, by identity: layer_decay ** (layers above it).
+
+    Source: BEiT and MAE; the layers are timm's.
+    """
+    if layer_decay == 1.0:
+        return {}
+    groups = param_groups_layer_decay(method.backbone, layer_decay=layer_decay)
+    return {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
 class _LarsOfDecayedGradient(Lars):
@@ -81,7 +96,7 @@ def set_schedule(optimizer: torch.optim.Optimizer, *, learning_rate: float, weig
     """Set the learning rate of the scheduled groups and the weight decay of the decaying ones."""
     for group in optimizer.param_groups:
         if group[_SCHEDULED]:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group[_SCALE]
         if group[_DECAYS]:
             group["weight_decay"] = weight_decay
 

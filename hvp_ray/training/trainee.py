@@ -12,7 +12,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError, RowReuseError
-from hvp_ray.methods.backbones import load_initial_weights
+from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.row_reuse import RowReuse

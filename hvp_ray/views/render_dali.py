@@ -33,10 +33,10 @@ from hvp_ray.views.renderer import RenderedBatch
 
 try:
     from nvidia.dali import fn, math, pipeline_def, types
-except ImportError as error:  # pragma: no cover (the package is a dependency on Linux)
+except ImportError as error:  # pragma: no cover (the package is an extra)
     raise ConfigError(
-        f"cluster.renderer=dali-* needs the package nvidia-dali-cuda130, which cannot be imported here ({error}); "
-        f"install it, or choose cluster.renderer=cpu"
+        f"cluster.renderer=dali-* needs the package nvidia-dali-cuda130, which cannot be imported here ({error}): "
+        f"pip install 'hvp-ray[dali]', or choose cluster.renderer=cpu"
     ) from error
 
 logger = logging.getLogger(__name__)

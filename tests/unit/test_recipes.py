@@ -31,7 +31,7 @@ def test_recipe_survives_json_and_says_how_to_run_it(name: str) -> None:
     assert config.recipe == name
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
     page = RECIPES[name].__doc__ or ""
-    assert f"python pipelines/pretrain.py {name}" in page
+    assert f"hvp-ray pretrain {name}" in page
     if "digits" not in name and "small" not in name:
         assert "Source:" in page or "Settings are this project's" in page or "Inferred" in page
         assert "Expected:" in page or "No reference number" in page

@@ -78,7 +78,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
     assert done
     assert not (target / "manifest.json").exists()
     with pytest.raises(
-        DataError, match="is not packed completely; give the command of pipelines/pack.py again to continue"
+        DataError, match="is not packed completely; give the command of hvp-ray pack again to continue"
     ):
         open_any(target)
     noted = [json.loads(path.read_bytes())["shards"][0]["name"] for path in target.glob("task-*.json")]

@@ -170,7 +170,7 @@ def test_damaged_image_is_an_error_that_names_it_and_not_another_image(
     shard.write_bytes(content)
     source = _open(folder)
     assert source.read([39, 41]) == [images[39], images[41]]
-    with pytest.raises(DataError, match=r"shard-000000-0000.arrow row 40 is damaged.*pipelines/pack.py --verify"):
+    with pytest.raises(DataError, match=r"shard-000000-0000.arrow row 40 is damaged.*hvp-ray pack --verify"):
         source.read([39, 40, 41])
 
 

@@ -300,7 +300,7 @@ def test_a_bucket_that_is_not_there_is_said_before_anything_starts(s3: str, tmp_
 
 
 def test_a_comparison_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="a comparison needs a folder.*pretrain.py"):
+    with pytest.raises(ConfigError, match="a comparison needs a folder.*hvp-ray pretrain"):
         output_folder(tiny_config("s3://bucket/runs"))
 
 

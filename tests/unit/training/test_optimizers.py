@@ -8,8 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from hvp_ray.config import OptimizerConfig
-from hvp_ray.methods.method import Method
+from hvp_ray.config import BackboneConfig, OptimizerConfig
+from hvp_ray.methods.configs import SimSiamConfig
+from hvp_ray.methods.method import Method, build_method
 from hvp_ray.recipes import get_recipe
 from hvp_ray.training.optimizers import build_optimizer, set_schedule
 
@@ -113,3 +114,32 @@ def test_recipes_have_the_form_of_their_source() -> None:
     """The HVP authors' LARS divides by the norm of the decayed gradient, solo-learn's by the sum of two norms."""
     assert get_recipe("simclr-imagenet-r50-100ep").optimizer.lars_norm == "decayed-gradient"
     assert get_recipe("simclr-cifar10").optimizer.lars_norm == "separate"
+
+
+@pytest.mark.parametrize("name", ["resnet10", "vit_tiny_patch16_224"])
+def test_layers_of_the_encoder_have_rates_that_fall_towards_its_input(name: str) -> None:
+    """The rate of a layer is layer_decay ** (layers above it); heads and the last layer have the full rate."""
+    sizes = {"image_px": 32, "depth": 3} if name.startswith("vit") else {"stem": "cifar"}
+    method = build_method(SimSiamConfig(backbone=BackboneConfig(name=name, **sizes)))
+    config = OptimizerConfig(name="adamw", learning_rate_per_256=0.1, layer_decay=0.5, constant_predictor_rate=False)
+    optimizer = build_optimizer(method, config, images_per_step=256)
+    set_schedule(optimizer, learning_rate=0.08, weight_decay=0.0)
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rate_of) == len([p for p in method.parameters() if p.requires_grad])
+    rates = {name: rate_of[id(p)] for name, p in method.backbone.named_parameters()}
+    if name.startswith("vit"):
+        blocks = [rates[f"blocks.{block}.attn.qkv.weight"] for block in range(3)]
+        assert blocks == pytest.approx([0.08 * 0.5**2, 0.08 * 0.5, 0.08]), "the final norm is in the last layer"
+        assert rates["patch_embed.proj.weight"] == rates["pos_embed"] == pytest.approx(0.08 * 0.5**3)
+        assert rates["norm.weight"] == pytest.approx(0.08)
+    else:
+        ordered = [rates["conv1.weight"], *(rates[f"layer{layer}.0.conv1.weight"] for layer in (1, 2, 3, 4))]
+        assert ordered == sorted(ordered) and ordered[0] < ordered[-1] <= 0.08
+    assert {rate_of[id(p)] for p in method.predictor.parameters()} == {0.08}
+
+
+def test_layer_decay_of_1_has_the_groups_of_before() -> None:
+    method = build_method(SimSiamConfig(backbone=BackboneConfig(name="resnet10", stem="cifar")))
+    optimizer = build_optimizer(method, OptimizerConfig(learning_rate_per_256=0.1), images_per_step=256)
+    assert [group["rate_scale"] for group in optimizer.param_groups] == [1.0] * len(optimizer.param_groups)
+    assert len(optimizer.param_groups) == 2
