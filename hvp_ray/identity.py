@@ -104,7 +104,16 @@ _EFFECTS: dict[str, Effect] = {
     "tracking.num_figure_images": Effect.NOTHING,  # pictures, which change no number
 }
 
-VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "timm", "nvidia-dali-cuda130")
+VERSIONS = (
+    "torch",
+    "numpy",
+    "pillow",
+    "pillow-heif",
+    "simplejpeg",
+    "opencv-python-headless",
+    "timm",
+    "nvidia-dali-cuda130",
+)
 """Parts of the identity that are versions of libraries."""
 
 
