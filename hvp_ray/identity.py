@@ -50,7 +50,7 @@ _EFFECTS: dict[str, Effect] = {
     "data.shuffle_window_mib": Effect.RESULT,
     "data.block_cache_mib": Effect.NOTHING,  # a cache of what the files hold; windows follow from sizes, not from it
     "data.max_row_group_mib": Effect.NOTHING,  # ends a run, or reads a row group in parts
-    "data.image_column": Effect.WEIGHTS,
+    "data.image_column": Effect.RESULT,
     "data.label_column": Effect.METRICS,  # that labels make a split possible shows in the training images
     "views.global_views": Effect.WEIGHTS,
     "views.local_views": Effect.WEIGHTS,
@@ -104,7 +104,16 @@ _EFFECTS: dict[str, Effect] = {
     "tracking.num_figure_images": Effect.NOTHING,  # pictures, which change no number
 }
 
-VERSIONS = ("torch", "numpy", "pillow", "simplejpeg", "opencv-python-headless", "timm", "nvidia-dali-cuda130")
+VERSIONS = (
+    "torch",
+    "numpy",
+    "pillow",
+    "pillow-heif",
+    "simplejpeg",
+    "opencv-python-headless",
+    "timm",
+    "nvidia-dali-cuda130",
+)
 """Parts of the identity that are versions of libraries."""
 
 

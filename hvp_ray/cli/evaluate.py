@@ -127,7 +127,7 @@ class Options(Checked):
     """What to measure."""
 
     data: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
-    """Digits, a folder of class folders, or Parquet. None: the run's own."""
+    """Any data.source. None: the run's own."""
 
     test_data: Annotated[str | None, tyro.conf.arg(metavar="SOURCE")] = None
     """Test images. None: the run's own if --data is the run's, else a held-out part."""

@@ -3,7 +3,8 @@
 hvp-ray pack SOURCE TARGET [--workers N] ...
 hvp-ray pack --verify TARGET
 
-SOURCE is a folder of class folders or Parquet (a path, hf://, s3://, gs://); TARGET a new folder (a path, s3://, gs://).
+SOURCE is a folder of class folders, Parquet, WebDataset (a path, hf://, s3://, gs://), a Hugging Face data set saved to disk,
+or an image list; TARGET a new folder (a path, s3://, gs://).
 Every image is decoded once. Images that cannot be decoded are left out and listed in TARGET/unreadable.jsonl. Images keep
 their order and bytes. If packing was stopped or killed, the same command continues. Then train with --data.source TARGET.
 """
@@ -54,11 +55,11 @@ class Options(Checked):
     max_unreadable_fraction: Fraction = _DEFAULTS.max_unreadable_fraction
     """Stop if a larger fraction is unreadable, checked after 1,000 images."""
 
-    image_column: str = _DEFAULTS.image_column
-    """Parquet: column of images."""
+    image_column: str | None = None
+    """Column of images; see data.image_column. None: it is found."""
 
-    label_column: str = _DEFAULTS.label_column
-    """Parquet: column of labels."""
+    label_column: str | None = None
+    """Column of labels; see data.label_column. None: it is found."""
 
     max_image_pixels: AtLeast1 = _DEFAULTS.max_image_pixels
     """Images with more pixels count as unreadable."""

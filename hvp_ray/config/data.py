@@ -14,8 +14,9 @@ class DataConfig(Checked):
     path: ClassVar[str] = "data"
 
     source: Annotated[str, Location("`digits`, a path or a URI")]
-    """Training images: `digits` (embedded), a folder of class folders, Parquet in Hugging Face's image layout (a file, a
-    folder, or a pattern such as FOLDER/train-*.parquet), or shards of hvp-ray pack. Parquet and shards also by URI:
+    """Training images: `digits` (embedded), a folder of class folders, Parquet (a file, a folder, or a pattern such as
+    FOLDER/train-*.parquet), WebDataset (.tar files, likewise), a Hugging Face data set saved to disk, an image list (a .csv,
+    .tsv or .parquet file), or shards of hvp-ray pack. Parquet, WebDataset and shards also by URI:
     hf://datasets/OWNER/NAME, s3://bucket/prefix, gs://bucket/prefix, file:///; other S3 servers:
     s3://bucket/prefix?endpoint_override=HOST:PORT&scheme=http. Every node reads credentials from its environment."""
 
@@ -54,19 +55,22 @@ class DataConfig(Checked):
     `block_cache_mib`, because one image costs the reading of its row group. Shards ignore it."""
 
     block_cache_mib: AtLeast1 = 4096
-    """Disk space of each node below TMPDIR (MiB) for decompressed Parquet row groups, shared by its view workers. Shards
-    behind a URI use it if they fit as a whole. The last process that uses it deletes it."""
+    """Disk space of each node below TMPDIR (MiB) for decompressed Parquet row groups and for the headers of tar files, shared
+    by its view workers. Shards behind a URI use it if they fit as a whole. The last process that uses it deletes it."""
 
     max_row_group_mib: AtLeast1 = 1024
     """A Parquet row group with more decompressed MiB of images than this stops the run before it is read. It would exceed
     the workers' memory; small files can hold huge row groups."""
 
-    image_column: str = "image"
-    """Parquet column of images: `struct<bytes, path>`, or plain binary."""
+    image_column: str | None = None
+    """Column of images: `struct<bytes, path>` or binary in Parquet and Hugging Face data sets, paths in an image list.
+    `sample.image` is a field of a struct. WebDataset: ending of the images, such as `jpg`. None: it is found by type and
+    name, and several candidates are an error."""
 
-    label_column: str = "label"
-    """Parquet column of labels, for evaluations only: integers (named by a `ClassLabel`), strings, categories, booleans,
-    or floats without a fraction. If it is missing, there is no evaluation."""
+    label_column: str | None = None
+    """Column of labels, for evaluations only: integers (named by a `ClassLabel`), strings, categories, booleans, or floats
+    without a fraction. WebDataset: ending of the labels, such as `cls`, or `json.NAME` for a value of the JSON files. None:
+    it is found by type and name. If there is none, there is no evaluation."""
 
     def check_together(self, prefix: str) -> None:
         """Check that black is below white."""

@@ -1,9 +1,9 @@
 """Decode image bytes to upright RGB pixels, and read sizes from headers.
 
-libjpeg-turbo (simplejpeg) decodes JPEGs, and PIL everything else, also JPEGs that libjpeg-turbo refuses. Orientation tags are
-applied, alpha is dropped, and palettes, grey and CMYK become 8-bit RGB. Animations give their first frame. Images with more
-than 8 bits per channel are scaled by `data.intensity_range` (`intensity.py`) and refused without one. Bytes that cannot be
-decoded raise `UnreadableImageError`.
+libjpeg-turbo (simplejpeg) decodes JPEGs, and PIL everything else, also JPEGs that libjpeg-turbo refuses. PIL reads HEIC if
+the package pillow-heif is installed. Orientation tags are applied, alpha is dropped, and palettes, grey and CMYK become 8-bit
+RGB. Animations give their first frame. Images with more than 8 bits per channel are scaled by `data.intensity_range`
+(`intensity.py`) and refused without one. Bytes that cannot be decoded raise `UnreadableImageError`.
 """
 
 import dataclasses
@@ -12,11 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from hvp_ray.data.image_limits import (
     JpegHeader,
@@ -36,8 +39,22 @@ _JPEG_MAGIC = b"\xff\xd8\xff"
 _EXIF = b"Exif\x00\x00"
 _MAX_EXIF_BYTES = 65_536
 _ROWS_PER_BLOCK_PIXELS = 2**20
-_PIL_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA")
-"""Formats that PIL may open: only images, without formats that run another program."""
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # view workers have one core each
+
+
+def _heif_formats() -> tuple[str, ...]:
+    """Register the package pillow-heif if it is installed; return the formats that it reads."""
+    if find_spec("pillow_heif") is None:
+        return ()
+    plugin: Any = import_module("pillow_heif")
+    plugin.options.DECODE_THREADS = 1
+    plugin.register_heif_opener()
+    return ("HEIF",)
+
+
+_PIL_FORMATS = (*_heif_formats(), "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF")
+"""Formats that PIL may open: only images, without formats that run another program. HEIF goes before AVIF, which accepts its
+containers too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from hvp_ray.data.source import Source
+from hvp_ray.data.source import DIGITS, Place, Source
 
 DIGITS_SIZE_PX = 32
+
+
+def open_digits(place: Place) -> Source | None:
+    """Return the digits if they are named."""
+    return DigitsSource() if place.location == DIGITS else None
 
 
 class DigitsSource(Source):
@@ -27,6 +31,8 @@ class DigitsSource(Source):
     has_labels = True
 
     def __init__(self) -> None:
+        from sklearn.datasets import load_digits  # takes seconds
+
         digits = load_digits()
         # Values are counts of dark cells, 0 to 16.
         self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)

@@ -67,6 +67,8 @@ class FileSet:
         """Entries that were not listed; empty for a pattern."""
         self.num_bytes_read = 0
         """Bytes that the storage has returned."""
+        self.is_single = False
+        """Whether the location is that of one file."""
         path, mark, query = location.partition("?") if self.is_remote else (location, "", "")
         folder, _, last = path.rpartition("/")
         self._pattern = last if "*" in last else None
@@ -111,7 +113,7 @@ class FileSet:
 
     def shown(self, name: str) -> str:
         """Return the path or URI of a file, without parameters, for messages."""
-        return self._shown_root if self._is_single else f"{self._shown_root.rstrip('/')}/{name}"
+        return self._shown_root if self.is_single else f"{self._shown_root.rstrip('/')}/{name}"
 
     def places(self, names: Sequence[str]) -> set[str]:
         """Return the locations of files: paths without links, or URIs."""
@@ -128,7 +130,7 @@ class FileSet:
             if name in self._open:
                 self._open.move_to_end(name)
                 return self._open[name]
-        path = self._root if self._is_single else f"{self._root}/{name}"
+        path = self._root if self.is_single else f"{self._root}/{name}"
         file = OpenFile(self._filesystem, path, size=self.sizes[name], shown=self.shown(name), count=self._count_read)
         with self._lock:
             self._open[name] = file
@@ -153,8 +155,8 @@ class FileSet:
 
     def _list_local(self) -> dict[str, int]:
         root = Path(self._root)
-        self._is_single = root.is_file()
-        if self._is_single:
+        self.is_single = root.is_file()
+        if self.is_single:
             self._last_change = root.stat().st_mtime_ns
             return {root.name: root.stat().st_size}
         if not root.is_dir():
@@ -171,8 +173,8 @@ class FileSet:
 
     def _list_remote(self) -> dict[str, int]:
         top = self._filesystem.get_file_info(self._root)
-        self._is_single = top.is_file
-        if self._is_single:
+        self.is_single = top.is_file
+        if self.is_single:
             self._last_change = top.mtime_ns or 0
             return {_last(self._root): top.size}
         found = self._filesystem.get_file_info(pafs.FileSelector(self._root, recursive=self._recursive))

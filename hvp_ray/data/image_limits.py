@@ -3,6 +3,9 @@
 `data.max_image_pixels` bounds the cost of ordinary images. These checks cover the other ways to be slow, found format by
 format with Pillow 13 and libjpeg-turbo, which limit none of them. A slow decoder does not crash, so isolation does not find
 it. A limit on time would make refusals, and so the bits of a run, depend on the machine. Called by `decode.py`.
+
+AVIF and HEIC need no checks here. The frame in an AVIF may be larger than its header says, but libavif decodes at most
+16,384 x 16,384 px. libheif refuses such files.
 """
 
 import re

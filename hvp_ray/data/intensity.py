@@ -4,7 +4,9 @@ A 16-bit file does not define black and white: it may hold 12 bits of a camera, 
 `data.intensity_range` defines them for all images of a set. Called by `decode.py`.
 """
 
+import re
 from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -22,6 +24,8 @@ _WHITE_IS_ZERO = 0
 _UNSIGNED, _SIGNED = 1, 2
 KINDS_OF_NUMBERS = {_UNSIGNED: "unsigned integers", _SIGNED: "signed integers", 3: "floating-point numbers"}
 """Names of the kinds of numbers, by the sample format of a TIFF."""
+_AVIF_CONFIGURATION = re.compile(rb"av1C\x81(?=..)", re.DOTALL)
+_MAX_CONFIGURATIONS = 1_000
 _CMYK = 5
 """Photometric interpretation of a TIFF. All bits set is full ink, so no range is needed."""
 
@@ -76,6 +80,11 @@ def kind_of_intensities(opened: ImageFile.ImageFile, image: bytes) -> str | None
         case "JPEG2000":
             precision = _jpeg2000_precision(image)
             return f"{precision}-bit unsigned integers" if precision > 8 else None
+        case "AVIF":
+            precision = _avif_precision(image)
+            return f"{precision}-bit unsigned integers" if precision > 8 else None
+        case "HEIF" if opened.info.get("bit_depth", 8) > 8:
+            return f"{opened.info['bit_depth']}-bit unsigned integers"
     return None
 
 
@@ -143,6 +152,12 @@ def _jpeg2000_precision(image: bytes) -> int:
     num_components = int.from_bytes(image[start : start + 2], "big")
     precisions = image[start + 2 : start + 2 + 3 * num_components : 3]
     return max((precision & 127) + 1 for precision in precisions)
+
+
+def _avif_precision(image: bytes) -> int:
+    """Return the bits of the image or its alpha, whichever has more, from the codec configurations."""
+    flags = [image[found.end() + 1] for found in islice(_AVIF_CONFIGURATION.finditer(image), _MAX_CONFIGURATIONS)]
+    return max((12 if flag & 0x20 else 10 if flag & 0x40 else 8 for flag in flags), default=8)
 
 
 def _number_type(opened: TiffImagePlugin.TiffImageFile) -> tuple[int, int]:

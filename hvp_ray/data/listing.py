@@ -63,6 +63,11 @@ class Leftovers:
         count, example = self._found.get(reason, (0, path))
         self._found[reason] = count + 1, min(example, path)
 
+    def add_entry(self, entry: LeftOut) -> None:
+        """Count what another listing left out."""
+        count, example = self._found.get(entry.reason, (0, entry.example))
+        self._found[entry.reason] = count + entry.count, min(example, entry.example)
+
     def add_file(self, path: str) -> None:
         """Count a file of a kind that is not read here, by its suffix."""
         suffix = suffix_of(path)

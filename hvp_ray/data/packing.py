@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.decode import check_decodes
 from hvp_ray.data.file_set import FileSet
+from hvp_ray.data.formats import FILE_ENDINGS
 from hvp_ray.data.shard_format import (
     BLOCK_DTYPE,
     BLOCKS,
@@ -56,8 +57,8 @@ class PackingPlan:
     num_samples: int
     shard_mib: int
     """A shard is closed at this many MiB of images."""
-    image_column: str
-    label_column: str
+    image_column: str | None
+    label_column: str | None
     max_image_pixels: int
     max_image_mib: int
     task_starts: tuple[int, ...]
@@ -442,6 +443,6 @@ def open_for_packing(location: str, config: DataConfig) -> tuple[Source, str]:
     """
     source = open_source(location, config, in_order=True)
     root = location.partition("?")[0].rstrip("/") if is_uri(location) else str(Path(location).expanduser())
-    if "*" in root.rpartition("/")[2] or root.lower().endswith((".parquet", ".pq")):
+    if "*" in root.rpartition("/")[2] or root.lower().endswith(FILE_ENDINGS):
         root = root.rpartition("/")[0]
     return source, root

@@ -1,4 +1,4 @@
-"""Parquet in the Hugging Face image layout: a column `image: struct<bytes, path>` and a column of labels.
+"""Parquet with a column of encoded images, as Hugging Face writes it or plain binary, and maybe one of labels (`columns.py`).
 
 The files lie on this machine or at a URI. An image costs reading its row group. So the processes of a node share a cache
 of row groups (`block_cache.py`), and `data.order` sorts samples so that neighbouring steps read few row groups. Opening reads
@@ -19,18 +19,11 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
+from hvp_ray.data.columns import ColumnNames, listed_names
 from hvp_ray.data.file_set import FileSet
-from hvp_ray.data.parquet_footer import (
-    REQUESTS_AT_ONCE,
-    ColumnNames,
-    FileSummary,
-    ParquetFile,
-    image_path,
-    read_summaries,
-    too_large,
-)
-from hvp_ray.data.parquet_labels import listed_names, merge_names, read_numbers
-from hvp_ray.data.source import MAX_LABEL, UNLABELLED, Source
+from hvp_ray.data.label_values import check_range, merge_names, read_numbers
+from hvp_ray.data.parquet_footer import REQUESTS_AT_ONCE, FileSummary, ParquetFile, read_summaries, too_large
+from hvp_ray.data.source import Place, Source
 from hvp_ray.errors import DataError, LabelError
 from hvp_ray.files import retried
 
@@ -45,12 +38,34 @@ _TRAINING_SPLIT = "train"
 _OTHER_SPLITS = ("test", "validation", "val", "dev")
 
 
-def may_hold_images(files: FileSet, config: DataConfig) -> bool:
-    """Tell whether a Parquet file of a set looks like one of images. Tables about images (paths, digests) do not."""
-    for found in read_summaries(files, files.names(*PARQUET_SUFFIXES), _columns(config)):
+def open_parquet(place: Place) -> Source | None:
+    """Return the Parquet files that lie there. Beside files of other formats, only those that may hold images count.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    names = place.files.names(*PARQUET_SUFFIXES)
+    is_alone = not place.has_images and set(place.files.names(*place.endings)) == set(names)
+    if not names or not (is_alone or _may_hold_images(place.files, names, place.config)):
+        return None
+    try:
+        return ParquetSource(place.files, place.config, cache_bytes=place.cache_bytes)
+    except _PathsOnlyError as error:
+        if place.files.is_single:
+            return None
+        raise DataError(f"{error}. To read a file as an image list, name the file itself") from error
+
+
+def _may_hold_images(files: FileSet, names: list[str], config: DataConfig) -> bool:
+    """Tell whether a file of a set looks like one of images. Tables about images (paths, digests) do not."""
+    for found in read_summaries(files, names, columns_of(config)):
         if isinstance(found, DataError) or found.may_hold_images:
             return True  # if it is damaged, opening the source reports how
     return False
+
+
+class _PathsOnlyError(DataError):
+    """A file has paths of images, and no images."""
 
 
 class ParquetSource(Source):
@@ -82,12 +97,14 @@ class ParquetSource(Source):
         self._labels: NDArray[np.int64] | None = None
         self._class_names: tuple[str, ...] = ()
         self._label_problems: list[str] = []
-        with closing(read_summaries(files, self._names, _columns(config))) as summaries:
+        self._image_paths: list[str] = []
+        self._label_paths: list[str] = []
+        with closing(read_summaries(files, self._names, columns_of(config))) as summaries:
             self._gather(summaries)
         self.has_labels = not self._label_problems
         self.num_samples, self.block_starts = int(self._starts[-1]), self._starts[:-1]
         # Files of the same names and sizes need not have the same images, so place and time are part of the key.
-        key = f"{files.state} {self._fingerprint} {config.image_column} {config.max_image_mib * 2**20}"
+        key = f"{files.state} {self._fingerprint} {config.max_image_mib * 2**20}"
         self._cache = BlockCache(key, max_bytes=cache_bytes)
 
     @property
@@ -127,11 +144,9 @@ class ParquetSource(Source):
                 images[position] = image
         return images
 
-    def shares_files_with(self, other: Source) -> bool:
-        """Tell whether a file belongs to both sources."""
-        if not isinstance(other, ParquetSource):
-            return False
-        return not self._files.places(self._names).isdisjoint(other._files.places(other._names))
+    def places(self) -> set[str]:
+        """Return the Parquet files."""
+        return self._files.places(self._names)
 
     def describe(self, sample_id: int) -> str:
         """Return file and row."""
@@ -146,20 +161,22 @@ class ParquetSource(Source):
         for name, found in zip(self._names, summaries, strict=True):
             if isinstance(found, DataError):
                 raise found
-            if found.images is None:
-                raise DataError(found.image_problem)
+            if found.images.problem:
+                raise (DataError if found.paths.problem else _PathsOnlyError)(found.images.problem)
             used = np.flatnonzero(found.group_rows)
             file_rows.append(int(found.group_rows.sum()))
             self._check_rows(self._files.shown(name), file_rows[-1], self._files.sizes[name])
             for group in used.tolist():
-                self._check_bytes(self._files.shown(name), group, int(found.images[group, 2]))
+                self._check_bytes(name, group, found.images.path, int(found.images.chunks[group, 2]))
             group_rows.append(found.group_rows[used])
             group_numbers.append(used.astype(np.int32))
-            images.append(found.images[used])
-            if found.labels is None:
-                self._label_problems.append(found.label_problem)
+            images.append(found.images.chunks[used])
+            self._image_paths.append(found.images.path)
+            self._label_paths.append(found.labels.path)
+            if found.labels.problem:
+                self._label_problems.append(found.labels.problem)
             else:
-                labels.append(found.labels[used])
+                labels.append(found.labels.chunks[used])
             digest.update(_digested(name, self._files.sizes[name], found))
         self._file_starts = np.cumsum([0, *file_rows])
         self._file_of_group = np.repeat(np.arange(len(file_rows), dtype=np.int32), [len(rows) for rows in group_rows])
@@ -190,27 +207,25 @@ class ParquetSource(Source):
 
     def _read_block(self, block: int) -> EncodedBlock:
         """Read the images of a row group."""
-        file, group = self._parquet_file(int(self._file_of_group[block])), int(self._groups[block])
+        file_index, group = int(self._file_of_group[block]), int(self._groups[block])
+        file, path = self._parquet_file(file_index), self._image_paths[file_index]
         if not file.has_group(group, int(self._starts[block + 1] - self._starts[block])):
             raise DataError(f"{file.path} has changed since it was opened; start again")
         num_bytes = 0
 
         def take(part: pa.Array) -> pa.Array:
             nonlocal num_bytes
-            images = part.field("bytes") if pa.types.is_struct(part.type) else part
-            num_bytes += images.nbytes
-            self._check_bytes(file.path, group, num_bytes)
-            return images
+            num_bytes += part.nbytes
+            self._check_bytes(self._names[file_index], group, path, num_bytes)
+            return part
 
-        path = image_path(file.schema, self._config.image_column)
         limit = self._max_row_group_bytes
         parts = file.read_column(path, group, self._images[block], max_bytes=limit, convert=take)
         return _encoded_block(parts, self._config.max_image_mib * 2**20)
 
-    def _check_bytes(self, path: str, group: int, num_bytes: int) -> None:
+    def _check_bytes(self, name: str, group: int, column: str, num_bytes: int) -> None:
         if num_bytes > self._max_row_group_bytes:
-            limit = self._max_row_group_bytes
-            raise DataError(too_large(path, group, self._config.image_column, num_bytes, limit))
+            raise DataError(too_large(self._files.shown(name), group, column, num_bytes, self._max_row_group_bytes))
 
     def _check_rows(self, path: str, num_rows: int, num_bytes: int) -> None:
         if num_rows > max(_UNCHECKED_ROWS, num_bytes // _MIN_BYTES_PER_ROW):
@@ -224,16 +239,17 @@ class ParquetSource(Source):
             without, of_all = len(self._label_problems), len(self._names)
             some = "" if of_all == 1 else f"{without if without < of_all else 'all'} of {of_all} files have no labels; "
             raise LabelError(some + self._label_problems[0])
-        labels, column = np.empty(self.num_samples, np.int64), self._config.label_column
+        labels = np.empty(self.num_samples, np.int64)
         names: list[tuple[str, ...]] = [()] * len(self._names)
         listed = [False] * len(self._names)
         first_groups = np.searchsorted(self._file_of_group, np.arange(len(self._names) + 1))
 
         def read(file_index: int) -> None:
             start, end = self._file_starts[file_index : file_index + 2].tolist()
-            file = ParquetFile(self._files.open(self._names[file_index]))
+            file, column = ParquetFile(self._files.open(self._names[file_index])), self._label_paths[file_index]
             found: dict[str, int] = {}
-            convert = lambda part: read_numbers(part, found, f"{file.path}: column {column!r}")
+            shown = f"{file.path}: column {column!r}"
+            convert = lambda part: read_numbers(part, found, shown)
             parts: list[NDArray[np.int64]] = []
             for place in range(*first_groups[file_index : file_index + 2]):
                 group, chunk = int(self._groups[place]), self._label_chunks[place]
@@ -247,7 +263,7 @@ class ParquetSource(Source):
             labels[start:end] = np.concatenate([labels[:0], *parts])
             list_of_names = () if found else listed_names(file.schema, column)
             names[file_index], listed[file_index] = tuple(found) or list_of_names, bool(list_of_names)
-            self._check_labels(file.path, labels[start:end], list_of_names)
+            check_range(labels[start:end], list_of_names, shown, "Name another column by --data.label_column")
 
         pauses = None if self._files.is_remote else ()
         what = f"reading labels of {self._files.location}"
@@ -260,23 +276,16 @@ class ParquetSource(Source):
         starts = self._file_starts.tolist()
         return labels, merge_names(labels, starts, names, are_listed=all(listed))
 
-    def _check_labels(self, path: str, labels: NDArray[np.int64], names: tuple[str, ...]) -> None:
-        largest = len(names) - 1 if names else MAX_LABEL
-        if len(labels) and (labels.min() < UNLABELLED or labels.max() > largest):
-            raise LabelError(
-                f"{path}: column {self._config.label_column!r} has values from {labels.min()} to {labels.max()}; expected "
-                f"classes from 0 to {largest}, or {UNLABELLED} for none. Name another column by --data.label_column"
-            )
 
-
-def _columns(config: DataConfig) -> ColumnNames:
+def columns_of(config: DataConfig) -> ColumnNames:
+    """Return the columns that the options name."""
     return ColumnNames(image=config.image_column, label=config.label_column)
 
 
 def _digested(name: str, num_bytes: int, summary: FileSummary) -> bytes:
-    """Return the content of a file's footer that the fingerprint covers."""
+    """Return what the fingerprint covers of a file: name, size, row groups, and the column of images."""
     rows, group_bytes = summary.group_rows.tolist(), summary.group_bytes.tolist()
-    lines = [f"{name.rpartition('/')[2]}\0{num_bytes}\0{sum(rows)}\n"]
+    lines = [f"{name.rpartition('/')[2]}\0{num_bytes}\0{sum(rows)}\0{summary.images.path}\n"]
     return "".join([*lines, *(f"{own} {of_all}\n" for own, of_all in zip(rows, group_bytes, strict=True))]).encode()
 
 

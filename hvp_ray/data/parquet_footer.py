@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from hvp_ray.data.columns import Column, ColumnNames, bytes_path, find_images, find_labels, find_paths
 from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.limited_process import CrashError, LimitedProcess, limited_memory
-from hvp_ray.data.parquet_labels import label_problem, missing_column
 from hvp_ray.errors import DataError, first_line
 from hvp_ray.files import OpenFile, retried
 
@@ -43,14 +43,6 @@ _ARROW_ERRORS = (pa.ArrowException, OSError, OverflowError, MemoryError, IndexEr
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ColumnNames:
-    """Names of the columns that a source reads."""
-
-    image: str
-    label: str
-
-
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class FileSummary:
     """Checked contents of one file's footer."""
@@ -59,14 +51,24 @@ class FileSummary:
     """[groups]"""
     group_bytes: NDArray[np.int64]
     """[groups], all columns, decompressed."""
-    images: NDArray[np.int64] | None
-    """[groups, 4], see `_describe_chunks`. None: the file has no images, for the reason `image_problem`."""
-    image_problem: str
-    labels: NDArray[np.int64] | None
-    """[groups, 4]. None: the file has no labels, for the reason `label_problem`."""
-    label_problem: str
+    images: "ColumnSummary"
+    labels: "ColumnSummary"
+    paths: "ColumnSummary"
+    """Of an image list, in place of `images`."""
     may_hold_images: bool
-    """Whether the column of images has bytes, or any column has a struct of bytes, like Hugging Face's images."""
+    """Whether a column of images was found, or several that may be."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ColumnSummary:
+    """Place of one column in the row groups of a file."""
+
+    path: str
+    """Of the values, such as `image.bytes`."""
+    chunks: NDArray[np.int64]
+    """[groups, 4], see `_describe_chunks`."""
+    problem: str
+    """Why there is no such column, as a sentence. Empty: there is one."""
 
 
 def read_summaries(
@@ -137,17 +139,23 @@ def summarise(footer: bytes, file_bytes: int, shown: str, columns: ColumnNames) 
             raise DataError(f"{shown} has {leaves.count(path)} columns {path!r}; expected one")
         return _describe_chunks(groups, leaves.index(path), file_bytes, f"{shown}: column {path!r}")
 
-    no_images, no_labels = image_problem(schema, columns.image), label_problem(schema, columns.label)
+    def summary_of(column: Column, path: str) -> ColumnSummary:
+        if column.problem:
+            return ColumnSummary(path="", chunks=np.zeros((0, 4), np.int64), problem=f"{shown}{column.problem}")
+        return ColumnSummary(path=path, chunks=chunks_of(path), problem="")
+
+    images = find_images(schema, columns.image)
+    paths = (
+        find_paths(schema, columns.image) if images.problem else Column(problem=" has images, so it is no list of them")
+    )
+    labels = find_labels(schema, columns.label)
     return FileSummary(
         group_rows=rows,
         group_bytes=np.array([group.total_byte_size for group in groups], np.int64),
-        images=None if no_images else chunks_of(image_path(schema, columns.image)),
-        image_problem=f"{shown}{no_images}",
-        labels=None if no_labels else chunks_of(columns.label),
-        label_problem=f"{shown}{no_labels}",
-        may_hold_images=any(
-            _has_bytes(field.type) or (field.name == columns.image and _is_binary(field.type)) for field in schema
-        ),
+        images=summary_of(images, "" if images.problem else bytes_path(schema, images.path)),
+        labels=summary_of(labels, labels.path),
+        paths=summary_of(paths, paths.path),
+        may_hold_images=any(not c.problem or c.is_ambiguous for c in (images, find_images(schema, None))),
     )
 
 
@@ -213,9 +221,9 @@ class ParquetFile:
         If the footer is correct, a part has at most `max_bytes`. Otherwise reading stops at 2 x `max_bytes` + 1 GiB.
 
         Args:
-            path: path of the column, such as `image.bytes`.
+            path: path of the column, such as `image.bytes`. Its values are returned without the structs around them.
             group: index of the row group.
-            chunk: [4], see `FileSummary`.
+            chunk: [4], see `ColumnSummary`.
             max_bytes: data.max_row_group_mib.
             convert: called with each part. What it raises is passed on.
 
@@ -231,7 +239,7 @@ class ParquetFile:
         try:
             with limited_memory(2 * max_bytes + _ARROW_MEMORY_BYTES):
                 batches = self._arrow.iter_batches(rows, row_groups=[group], columns=[path], use_threads=False)
-                return [convert(batch.column(0)) for batch in batches]
+                return [convert(_innermost(batch.column(0))) for batch in batches]
         except MemoryError as error:
             raise DataError(too_large(self.path, group, path, 2 * max_bytes, max_bytes)) from error
         except _ARROW_ERRORS as error:
@@ -249,30 +257,11 @@ def too_large(shown: str, group: int, column: str, num_bytes: int, max_bytes: in
     )
 
 
-def image_problem(schema: pa.Schema, column: str) -> str:
-    """Return why a column holds no images, as the end of a sentence about the file; empty: it does."""
-    if schema.names.count(column) != 1:
-        return f"{missing_column(schema, column)}. Name the column of images by --data.image_column"
-    kind = schema.field(column).type
-    if _is_binary(kind) or _has_bytes(kind):
-        return ""
-    return f": column {column!r} has type {str(kind)[:200]}; expected struct<bytes: binary, path: string> or binary"
-
-
-def image_path(schema: pa.Schema, column: str) -> str:
-    """Return the path of the bytes of images, for a column without `image_problem`."""
-    return column if _is_binary(schema.field(column).type) else f"{column}.bytes"
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _has_bytes(kind: pa.DataType) -> bool:
-    """Tell whether a type is that of Hugging Face's images: a struct with one field `bytes`."""
-    if not pa.types.is_struct(kind) or [field.name for field in kind].count("bytes") != 1:
-        return False
-    return _is_binary(kind.field("bytes").type)
+def _innermost(values: pa.Array) -> pa.Array:
+    """Return the values of the only column that was read of a struct."""
+    while pa.types.is_struct(values.type):
+        values = values.field(0)
+    return values
 
 
 def _refusal(shown: str) -> str:

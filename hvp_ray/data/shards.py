@@ -29,7 +29,7 @@ from hvp_ray.data.shard_format import (
     ShardEntry,
     manifest_from_json,
 )
-from hvp_ray.data.source import MAX_LABEL, UNLABELLED, Source
+from hvp_ray.data.source import MAX_LABEL, PLAN, UNLABELLED, Place, Source
 from hvp_ray.errors import DataError, LabelError
 
 _MAX_MANIFEST_BYTES = 2**28
@@ -39,6 +39,27 @@ _REQUESTS_AT_ONCE = 32
 _GAP_BYTES = 16_384
 """Behind a URI, one request fetches images of a batch that are at most this far apart."""
 _VERIFY_BYTES = 8 * 2**20
+
+
+def open_shards(place: Place) -> Source | None:
+    """Return the packed shards that lie there.
+
+    Raises:
+        DataError: they are damaged, or packing has not finished.
+    """
+    if place.path is None:
+        found = [name for name in (MANIFEST, PLAN) if name in place.files.sizes]
+    else:
+        found = [name for name in (MANIFEST, PLAN) if (place.path / name).is_file()]
+    if MANIFEST in found:
+        files = place.files if place.path is None else FileSet(place.location, recursive=False)
+        return ShardSource(files, cache_bytes=place.cache_bytes, max_image_bytes=place.max_image_bytes)
+    if found:
+        raise DataError(
+            f"data.source={place.location!r} is not packed completely; give the command of hvp-ray pack again to "
+            f"continue"
+        )
+    return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -1,11 +1,13 @@
 """The interface of data sources, and opening the one that `data.source` names.
 
 A source returns encoded images by sample id. Every process that reads (view workers, evaluation) opens it anew, so it keeps
-little state and is never sent.
+little state and is never sent. `formats.py` lists the formats. Each is a file with a class and a function that recognises it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
+from hvp_ray.data.file_set import FileSet
+from hvp_ray.data.image_suffixes import IMAGE_SUFFIXES
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.errors import DataError, first_line
 from hvp_ray.files import is_uri
@@ -26,7 +30,44 @@ MAX_LABEL = 2**20 - 1
 PLAN = "packing.json"
 """A folder that has it, and no manifest, is being packed (`packing.py`)."""
 
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+DIGITS = "digits"
+"""Location of the embedded data set."""
+
+EXPECTED = (
+    "`digits`, a folder of images, Parquet, WebDataset (.tar), a Hugging Face data set saved to disk, an image list (.csv, "
+    ".tsv, .parquet), packed shards, or a URI"
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """What `data.source` names, for the functions that recognise a format. Files are listed when they are needed."""
+
+    location: str
+    """Value of the option."""
+    path: Path | None
+    """Something on this machine. None: a URI, or `digits`."""
+    config: DataConfig
+    """Columns and limits."""
+    cache_bytes: int
+    """Disk of this node for what would otherwise be read again. 0: none, as images are read once, in order."""
+    endings: tuple[str, ...]
+    """Endings of the names of files that hold or describe images, of all formats."""
+
+    @cached_property
+    def files(self) -> FileSet:
+        """Files with one of the endings; at a URI all files."""
+        return FileSet(self.location, suffixes=None if self.path is None else self.endings)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are single images that are read. Those at a URI are not."""
+        return self.files.leftovers.has_suffix(IMAGE_SUFFIXES)
+
+    @property
+    def max_image_bytes(self) -> int:
+        """Larger images are returned as no bytes."""
+        return self.config.max_image_mib * 2**20
 
 
 class Source(ABC):
@@ -81,9 +122,13 @@ class Source(ABC):
     def describe(self, sample_id: int) -> str:
         """Return the place of an image, for messages: a path, or file and row."""
 
+    def places(self) -> set[str]:
+        """Return the files that hold the images: paths without links, or URIs. Empty: each image is a file."""
+        return set()
+
     def shares_files_with(self, other: "Source") -> bool:
-        """Tell whether a file belongs to both sources, as far as their kind can tell."""
-        return False
+        """Tell whether a file belongs to both sources. Copies of a file do not count."""
+        return not self.places().isdisjoint(other.places())
 
 
 def renumber(labels: NDArray[np.integer[Any]], numbers: Iterable[int]) -> NDArray[np.int64]:
@@ -92,7 +137,7 @@ def renumber(labels: NDArray[np.integer[Any]], numbers: Iterable[int]) -> NDArra
 
 
 def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> Source:
-    """Open `digits`, a folder of images in class folders, Parquet in the Hugging Face image layout, or packed shards.
+    """Open the source by the first format (`formats.py`) that recognises it.
 
     Args:
         source: value of `DataConfig.source`.
@@ -103,57 +148,23 @@ def open_source(source: str, config: DataConfig, *, in_order: bool = False) -> S
         DataError: there is nothing usable at `source`. The message states what was found and what is expected.
         ConfigError: a URI that cannot be used.
     """
-    if source == "digits":
-        from hvp_ray.data.digits import DigitsSource  # imports scikit-learn, which takes seconds
-
-        return DigitsSource()
-    try:
-        return _open_files(source, config, 0 if in_order else config.block_cache_mib * 2**20)
-    except OSError as error:
-        raise DataError(f"data.source={source!r} cannot be read: {first_line(error)}") from error
-
-
-def _open_files(source: str, config: DataConfig, cache_bytes: int) -> Source:
-    from hvp_ray.data.file_set import FileSet
-    from hvp_ray.data.folder import IMAGE_SUFFIXES, FolderSource
-    from hvp_ray.data.parquet import PARQUET_SUFFIXES, ParquetSource, may_hold_images
-    from hvp_ray.data.shard_format import MANIFEST
-    from hvp_ray.data.shards import ShardSource
-
     if source.startswith(("http://", "https://")):
         raise DataError(
             f"data.source={source!r}: web pages are not listed; give hf://datasets/OWNER/NAME, s3://, gs://, or download it"
         )
-    path = None if is_uri(source) else _check_path(source)
-    is_packed = path is not None and (path / MANIFEST).is_file()
-    if is_packed or path is None:
-        files = FileSet(source, recursive=not is_packed)
-    else:
-        files = FileSet(source, suffixes=PARQUET_SUFFIXES)
-    if MANIFEST in files.sizes:
-        return ShardSource(files, cache_bytes=cache_bytes, max_image_bytes=config.max_image_mib * 2**20)
-    has_images = files.leftovers.has_suffix(IMAGE_SUFFIXES)
-    if files.names(*PARQUET_SUFFIXES) and (not has_images or may_hold_images(files, config)):
-        return ParquetSource(files, config, cache_bytes=cache_bytes)
-    if PLAN in files.sizes or (path is not None and (path / PLAN).is_file()):
-        raise DataError(
-            f"data.source={source!r} is not packed completely; give the command of hvp-ray pack again to continue"
+    from hvp_ray.data.formats import FILE_ENDINGS, FORMATS  # its modules import this one
+
+    try:
+        place = Place(
+            location=source,
+            path=None if source == DIGITS or is_uri(source) else _check_path(source),
+            config=config,
+            cache_bytes=0 if in_order else config.block_cache_mib * 2**20,
+            endings=FILE_ENDINGS,
         )
-    if path is None:
-        raise DataError(
-            f"data.source={source!r} has no Parquet files and no packed shards ({len(files.sizes)} files of other kinds). "
-            f"Single images are read from folders of this machine only: pack them with hvp-ray pack FOLDER {source}"
-        )
-    if "*" in path.name:
-        raise DataError(f"data.source={source!r}: no Parquet files match; patterns are for *.parquet")
-    if path.is_file() and path.name.lower().endswith(ARCHIVE_SUFFIXES):
-        raise DataError(
-            f"data.source={source!r} is an archive, and archives are not read; unpack it into a folder of images, or give "
-            f"Parquet"
-        )
-    if path.is_file():
-        raise DataError(f"data.source={source!r} is a file, but not Parquet; expected *.parquet or a folder of images")
-    return FolderSource(path, max_image_bytes=config.max_image_mib * 2**20)
+        return next(found for entry in FORMATS if (found := entry.recognise(place)) is not None)
+    except OSError as error:
+        raise DataError(f"data.source={source!r} cannot be read: {first_line(error)}") from error
 
 
 def _check_path(source: str) -> Path:
@@ -165,9 +176,7 @@ def _check_path(source: str) -> Path:
     except OSError as error:
         raise DataError(f"data.source={source!r} cannot be read: {error.strerror}") from error
     if not exists:
-        raise DataError(
-            f"data.source={source!r} does not exist; expected `digits`, a folder, Parquet, packed shards, or a URI"
-        )
+        raise DataError(f"data.source={source!r} does not exist; expected {EXPECTED}")
     if not place.is_file() and not place.is_dir():
-        raise DataError(f"data.source={source!r} is a pipe, a device or a socket; expected a folder or a Parquet file")
+        raise DataError(f"data.source={source!r} is a pipe, a device or a socket; expected {EXPECTED}")
     return path

@@ -5,8 +5,9 @@ The sentence is the reason in the list of unreadable images.
 
 import io
 import struct
+from importlib.util import find_spec
 
-from PIL import TiffImagePlugin
+from PIL import TiffImagePlugin, features
 
 from hvp_ray.data.image_limits import jpeg_frame
 from hvp_ray.data.intensity import KINDS_OF_NUMBERS
@@ -30,11 +31,17 @@ _STARTS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x1f\x8b", "a gzip file, not an image; unpack it"),
     (0, b"version https://git-lfs", "a Git LFS pointer, not an image; fetch the images with git lfs pull"),
 )
-_BRANDS = {
-    "an AVIF": (b"avif", b"avis"),
-    "a HEIC": (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
-    "a Canon raw": (b"crx ",),
-}
+_DAMAGED = "not an image that can be decoded: {} that is damaged, or larger than its decoder allows"
+_BRANDS = (
+    (b"avif", b"avis"),
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"),
+    (b"crx ",),
+)
+_OPTIONAL = (
+    ("a WebP", "webp", 8, b"WEBP"),
+    ("a JPEG 2000", "jpg_2000", 0, (b"\x00\x00\x00\x0cjP  ", b"\xff\x4f\xff\x51")),
+)
+"""Formats that Pillow may lack: name, feature of Pillow, bytes at an offset."""
 _FRAMES = {0xF7: "a JPEG-LS", 0xC3: "a lossless JPEG", 0xC7: "a lossless JPEG", 0xCB: "a lossless JPEG"}
 _JPEG_START = b"\xff\xd8\xff"
 _SEARCHED_BYTES = 256
@@ -42,8 +49,8 @@ _SEARCHED_BYTES = 256
 
 def describe_unread(image: bytes) -> str:
     """Return why no decoder reads these bytes: their format, or that they have none."""
-    for offset, start, what in _STARTS:
-        if image.startswith(start, offset):
+    for place, start, what in _STARTS:
+        if image.startswith(start, place):
             return what
     if image[4:8] == b"ftyp":
         return _describe_boxes(image)
@@ -51,6 +58,10 @@ def describe_unread(image: bytes) -> str:
         return unread_jpeg(image) or "not an image that can be decoded: a JPEG with a damaged header"
     if image.startswith((b"II", b"MM")):
         return _describe_tiff(image)
+    for name, feature, offset, starts in _OPTIONAL:
+        if image.startswith(starts, offset):
+            missing = not features.check(feature)
+            return f"{name} image; {_without(name[2:])}" if missing else _DAMAGED.format(name)
     text = image[:_SEARCHED_BYTES].lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         return "a web page, not an image: the download failed; fetch it again"
@@ -59,12 +70,23 @@ def describe_unread(image: bytes) -> str:
     return "not an image: the bytes have no known format"
 
 
+def _without(name: str) -> str:
+    """Return the remedy for a Pillow that was built without a format."""
+    return f"this Pillow was built without {name}: pip install --upgrade pillow, or {_CONVERT}"
+
+
 def _describe_boxes(image: bytes) -> str:
     """Describe an ISO base media file by its brands; AVIF also has the brand of HEIC's container."""
     brands = image[8 : min(_SEARCHED_BYTES, struct.unpack_from(">I", image)[0])]
-    for name, of_format in _BRANDS.items():
-        if any(brand in brands for brand in of_format):
-            return f"{name} image, which is not read; {_CONVERT}"
+    is_avif, is_heic, is_raw = (any(brand in brands for brand in of_format) for of_format in _BRANDS)
+    if is_avif:
+        return _DAMAGED.format("an AVIF") if features.check("avif") else f"an AVIF image; {_without('AVIF')}"
+    if is_heic and find_spec("pillow_heif") is None:
+        return "a HEIC image, which needs the package pillow-heif: pip install 'hvp-ray[heic]'"
+    if is_heic:
+        return _DAMAGED.format("a HEIC")
+    if is_raw:
+        return f"a Canon raw image, which is not read; {_CONVERT}"
     return "a film (MP4 or QuickTime), not an image; extract its frames"
 
 

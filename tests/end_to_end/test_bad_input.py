@@ -38,7 +38,7 @@ def sources(tmp_path: Path) -> Iterator[Path]:
     for index in range(5):
         (tmp_path / "few" / "a" / f"{index}.png").write_bytes(encode(np.zeros((9, 9, 3), np.uint8)))
     (tmp_path / "broken.parquet").write_bytes(b"not parquet at all")
-    pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "column.parquet")
+    pq.write_table(pa.table({"vector": [b"x"]}), tmp_path / "column.parquet")
     return tmp_path
 
 
@@ -47,12 +47,12 @@ def sources(tmp_path: Path) -> Iterator[Path]:
     [
         (
             ["--data.source", "{}/absent"],
-            "does not exist; expected `digits`, a folder, Parquet, packed shards, or a URI",
+            "does not exist; expected `digits`, a folder of images, Parquet, WebDataset (.tar)",
         ),
         (["--data.source", "{}/empty"], "no images in"),
-        (["--data.source", "{}/texts"], "(1 files of other kinds); expected class folders"),
+        (["--data.source", "{}/texts"], "(1 files of other kinds); expected `digits`, a folder of images"),
         (["--data.source", "{}/broken.parquet"], "cannot be read as Parquet"),
-        (["--data.source", "{}/column.parquet"], "has no column 'image'; it has ['picture']"),
+        (["--data.source", "{}/column.parquet"], "has no column of images; it has ['vector']"),
         (["--data.source", "{}/few"], "the data has 4 images for training, fewer than one step needs"),
         (["--data.test_source", "{}/few"], "no class of the test images is one of the training images"),
         (["--data.test_source", "digits"], "training and test images are the same images"),

@@ -46,6 +46,7 @@ CHANGES: dict[str, Any] = {
     "data.shuffle_window_mib": 1,
     "data.block_cache_mib": 1,
     "data.max_row_group_mib": 1,
+    "data.image_column": "image",
     "data.label_column": "coarse_label",
     "views.evaluation_resize_px": 12,
     "views.evaluation_interpolation": "bicubic",

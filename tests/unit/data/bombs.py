@@ -159,6 +159,13 @@ def jpeg2000(size_px: int, *, precinct: int, code_block: int = 4) -> bytes:
     return head + b"\xff\x90" + struct.pack(">HHIBB", 10, 0, 114, 0, 1) + b"\xff\x93" + bytes(100) + b"\xff\xd9"
 
 
+def avif_of_size(size_px: int) -> bytes:
+    """Return an AVIF of 8 x 8 px whose header claims another size."""
+    image = encode(np.zeros((8, 8, 3), np.uint8), "AVIF")
+    start = image.index(b"ispe") + 8
+    return image[:start] + struct.pack(">II", size_px, size_px) + image[start + 8 :]
+
+
 _PROFILE = b"\nexif\n%8d\n" % 400_000 + exif_of_entries(30_000).hex().encode()
 
 IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -231,6 +238,8 @@ IMAGES: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: webp(13_000, 13_000, num_frames=2),
         "more than data.max_image_pixels",
     ),
+    "AVIF whose header says 15,000 x 15,000 px": (lambda: avif_of_size(15_000), "more than data.max_image_pixels"),
+    "AVIF whose header says 60,000 x 60,000 px": (lambda: avif_of_size(60_000), "larger than its decoder allows"),
     "PPM of 60,000 x 60,000 px": (lambda: b"P6 60000 60000 255\n" + bytes(100), "more than data.max_image_pixels"),
     "PPM with a long comment": (lambda: b"P6 #" + b"a" * 10**7 + b"\n2 2 255\n" + bytes(12), "header of more than"),
     "PPM of comments": (lambda: b"P3 10 10 255\n" + b"#a\n" * 3 * 10**6, "comments"),
@@ -264,6 +273,10 @@ HARMLESS: dict[str, tuple[Callable[[], bytes], tuple[int, int]]] = {
     "CMYK JPEG with EXIF of many entries": (lambda: cmyk_jpeg(front=jpeg_exif_of_entries(5_400)), (16, 16)),
     "WebP with EXIF of many entries": (
         lambda: encode(np.zeros((4, 4, 3), np.uint8), "WEBP", exif=exif_of_entries(60_000)),
+        (4, 4),
+    ),
+    "AVIF with EXIF of many entries": (
+        lambda: encode(np.zeros((4, 4, 3), np.uint8), "AVIF", exif=exif_of_entries(60_000)),
         (4, 4),
     ),
 }

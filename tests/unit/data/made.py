@@ -1,5 +1,8 @@
-"""The same labelled images as a folder, as Parquet and packed, for the tests of this folder."""
+"""Labelled images in every format of a source, for the tests of this folder."""
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +70,26 @@ def upload(folder: Path, uri: str) -> None:
     for name, content in content_of(folder).items():
         with filesystem.open_output_stream(f"{root}/{name}") as stream:
             stream.write(content)
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_saved(folder: Path, table: pa.Table, *, num_files: int = 1) -> Path:
+    """What `datasets.Dataset.save_to_disk` writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data-{index:05d}-of-{num_files:05d}.arrow" for index in range(num_files)]
+    bounds = np.linspace(0, len(table), num_files + 1).astype(int)
+    for name, start, end in zip(names, bounds[:-1], bounds[1:], strict=True):
+        with pa.OSFile(str(folder / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table[start:end], max_chunksize=7)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (folder / "dataset_info.json").write_text("{}")
+    return folder

@@ -57,6 +57,7 @@ _SAVED: dict[str, tuple[str, tuple[str, ...], dict[str, object]]] = {
     "progressive JPEG": ("JPEG", ("L", "RGB", "CMYK"), {"progressive": True}),
     "PNG": ("PNG", ("1", "L", "LA", "P", "RGB", "RGBA"), {}),
     "WebP": ("WEBP", ("L", "RGB", "RGBA"), {"lossless": True}),
+    "AVIF": ("AVIF", ("L", "RGB", "RGBA"), {}),
     "TIFF": ("TIFF", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"), {}),
     "TIFF, LZW": ("TIFF", ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"), {"compression": "tiff_lzw"}),
     "TIFF, JPEG": ("TIFF", ("L", "RGB", "CMYK"), {"compression": "jpeg"}),
@@ -70,10 +71,10 @@ def test_every_mode_and_orientation_is_what_pillow_shows_upright(
     generator: np.random.Generator, name: str, orientation: int
 ) -> None:
     kind, modes, options = _SAVED[name]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
     picture = Image.fromarray(photograph_like(generator, 24, 40))
     for mode in modes:
+        exif = Image.Exif()  # saving AVIF takes the tag out of it
+        exif[0x0112] = orientation
         buffer = io.BytesIO()
         picture.convert(mode).save(buffer, kind, exif=exif, **options)
         expected = ImageOps.exif_transpose(Image.open(buffer)).convert("RGB")
@@ -145,3 +146,22 @@ def test_truncated_jpeg_and_png_are_unreadable(generator: np.random.Generator) -
 def test_jpeg_with_harmless_bytes_behind_it_is_read(generator: np.random.Generator) -> None:
     image = encode(photograph_like(generator, 30, 30), "JPEG")
     assert np.array_equal(_decode(image + b"trailing bytes of a camera"), _decode(image))
+
+
+def test_heic_is_read_by_its_package_within_the_limits(generator: np.random.Generator) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    image = encode(photograph_like(generator, 64, 96), "HEIF", quality=90)
+    assert np.array_equal(_decode(image), np.array(Image.open(io.BytesIO(image)).convert("RGB")))
+    with pytest.raises(UnreadableImageError, match="96 x 64 px is more than data.max_image_pixels=6000"):
+        read_size(image, max_pixels=6_000)
+    size = image.index(b"ispe") + 8
+    decoy = image[:size] + (16).to_bytes(4, "big") * 2 + image[size + 8 :]  # a frame larger than the header says
+    with pytest.raises(UnreadableImageError, match="cannot be decoded"):
+        decode_rgb(decoy, max_pixels=LIMIT)
+    with pytest.raises(UnreadableImageError, match="a HEIC that is damaged|cannot be decoded"):
+        decode_rgb(image[: len(image) // 2], max_pixels=LIMIT)
+    buffer = io.BytesIO()
+    pixels = (photograph_like(generator, 64, 96).astype("<u2") * 256).tobytes()
+    pillow_heif.encode("RGB;16", (96, 64), pixels, buffer)
+    with pytest.raises(UnreadableImageError, match="its 10-bit unsigned integers cannot be decoded.*save it as a"):
+        decode_rgb(buffer.getvalue(), max_pixels=LIMIT, intensity_range=(0.0, 1023.0))

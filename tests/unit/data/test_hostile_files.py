@@ -439,9 +439,10 @@ def test_sources_that_are_no_folders_and_no_files_say_so(tmp_path: Path) -> None
     os.mkfifo(tmp_path / "pipe.parquet")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     cases = {"pipe": "is a pipe, a device", "pipe.parquet": "is a pipe, a device", "loop": "does not exist"}
-    for name in ("images.zip", "images.tar", "images.tar.gz", "IMAGES.TGZ"):
+    for name in ("images.zip", "images.tar.gz", "IMAGES.TGZ", "images.tar"):
         (tmp_path / name).write_bytes(b"x")
-        cases[name] = "is an archive, and archives are not read; unpack it"
+        cases[name] = "is a compressed archive, and those are not read; unpack it"
+    cases["images.tar"] = "images.tar is damaged or not complete: .*; copy it or write it again"
     for name, message in cases.items():
         with pytest.raises(DataError, match=message):
             open_source(str(tmp_path / name), DataConfig(source=str(tmp_path / name)))

@@ -1,5 +1,6 @@
 """Images with more than 8 bits per channel are scaled by their values, or refused with a reason."""
 
+import importlib.util
 import struct
 from collections.abc import Callable
 
@@ -58,6 +59,9 @@ IMAGES: dict[str, tuple[Callable[[], bytes], np.ndarray, tuple[float, float]]] =
     "JPEG 2000, 12 bits": (lambda: made.jpeg2000(TWELVE, precision=12), TWELVE, (0.0, 4095.0)),
     "JPEG 2000, 16 bits": (lambda: made.jpeg2000(FULL, precision=16), FULL, (0.0, 65_535.0)),
     "JPEG 2000, RGB": (lambda: made.jpeg2000(IN_COLOUR // 16, precision=12), IN_COLOUR // 16, (0.0, 4095.0)),
+    "AVIF, 10 bits": (lambda: made.avif(TWELVE // 4, depth=10), TWELVE // 4, (0.0, 1023.0)),
+    "AVIF, 12 bits": (lambda: made.avif(TWELVE, depth=12), TWELVE, (0.0, 4095.0)),
+    "AVIF, RGB of 10 bits": (lambda: made.avif(IN_COLOUR // 64, depth=10), IN_COLOUR // 64, (0.0, 1023.0)),
     "TIFF, uint16 of a microscope": (lambda: made.tiff_of(TWELVE, order=">"), TWELVE, (0.0, 4095.0)),
     "TIFF, LZW": (lambda: made.saved(TWELVE, "TIFF", compression="tiff_lzw"), TWELVE, (0.0, 4095.0)),
     "TIFF, zstd": (lambda: made.saved(TWELVE, "TIFF", compression="zstd"), TWELVE, (0.0, 4095.0)),
@@ -151,7 +155,7 @@ def test_images_of_16_bits_are_turned_upright(kind: str, orientation: int) -> No
     )
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "TGA", "AVIF"])
 def test_range_changes_no_bit_of_an_image_of_8_bits(generator: np.random.Generator, kind: str) -> None:
     image = encode(photograph_like(generator, 60, 80), kind)
     plain = decode_rgb(image, max_pixels=LIMIT)
@@ -179,6 +183,8 @@ def _box(brand: bytes, *compatible: bytes) -> bytes:
     return struct.pack(">I4s", 8 + len(content), b"ftyp") + content + bytes(100)
 
 
+HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
+HEIC = "a HEIC that is damaged" if HAS_HEIF else r"needs the package pillow-heif: pip install 'hvp-ray\[heic\]'"
 JPEG = encode(np.zeros((90, 80, 3), np.uint8), "JPEG", comment=b"x" * 9_000)
 UNREAD: dict[str, tuple[bytes, str]] = {
     "TIFF of five bands": (
@@ -194,9 +200,15 @@ UNREAD: dict[str, tuple[bytes, str]] = {
         made.tiff_of(_ramp(0, 1, "f8"), order=">"),
         "a TIFF of 1 band of 64-bit floating-point numbers",
     ),
-    "AVIF": (encode(np.zeros((9, 9, 3), np.uint8), "AVIF"), "an AVIF image.*convert"),
-    "AVIF of another brand": (_box(b"mif1", b"mif1", b"avif"), "an AVIF image.*convert"),
-    "HEIC": (_box(b"heic", b"mif1", b"heic"), "a HEIC image.*convert"),
+    "damaged AVIF": (encode(np.zeros((9, 9, 3), np.uint8), "AVIF")[:99], "an AVIF that is damaged"),
+    "AVIF of another brand": (_box(b"mif1", b"mif1", b"avif"), "an AVIF that is damaged|cannot be decoded"),
+    "HEIC": (_box(b"heic", b"mif1", b"heic"), HEIC),
+    "Canon raw": (_box(b"crx ", b"crx "), "a Canon raw image.*convert"),
+    "damaged WebP": (b"RIFF\x00\x01\x00\x00WEBPVP8 " + bytes(90), "a WebP that is damaged|could not create decoder"),
+    "damaged JPEG 2000": (
+        b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(90),
+        "a JPEG 2000 that is damaged|cannot be decoded",
+    ),
     "film": (_box(b"isom", b"mp42"), "a film"),
     "JPEG XL": (b"\xff\x0a" + bytes(50), "a JPEG XL image.*convert"),
     "JPEG XL in a box": (b"\x00\x00\x00\x0cJXL \r\n\x87\n" + bytes(50), "a JPEG XL image.*convert"),

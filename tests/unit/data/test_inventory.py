@@ -12,7 +12,7 @@ from PIL import Image
 from hvp_ray.config import DataConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.data.decode import decode_rgb
-from hvp_ray.data.folder import IMAGE_SUFFIXES
+from hvp_ray.data.image_suffixes import IMAGE_SUFFIXES
 from hvp_ray.data.inventory import DataInventory, take_inventory
 from hvp_ray.data.source import Source
 from hvp_ray.errors import DataError
@@ -47,12 +47,12 @@ def _inventory(**options: object) -> DataInventory:
 
 
 def test_what_is_left_out_is_counted_by_reason_with_the_first_of_each(tmp_path: Path) -> None:
-    _write(tmp_path, "a/1.png", "b/2.JFIF", "a/3.avif", "b/4.AVIF", "b/5", "a/6.md", ".git/7.png", "b/.8.png")
+    _write(tmp_path, "a/1.png", "b/2.JFIF", "a/3.jxl", "b/4.JXL", "b/5", "a/6.md", ".git/7.png", "b/.8.png")
     (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
     source = open_any(tmp_path)
     assert _paths(source, tmp_path) == ["a/1.png", "b/2.JFIF"]
     assert _left_out(source) == {
-        ".avif files": (2, "a/3.avif"),
+        ".jxl files": (2, "a/3.jxl"),
         "hidden": (2, ".git"),
         ".md files": (1, "a/6.md"),
         "files without a suffix": (1, "b/5"),
@@ -80,12 +80,13 @@ def test_inventory_names_images_classes_bytes_and_images_that_lack_their_suffix(
 
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_every_suffix_that_is_read_can_be_decoded(suffix: str, tmp_path: Path) -> None:
-    kinds = {".jfif": "JPEG", ".jif": "JPEG", ".pjpeg": "JPEG", ".pjp": "JPEG", ".j2k": "JPEG2000", ".jp2": "JPEG2000"}
-    path = tmp_path / f"1{suffix}"
-    image = Image.new("1" if suffix == ".pbm" else "L" if suffix == ".pgm" else "RGB", (6, 5), 1)
-    image.save(path, format=kinds.get(suffix, Image.registered_extensions().get(suffix)))
+    kinds = {".jif": "JPEG", ".pjpeg": "JPEG", ".pjp": "JPEG"} | dict.fromkeys((".heic", ".heif", ".hif"), "HEIF")
+    if suffix in (".heic", ".heif", ".hif"):
+        pytest.importorskip("pillow_heif")
+    image = Image.new({".pbm": "1", ".pgm": "L", ".pfm": "F"}.get(suffix, "RGB"), (6, 5), 1)
+    image.save(tmp_path / f"1{suffix}", format=kinds.get(suffix, Image.registered_extensions().get(suffix)))
     source = open_any(tmp_path)
-    assert decode_rgb(source.read([0])[0], max_pixels=100).shape == (5, 6, 3)
+    assert decode_rgb(source.read([0])[0], max_pixels=100, intensity_range=(0.0, 1.0)).shape == (5, 6, 3)
 
 
 @pytest.mark.parametrize("depth", ["", "all/Data"])

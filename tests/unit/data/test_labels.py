@@ -185,7 +185,7 @@ UNUSABLE: dict[str, tuple[pa.Array | list[object] | None, str]] = {
     "lists": (pa.array([[1], [2, 3]]), r"has type list<.*--data.label_column"),
     "bytes": (pa.array([b"a", b"b"]), r"has type binary"),
     "empty": (pa.nulls(2), "is empty"),
-    "missing": (None, r"has no column 'label'; it has \['image'\]. Name the column of labels by --data.label_column"),
+    "missing": (None, r"has no column of labels; it has \['image'\]. Name the column of labels by --data.label_column"),
     "fractions": ([0.5, 1.0], r"holds fractions \(0.5, ...\); expected classes"),
     "infinite": ([float("inf"), 1.0], "has values from 1 to 1152921504606846976"),
     "negative": ([-7, 1], "has values from -7 to 1; expected classes from 0 to 1048575, or -1 for none"),
@@ -222,7 +222,7 @@ def test_some_files_without_labels_or_without_names_are_counted(tmp_path: Path) 
         _write_parquet(tmp_path / "some" / f"{name}.parquet", labels)
     source = open_any(tmp_path / "some")
     assert not source.has_labels
-    with pytest.raises(LabelError, match=r"1 of 3 files have no labels; .*b.parquet has no column 'label'"):
+    with pytest.raises(LabelError, match=r"1 of 3 files have no labels; .*b.parquet has no column of labels"):
         source.load_labels()
     for name, labels in {"a": [0], "b": ["cat"], "c": pa.array([None], pa.string())}.items():
         _write_parquet(tmp_path / "mixed" / f"{name}.parquet", labels)

@@ -141,7 +141,7 @@ def test_several_splits_are_refused_with_patterns_that_can_be_used(s3: str) -> N
 def test_what_cannot_be_used_on_a_bucket_says_why(s3: str, local: Path) -> None:
     upload(local / "folder" / "class-0", s3.format("/images"))
     cases = {
-        s3.format("/images"): r"has no Parquet files and no packed shards \(134 files.*hvp-ray pack FOLDER",
+        s3.format("/images"): r"no WebDataset .* and no packed shards \(134 files.*hvp-ray pack FOLDER",
         s3.format("/absent"): "no Parquet files|does not exist|cannot be listed",
         s3.format("/parquet/*.txt"): "no Parquet files",
     }

@@ -166,6 +166,7 @@ def test_unusable_sources_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nonsense")
     (tmp_path / "file.bin").write_bytes(b"x")
     pq.write_table(_table(3, column="picture"), tmp_path / "column.parquet")
+    pq.write_table(pa.table({"vector": [b"1"], "label": [1]}), tmp_path / "bytes.parquet")
     pq.write_table(pa.table({"image": [1, 2]}), tmp_path / "type.parquet")
     pq.write_table(_table(0), tmp_path / "rows.parquet")
     cases = {
@@ -173,8 +174,8 @@ def test_unusable_sources_say_what_is_wrong(tmp_path: Path) -> None:
         "empty": r"no images in .* \(0 files",
         "texts": r"no images in .* \(1 files",
         "broken.parquet": "cannot be read as Parquet",
-        "file.bin": "not Parquet",
-        "column.parquet": r"no column 'image'; it has \['picture', 'label'\].*--data.image_column",
+        "file.bin": "no known format; expected .* WebDataset",
+        "bytes.parquet": r"no column of images; it has \['vector', 'label'\].*--data.image_column",
         "type.parquet": "has type int64; expected struct",
         "rows.parquet": "has no rows",
     }
@@ -185,4 +186,22 @@ def test_unusable_sources_say_what_is_wrong(tmp_path: Path) -> None:
         _open("https://example.org/x.parquet")
     with pytest.raises(ConfigError, match=r"ftp.*expected a folder, or a URI"):
         _open("ftp://host/x.parquet")
-    assert _open(tmp_path / "column.parquet", image_column="picture").num_samples == 3
+    with pytest.raises(DataError, match=r"no column 'image'; it has \['picture', 'label'\].*--data.image_column"):
+        _open(tmp_path / "column.parquet", image_column="image")
+    assert _open(tmp_path / "column.parquet").num_samples == 3
+    assert _open(tmp_path / "bytes.parquet", image_column="vector").read([0]) == [b"1"]
+
+
+def test_class_folders_may_lie_in_one_folder_of_the_folder(tmp_path: Path) -> None:
+    def classes(*names: str) -> list[str]:
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(IMAGE)
+        source = _open(root)
+        return [source.load_class_names()[label] for label in source.load_labels().tolist()]
+
+    assert classes("data/images/cat/1.png", "data/images/cat/2/3.png", "data/images/dog/4.png") == ["cat", "cat", "dog"]
+    assert classes("animal/cat/1.png", "animal/dog/2.png", "plant/oak/3.png") == ["animal", "animal", "plant"]
+    assert classes("cat/1.png", "cat/2.png") == ["cat", "cat"]
+    assert classes("cat/1.png", "cat/old/2.png", "cat/new/3.png") == ["cat", "cat", "cat"]

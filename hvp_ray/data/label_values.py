@@ -1,17 +1,17 @@
-"""Labels in Parquet files: which columns can hold them, and what their values mean.
+"""What the values of a column of labels mean (`columns.py` finds the column).
 
 Integers, booleans and floats without a fraction are numbers. Strings and categories are names, and so are the integers of a
-`datasets.ClassLabel`, whose names Hugging Face stores in the schema's metadata. `parquet.py` reads the columns.
+`datasets.ClassLabel`, whose names Hugging Face stores in the schema's metadata. Every source of a table reads labels here.
 """
 
 import itertools
-import json
 from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from hvp_ray.data.columns import is_number
 from hvp_ray.data.source import MAX_LABEL, UNLABELLED, renumber
 from hvp_ray.errors import LabelError
 
@@ -19,51 +19,58 @@ _MAX_NAMES_BYTES = 64 * 2**20
 """Bound on all distinct names of a file. A column with more holds texts, not classes."""
 
 
-def label_problem(schema: pa.Schema, column: str) -> str:
-    """Return why a file has no labels, as the end of a sentence about it. Empty: it has."""
-    if schema.names.count(column) != 1:
-        return f"{missing_column(schema, column)}. Name the column of labels by --data.label_column"
-    kind = schema.field(column).type
-    if pa.types.is_null(kind):
-        return f": column {column!r} is empty"
-    if not _is_number(kind) and not _is_text(kind):
-        return (
-            f": column {column!r} has type {str(kind)[:200]}; expected integers, strings, categories, booleans, or floats "
-            f"without a fraction. Name another column by --data.label_column"
-        )
-    return ""
-
-
-def missing_column(schema: pa.Schema, column: str) -> str:
-    """Describe that a file has no column of this name, or several, as a part of a sentence about it."""
-    count = schema.names.count(column)
-    shown = f"{schema.names[:20]}{' and more' if len(schema.names) > 20 else ''}"
-    return f" has {count or 'no'} column{'s' * (count > 1)} {column!r}; it has {shown}"
-
-
 def read_numbers(part: pa.Array, names: dict[str, int], shown: str) -> NDArray[np.int64]:
     """Return labels: the numbers of a part of a column, or places in `names`, to which new names are added.
 
     Args:
-        part: part of a column without `label_problem`.
+        part: part of a column of `find_labels`.
         names: name -> label; stays empty if the column holds numbers.
         shown: file and column, for messages.
 
     Raises:
         LabelError: the column holds no classes.
     """
-    return _numbers(part, shown) if _is_number(part.type) else _places(part, names, shown)
+    return _numbers(part, shown) if is_number(part.type) else _places(part, names, shown)
 
 
-def listed_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """Return the names that Hugging Face keeps for the integers of a column (`ClassLabel`). Empty: it keeps none."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[column]["names"] if features[column]["_type"] == "ClassLabel" else ()
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return ()
-    is_list = isinstance(names, list) and len(names) <= MAX_LABEL + 1 and all(isinstance(name, str) for name in names)
-    return tuple(names) if is_list else ()
+def labels_of(
+    parts: Sequence[pa.Array], listed: tuple[str, ...], shown: str
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return the labels of a whole column, [N], and the names of the classes.
+
+    Args:
+        parts: the column.
+        listed: names that its schema lists for numbers (`columns.listed_names`).
+        shown: file and column, for messages.
+
+    Raises:
+        LabelError: the column holds no classes.
+    """
+    found: dict[str, int] = {}
+    labels = np.concatenate([np.zeros(0, np.int64), *(read_numbers(part, found, shown) for part in parts)])
+    check_range(labels, () if found else listed, shown, "Name another column by --data.label_column")
+    names = tuple(found) or listed
+    return labels, merge_names(labels, [0, len(labels)], [names], are_listed=not found and bool(listed))
+
+
+def check_range(labels: NDArray[np.int64], names: tuple[str, ...], shown: str, advice: str) -> None:
+    """Check that numbers are classes.
+
+    Args:
+        labels: numbers of a file.
+        names: names that the file lists for them. Empty: it lists none.
+        shown: file and column, for messages.
+        advice: last sentence of the message.
+
+    Raises:
+        LabelError: a number is below -1, or has no name, or is too large.
+    """
+    largest = len(names) - 1 if names else MAX_LABEL
+    if len(labels) and (labels.min() < UNLABELLED or labels.max() > largest):
+        raise LabelError(
+            f"{shown} has values from {labels.min()} to {labels.max()}; expected classes from 0 to {largest}, or "
+            f"{UNLABELLED} for none. {advice}"
+        )
 
 
 def merge_names(
@@ -98,18 +105,6 @@ def merge_names(
     for own, part in zip(names, of_files, strict=True):
         part[:] = renumber(part, (index[name] for name in own))
     return merged
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_number(kind.value_type)
-    return bool(pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_floating(kind))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _numbers(part: pa.Array, shown: str) -> NDArray[np.int64]:
