@@ -240,6 +240,10 @@ default_cfgs = generate_default_cfgs(
 """`register_model` looks for this name."""
 
 
+CIFAR_LAYERS = {name: layers for name, (_, layers) in _CIFAR_RESNETS.items()}
+"""Network with CIFAR stem -> number of blocks of each stage."""
+
+
 def _build_cifar_resnet(**network: Any) -> ResNet:
     model = ResNet(**network)
     width = model.conv1.out_channels
