@@ -35,6 +35,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--output", type=Path, metavar="FOLDER", help="a new folder; default: RUN/export/FORMAT, which is replaced")
     add("--license", default=UNKNOWN_LICENCE, metavar="NAME",
         help="licence of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ...; default: unknown")  # fmt: skip
+    add("--show-images", action="store_true",
+        help="Vision Transformers: put 8 images of the run on the card, with attention and patch features")  # fmt: skip
     add("--push", metavar="hf://OWNER/NAME",
         help="also upload the folder to the Hugging Face hub; a new repository is private")  # fmt: skip
     return parser.parse_args(arguments)
@@ -67,7 +69,7 @@ def export(options: argparse.Namespace) -> None:
     config = read_config(run_dir)
     torch.set_num_threads(config.training.torch_threads)
     folder = run_dir / "export" / options.to if options.output is None else options.output.expanduser().absolute()
-    exported = export_run(
+    check = export_run(
         run_dir,
         config,
         read_summary(run_dir),
@@ -76,9 +78,10 @@ def export(options: argparse.Namespace) -> None:
         replace=options.output is None,
         licence=options.license,
         repository=repository,
+        show_images=options.show_images,
     )
     say(f"encoder  {run_dir / BACKBONE}")
-    say(f"checked  features differ by at most {exported.largest_difference:.2g} on {exported.compared_on}")
+    say(f"checked  {check}")
     say(f"written  {folder}")
     files = sorted(path for path in folder.iterdir())
     say("\n".join(f"         {path.name}" for path in files))

@@ -70,7 +70,7 @@ def write_card(
         sections.append(
             f"## What the encoder sees\n\n![Patch features and attention of the last block]({ATTENTION})\n\nImages of the "
             f"run's data, the first three principal components of their patch features as colours, and the attention of the "
-            f"class token in the last block."
+            f"class token in the last block, each map from 0 to its largest value."
         )
     sections.append(f"## Licence\n\nLicence of the weights: {texts.licence}.")
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
@@ -98,10 +98,10 @@ def _settings(config: RunConfig, summary: dict[str, Any]) -> Iterable[tuple[str,
         "length",
         f"{summary['num_epochs']:g} epochs, {summary['num_steps']:,} steps of {config.training.images_per_step:,} images",
     )
-    yield "size of an image in evaluation", f"{config.views.global_views.size_px} px"
+    yield "resolution of evaluation", f"{config.views.global_views.size_px} px"
     if config.data.intensity_range is not None:
         black, white = config.data.intensity_range
-        yield "values that are black and white, above 8 bits", f"{black:g} and {white:g}"
+        yield "black and white of images above 8 bits per channel", f"{black:g} and {white:g}"
     yield "seed", str(config.run.seed)
 
 

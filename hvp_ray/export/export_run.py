@@ -2,7 +2,6 @@
 
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ from hvp_ray.tracking.patch_figure import draw_patch_maps
 from hvp_ray.views.normalise import normalise_views
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exported:
-    """A written folder."""
-
-    folder: Path
-    largest_difference: float
-    """Of the features of the run's encoder and the written one."""
-    compared_on: str
-    """The images of the comparison, for people."""
-
-
 def export_run(
     run_dir: Path,
     config: RunConfig,
@@ -43,8 +31,11 @@ def export_run(
     replace: bool = False,
     licence: str = UNKNOWN_LICENCE,
     repository: str | None = None,
-) -> Exported:
+    show_images: bool = False,
+) -> str:
     """Write the encoder into `folder`, if features of the written one equal those of the run's on a few images.
+
+    Returns a sentence on this comparison.
 
     Args:
         run_dir: folder of a finished run, with its encoder.
@@ -55,6 +46,7 @@ def export_run(
         replace: delete the content of the folder first, if there is any; otherwise that is an error.
         licence: licence of the weights, for the model card.
         repository: OWNER/NAME on the Hugging Face hub, for the model card.
+        show_images: show images of the run's data on the model card, with attention and patch features.
 
     Raises:
         CheckpointError: the run has no readable encoder, or the written one has other features.
@@ -73,22 +65,20 @@ def export_run(
             written = Path(staging) / "export"
             written.mkdir()
             format.write(encoder, written)
-            difference = _compare(encoder, format, written, images)
-            if images.are_real and has_patch_maps(encoder.backbone, size_px=encoder.size_px):
-                maps = compute_patch_maps(encoder.backbone, images.pixels, encoder.views, device=torch.device("cpu"))
-                draw_patch_maps(written / ATTENTION, images.pixels, maps)
-            check = f"On {images.description}, these features differ from those of the run by at most {difference:.2g}."
+            check = _compare(encoder, format, written, images)
+            if show_images:
+                _draw_images(encoder, images, written / ATTENTION)
             texts = CardTexts(licence=licence, repository=repository, check=check)
             write_card(written, encoder, config, summary, format, texts)
             shutil.rmtree(folder, ignore_errors=True)
             written.rename(folder)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}; give --output") from error
-    return Exported(folder=folder, largest_difference=difference, compared_on=images.description)
+    return check
 
 
-def _compare(encoder: TrainedEncoder, format: Format, folder: Path, images: ComparisonImages) -> float:
-    """Return the largest difference of features.
+def _compare(encoder: TrainedEncoder, format: Format, folder: Path, images: ComparisonImages) -> str:
+    """Return a sentence on the largest difference of features.
 
     Raises:
         CheckpointError: it is larger than the format allows.
@@ -102,6 +92,18 @@ def _compare(encoder: TrainedEncoder, format: Format, folder: Path, images: Comp
     if not difference <= allowed:  # also if it is not a number
         raise CheckpointError(
             f"nothing was written: on {images.description}, features in {format.library} differ from those of the run by "
-            f"{difference:.2g}, and {allowed:.2g} is allowed; please report the network, {encoder.settings.name}"
+            f"{difference:.1e}, and {allowed:.1e} is allowed; please report the network, {encoder.settings.name}"
         )
-    return difference
+    result = f"differ from those of the run by at most {difference:.1e}" if difference else "equal those of the run"
+    return f"On {images.description}, the features {result}."
+
+
+def _draw_images(encoder: TrainedEncoder, images: ComparisonImages, path: Path) -> None:
+    if not has_patch_maps(encoder.backbone, size_px=encoder.size_px):
+        raise ConfigError(
+            f"--show-images is not allowed: {encoder.settings.name} has no class token that attends to patches"
+        )
+    if not images.are_real:
+        raise ConfigError(f"--show-images is not allowed: there would be {images.description}")
+    maps = compute_patch_maps(encoder.backbone, images.pixels, encoder.views, device=torch.device("cpu"))
+    draw_patch_maps(path, images.pixels, maps)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
 from torch import nn
 
-from hvp_ray.export.trained_encoder import WEIGHTS, TrainedEncoder
+from hvp_ray.export.trained_encoder import WEIGHTS, TrainedEncoder, write_weights
 from hvp_ray.methods.backbones import CIFAR_LAYERS, backbone_arguments
 
 
@@ -37,8 +36,7 @@ def write(encoder: TrainedEncoder, folder: Path) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    state = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, backbone.state_dict())
 
 
 def load(_encoder: TrainedEncoder, folder: Path) -> nn.Module:

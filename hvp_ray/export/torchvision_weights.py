@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torchvision  # type: ignore[import-untyped]
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from hvp_ray.errors import ConfigError
 from hvp_ray.export import preprocessing
-from hvp_ray.export.trained_encoder import WEIGHTS, TrainedEncoder
+from hvp_ray.export.trained_encoder import WEIGHTS, TrainedEncoder, write_weights
 from hvp_ray.methods.backbones import CIFAR_LAYERS
 
 _NETWORKS = (
@@ -43,8 +43,7 @@ def write(encoder: TrainedEncoder, folder: Path) -> None:
             f"--to torchvision is not allowed: torchvision has no {name} with stages of {channels} channels. Use --to timm "
             f"or --to onnx"
         )
-    state = {key: value.contiguous() for key, value in encoder.backbone.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, encoder.backbone.state_dict())
 
 
 def load(encoder: TrainedEncoder, folder: Path) -> nn.Module:

@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -48,3 +50,9 @@ class TrainedEncoder:
         if isinstance(network, VisionTransformer):
             network.set_input_size(img_size=(self.size_px, self.size_px))
         return network
+
+
+def write_weights(folder: Path, state: dict[str, Tensor]) -> None:
+    """Write model.safetensors, readable by whoever may read new files; safetensors' own `save_file` lets only you read it."""
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))

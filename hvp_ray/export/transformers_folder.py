@@ -4,12 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.errors import ConfigError
-from hvp_ray.export.trained_encoder import WEIGHTS, TrainedEncoder
+from hvp_ray.export.trained_encoder import TrainedEncoder, write_weights
 from hvp_ray.extras import require_extra
 
 _OF_THE_MODEL = {
@@ -61,7 +60,7 @@ def write(encoder: TrainedEncoder, folder: Path) -> None:
         image_mean=list(views.mean),
         image_std=list(views.std),
     ).save_pretrained(folder)
-    save_file(_renamed(network.state_dict(), encoder.settings.name), folder / WEIGHTS, metadata={"format": "pt"})
+    write_weights(folder, _renamed(network.state_dict(), encoder.settings.name))
 
 
 def load(_encoder: TrainedEncoder, folder: Path) -> Callable[[Tensor], Tensor]:
@@ -132,13 +131,13 @@ def _renamed(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         prefix = f"encoder.layer.{number}."
         if block and part == "attn.qkv":
             for target, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[f"{prefix}attention.attention.{target}.{kind}"] = third.contiguous()
+                renamed[f"{prefix}attention.attention.{target}.{kind}"] = third
         elif block and part in _OF_A_BLOCK:
-            renamed[f"{prefix}{_OF_A_BLOCK[part]}.{kind}"] = value.contiguous()
+            renamed[f"{prefix}{_OF_A_BLOCK[part]}.{kind}"] = value
         elif not block and key in _OF_THE_MODEL:
-            renamed[_OF_THE_MODEL[key]] = value.contiguous()
+            renamed[_OF_THE_MODEL[key]] = value
         elif not block and stem in _OF_THE_MODEL:
-            renamed[f"{_OF_THE_MODEL[stem]}.{kind}"] = value.contiguous()
+            renamed[f"{_OF_THE_MODEL[stem]}.{kind}"] = value
         else:
             raise _refused(name, f"ViTModel has no place for {key}")
     return renamed

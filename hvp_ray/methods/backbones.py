@@ -3,7 +3,7 @@
 `build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
 which takes views of any size that its patches divide: its position embeddings are interpolated). Importing this module
 registers the CIFAR variants with timm by name (`hvp_ray_resnet18_cifar`, ...), so that `timm.create_model(name)` builds
-them. docs/operations.md shows how other programs load an exported encoder, also without this package.
+them. docs/export.md: how other programs load an encoder.
 """
 
 import json

@@ -58,7 +58,7 @@ def make_run(folder: Path, backbone: BackboneConfig) -> tuple[Path, nn.Module]:
             value.add_(torch.randn(value.shape) * 0.2)
     run_dir = folder / "my-run"
     run_dir.mkdir()
-    (run_dir / "config.json").write_text(json.dumps({"config": config_to_dict(config), "run_identity": "x"}))
+    (run_dir / "config.json").write_text(json.dumps({"config": config_to_dict(config), "identity": {}}))
     (run_dir / "summary.json").write_text(json.dumps(summary_of(config)))
     export_backbone(encoder, backbone, run_dir / "backbone.safetensors")
     return run_dir, encoder

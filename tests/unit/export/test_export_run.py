@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -22,7 +23,12 @@ from tests.unit.export.runs import NETWORKS, make_run
 
 def test_card_has_licence_data_recipe_metrics_and_seed(tmp_path: Path) -> None:
     run_dir, _ = make_run(tmp_path, NETWORKS["vit"])
-    assert main([str(run_dir), "--to", "timm", "--license", "cc-by-4.0", "--output", str(tmp_path / "out")]) == 0
+    assert (
+        main(
+            [str(run_dir), "--to", "timm", "--license", "cc-by-4.0", "--output", str(tmp_path / "out"), "--show-images"]
+        )
+        == 0
+    )
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "timm")
     assert "simsiam" in card.data.tags
@@ -43,20 +49,34 @@ def test_card_has_licence_data_recipe_metrics_and_seed(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "attention.png").stat().st_size > 5_000
 
 
-def test_licence_is_unknown_unless_given_and_a_resnet_has_no_attention(tmp_path: Path) -> None:
-    run_dir, _ = make_run(tmp_path, NETWORKS["cifar-narrow"])
+def test_licence_is_unknown_and_no_image_is_shown_unless_asked(tmp_path: Path) -> None:
+    run_dir, _ = make_run(tmp_path, NETWORKS["vit"])
     assert main([str(run_dir), "--to", "timm"]) == 0
     folder = run_dir / "export" / "timm"
     assert ModelCard.load(folder / "README.md").data.license == "unknown"
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    (tmp_path / "new").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "new", *folder.iterdir())}
+    assert len(modes) == 1
+
+
+def test_images_that_cannot_be_shown_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "vit").mkdir()
+    for place, network, why in (
+        (tmp_path, "cifar-narrow", "resnet10 has no class token"),
+        (tmp_path / "vit", "vit", "there would be 8 random images"),
+    ):
+        run_dir, _ = make_run(place, NETWORKS[network])
+        shutil.rmtree(place / "photographs")
+        assert main([str(run_dir), "--to", "timm", "--show-images"]) == 1
+        assert f"--show-images is not allowed: {why}" in capsys.readouterr().err
 
 
 def test_images_are_random_if_the_data_is_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _ = make_run(tmp_path, NETWORKS["vit"])
     shutil.rmtree(tmp_path / "photographs")
     assert main([str(run_dir), "--to", "timm"]) == 0
-    assert "on 8 random images, because the run's data cannot be read (data.source=" in capsys.readouterr().out
-    assert not (run_dir / "export" / "timm" / "attention.png").exists()
+    assert "On 8 random images, because the run's data cannot be read (data.source=" in capsys.readouterr().out
 
 
 def test_default_folder_is_replaced_and_another_must_be_empty(
@@ -93,6 +113,27 @@ def test_nothing_is_written_if_the_features_differ(
     assert main([str(run_dir), "--to", "damaged"]) == 1
     assert "error: nothing was written: on 3 images" in capsys.readouterr().err
     assert list((run_dir / "export").iterdir()) == []
+
+
+@pytest.mark.parametrize(("to", "module"), [("transformers", "transformers"), ("onnx", "onnxruntime")])
+def test_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], to: str, module: str
+) -> None:
+    run_dir, _ = make_run(tmp_path, NETWORKS["vit"])
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main([str(run_dir), "--to", to]) == 1
+    error = capsys.readouterr().err
+    assert f"--to {to} needs the package {module}" in error
+    assert "pip install 'hvp-ray[export]'" in error
+
+
+def test_run_on_a_bucket_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, encoder = make_run(tmp_path, NETWORKS["cifar-narrow"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main([run_dir.as_uri(), "--to", "timm"]) == 0
+    written = load_file(run_dir / "export" / "timm" / "model.safetensors")
+    assert torch.equal(written["conv1.weight"], encoder.conv1.weight)
+    assert (run_dir / "export" / "timm" / "README.md").exists()
 
 
 def test_run_that_has_not_ended_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def _features_of(library: str, names: dict[str, Any], images: torch.Tensor) -> t
         *(("timm", network) for network in ("narrow", "cifar", "cifar-narrow", "vit", "vit-other-size")),
         *(("torchvision", network) for network in ("resnet50", "cifar", "cifar-10")),
         *(("transformers", network) for network in ("vit", "vit-other-size")),
-        *(("onnx", network) for network in ("narrow", "vit-other-size")),
+        *(pytest.param("onnx", network, marks=pytest.mark.slow) for network in ("narrow", "vit-other-size")),
     ],
 )
 def test_code_of_the_card_gives_the_features_of_the_run(
@@ -57,7 +57,7 @@ def test_code_of_the_card_gives_the_features_of_the_run(
     network: str,
 ) -> None:
     folder, encoder = _export(tmp_path, NETWORKS[network], to)
-    assert "on 3 images of the run's data" in capsys.readouterr().out
+    assert "On 3 images of the run's data" in capsys.readouterr().out
     photograph = folder / "image.png"
     photograph.write_bytes(encode(photograph_like(generator, RESIZE_PX + 8, RESIZE_PX)))
     monkeypatch.chdir(folder)
