@@ -6,64 +6,54 @@ The folder holds the weights and a model card, README.md, with code that loads t
 compared with those of the run on a few images; nothing is written if they differ.
 """
 
-import argparse
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
+import tyro
 
-from hvp_ray.cli.command_line import exit_status, find_run, keep_results, say
-from hvp_ray.cli.evaluate import read_config
-from hvp_ray.errors import CheckpointError
-from hvp_ray.export.card import UNKNOWN_LICENCE
-from hvp_ray.export.export_run import export_run
-from hvp_ray.export.formats import FORMATS
-from hvp_ray.export.hub import push, repository_of
+from hvp_ray.cli.command_line import exit_status, parse_options, say
+from hvp_ray.config.checks import Checked
+from hvp_ray.launch.environment import prepare_home
 from hvp_ray.local_cache import BACKBONE
+from hvp_ray.runs.find import find_run, keep_results, read_config, read_summary
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Parse the options. Unknown ones end the program with a usage line."""
-    parser = argparse.ArgumentParser(
-        prog="hvp-ray export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="folder or URI of a finished run, or its name under runs/")
-    add("--to", required=True, choices=list(FORMATS),
-        help="; ".join(f"{name}: {format.networks}" for name, format in FORMATS.items()))  # fmt: skip
-    add("--output", type=Path, metavar="FOLDER", help="a new folder; default: RUN/export/FORMAT, which is replaced")
-    add("--license", default=UNKNOWN_LICENCE, metavar="NAME",
-        help="licence of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ...; default: unknown")  # fmt: skip
-    add("--show-images", action="store_true",
-        help="Vision Transformers: put 8 images of the run on the card, with attention and patch features")  # fmt: skip
-    add("--push", metavar="hf://OWNER/NAME",
-        help="also upload the folder to the Hugging Face hub; a new repository is private")  # fmt: skip
-    return parser.parse_args(arguments)
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Options of an export."""
+
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Folder or URI of a finished run, or its name under runs/."""
+
+    to: Literal["timm", "torchvision", "transformers", "onnx"]
+    """Format: timm (every encoder), torchvision (ResNets of the usual widths), transformers (Vision Transformers, as
+    ViTModel) or onnx (every encoder, for images of one size)."""
+
+    output: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A new folder. None: RUN/export/FORMAT, which is replaced."""
+
+    license: str = "unknown"
+    """Licence of the weights, for the model card: apache-2.0, cc-by-nc-4.0, ..."""
+
+    show_images: bool = False
+    """Put 8 images of the run's data on the model card, with attention and patch features of a Vision Transformer."""
+
+    push: Annotated[str | None, tyro.conf.arg(metavar="hf://OWNER/NAME")] = None
+    """Also upload the folder to the Hugging Face hub. A new repository is private."""
 
 
-def read_summary(run_dir: Path) -> dict[str, Any]:
-    """Return the summary of a run.
-
-    Raises:
-        CheckpointError: summary.json is damaged.
-    """
-    path = run_dir / "summary.json"
-    try:
-        summary = json.loads(path.read_text())
-        if not isinstance(summary, dict):
-            raise TypeError("no object")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as the summary of a run: {error!r}") from error
-    return summary
-
-
-def export(options: argparse.Namespace) -> None:
+def export(options: Options) -> None:
     """Export; print what was written.
 
     Raises:
         HvpRayError: the message tells the user what to do.
     """
+    from hvp_ray.export.export_run import export_run
+    from hvp_ray.export.hub import push, repository_of
+
+    prepare_home()
     repository = None if options.push is None else repository_of(options.push)
     run_dir = find_run(options.run, needs=("config.json", BACKBONE, "summary.json"))
     config = read_config(run_dir)
@@ -80,12 +70,11 @@ def export(options: argparse.Namespace) -> None:
         repository=repository,
         show_images=options.show_images,
     )
+    files = sorted(folder.iterdir())
     say(f"encoder  {run_dir / BACKBONE}")
     say(f"checked  {check}")
-    say(f"written  {folder}")
-    files = sorted(path for path in folder.iterdir())
-    say("\n".join(f"         {path.name}" for path in files))
-    if options.license == UNKNOWN_LICENCE:
+    say(f"written  {folder}: {', '.join(path.name for path in files)}")
+    if options.license == "unknown":
         say("licence  unknown; --license NAME puts that of the weights on the model card")
     keep_results(options.run, run_dir, files)
     if repository is not None:
@@ -93,6 +82,7 @@ def export(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run; return the exit status."""
-    options = parse_arguments(arguments)
-    return exit_status(lambda: export(options))
+    """Export; return the exit status."""
+    return exit_status(
+        lambda: export(parse_options(Options, arguments, program="hvp-ray export", description=__doc__ or ""))
+    )

@@ -15,7 +15,6 @@ from hvp_ray.export.trained_encoder import TrainedEncoder
 from hvp_ray.files import is_uri
 from hvp_ray.tracking.metrics_table import SUMMARY
 
-UNKNOWN_LICENCE = "unknown"
 ATTENTION = "attention.png"
 _RESULTS = (
     "knn_top1",

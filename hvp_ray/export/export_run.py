@@ -11,7 +11,7 @@ from torch import Tensor
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.evaluation.patch_maps import compute_patch_maps, has_patch_maps
-from hvp_ray.export.card import ATTENTION, UNKNOWN_LICENCE, CardTexts, write_card
+from hvp_ray.export.card import ATTENTION, CardTexts, write_card
 from hvp_ray.export.comparison_images import ComparisonImages, load_comparison_images
 from hvp_ray.export.formats import FORMATS, Format
 from hvp_ray.export.trained_encoder import TrainedEncoder
@@ -29,7 +29,7 @@ def export_run(
     to: str,
     folder: Path,
     replace: bool = False,
-    licence: str = UNKNOWN_LICENCE,
+    licence: str,
     repository: str | None = None,
     show_images: bool = False,
 ) -> str:

@@ -16,8 +16,6 @@ class Format:
 
     library: str
     """Name of the library on the Hugging Face hub."""
-    networks: str
-    """The encoders that can be written, for people."""
     tolerance: float
     """Largest allowed difference between features of the library and ours, relative to the largest feature, if that is
     above 1."""
@@ -32,7 +30,6 @@ class Format:
 FORMATS = {
     "timm": Format(
         library="timm",
-        networks="every encoder",
         tolerance=1e-5,
         write=timm_folder.write,
         load=timm_folder.load,
@@ -40,7 +37,6 @@ FORMATS = {
     ),
     "torchvision": Format(
         library="torchvision",
-        networks="ResNets of the usual widths",
         tolerance=1e-5,
         write=torchvision_weights.write,
         load=torchvision_weights.load,
@@ -48,7 +44,6 @@ FORMATS = {
     ),
     "transformers": Format(
         library="transformers",
-        networks="Vision Transformers, as ViTModel",
         tolerance=1e-5,
         write=transformers_folder.write,
         load=transformers_folder.load,
@@ -56,7 +51,6 @@ FORMATS = {
     ),
     "onnx": Format(
         library="onnx",
-        networks="every encoder, for images of one size",
         tolerance=1e-4,
         write=onnx_file.write,
         load=onnx_file.load,

@@ -77,9 +77,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(
     done = {path.name: path.stat().st_mtime_ns for path in target.glob("shard-*.arrow")}
     assert done
     assert not (target / "manifest.json").exists()
-    with pytest.raises(
-        DataError, match="is not packed completely; give the command of hvp-ray pack again to continue"
-    ):
+    with pytest.raises(DataError, match="is not packed completely; give the command of hvp-ray pack again to continue"):
         open_any(target)
     noted = [json.loads(path.read_bytes())["shards"][0]["name"] for path in target.glob("task-*.json")]
     again = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

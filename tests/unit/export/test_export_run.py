@@ -12,11 +12,13 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hvp_ray.cli.export import main
-from hvp_ray.errors import ConfigError
+from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.export.card import public_name
+from hvp_ray.export.export_run import export_run
 from hvp_ray.export.formats import FORMATS
 from hvp_ray.export.hub import repository_of
 from hvp_ray.export.trained_encoder import TrainedEncoder
+from hvp_ray.runs.find import read_config
 from tests.unit.export.model_hub import REPOSITORY, TOKEN, ModelHub
 from tests.unit.export.runs import NETWORKS, make_run
 
@@ -100,7 +102,7 @@ def test_default_folder_is_replaced_and_another_must_be_empty(
 
 @pytest.mark.parametrize("value", [2.0, float("nan")])
 def test_nothing_is_written_if_the_features_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     def write_damaged(encoder: TrainedEncoder, folder: Path) -> None:
         FORMATS["timm"].write(encoder, folder)
@@ -110,9 +112,11 @@ def test_nothing_is_written_if_the_features_differ(
 
     monkeypatch.setitem(FORMATS, "damaged", dataclasses.replace(FORMATS["timm"], write=write_damaged))
     run_dir, _ = make_run(tmp_path, NETWORKS["cifar-narrow"])
-    assert main([str(run_dir), "--to", "damaged"]) == 1
-    assert "error: nothing was written: on 3 images" in capsys.readouterr().err
-    assert list((run_dir / "export").iterdir()) == []
+    with pytest.raises(CheckpointError, match="nothing was written: on 3 images"):
+        export_run(
+            run_dir, read_config(run_dir), {}, to="damaged", folder=tmp_path / "out" / "damaged", licence="unknown"
+        )
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(("to", "module"), [("transformers", "transformers"), ("onnx", "onnxruntime")])
