@@ -42,6 +42,7 @@ _LINEAR_EPOCHS = 100
 _FINE_TUNING_EPOCHS = 30
 _FINE_TUNING_RATE = 5e-4
 _LINE_SECONDS = 5.0
+_DRAWN_IMAGES = 8
 
 MEANINGS = {
     "knn": "the k most similar training images vote (cosine, weights exp(similarity / 0.07)); nothing is trained",
@@ -307,6 +308,20 @@ class Evaluation:
                 assert features is not None
                 yield from self._probe(protocol, features)
 
+    def draw_patch_maps(self, path: Path) -> list[Path]:
+        """Draw attention and patch features of some test images; return the file, if the encoder is a Vision Transformer."""
+        from hvp_ray.evaluation.features import load_evaluation_pixels
+        from hvp_ray.evaluation.patch_maps import compute_patch_maps, has_patch_maps
+        from hvp_ray.tracking.patch_figure import draw_patch_maps
+
+        if not has_patch_maps(self.backbone, size_px=self.views.global_views.size_px):
+            return []
+        ids = self.test.sample_ids
+        some = ids[np.linspace(0, len(ids) - 1, min(_DRAWN_IMAGES, len(ids))).astype(np.int64)]
+        pixels, _ = load_evaluation_pixels(self.test.source, some, self.views, self.data)
+        draw_patch_maps(path, pixels, compute_patch_maps(self.backbone, pixels, self.views, device=torch.device("cpu")))
+        return [path]
+
     def _extract(self, workers: Any) -> Any:
         from hvp_ray.evaluation.feature_pool import FeatureCache, FeatureRequest, pool_features
         from hvp_ray.evaluation.linear import ProbeData
@@ -483,7 +498,10 @@ def evaluate(options: Options) -> None:
     }
     write_json(path, content)
     say(f"\nresults  {path}")
-    keep_results(options.checkpoint, run_dir, [path])
+    figures = evaluation.draw_patch_maps(path.with_name(f"{path.stem}-attention.png"))
+    for figure in figures:
+        say(f"figure   {figure}")
+    keep_results(options.checkpoint, run_dir, [path, *figures])
 
 
 def main(arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ COMMANDS = {
     "pretrain": "pretrain an encoder, on this machine or on a Ray cluster",
     "compare": "train hard and random views on paired seeds, and write a report",
     "evaluate": "evaluate the encoder of a run by k-NN, probes, few labels or fine-tuning",
+    "export": "write the encoder of a run for timm, torchvision, transformers or ONNX",
     "describe": "print what a run needs, without starting it",
     "pack": "pack images into a few large, checked files",
     "analyse": "report which pairs a run chose, and what made them hard",

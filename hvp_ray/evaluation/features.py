@@ -9,6 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.config import DataConfig, ViewsConfig
+from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import decode_rgb
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, UnreadableImageError
@@ -39,6 +40,19 @@ def load_evaluation_pixels(
         crops[len(kept)] = centre_crop(pixels, views)
         kept.append(sample_id)
     return crops[: len(kept)], np.array(kept, dtype=np.int64)
+
+
+def load_some_pixels(dataset: Dataset, views: ViewsConfig, data: DataConfig, *, count: int) -> NDArray[np.uint8]:
+    """Return at most `count` centre crops, [N, S, S, 3], spread over the test images, or training images if there are none.
+
+    Raises:
+        DataError: the storage failed repeatedly.
+    """
+    source, ids = dataset.test_source, dataset.test_ids
+    if not len(ids):
+        source, ids = dataset.source, dataset.training_ids
+    rows = np.linspace(0, len(ids) - 1, min(count, len(ids))).astype(np.int64)
+    return load_evaluation_pixels(source, ids[rows], views, data)[0]
 
 
 def centre_crop(pixels: NDArray[np.uint8], views: ViewsConfig) -> NDArray[np.uint8]:

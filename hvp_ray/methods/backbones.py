@@ -3,7 +3,7 @@
 `build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
 which takes views of any size that its patches divide: its position embeddings are interpolated). Importing this module
 registers the CIFAR variants with timm by name (`hvp_ray_resnet18_cifar`, ...), so that `timm.create_model(name)` builds
-them. docs/operations.md shows how other programs load an exported encoder, also without this package.
+them. docs/export.md: how other programs load an encoder.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from timm.models import is_model_in_modules, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -234,22 +234,36 @@ _CIFAR_RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, 
 }
 
 
+default_cfgs = generate_default_cfgs(
+    {_CIFAR_NAME.format(name=name): {"first_conv": "conv1", "classifier": "fc"} for name in _CIFAR_RESNETS}
+)
+"""`register_model` looks for this name."""
+
+
+CIFAR_LAYERS = {name: layers for name, (_, layers) in _CIFAR_RESNETS.items()}
+"""Network with CIFAR stem -> number of blocks of each stage."""
+
+
+def _build_cifar_resnet(**network: Any) -> ResNet:
+    model = ResNet(**network)
+    width = model.conv1.out_channels
+    model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model
+
+
 def _register(name: str) -> None:
     block, layers = _CIFAR_RESNETS[name]
+    timm_name = _CIFAR_NAME.format(name=name)
 
     def build(pretrained: bool = False, **kwargs: Any) -> ResNet:  # noqa: FBT001, FBT002 (timm's signature)
-        if pretrained:
-            raise ConfigError(f"{name} with CIFAR stem has no pretrained weights")
-        weights_arguments = {"pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
-        network = {key: value for key, value in kwargs.items() if key not in weights_arguments}
-        model = ResNet(block, layers, **network)
-        width = model.conv1.out_channels
-        model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-        return model
+        network: ResNet = build_model_with_cfg(
+            _build_cifar_resnet, timm_name, pretrained, block=block, layers=layers, **kwargs
+        )
+        return network
 
-    build.__name__ = _CIFAR_NAME.format(name=name)
+    build.__name__ = timm_name
     build.__module__ = __name__
     register_model(build)
 

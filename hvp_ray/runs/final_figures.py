@@ -1,4 +1,4 @@
-"""Figures at the end of a run: training curves, and candidate views scored with the final weights."""
+"""Figures at the end of a run: curves, candidate views scored with the final weights, and maps of a Vision Transformer."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import decode_rgb
+from hvp_ray.evaluation.features import load_some_pixels
+from hvp_ray.evaluation.patch_maps import compute_patch_maps, has_patch_maps
 from hvp_ray.local_cache import with_local_weights
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.selection import Candidates, CandidateScores, choose_views, hard_step, score_views
@@ -17,6 +19,7 @@ from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.reading import read_images
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.figures import DrawnChoice, draw_candidates, draw_curves
+from hvp_ray.tracking.patch_figure import draw_patch_maps
 from hvp_ray.tracking.run_log import METRICS, read_records
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.trainee import Trainee, build_untrained_method
@@ -32,7 +35,17 @@ def draw_figures(config: RunConfig, dataset: Dataset, trainee: Trainee, run_dir:
     figures = draw_curves(folder, list(read_records(run_dir, METRICS)))
     path = folder / "candidate_views.png"
     _draw_candidate_views(config, dataset, trainee, path)
+    if has_patch_maps(trainee.method.encoder, size_px=config.views.global_views.size_px):
+        figures.append(folder / "attention.png")
+        _draw_patch_maps(config, dataset, trainee, figures[-1])
     return [path, *figures]
+
+
+def _draw_patch_maps(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
+    pixels = load_some_pixels(dataset, config.views, config.data, count=config.tracking.num_figure_images)
+    draw_patch_maps(
+        path, pixels, compute_patch_maps(trainee.method.encoder, pixels, config.views, device=trainee.device)
+    )
 
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:

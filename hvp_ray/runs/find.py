@@ -68,6 +68,22 @@ def read_entry(run_dir: Path, name: str) -> dict[str, Any]:
     return values
 
 
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Raises:
+        CheckpointError: summary.json is damaged.
+    """
+    path = run_dir / "summary.json"
+    try:
+        summary = json.loads(path.read_text())
+        if not isinstance(summary, dict):
+            raise TypeError("no object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as the summary of a run: {error!r}") from error
+    return summary
+
+
 def keep_results(name: str, run_dir: Path, paths: list[Path]) -> None:
     """Copy results to a run on a bucket, if they are in the local copy of its folder.
 

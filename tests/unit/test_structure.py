@@ -46,7 +46,7 @@ LEVELS = [
     ("methods/",),
     ("distributed/", "evaluation/", "tracking/", "stream/"),
     ("training/",),
-    ("costs/", "runs/"),
+    ("costs/", "runs/", "export/"),
     ("launch/",),
     ("comparison/",),
     ("api.py", "cli/"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvp_ray.cli.evaluate import Evaluation, parse_arguments, read_trained_on
+from hvp_ray.cli.evaluate import Evaluation, main, parse_arguments, read_trained_on
 from hvp_ray.config import RunConfig
 from hvp_ray.data.source import open_source
 from hvp_ray.methods.backbones import build_backbone, export_backbone
@@ -14,6 +14,7 @@ from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import prepare_run
 from tests.helpers import encode, photograph_like, tiny_config
 from tests.unit.data.made import write_folder
+from tests.unit.export.runs import NETWORKS, make_run
 
 
 def _write(folder: Path, generator: np.random.Generator) -> Path:
@@ -59,3 +60,11 @@ def test_run_of_an_earlier_version_is_evaluated(config: RunConfig, tmp_path: Pat
     is_known = name == "data fingerprint"
     assert evaluation.num_trained_on == (0 if is_known else None)
     assert any("did not record what it was trained on" in remark for remark in evaluation.remarks) is not is_known
+
+
+@pytest.mark.parametrize(("network", "has_maps"), [("vit", True), ("cifar-narrow", False)])
+def test_evaluation_draws_the_attention_of_a_vision_transformer(tmp_path: Path, network: str, has_maps: bool) -> None:
+    run_dir, _ = make_run(tmp_path, NETWORKS[network])
+    assert main(["--checkpoint", str(run_dir), "--num-workers", "1", "--json", str(tmp_path / "out" / "e.json")]) == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"e.json"} | ({"e-attention.png"} if has_maps else set())

@@ -1,0 +1,1 @@
+"""Writing the encoder of a run for other programs: timm, torchvision, transformers, ONNX."""

@@ -1,0 +1,60 @@
+"""The table of formats."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from hvp_ray.export import onnx_file, timm_folder, torchvision_weights, transformers_folder
+from hvp_ray.export.trained_encoder import TrainedEncoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Format:
+    """How an encoder is written for a library."""
+
+    library: str
+    """Name of the library on the Hugging Face hub."""
+    tolerance: float
+    """Largest allowed difference between features of the library and ours, relative to the largest feature, if that is
+    above 1."""
+    write: Callable[[TrainedEncoder, Path], None]
+    """Writes the encoder into an empty folder; raises ConfigError if the library has no such network."""
+    load: Callable[[TrainedEncoder, Path], Callable[[Tensor], Tensor]]
+    """Loads a written folder by means of the library, as a function from normalised images to features."""
+    describe_loading: Callable[[TrainedEncoder, str], str]
+    """Returns the section of the model card on loading. The code begins with the given line, which sets `folder`."""
+
+
+FORMATS = {
+    "timm": Format(
+        library="timm",
+        tolerance=1e-5,
+        write=timm_folder.write,
+        load=timm_folder.load,
+        describe_loading=timm_folder.describe_loading,
+    ),
+    "torchvision": Format(
+        library="torchvision",
+        tolerance=1e-5,
+        write=torchvision_weights.write,
+        load=torchvision_weights.load,
+        describe_loading=torchvision_weights.describe_loading,
+    ),
+    "transformers": Format(
+        library="transformers",
+        tolerance=1e-5,
+        write=transformers_folder.write,
+        load=transformers_folder.load,
+        describe_loading=transformers_folder.describe_loading,
+    ),
+    "onnx": Format(
+        library="onnx",
+        tolerance=1e-4,
+        write=onnx_file.write,
+        load=onnx_file.load,
+        describe_loading=onnx_file.describe_loading,
+    ),
+}
+"""Value of `--to` -> format."""
