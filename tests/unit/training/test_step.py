@@ -504,9 +504,10 @@ def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp
 
 RAMP = {"rule": "hardest", "start_fraction": 0.3, "ramp_fraction": 0.6}
 """Step 6, from which the run below resumes, is in the middle of its ramp."""
+RESCUE = {"rule": "hardest", "rescue_share": 0.5}
 
 
-@pytest.mark.parametrize("selection", [{"rule": "hardest"}, {"rule": "first"}, RAMP])
+@pytest.mark.parametrize("selection", [{"rule": "hardest"}, {"rule": "first"}, RAMP, RESCUE])
 @pytest.mark.parametrize("recipe", ["simclr-digits", "dino-digits", "ibot-digits"])
 def test_every_method_resumes_to_the_same_bits(tmp_path: Path, recipe: str, selection: dict[str, Any]) -> None:
     """Teacher, centres, momenta and schedules come back from a checkpoint in mid-epoch."""
