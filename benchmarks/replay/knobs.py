@@ -55,7 +55,7 @@ def replay(logged: LoggedScores, config: RunConfig, num_views: int) -> Iterator[
     for share in (0.75, 0.5, 0.25, 0.1):
         chosen_N = np.where(place_N < share * images_N, hardest_N, random_N)
         yield Setting(knob="share", value=f"{share:g}", price=1.0 + share * scoring, chosen_N=chosen_N)
-    yield from _rescues(among, prices, hardest_N)
+    yield from rescues(among, prices, hardest_N)
     for limit in _LIMITS:
         if limit < among.candidates.count:
             chosen_N = among.chosen_by("hardest", limit=limit)
@@ -91,7 +91,7 @@ def _place_in_step(logged: LoggedScores) -> tuple[NDArray[np.int64], NDArray[np.
     return np.concatenate([np.arange(count) for count in counts]), np.repeat(counts, counts)
 
 
-def _rescues(among: LoggedScores, prices: Prices, hardest_N: NDArray[np.float64]) -> Iterator[Setting]:
+def rescues(among: LoggedScores, prices: Prices, hardest_N: NDArray[np.float64]) -> Iterator[Setting]:
     """Score two views of all images; of the easiest in a step, score the others too and take the hardest."""
     of_two_N = among.of_first_views(2).chosen_by("hardest")
     for share in (0.1, 0.25, 0.5, 0.75):
