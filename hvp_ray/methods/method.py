@@ -162,6 +162,8 @@ class Method(nn.Module):
 
     backbone: nn.Module
     """The encoder that is trained."""
+    compiles_rows: bool = False
+    """`RowReuse` is compiled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,7 +242,7 @@ class Method(nn.Module):
         if not views.keep_rows:
             return encoder(*flat).unflatten(0, shape), {}
         if name not in self._row_reuse:
-            self._row_reuse[name] = RowReuse(encoder)
+            self._row_reuse[name] = RowReuse(encoder, compiled=self.compiles_rows)
         outputs, kept = self._row_reuse[name].forward_all(*flat)
         return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
 

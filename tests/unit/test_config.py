@@ -80,10 +80,6 @@ def test_unknown_recipe_names_the_nearest() -> None:
             lambda: tiny_config("x", selection={"reuse_student": True, "scoring_precision": "bfloat16"}),
             "in the precision of training",
         ),
-        (
-            lambda: tiny_config("x", selection={"reuse_student": True}, training={"compile": True}),
-            "False without training.compile=False",
-        ),
     ],
 )
 def test_wrong_values_say_path_value_and_what_is_allowed(build: Any, message: str) -> None:
