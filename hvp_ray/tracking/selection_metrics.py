@@ -49,8 +49,8 @@ def describe_scores(scores: CandidateScores, selection: Selection, candidates: C
         return {"selection/mean_score": float(mean.mean())}
     chosen = selection.scores.double()
     metrics = {"selection/chosen_score": float(chosen.mean())}
-    counts = scores.is_scored_BP.sum(dim=1) * (candidates.count // len(candidates.pairs))
-    others = ((mean * counts - chosen) / (counts - 1))[counts > 1]
+    counts = scores.is_scored_BP.sum(dim=1).double() * float(candidates.count // len(candidates.pairs))
+    others = ((mean * counts - chosen) / (counts - 1.0))[counts > 1.0]
     if len(others):
         metrics["selection/other_score"] = float(others.mean())
     return metrics

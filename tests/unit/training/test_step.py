@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import math
 import shutil
@@ -31,7 +30,7 @@ from hvp_ray.stream.render_batch import build_render_context
 from hvp_ray.tracking.run_log import ATTEMPTS, read_records
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.step import choose_step_views, train_step
-from hvp_ray.training.trainee import build_trainee, build_trainee_of, build_untrained_method
+from hvp_ray.training.trainee import build_trainee, build_untrained_method
 from hvp_ray.views.normalise import normalise_views
 from tests.helpers import slow_hardest_pairs, tiny_config
 
@@ -252,32 +251,6 @@ def test_reusing_the_students_rows_changes_no_bit(tmp_path: Path, recipe: str) -
         torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-5)
     else:
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-
-
-def test_compiled_steps_that_reuse_rows_train_as_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, with a compiler that keeps torch's kernels; scoring calls the compiled halves from compiled code."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    states, chosen = [], []
-    for compiled in (False, True):
-        backbone = dataclasses.replace(VIT, dim=16, depth=1, num_heads=2, drop_path=0.0)
-        config = tiny_config(
-            str(tmp_path),
-            recipe="dino-digits",
-            selection={"reuse_student": compiled},
-            training={"compile": compiled},
-            method={"backbone": backbone},
-            data={"num_images": 60},
-        )
-        config = with_vit_views(config)
-        trainee = build_trainee_of(build_untrained_method(config), config, World(), CPU)
-        trainee.method.train()
-        for step, batch in enumerate(_batches(config, 2)):
-            trainee.method.begin_step(StepPosition(step=step, num_steps=2, steps_per_epoch=2))
-            metrics = train_step(trainee, batch, config, hard_step(config.selection))
-            chosen.append(metrics.selection.view_indices)
-        states.append(trainee.method.state_dict())
-    assert torch.equal(chosen[0], chosen[2]) and torch.equal(chosen[1], chosen[3])
-    torch.testing.assert_close(states[0], states[1], rtol=1e-5, atol=1e-5)
 
 
 def test_drop_path_of_reused_rows_is_that_of_scoring(tmp_path: Path) -> None:
