@@ -1,4 +1,4 @@
-"""Compiled steps that reuse rows, in a process that does not check types at run time: the compiler cannot trace the checks."""
+"""Compiled steps that reuse rows, in a process that checks no types at run time: the compiler cannot trace the checks."""
 
 import dataclasses
 import functools
