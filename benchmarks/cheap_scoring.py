@@ -75,6 +75,7 @@ def hard_config(config: RunConfig, *, images_per_step: int, device: torch.device
             config.selection.with_rule("hardest"),
             every=1,
             limit=None,
+            rescue_share=1.0,
             scoring_resolution_px=None,
             scoring_batch_norm="batch",
             scoring_precision="training",

@@ -6,7 +6,8 @@ python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [-
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
 (hardest-224) or at lower ones (hardest-112). hardest-224-reuse trains on the student's rows of scoring
-(`selection.reuse_student`; Vision Transformers without --compile). With --images 8 or more, predicted probes a quarter of
+(`selection.reuse_student`; Vision Transformers). hardest-224-rescue scores all views of half of the images
+(`selection.rescue_share`). With --images 8 or more, predicted probes a quarter of
 them in every fourth step and takes random steps between: seconds and ledger are of a step with a probe, the ratio is that of
 all its steps. All are the real step on the real network with made-up pixels; rendering is not part of it. On a CPU the time
 is CPU time of one thread, which other load on the machine distorts little, and the steps take turns: the ratio is the median
@@ -70,7 +71,7 @@ def settings_of(
 ) -> dict[str, RunConfig]:
     """The settings that are compared, by name; hard steps score at full and half resolution, or as `scoring_px` says.
 
-    At full resolution a Vision Transformer's rows are also reused.
+    At full resolution half of the images are also rescued, and a Vision Transformer's rows are reused.
     """
 
     def with_selection(**changes: object) -> RunConfig:
@@ -86,7 +87,9 @@ def settings_of(
         return settings
     for px in scoring_px or [size_px, size_px // 2]:
         settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
-        if px == size_px and config.method.backbone.name.startswith("vit_") and not config.training.compile:
+        if px == size_px and config.selection.num_candidate_views >= 3:
+            settings[f"hardest-{px}-rescue"] = with_selection(rule="hardest", limit=None, rescue_share=0.5)
+        if px == size_px and config.method.backbone.name.startswith("vit_"):
             settings[f"hardest-{px}-reuse"] = with_selection(rule="hardest", reuse_student=True)
     images = config.training.images_per_step
     if images >= 8:

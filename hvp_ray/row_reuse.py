@@ -18,7 +18,7 @@ Legend: N rows forwarded, M rows chosen, D features.
 import contextlib
 import logging
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +46,15 @@ class RowReuse:
     Parameters and buffers are read when rows are forwarded. Other attributes (a drop path's rate) are part of the trace.
     """
 
-    def __init__(self, module: nn.Module, *, keep_inputs_of: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, module: nn.Module, *, keep_inputs_of: Iterable[nn.Module] = (), compiled: bool = False) -> None:
         """Prepare a module; nothing is traced yet.
 
         Args:
             module: its inputs are tensors whose first dimension is the rows, and its result is one such tensor.
             keep_inputs_of: submodules (a transformer's blocks) of which only the input is kept. The backward computes the
                 rest again for the chosen rows, as activation checkpointing does. None: all that the backward needs is kept.
+            compiled: compile both halves by torch.compile, once for each number of rows. Results differ in rounding, and
+                dropout and drop path draw other numbers.
 
         Raises:
             RowReuseError: the module has BatchNorm in training mode.
@@ -65,8 +67,10 @@ class RowReuse:
                 )
         self._module = module
         self._blocks = tuple(keep_inputs_of)
+        self._compiled = compiled
         self._splits: dict[Any, _Split | None] = {}
 
+    @torch.compiler.disable(reason="the halves are compiled by themselves")
     @torch.no_grad()
     def forward_all(self, *inputs: Tensor | None) -> tuple[Tensor, "Kept"]:
         """Return the outputs of all rows without gradient, and what the backward of any of them needs.
@@ -87,8 +91,8 @@ class RowReuse:
             return outputs, _KeptInputs(self._module, inputs, outputs.device)
         given = [value for value in inputs if value is not None]
         with torch.autocast(given[0].device.type, enabled=False):  # the casts are in the graph
-            outputs, *values = split.forward(rows)(*states, *given)
-        return outputs, _KeptValues(split, states, values, outputs, rows)
+            outputs, *values = split.forward(rows, compiled=self._compiled)(*states, *given)
+        return outputs, _KeptValues(split, states, values, outputs, rows, compiled=self._compiled)
 
     def _split_of(self, states: list[Tensor], inputs: tuple[Tensor | None, ...]) -> "_Split | None":
         """Return the traced halves for these inputs; None: they cannot be traced."""
@@ -143,9 +147,16 @@ class Kept:
 
 class _KeptValues(Kept):
     def __init__(
-        self, split: "_Split", states: list[Tensor], values: list[Tensor], outputs: Tensor, num_rows: int
+        self,
+        split: "_Split",
+        states: list[Tensor],
+        values: list[Tensor],
+        outputs: Tensor,
+        num_rows: int,
+        *,
+        compiled: bool = False,
     ) -> None:
-        self._split, self._states, self._num_rows = split, states, num_rows
+        self._split, self._states, self._num_rows, self._compiled = split, states, num_rows, compiled
         self._versions = [state._version for state in states]
         self._values: list[Tensor] | None = values
         self._outputs: Tensor | None = outputs
@@ -163,7 +174,8 @@ class _KeptValues(Kept):
                 value = values.pop()
                 chosen.append(_gather(value, indices, self._num_rows) if of_rows else value)
                 del value  # of all rows: freed before the next is gathered
-        given = _ChosenRows(self._split, len(indices), chosen, self._states, self._versions)
+        backward = self._split.backward(len(indices), compiled=self._compiled)
+        given = _ChosenRows(self._split, backward, chosen, self._states, self._versions)
         return _Backward.apply(given, outputs, *self._states)
 
 
@@ -197,7 +209,8 @@ class _ChosenRows:
     """What the backward of the chosen rows needs."""
 
     split: "_Split"
-    num_rows: int
+    backward: Callable[[list[Tensor]], tuple[Tensor | None, ...]]
+    """See `_Split.backward`."""
     values: list[Tensor]
     """In reverse order; the backward empties it."""
     states: list[Tensor]
@@ -225,7 +238,7 @@ class _Backward(torch.autograd.Function):
         split = chosen.split
         box = [tangent.contiguous(), *chosen.values, *(chosen.states[i] for i in reversed(split.states_of_backward))]
         chosen.values = []
-        return None, None, *split.backward(chosen.num_rows)(box)
+        return None, None, *chosen.backward(box)
 
 
 def _states_of(module: nn.Module) -> list[Tensor]:
@@ -350,6 +363,16 @@ def _take(box: list[Tensor]) -> Tensor:
     return box.pop()
 
 
+def _compile(graph: fx.GraphModule) -> Callable[..., Any]:
+    """Compile for these shapes only: steps of a run have the same numbers of rows."""
+    compiled: Callable[..., Any] = torch.compile(graph, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _unboxed(compute: Callable[..., Any]) -> Callable[[list[Tensor]], Any]:
+    return lambda box: compute(*reversed(box))
+
+
 def _ancestors(nodes: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
     """Return the nodes and all that they are computed from, up to `stop`."""
     found: set[fx.Node] = set()
@@ -382,20 +405,22 @@ class _Split:
         self.states_of_backward = [i for i, node in enumerate(states) if node in needed]
         """Indices of the parameters and buffers that the backward reads."""
         self._of_backward = [*(states[i] for i in self.states_of_backward), *self._values, tangent]
-        self._forwards: dict[int, fx.GraphModule] = {}
-        self._backwards: dict[int, fx.GraphModule] = {}
+        self._forwards: dict[tuple[int, bool], Callable[..., Any]] = {}
+        self._backwards: dict[tuple[int, bool], Callable[..., Any]] = {}
 
-    def forward(self, rows: int) -> fx.GraphModule:
+    def forward(self, rows: int, *, compiled: bool = False) -> Callable[..., Any]:
         """Return (states, inputs) -> (outputs, values)."""
-        if rows not in self._forwards:
-            self._forwards[rows] = self._joint.extract(self._inputs, [self._outputs, *self._values], rows, boxed=False)
-        return self._forwards[rows]
+        if (rows, compiled) not in self._forwards:
+            graph = self._joint.extract(self._inputs, [self._outputs, *self._values], rows, boxed=False)
+            self._forwards[rows, compiled] = _compile(graph) if compiled else graph
+        return self._forwards[rows, compiled]
 
-    def backward(self, rows: int) -> fx.GraphModule:
+    def backward(self, rows: int, *, compiled: bool = False) -> Callable[[list[Tensor]], Any]:
         """Return [tangent, values reversed, states reversed] -> gradients of all states."""
-        if rows not in self._backwards:
-            self._backwards[rows] = self._joint.extract(self._of_backward, self._gradients, rows, boxed=True)
-        return self._backwards[rows]
+        if (rows, compiled) not in self._backwards:
+            graph = self._joint.extract(self._of_backward, self._gradients, rows, boxed=not compiled)
+            self._backwards[rows, compiled] = _unboxed(_compile(graph)) if compiled else graph
+        return self._backwards[rows, compiled]
 
     def _choose_values(self, states: set[fx.Node]) -> list[fx.Node]:
         """Return the nodes of the forward whose values are kept for the backward.

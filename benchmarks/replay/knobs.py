@@ -3,6 +3,7 @@
 Legend: N logged images, P pairs.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from benchmarks.replay.predicted import chosen_by_predictor
 from benchmarks.replay.prices import Prices
 from benchmarks.replay.scores import LoggedScores
 from hvp_ray.config import RunConfig, SelectionConfig, Weighting
-from hvp_ray.selection import pair_weights_of
+from hvp_ray.selection import easiest_images, pair_weights_of
 
 _LIMITS = (8, 16, 32, 64, 128)
 _PROBE_EVERY = 4
@@ -54,7 +55,7 @@ def replay(logged: LoggedScores, config: RunConfig, num_views: int) -> Iterator[
     for share in (0.75, 0.5, 0.25, 0.1):
         chosen_N = np.where(place_N < share * images_N, hardest_N, random_N)
         yield Setting(knob="share", value=f"{share:g}", price=1.0 + share * scoring, chosen_N=chosen_N)
-    yield from _rescues(among, prices, hardest_N)
+    yield from rescues(among, prices, hardest_N)
     for limit in _LIMITS:
         if limit < among.candidates.count:
             chosen_N = among.chosen_by("hardest", limit=limit)
@@ -90,14 +91,14 @@ def _place_in_step(logged: LoggedScores) -> tuple[NDArray[np.int64], NDArray[np.
     return np.concatenate([np.arange(count) for count in counts]), np.repeat(counts, counts)
 
 
-def _rescues(among: LoggedScores, prices: Prices, hardest_N: NDArray[np.float64]) -> Iterator[Setting]:
-    """Score two views of all images; of the easiest in a step, render and score the others too and take the hardest."""
+def rescues(among: LoggedScores, prices: Prices, hardest_N: NDArray[np.float64]) -> Iterator[Setting]:
+    """Score two views of all images; of the easiest in a step, score the others too and take the hardest."""
     of_two_N = among.of_first_views(2).chosen_by("hardest")
     for share in (0.1, 0.25, 0.5, 0.75):
         chosen_N = of_two_N.copy()
         for images in among.steps():
-            count = images.stop - images.start
-            easiest = images.start + np.argsort(of_two_N[images], kind="stable")[: round(share * count)]
+            count = dataclasses.replace(among.candidates, rescue_share=share).num_rescued(images.stop - images.start)
+            easiest = images.start + easiest_images(torch.from_numpy(of_two_N[images]), count).numpy()
             chosen_N[easiest] = hardest_N[easiest]
         two, all_views = prices.hard(2), prices.hard(among.candidates.num_views)
         price = two + share * (all_views - two)

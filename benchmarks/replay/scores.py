@@ -54,13 +54,13 @@ class LoggedScores:
         """Return the scores of a run's log.
 
         Raises:
-            DataError: some logged steps have no scores.
+            DataError: some logged candidates have no scores.
         """
         scores_NP = log["scores"]
-        if np.isnan(scores_NP).any():
+        if not np.isfinite(scores_NP).all():
             raise DataError(
-                f"the selection log of {log.run_name} has steps without scores; replay a run with selection.rule=hardest or "
-                f"selection.score_always=true"
+                f"the selection log of {log.run_name} has candidates without scores; replay a run with "
+                f"selection.rule=hardest and selection.rescue_share=1, or with selection.score_always=true"
             )
         local_scores, chosen_locals = log.local_scores, config.selection.num_chosen_local_views or 0
         pairs, of_locals = torch.from_numpy(scores_NP.copy()), None

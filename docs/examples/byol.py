@@ -16,7 +16,7 @@ from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, S
 from hvp_ray.methods.self_distillation import frozen_copy, teacher_momentum_at, update_teacher
 from hvp_ray.methods.simsiam import score_pairs
 from hvp_ray.recipes import get_recipe
-from hvp_ray.selection import Candidates, CandidateScores, PairWeighting
+from hvp_ray.selection import Candidates, CandidateScores, PairWeighting, ViewOutputs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,15 +58,21 @@ class Byol(Method):
         """Set the momentum of this step."""
         self._momentum = teacher_momentum_at(self._config.teacher_momentum, position.step, position.num_steps)
 
-    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """Every view once through both networks, then all pairs from the embeddings."""
-        return CandidateScores(pairs_BP=_losses(*self._embed(views), candidates))
+    def embed(self, views: ViewTensors) -> ViewOutputs:
+        """Forward every view once through both networks."""
+        targets, predictions = self._both(views)
+        return ViewOutputs(of_globals={"targets": targets, "predictions": predictions})
+
+    def compare(self, outputs: ViewOutputs, candidates: Candidates) -> CandidateScores:
+        """Score all pairs from the embeddings."""
+        of_views = outputs.of_globals
+        return CandidateScores(pairs_BP=_losses(of_views["targets"], of_views["predictions"], candidates))
 
     def forward(
         self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
     ) -> MethodLoss:
         """BYOL's symmetric loss, -(cos(p1, z2) + cos(p2, z1)) / 2, mean over images (and over pairs of slots)."""
-        targets, predictions = self._embed(views)
+        targets, predictions = self._both(views)
         losses_BP = _losses(targets, predictions, views.as_candidates())
         return MethodLoss.of_pairs(losses_BP, weigh, embeddings=predictions[0].detach())
 
@@ -75,7 +81,7 @@ class Byol(Method):
         update_teacher(self.backbone, self.target_backbone, self._momentum)
         update_teacher(self.projector, self.target_projector, self._momentum)
 
-    def _embed(self, views: ViewTensors) -> tuple[Tensor, Tensor]:
+    def _both(self, views: ViewTensors) -> tuple[Tensor, Tensor]:
         """Return what is predicted and the predictions, both [V, B, D]."""
         images, shape = views.global_views.flatten(0, 1), (*views.global_views.shape[:2], -1)
         predictions = self.predictor(self.projector(self.backbone(images)))

@@ -164,6 +164,7 @@ def _seconds_of_step(kind: _StepKind, device: torch.device) -> float:
 def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     typical = statistics.median if device.type == "cuda" else min
     config = kinds[0].config
+    parts = config.training.accumulation_steps
 
     def mean(value_of: Callable[[_StepKind], float]) -> float:
         return sum(kind.share * value_of(kind) for kind in kinds)
@@ -171,10 +172,13 @@ def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
     def trained_views(kind: _StepKind) -> int:
         return RULES[kind.of_step.rule].num_trained_views(kind.of_step.candidates(config.views))[0]
 
-    def forwards(kind: _StepKind) -> int:
-        if not kind.of_step.needs_scores:
-            return trained_views(kind)
-        return kind.of_step.num_views + (0 if config.selection.reuse_student else trained_views(kind))
+    def forwards(kind: _StepKind) -> float:
+        scored = scored_views(kind) if kind.of_step.needs_scores else 0.0
+        return scored + (0 if scored and config.selection.reuse_student else trained_views(kind))
+
+    def scored_views(kind: _StepKind) -> float:
+        candidates, images = kind.of_step.candidates(config.views), config.images_per_rank // parts
+        return 2.0 + (candidates.num_views - 2) * candidates.num_rescued(images) / images
 
     def probe_views(kind: _StepKind) -> float:
         return kind.of_step.num_probe_images * config.selection.num_candidate_views / config.images_per_rank

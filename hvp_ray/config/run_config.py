@@ -96,7 +96,6 @@ class RunConfig(Checked):
             return
         conditions = {
             "training.accumulation_steps=1": self.training.accumulation_steps == 1,
-            "training.compile=False": not self.training.compile,
             "scoring at full resolution in the precision of training": self.scores_as_in_training,
         }
         for allowed, holds in conditions.items():

@@ -16,6 +16,7 @@ MOST_MATCHED_VIEWS = 8
 """They have 105 perfect matchings, which are all compared. Ten views would have 945."""
 
 _USED_BY: dict[str, tuple[Rule, ...]] = {
+    "rescue_share": ("hardest",),
     "quantile": ("hardest", "predicted"),
     "start_fraction": ("hardest", "random", "easiest", "min_iou", "all_pairs", "predicted"),
     "ramp_fraction": ("hardest", "all_pairs", "predicted"),
@@ -64,6 +65,11 @@ class SelectionConfig(Checked):
     limit: AtLeast1 | None = None
     """Compare only this many randomly drawn candidates, equal for all images of a rank's step (the authors: 64 or 128).
     None: compare all candidates, which costs nothing more. Only rules that compare scores use it."""
+
+    rescue_share: Fraction = 1.0
+    """Rule hardest: share of the images whose views are all scored. These are the easiest ones by views 0 and 1, which are
+    scored of every image, and the only pair that the other images can be trained on. 0.5 with 4 views forwards 3 per image
+    for scoring (docs/hard_views.md). 1: all views of all images are scored at once."""
 
     quantile: Fraction = 1.0
     """Rules hardest and predicted: which candidate is chosen among those of an image in the order of their loss. 1: the
@@ -144,6 +150,7 @@ class SelectionConfig(Checked):
             allowed = f"{default} with {prefix}rule={self.rule}, which does not read it ({', '.join(used_by)} do)"
             require(value == default or self.rule in used_by, f"{prefix}{name}", value, allowed)
         self._check_schedule(prefix)
+        self._check_rescue(prefix)
         self._check_weighting(prefix)
 
     def _check_views(self, prefix: str) -> None:
@@ -173,6 +180,18 @@ class SelectionConfig(Checked):
         require(self.ramp_fraction <= left + 1e-9, f"{prefix}ramp_fraction", self.ramp_fraction, allowed)
         allowed = f"0.5 without a ramp ({prefix}ramp_fraction)"
         require(self.ramp_fraction > 0.0 or self.ramp_from == 0.5, f"{prefix}ramp_from", self.ramp_from, allowed)
+
+    def _check_rescue(self, prefix: str) -> None:
+        conditions = {
+            "3 or more global views": self.num_candidate_views >= 3,
+            f"{prefix}limit=None": self.limit is None,
+            f"{prefix}quantile=1.0": self.quantile == 1.0,
+            f"{prefix}ramp_fraction=0.0": self.ramp_fraction == 0.0,
+            f"{prefix}reuse_student=False": not self.reuse_student,
+        }
+        for allowed, holds in conditions.items():
+            fits = self.rescue_share == 1.0 or holds
+            require(fits, f"{prefix}rescue_share", self.rescue_share, f"1.0 without {allowed}")
 
     def _check_weighting(self, prefix: str) -> None:
         allowed = f"1.0 without {prefix}weighting=softmax"

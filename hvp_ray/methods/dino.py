@@ -17,6 +17,7 @@ from hvp_ray.methods.configs import DinoConfig
 from hvp_ray.methods.heads import PrototypeHead
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, StepPosition, ViewTensors
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
+from hvp_ray.selection.view_outputs import ViewOutputs
 from hvp_ray.selection.weights import PairWeighting
 
 
@@ -61,16 +62,26 @@ class Dino(Method):
         self._momentum = distillation.teacher_momentum_at(config.teacher_momentum, position.step, position.num_steps)
         self._prototypes_are_frozen = position.epoch < config.freeze_last_layer_epochs
 
-    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
+    def embed(self, views: ViewTensors) -> ViewOutputs:
         """Forward the teacher on the global views and the student on all; keep centre and teacher unchanged."""
-        bottleneck = self._teacher_bottleneck(views)
-        targets_GBK = self._probabilities(self.teacher_head.logits(bottleneck))
+        teacher_bottleneck = self._teacher_bottleneck(views)
         features, kept = self.encode_views(views)
-        logits = self.head.logits_by_view(self.head(features))
+        of_globals, of_locals = self.head(features).tensor_split([len(views.global_views)])
+        return ViewOutputs(
+            of_globals={"bottleneck": of_globals, "teacher_bottleneck": teacher_bottleneck},
+            of_locals={"bottleneck": of_locals},
+            kept=kept,
+        )
+
+    def compare(self, outputs: ViewOutputs, candidates: Candidates) -> CandidateScores:
+        """Score all (pair of global views, local views) by their cross-entropies."""
+        teacher_bottleneck = outputs.of_globals["teacher_bottleneck"]
+        targets_GBK = self._probabilities(self.teacher_head.logits(teacher_bottleneck))
+        logits = self.head.logits_by_view(outputs.of_all_views("bottleneck"))
         crosses = distillation.cross_entropies(targets_GBK, logits, self._config.student_temperature)
         return replace(
             distillation.score_tuples(crosses, candidates),
-            reusable=self._reusable(teacher_bottleneck=bottleneck) | kept,
+            reusable=self._reusable(teacher_bottleneck=teacher_bottleneck) | outputs.kept,
         )
 
     def forward(

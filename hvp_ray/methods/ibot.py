@@ -19,6 +19,7 @@ from hvp_ray.methods.configs import IBotConfig
 from hvp_ray.methods.dino import Dino
 from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
+from hvp_ray.selection.view_outputs import ViewOutputs
 from hvp_ray.selection.weights import PairWeighting, mean_of_pairs
 
 
@@ -47,7 +48,18 @@ class IBot(Dino):
         super().begin_step(position)
         self.patch_teacher_temperature.fill_(self._patch_temperature_at(position.epoch))
 
-    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
+    def embed(self, views: ViewTensors) -> ViewOutputs:
+        """Forward the teacher on the global views, and the student on all, with masks."""
+        student, teacher = self._student(views), self._teacher(views)
+        of_globals, of_locals = student.class_bottleneck.tensor_split([len(views.global_views)])
+        of_student = {"class": of_globals, "patches": student.patch_bottleneck, "weights": student.weights}
+        return ViewOutputs(
+            of_globals=of_student | {name: getattr(teacher, name) for name in _TEACHER_OUTPUTS},
+            of_locals={"class": of_locals},
+            kept=student.kept,
+        )
+
+    def compare(self, outputs: ViewOutputs, candidates: Candidates) -> CandidateScores:
         """Score class tokens of masked views as DINO does; with scoring=full, add each global view's own patch loss.
 
         score = class_weight * (DINO's score) + patch_weight * (P[g1] + P[g2]) / 2
@@ -56,23 +68,20 @@ class IBot(Dino):
         for every candidate, and on masked patches only.
         """
         config = self._ibot
-        student, teacher = self._student(views), self._teacher(views)
-        targets_GBK = self._probabilities(self.teacher_head.logits(teacher.class_bottleneck))
-        logits = self.head.logits_by_view(student.class_bottleneck)
+        of_teacher = {name: outputs.of_globals[name] for name in _TEACHER_OUTPUTS}
+        targets_GBK = self._probabilities(self.teacher_head.logits(of_teacher["class_bottleneck"]))
+        logits = self.head.logits_by_view(outputs.of_all_views("class"))
         crosses = distillation.cross_entropies(targets_GBK, logits, config.student_temperature)
         of_class = distillation.score_tuples(crosses, candidates)
         pairs_BP, locals_BPL = config.class_weight * of_class.pairs_BP, of_class.locals_BPL
         if config.scoring == "full":
-            losses_BG = self._patch_losses(student, teacher)
+            patches, weights = outputs.of_globals["patches"], outputs.of_globals["weights"]
+            losses_BG = self._patch_losses(of_teacher["patch_bottleneck"], patches, weights)
             pairs_BP = pairs_BP + config.patch_weight * patch_losses_of_pairs(losses_BG, candidates)
         if locals_BPL is not None:
             locals_BPL = config.class_weight * locals_BPL
-        reusable = self._reusable(
-            class_bottleneck=teacher.class_bottleneck,
-            patch_bottleneck=teacher.patch_bottleneck,
-            patch_bottleneck_mean=teacher.patch_bottleneck_mean,
-        )
-        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable | student.kept)
+        reusable = self._reusable(**of_teacher) | outputs.kept
+        return CandidateScores(pairs_BP=pairs_BP, locals_BPL=locals_BPL, reusable=reusable)
 
     def forward(
         self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None
@@ -92,7 +101,7 @@ class IBot(Dino):
         student = self._student(views)
         logits = self.head.logits(student.class_bottleneck)
         crosses = distillation.cross_entropies(targets_SBK, logits, config.student_temperature)
-        losses_BS = self._patch_losses(student, teacher)
+        losses_BS = self._patch_losses(teacher.patch_bottleneck, student.patch_bottleneck, student.weights)
         common: dict[str, Any] = {
             "embeddings": student.class_tokens[0].detach(),
             "statistics": {"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean},
@@ -137,7 +146,7 @@ class IBot(Dino):
             class_tokens=class_tokens,
             class_bottleneck=self.head(class_tokens),
             patch_bottleneck=self.head(patches),
-            masked=masked,
+            weights=masked.weights,
             kept=kept,
         )
 
@@ -145,7 +154,7 @@ class IBot(Dino):
     def _teacher(self, views: ViewTensors) -> "_OfTeacher":
         """Return the teacher's outputs, computed by scoring or now."""
         if "class_bottleneck" in views.reusable:
-            return _OfTeacher(**{field.name: views.reusable[field.name] for field in fields(_OfTeacher)})
+            return _OfTeacher(**{name: views.reusable[name] for name in _TEACHER_OUTPUTS})
         masked = _MaskedPatches.of(views)
         vit, images = cast(VisionTransformer, self.teacher_backbone), views.global_views
         tokens = forward_tokens(vit, images.flatten(0, 1)).unflatten(0, images.shape[:2])
@@ -156,17 +165,22 @@ class IBot(Dino):
             patch_bottleneck_mean=patches.mean(dim=2),
         )
 
-    def _patch_losses(self, student: "_OfStudent", teacher: "_OfTeacher") -> Float[Tensor, "batch views"]:
+    def _patch_losses(
+        self,
+        of_teacher: Float[Tensor, "views batch masked bottleneck"],
+        of_student: Float[Tensor, "views batch masked bottleneck"],
+        weights_VBM: Float[Tensor, "views batch masked"],
+    ) -> Float[Tensor, "batch views"]:
         """Return P[b, g]: the mean cross-entropy of the masked patches of a view, 0 if no patch is masked."""
         losses = []
-        for view, weights_BM in enumerate(student.masked.weights):
+        for view, weights_BM in enumerate(weights_VBM):
             with torch.no_grad():
-                logits = self.teacher_head.logits(teacher.patch_bottleneck[view])
+                logits = self.teacher_head.logits(of_teacher[view])
                 targets = distillation.teacher_probabilities(logits, self.patch_center, self.patch_teacher_temperature)
             losses.append(
                 patch_loss(
                     targets,
-                    self.head.logits(student.patch_bottleneck[view]),
+                    self.head.logits(of_student[view]),
                     weights_BM,
                     temperature=self._ibot.student_temperature,
                 )
@@ -240,7 +254,8 @@ class _OfStudent:
     class_tokens: Float[Tensor, "all_views batch dim"]
     class_bottleneck: Float[Tensor, "all_views batch bottleneck"]
     patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
-    masked: _MaskedPatches
+    weights: Float[Tensor, "views batch masked"]
+    """See `_MaskedPatches`."""
     kept: Reusable
     """See `Method.encode`."""
 
@@ -254,3 +269,6 @@ class _OfTeacher:
     """Outputs of the patches that the student sees masked."""
     patch_bottleneck_mean: Float[Tensor, "views batch bottleneck"]
     """Mean over all patches of a view."""
+
+
+_TEACHER_OUTPUTS = tuple(field.name for field in fields(_OfTeacher))

@@ -9,17 +9,19 @@ Legend: V global views, L local views, B images, P pairs, h, w patches (cells of
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from hvp_ray.config import MethodConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.row_reuse import RowReuse
 from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable
+from hvp_ray.selection.rescue import score_with_rescue
+from hvp_ray.selection.view_outputs import ViewOutputs
 from hvp_ray.selection.weights import PairWeighting, effective_pairs, mean_of_pairs
 
 Arguments = ParamSpec("Arguments")
@@ -43,6 +45,16 @@ class ViewTensors:
     """Pairs are (even view, odd view) only; see `pair_table`."""
     keep_rows: bool = False
     """Scoring keeps what the backward of the student's encoder needs (`selection.reuse_student`)."""
+
+    def first_pair(self) -> "ViewTensors":
+        """Return global views 0 and 1, and all local views."""
+        masks = None if self.masks is None else self.masks[:2]
+        return replace(self, global_views=self.global_views[:2], masks=masks)
+
+    def other_globals(self, images: Int64[Tensor, " some"]) -> "ViewTensors":
+        """Return the global views of some images that `first_pair` leaves out, and no local views."""
+        masks = None if self.masks is None else self.masks[2:, images]
+        return replace(self, global_views=self.global_views[2:, images], local_views=None, masks=masks)
 
     def as_candidates(self) -> Candidates:
         """Return all admissible pairs of these views, each with all local views."""
@@ -146,20 +158,40 @@ def in_float32(compute: Callable[Arguments, Result]) -> Callable[Arguments, Resu
 
 
 class Method(nn.Module):
-    """A self-supervised method. Implement `score` and `forward`; the rest has defaults."""
+    """A self-supervised method. Implement `embed`, `compare` and `forward`; the rest has defaults."""
 
     backbone: nn.Module
     """The encoder that is trained."""
+    compiles_rows: bool = False
+    """`RowReuse` is compiled."""
 
     def __init__(self) -> None:
         super().__init__()
         self._row_reuse: dict[str, RowReuse] = {}
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """Return the loss that each candidate would give; higher is harder; float32.
+        """Return the loss that each candidate would give; higher is harder; float32."""
+        if candidates.rescue_share == 1.0:
+            return self.compare(self.embed(views), candidates)
+        return score_with_rescue(
+            self.embed(views.first_pair()),
+            lambda images: self.embed(views.other_globals(images)),
+            self.compare,
+            candidates,
+        )
 
-        Values that do not depend on other views of the batch and have no gradient may go into `reusable`, and so may what
-        `encode` keeps. `forward` then receives them with the chosen views, if scoring forwarded the views as training does.
+    def embed(self, views: ViewTensors) -> ViewOutputs:
+        """Forward every view once; return all outputs that `compare` needs, each with dimensions (view, image, ...).
+
+        There may be no local views, although the method has some (`selection.rescue_share`).
+        """
+        raise NotImplementedError
+
+    def compare(self, outputs: ViewOutputs, candidates: Candidates) -> CandidateScores:
+        """Return the scores of all candidates from the outputs for their views; see `score`.
+
+        Values that do not depend on other views of the batch and have no gradient may go into `reusable`, and so may
+        `outputs.kept`. `forward` then receives them with the chosen views, if scoring forwarded the views as training does.
         """
         raise NotImplementedError
 
@@ -193,7 +225,7 @@ class Method(nn.Module):
     ) -> tuple[Float[Tensor, "views batch *outputs"], Reusable]:
         """Forward the student's encoder on views of one size as one batch, or take what scoring kept.
 
-        With `views.keep_rows`, scoring also gets what it puts into `CandidateScores.reusable`. `forward` then takes the
+        With `views.keep_rows`, scoring also gets what it puts into `ViewOutputs.kept`. `forward` then takes the
         outputs of the chosen views from `views.reusable`.
 
         Args:
@@ -210,7 +242,7 @@ class Method(nn.Module):
         if not views.keep_rows:
             return encoder(*flat).unflatten(0, shape), {}
         if name not in self._row_reuse:
-            self._row_reuse[name] = RowReuse(encoder)
+            self._row_reuse[name] = RowReuse(encoder, compiled=self.compiles_rows)
         outputs, kept = self._row_reuse[name].forward_all(*flat)
         return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
 

@@ -4,6 +4,7 @@ Legend: V views, S slots trained on, B images on this rank, N images on all rank
 projections.
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,7 @@ from hvp_ray.methods.configs import SimCLRConfig
 from hvp_ray.methods.heads import simclr_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
+from hvp_ray.selection.view_outputs import ViewOutputs
 from hvp_ray.selection.weights import PairWeighting
 
 
@@ -31,19 +33,28 @@ class SimCLR(Method):
         self._negatives_of_all_views = config.scoring_negatives == "all"
         self._ranks = ranks
 
-    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """Forward all views as one batch, gather their projections over the ranks once, and score all pairs."""
-        own_VBD, kept = self._project(views)
-        everything_VND = _join_ranks(self._ranks.gather(own_VBD))
+    def embed(self, views: ViewTensors) -> ViewOutputs:
+        """Forward all views as one batch."""
+        projections, kept = self._project(views)
+        return ViewOutputs(of_globals={"projections": projections}, kept=kept)
+
+    def compare(self, outputs: ViewOutputs, candidates: Candidates) -> CandidateScores:
+        """Gather the projections over the ranks once, and score all pairs."""
+        own_VBD, first_round = outputs.of_globals["projections"], None
+        if outputs.first_round is not None:
+            of_first_SBD = outputs.first_round.outputs.of_globals["projections"]
+            positions = self._ranks.rank * of_first_SBD.shape[1] + outputs.first_round.images
+            first_round = _join_ranks(self._ranks.gather(of_first_SBD)), positions
         return CandidateScores(
-            reusable=kept,
+            reusable=outputs.kept,
             pairs_BP=score_pairs(
                 own_VBD,
-                everything_VND,
+                _join_ranks(self._ranks.gather(own_VBD)),
                 candidates.pairs_on(own_VBD.device),
                 first_image=self._ranks.rank * own_VBD.shape[1],
                 temperature=self._temperature,
                 negatives_of_all_views=self._negatives_of_all_views,
+                first_round=first_round,
             ),
         )
 
@@ -153,6 +164,7 @@ def score_pairs(
     first_image: int,
     temperature: float,
     negatives_of_all_views: bool = False,
+    first_round: tuple[Float[Tensor, "2 all_images dim"], Int64[Tensor, " batch"]] | None = None,
 ) -> Float[Tensor, "batch pairs"]:
     """Return the NT-Xent loss of pairs of views: the score of a pair, and the terms of training on several; differentiable.
 
@@ -166,6 +178,9 @@ def score_pairs(
         first_image: index of the first of the B images among the N.
         temperature: t.
         negatives_of_all_views: the denominator has the views of the other images of *all* V views, and the positive.
+        first_round: with rescue, projections of views 0 and 1 of the images of all ranks, rescued or not, and the indices of
+            this rank's rescued images among them. `own_VBD` and `everything_VND` are those of rescued images. Other views
+            have fewer negatives then, which weigh as much as those of views 0 and 1.
 
     Source: automl/hvp, branch simclr, losses/nt_xent_loss.py:17-44 (the sum of both directions; here their mean). The
     negatives of all views are a proposal of the paper's reviewers.
@@ -173,13 +188,19 @@ def score_pairs(
     """
     num_views, num_images = own_VBD.shape[:2]
     device = own_VBD.device
-    positions = first_image + torch.arange(num_images, device=device)
     own = torch.arange(num_images, device=device)
+    columns = [(of_view, first_image + own) for of_view in everything_VND]
+    if first_round is not None:
+        columns[:2] = [(of_view, first_round[1]) for of_view in first_round[0]]
+    most_negatives = len(columns[0][0]) - 1
     energies, positives = [], []
     for m in range(num_views):
-        for v in range(num_views):
-            block = own_VBD[m] @ everything_VND[v].T / temperature
+        for v, (of_view, positions) in enumerate(columns):
+            block = own_VBD[m] @ of_view.T / temperature
             positives.append(block[own, positions])
+            if 0 < len(of_view) - 1 < most_negatives:
+                block = block + math.log(most_negatives / (len(of_view) - 1))
+                block = block.scatter(1, positions[:, None], positives[-1][:, None])
             if v == m or negatives_of_all_views:
                 block = block.scatter(1, positions[:, None], -torch.inf)
             energies.append(block.logsumexp(dim=1))

@@ -14,6 +14,7 @@ from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.heads import simsiam_predictor, simsiam_projector
 from hvp_ray.methods.method import ALONE, Contrast, Method, MethodLoss, Ranks, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores
+from hvp_ray.selection.view_outputs import ViewOutputs
 from hvp_ray.selection.weights import PairWeighting
 
 
@@ -29,17 +30,21 @@ class SimSiam(Method):
         self.predictor = simsiam_predictor(config.projector_dim, config.predictor_hidden_dim)
         self._averaged_target = config.averaged_target
 
-    def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
-        """Forward all views as one batch (one set of BatchNorm statistics, as the authors do) and score all pairs."""
+    def embed(self, views: ViewTensors) -> ViewOutputs:
+        """Forward all views as one batch (one set of BatchNorm statistics, as the authors do)."""
         features, kept = self.encode_views(views)
         projections = self.projector(features.flatten(0, 1))
-        predictions = self.predictor(projections)
+        of_views = {"projections": projections, "predictions": self.predictor(projections)}
         shape = (*features.shape[:2], -1)
-        pairs = candidates.pairs_on(projections.device)
-        return CandidateScores(
-            pairs_BP=score_pairs(projections.reshape(shape).float(), predictions.reshape(shape).float(), pairs),
-            reusable=kept,
+        return ViewOutputs(
+            of_globals={name: values.reshape(shape).float() for name, values in of_views.items()}, kept=kept
         )
+
+    def compare(self, outputs: ViewOutputs, candidates: Candidates) -> CandidateScores:
+        """Score all pairs."""
+        projections, predictions = outputs.of_globals["projections"], outputs.of_globals["predictions"]
+        pairs = candidates.pairs_on(projections.device)
+        return CandidateScores(pairs_BP=score_pairs(projections, predictions, pairs), reusable=outputs.kept)
 
     def forward(
         self, views: ViewTensors, contrast: Contrast | None = None, weigh: PairWeighting | None = None

@@ -50,7 +50,7 @@ def _draw_patch_maps(config: RunConfig, dataset: Dataset, trainee: Trainee, path
 
 def _draw_candidate_views(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
     """Render candidates of some training images, score them with the final weights, and draw the choice."""
-    hard = dataclasses.replace(config.selection.with_rule("hardest"), quantile=1.0, limit=None)
+    hard = dataclasses.replace(config.selection.with_rule("hardest"), quantile=1.0, limit=None, rescue_share=1.0)
     candidates = hard_step(hard).candidates(config.views)
     batch = _render_some(config, dataset, candidates)
     scores = _score_alone(config, trainee, batch, candidates)

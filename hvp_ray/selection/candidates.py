@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -63,6 +63,9 @@ class Candidates:
     limit: int | None = None
     """Rules that read scores compare only this many randomly drawn candidates. None: all of them, exactly."""
 
+    rescue_share: float = 1.0
+    """Share of the images that has all candidates: those whose pair 0 is easiest. The others have those of pair 0 only."""
+
     def __post_init__(self) -> None:
         if self.num_views < 2:
             raise ShapeError(f"num_views={self.num_views}: a pair needs two views")
@@ -80,6 +83,10 @@ class Candidates:
     def pairs_on(self, device: torch.device) -> Int64[Tensor, "pairs 2"]:
         """Return `pairs` on a device; a GPU keeps its copy."""
         return _kept_pairs(self, device) if device.type == "cuda" else torch.from_numpy(self.pairs).to(device)
+
+    def num_rescued(self, num_images: int) -> int:
+        """Return how many images that are scored together have all candidates."""
+        return round(self.rescue_share * num_images)
 
     @property
     def count(self) -> int:
@@ -119,7 +126,7 @@ class CandidateScores:
     """
 
     pairs_BP: Float[Tensor, "batch pairs"]  # noqa: N815 (shape letters)
-    """Columns as `Candidates.pairs`."""
+    """Columns as `Candidates.pairs`; -inf: not scored (`Candidates.rescue_share`)."""
 
     locals_BPL: Float[Tensor, "batch pairs locals"] | None = None  # noqa: N815
     """Addition of each local view; None: there are no local views."""
@@ -144,11 +151,16 @@ class CandidateScores:
         )
 
     def mean(self, num_chosen_local_views: int) -> Float[Tensor, " batch"]:
-        """Return the mean over all candidates of each image: the expected loss of a random candidate."""
-        pairs = self.pairs_BP
+        """Return the mean over the scored candidates of each image: the expected loss of a random one of them."""
+        pairs, is_scored = self.pairs_BP, self.is_scored_BP
         if self.locals_BPL is not None:
             pairs = pairs + num_chosen_local_views * self.locals_BPL.mean(dim=2)
-        return pairs.mean(dim=1)
+        return pairs.where(is_scored, 0.0).sum(dim=1) / is_scored.sum(dim=1)
+
+    @property
+    def is_scored_BP(self) -> Bool[Tensor, "batch pairs"]:  # noqa: N802 (shape letters)
+        """Whether a pair was scored."""
+        return self.pairs_BP != -torch.inf
 
     def with_all_locals(self) -> Float[Tensor, "batch pairs"]:
         """Return for each pair the score of its candidate with all local views."""

@@ -32,6 +32,8 @@ class StepSelection:
     """See `rules.RuleInput.quantile`."""
     ramp_position: float
     """Position on the ramp: 0 where hardness begins, 1 at its full setting."""
+    rescue_share: float = 1.0
+    """See `Candidates.rescue_share`."""
     num_probe_images: int = 0
     """Images of each trainer whose pairs are all scored, for rule predicted to learn from."""
 
@@ -43,6 +45,7 @@ class StepSelection:
             num_chosen_local_views=self.num_chosen_local_views,
             alternating=views.slots_keep_transforms,
             limit=self.limit,
+            rescue_share=self.rescue_share,
         )
 
 
@@ -62,6 +65,7 @@ def hard_step(selection: SelectionConfig, ramp_position: float = 1.0) -> StepSel
         limit=selection.limit,
         quantile=(1.0 - ramp_position) * selection.ramp_from + ramp_position * selection.quantile,
         ramp_position=ramp_position,
+        rescue_share=selection.rescue_share,
         num_probe_images=selection.probe_images if rule.chooses_before_rendering else 0,
     )
 

@@ -43,15 +43,15 @@ def describe_pairs(plan: ViewPlan, candidates: Candidates, chosen: NDArray[np.in
 
 
 def describe_scores(scores: CandidateScores, selection: Selection, candidates: Candidates) -> dict[str, float]:
-    """Return the scoring pass's mean loss of the chosen candidates and of all others."""
+    """Return the scoring pass's mean loss of the chosen candidates and of all others that were scored."""
     mean = scores.mean(candidates.num_chosen_local_views).double()
     if selection.scores is None:
         return {"selection/mean_score": float(mean.mean())}
     chosen = selection.scores.double()
     metrics = {"selection/chosen_score": float(chosen.mean())}
-    if candidates.count > 1:
-        count = float(candidates.count)
-        others = (mean * count - chosen) / (count - 1.0)
+    counts = scores.is_scored_BP.sum(dim=1).double() * float(candidates.count // len(candidates.pairs))
+    others = ((mean * counts - chosen) / (counts - 1.0))[counts > 1.0]
+    if len(others):
         metrics["selection/other_score"] = float(others.mean())
     return metrics
 

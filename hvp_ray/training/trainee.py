@@ -111,7 +111,7 @@ def build_trainee_of(
             state=None if checkpoint is None else checkpoint.predictor,
         )
     wrapped = wrap_for_training(method, world, device)
-    compiled = config.training.compile
+    compiled = method.compiles_rows = config.training.compile
     return Trainee(
         method=method,
         training_forward=torch.compile(wrapped.forward) if compiled else wrapped.forward,

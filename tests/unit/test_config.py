@@ -80,10 +80,6 @@ def test_unknown_recipe_names_the_nearest() -> None:
             lambda: tiny_config("x", selection={"reuse_student": True, "scoring_precision": "bfloat16"}),
             "in the precision of training",
         ),
-        (
-            lambda: tiny_config("x", selection={"reuse_student": True}, training={"compile": True}),
-            "False without training.compile=False",
-        ),
     ],
 )
 def test_wrong_values_say_path_value_and_what_is_allowed(build: Any, message: str) -> None:
@@ -211,6 +207,15 @@ def test_config_of_another_version_is_refused() -> None:
         ({"rule": "all_pairs", "weight_temperature": 0.5}, "selection.weight_temperature=0.5 .*weighting=softmax"),
         ({"rule": "predicted", "reuse_student": True}, "selection.reuse_student=True is not allowed"),
         ({"start_fraction": 0.5, "ramp_fraction": 0.6}, "selection.ramp_fraction=0.6 is not allowed"),
+        ({"rule": "easiest", "rescue_share": 0.5}, "selection.rescue_share=0.5 is not allowed: 1.0 with"),
+        ({"num_views": 2, "rescue_share": 0.5}, "selection.rescue_share=0.5 .*without 3 or more global views"),
+        ({"limit": 3, "rescue_share": 0.5}, "selection.rescue_share=0.5 .*without selection.limit=None"),
+        ({"quantile": 0.8, "rescue_share": 0.5}, "selection.rescue_share=0.5 .*without selection.quantile=1.0"),
+        ({"ramp_fraction": 0.5, "rescue_share": 0.5}, "selection.rescue_share=0.5 .*without selection.ramp_fraction=0"),
+        (
+            {"reuse_student": True, "rescue_share": 0.5},
+            "selection.rescue_share=0.5 .*without selection.reuse_student=F",
+        ),
     ],
 )
 def test_a_schedule_that_the_rule_does_not_read_is_refused(values: dict[str, Any], refused: str) -> None:

@@ -1,6 +1,7 @@
 """Row reuse: the backward of some of the rows that were forwarded equals ordinary autograd on these rows, to the bit."""
 
 import copy
+import functools
 import logging
 import re
 from collections.abc import Iterator
@@ -178,6 +179,23 @@ def test_numbers_of_rows_may_equal_sizes_of_the_network() -> None:
         torch.testing.assert_close(reused, network(images[rows]))
         for a, b in zip(gradients_of(network, reused), gradients_of(network, network(images[rows])), strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiled_halves_equal_ordinary_autograd(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another number of rows, both are compiled again."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    network = vit()
+    reuse = RowReuse(network, compiled=True)
+    for num_rows, rows in ((12, ROWS), (8, ROWS[1:3]), (12, ROWS)):
+        images = torch.randn(num_rows, 3, 16, 16)
+        outputs, kept = reuse.forward_all(images)
+        reused, ordinary = kept.rows(rows), network(images[rows])
+        assert torch.equal(outputs[rows], reused)
+        torch.testing.assert_close(reused, ordinary, rtol=1e-5, atol=1e-5)
+        for a, b in zip(gradients_of(network, reused), gradients_of(network, ordinary), strict=True):
+            assert a is not None and b is not None
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
 def test_parameters_are_read_at_each_step_and_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:

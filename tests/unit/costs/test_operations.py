@@ -30,6 +30,19 @@ def test_all_pairs_of_v_views_cost_v_halves_of_a_random_step(recipe: str) -> Non
     assert count_operations(weighted) == count_operations(_with(config, rule="hardest"))
 
 
+@pytest.mark.parametrize(("recipe", "views"), [("simclr-digits", "num_views"), ("ibot-digits", "num_global_views")])
+def test_rescue_costs_its_share_of_the_other_views(recipe: str, views: str) -> None:
+    """As `benchmarks/hardness.py` prices it."""
+    config = _with(get_recipe(recipe), rule="hardest")
+    two, everything = (_count(_with(config, **{views: number})) for number in (2, 4))
+    config = _with(config, **{views: 4})
+    for share in (0.25, 0.5):
+        expected = two + share * (everything - two)
+        assert _count(_with(config, rescue_share=share)) == pytest.approx(expected, rel=0.01)
+    rescue = count_operations(_with(config, rescue_share=0.5))
+    assert rescue.random_step + rescue.scoring == _count(_with(config, rescue_share=0.5))
+
+
 def test_all_pairs_of_multi_crop_forward_each_local_view_once() -> None:
     """Another global view costs the same each time; doubling the global views does not double the step."""
     config = _with(get_recipe("ibot-digits"), rule="all_pairs")

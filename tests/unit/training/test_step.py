@@ -504,19 +504,32 @@ def test_run_in_process_resumes_to_the_same_bits_and_journals_each_step_once(tmp
 
 RAMP = {"rule": "hardest", "start_fraction": 0.3, "ramp_fraction": 0.6}
 """Step 6, from which the run below resumes, is in the middle of its ramp."""
+RESCUE = {"rule": "hardest", "rescue_share": 0.5}
 
 
-@pytest.mark.parametrize("selection", [{"rule": "hardest"}, {"rule": "first"}, RAMP])
+@pytest.mark.parametrize("selection", [{"rule": "hardest"}, {"rule": "first"}, RAMP, RESCUE])
 @pytest.mark.parametrize("recipe", ["simclr-digits", "dino-digits", "ibot-digits"])
 def test_every_method_resumes_to_the_same_bits(tmp_path: Path, recipe: str, selection: dict[str, Any]) -> None:
     """Teacher, centres, momenta and schedules come back from a checkpoint in mid-epoch."""
+    check_resume(tmp_path, recipe, selection=selection)
+
+
+@pytest.mark.parametrize("recipe", ["simclr-digits", "ibot-digits"])
+def test_runs_that_reuse_rows_resume_to_the_same_bits(tmp_path: Path, recipe: str) -> None:
+    """With drop path, which scoring draws."""
+    assert VIT.drop_path > 0.0
+    check_resume(tmp_path, recipe, selection={"reuse_student": True}, method={"backbone": VIT})
+
+
+def check_resume(tmp_path: Path, recipe: str, **sections: dict[str, object]) -> None:
+    """Compare a run that resumes from step 6 of 9 with one that does not stop."""
     config = tiny_config(
         str(tmp_path),
         recipe=recipe,
-        selection=selection,
         data={"num_images": 100},
         training={"num_steps": 9, "checkpoint_every_steps": 3},
         tracking={"knn_images": 0},
+        **sections,
     )
     straight = _digest(config, name="straight")
     run = dataclasses.replace(config, run=dataclasses.replace(config.run, name="resumed"))
