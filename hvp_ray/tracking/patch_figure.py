@@ -31,7 +31,8 @@ def draw_patch_maps(path: Path, pixels: NDArray[np.uint8], maps: PatchMaps) -> N
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=7)
     figure.suptitle(
-        "Last block: principal components of the patch features as colours, and attention of the class token",
-        fontsize=9,
+        "Last block: principal components of the patch features as colours, and attention of the class token\n"
+        "(each map from 0 to its largest value)",
+        fontsize=8,
     )
     figure.savefig(path, dpi=130)
