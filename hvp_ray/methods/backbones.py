@@ -14,7 +14,7 @@ import timm
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -139,7 +139,7 @@ def export_backbone(backbone: nn.Module, config: BackboneConfig, path: Path) -> 
         metadata["timm_import"] = __name__
     state = {key: value.detach().cpu().contiguous() for key, value in backbone.state_dict().items()}
     temporary = path.with_name(path.name + ".part")
-    save_file(state, temporary, metadata=metadata)
+    temporary.write_bytes(save(state, metadata=metadata))  # a file of `save_file` can be read by its owner only
     temporary.replace(path)
 
 

@@ -96,6 +96,8 @@ def test_drop_path_is_the_students_and_the_named_sizes_are_timms() -> None:
 def test_exported_vision_transformer_loads_into_timm(tmp_path: Path) -> None:
     backbone = build_backbone(dataclasses.replace(TINY_VIT, drop_path=0.1)).eval()
     export_backbone(backbone, TINY_VIT, tmp_path / "vit.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "vit.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode, "as any new file"
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(load_exported_backbone(tmp_path / "vit.safetensors")(images), backbone(images))
     plain = build_backbone(BackboneConfig(name="vit_small_patch16_224"))
