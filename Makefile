@@ -67,9 +67,9 @@ gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py $(if $(DATA),--data $(DATA))
 
 lock:
-	$(BIN)/uv pip compile pyproject.toml --group dev --python-version 3.11 --universal --no-emit-index-url \
+	$(BIN)/uv pip compile pyproject.toml --group dev --all-extras --python-version 3.11 --universal --no-emit-index-url \
 		--no-header --output-file requirements.lock
-	$(BIN)/uv pip compile pyproject.toml --group server --python-version 3.11 --universal --no-emit-index-url \
+	$(BIN)/uv pip compile pyproject.toml --group server --extra dali --extra mlflow --python-version 3.11 --universal --no-emit-index-url \
 		--no-header --constraint requirements.lock --output-file cluster/requirements.lock
 
 export NO_MKDOCS_2_WARNING := 1
