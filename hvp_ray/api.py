@@ -4,6 +4,7 @@ Each call does what the program of its name does, with the same settings, files 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,12 +17,16 @@ from numpy.typing import NDArray
 from hvp_ray.config import RunConfig, with_settings
 from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import DEFAULT_RECIPE, get_recipe
+from hvp_ray.recipes.own import OWN_RECIPES
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL import Image
 
     from hvp_ray.evaluation.encoder import AnImage, Encoder
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,15 @@ def embed(encoder: "Encoder", images: "str | Path | Sequence[AnImage]") -> NDArr
 
 def _configure(recipe: str, given: dict[str, Any], settings: Mapping[str, Any] | None) -> RunConfig:
     chosen = {path: value for path, value in given.items() if value is not None}
-    return with_settings(get_recipe(recipe), chosen | dict(settings or {}))
+    chosen |= dict(settings or {})
+    config = with_settings(get_recipe(recipe), chosen)
+    if recipe not in OWN_RECIPES:
+        return config
+    from hvp_ray.runs.fit_recipe import fit_own_recipe
+
+    fitted = fit_own_recipe(config)
+    logger.warning("\n".join(fitted.lines))
+    return with_settings(fitted.config, chosen)
 
 
 class _Bar:

@@ -12,6 +12,7 @@ from hvp_ray.config import RunConfig, config_to_dict, deferred_checks, flatten
 from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
 from hvp_ray.recipes import DEFAULT_RECIPE, describe_recipes, get_recipe
+from hvp_ray.recipes.own import OWN_RECIPES
 
 
 def say(text: str) -> None:
@@ -94,23 +95,34 @@ def parse_run_options(
 
     Raises:
         ConfigError: the recipe is unknown, or a value is out of range.
+        DataError: the recipe adapts itself to images that cannot be used.
         SystemExit: an option is unknown or wrong (tyro has printed why), or --help was given.
     """
     name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
     recipe = get_recipe(name)
-    with deferred_checks():  # the whole run is checked at once, so that messages have full paths
-        options = tyro.cli(
-            kind,
-            default=kind(run=recipe),
-            args=_python_words(arguments),
-            prog=program,
-            description=(
-                f"{description}\n\nRecipes (default {DEFAULT_RECIPE}; module:function names one of your own):\n"
-                f"{describe_recipes()}\n\n{describe_common_options(recipe)}"
-            ),
-            use_underscores=True,
-            config=PARSER_SETTINGS,
-        )
+
+    def parse(default: RunConfig) -> OptionsOfRun:
+        with deferred_checks():  # the whole run is checked at once, so that messages have full paths
+            return tyro.cli(
+                kind,
+                default=kind(run=default),
+                args=_python_words(arguments),
+                prog=program,
+                description=(
+                    f"{description}\n\nRecipes (default {DEFAULT_RECIPE}; module:function names one of your own):\n"
+                    f"{describe_recipes()}\n\n{describe_common_options(default)}"
+                ),
+                use_underscores=True,
+                config=PARSER_SETTINGS,
+            )
+
+    options = parse(recipe)
+    if name in OWN_RECIPES:
+        from hvp_ray.runs.fit_recipe import fit_own_recipe
+
+        fitted = fit_own_recipe(options.run)
+        say("\n".join(fitted.lines) + "\n")
+        options = parse(fitted.config)
     if options.recipe != name:
         raise ConfigError(f"the recipe {options.recipe!r} must be the first argument")
     if options.run.recipe != recipe.recipe:

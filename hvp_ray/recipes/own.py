@@ -1,0 +1,194 @@
+"""Recipes for images of one's own: settings are a function of the images and of what trains on them.
+
+`runs/fit_recipe.py` looks at the images and the machine, calls these functions, and measures how many images fit a step.
+The rules are this project's; every setting can be given instead.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from hvp_ray.config import (
+    BackboneConfig,
+    DataConfig,
+    MethodConfig,
+    OptimizerConfig,
+    RunConfig,
+    SelectionConfig,
+    TrackingConfig,
+    TrainingConfig,
+    TransformConfig,
+    ViewGroupConfig,
+    ViewsConfig,
+)
+from hvp_ray.methods.configs import DinoConfig, SimCLRConfig, SimSiamConfig
+from hvp_ray.recipes.data_sets import dino_multi_crop
+from hvp_ray.recipes.dino import VIT_OPTIMIZER
+
+OwnMethod = Literal["simsiam", "simclr", "dino"]
+
+SIZES_PX = (32, 64, 96, 128, 160, 224)
+"""Sizes of views; the largest one that most images have is taken."""
+_CPU_MOST_PX = 64
+_IMAGES_SEEN = {"cuda": 20_000_000, "cpu": 500_000}
+"""Images that a run from random weights passes over: 400 epochs of 50,000 images on a GPU, 50 of 10,000 on CPUs."""
+_FROM_WEIGHTS = 0.25
+"""Length of a run that starts from released weights, in that of one from random weights."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Circumstances:
+    """What a recipe adapts itself to."""
+
+    num_images: int
+    """To train on."""
+    shorter_px: int
+    """Median of the images' shorter sides."""
+    size_px: int | None = None
+    """Size of the views. None: the images decide."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    starts_from_weights: bool = False
+    """Released weights, or those of an earlier run."""
+
+
+USUAL = Circumstances(num_images=100_000, shorter_px=224)
+"""Those that `--help` shows the settings of."""
+
+
+def own(method: OwnMethod, of: Circumstances) -> RunConfig:
+    """Return the recipe `<method>-own` under these circumstances, before images per step are measured."""
+    on_gpu = of.device == "cuda"
+    allowed = [px for px in SIZES_PX if px <= of.shorter_px and (on_gpu or px <= _CPU_MOST_PX)]
+    size_px = of.size_px or (allowed[-1] if allowed else SIZES_PX[0])
+    seen = _IMAGES_SEEN[of.device] * (_FROM_WEIGHTS if of.starts_from_weights else 1.0)
+    epochs = max(5, min(800, round(seen / of.num_images)))
+    optimizer = _optimizer(method, epochs)
+    if of.starts_from_weights:
+        optimizer = dataclasses.replace(
+            optimizer, learning_rate_per_256=optimizer.learning_rate_per_256 / 10, layer_decay=0.75
+        )
+    return RunConfig(
+        recipe=f"{method}-own",
+        data=DataConfig(source="path/to/images"),
+        views=_views(method, size_px),
+        selection=_selection(method),
+        method=_method(
+            method, _backbone(method, size_px, on_gpu=on_gpu, is_full=of.starts_from_weights), on_gpu=on_gpu
+        ),
+        optimizer=optimizer,
+        training=TrainingConfig(
+            epochs=epochs,
+            images_per_step=256 if on_gpu else 64,
+            checkpoint_every_steps=500,
+            precision="bfloat16" if on_gpu else "float32",
+        ),
+        tracking=TrackingConfig(log_every_steps=10),
+    )
+
+
+def _backbone(method: OwnMethod, size_px: int, *, on_gpu: bool, is_full: bool) -> BackboneConfig:
+    """Return ResNet-50 (small images: ResNet-18 with a CIFAR stem) or ViT-S for a GPU, a narrow ResNet-18 for CPUs."""
+    if not on_gpu:
+        channels = None if is_full else (16, 32, 64, 128)
+        return BackboneConfig(name="resnet18", stem="cifar" if size_px <= 32 else "imagenet", channels=channels)
+    if method == "dino":
+        patch_px = 16 if size_px >= 160 else 8 if size_px >= 64 else 4
+        return BackboneConfig(name="vit_small_patch16_224", image_px=size_px, patch_px=patch_px, drop_path=0.1)
+    return BackboneConfig(name="resnet18", stem="cifar") if size_px <= 64 else BackboneConfig(name="resnet50")
+
+
+def _views(method: OwnMethod, size_px: int) -> ViewsConfig:
+    resize_px = size_px if size_px <= 32 else round(size_px * 8 / 7)
+    blurs = size_px > 32
+    if method == "dino":
+        local_px = max(16, size_px * 3 // 7 // 16 * 16)
+        global_views, local_views = dino_multi_crop(
+            global_px=size_px, global_scale=(0.4, 1.0), local_px=local_px, local_scale=(0.05, 0.4), blur=blurs
+        )
+        return ViewsConfig(
+            global_views=global_views,
+            local_views=local_views,
+            evaluation_resize_px=resize_px,
+            evaluation_interpolation="bicubic",
+        )
+    transform = TransformConfig(blur_probability=0.5 if blurs else 0.0)
+    if method == "simclr":
+        transform = dataclasses.replace(transform, brightness=0.8, contrast=0.8, saturation=0.8, hue_turns=0.2)
+    return ViewsConfig(global_views=ViewGroupConfig(size_px=size_px, even=transform), evaluation_resize_px=resize_px)
+
+
+def _selection(method: OwnMethod) -> SelectionConfig:
+    if method == "dino":
+        return SelectionConfig(num_views=None, num_global_views=4, num_local_views=8, num_chosen_local_views=4)
+    return SelectionConfig()
+
+
+def _method(method: OwnMethod, backbone: BackboneConfig, *, on_gpu: bool) -> MethodConfig:
+    match method:
+        case "simsiam":
+            width = 2048 if on_gpu else 512
+            return SimSiamConfig(
+                backbone=backbone,
+                projector_layers=3 if on_gpu else 2,
+                projector_dim=width,
+                projector_hidden_dim=width,
+                predictor_hidden_dim=width // 4,
+            )
+        case "simclr":
+            return SimCLRConfig(
+                backbone=backbone,
+                projector_hidden_dim=2048 if on_gpu else 256,
+                projector_dim=128,
+                temperature=0.2,
+            )
+        case "dino":
+            return DinoConfig(backbone=backbone, num_prototypes=16_384 if on_gpu else 1024, teacher_momentum=0.996)
+
+
+def _optimizer(method: OwnMethod, epochs: int) -> OptimizerConfig:
+    warmup = min(10.0, epochs / 10)
+    if method == "dino":
+        return dataclasses.replace(VIT_OPTIMIZER, warmup_epochs=warmup)
+    return OptimizerConfig(
+        learning_rate_per_256=0.05 if method == "simsiam" else 0.3,
+        weight_decay=1e-4,
+        schedule="cosine-per-step",
+        warmup_epochs=0.0 if method == "simsiam" else warmup,
+    )
+
+
+def simsiam_own() -> RunConfig:
+    """Your images: size, network, length and images per step are chosen for them and printed; needs --data.source.
+
+    hvp-ray pretrain simsiam-own --data.source path/to/images
+
+    Settings are this project's, after SimSiam's for ImageNet and CIFAR-10. A step may have few images. No reference number.
+    """
+    return own("simsiam", USUAL)
+
+
+def simclr_own() -> RunConfig:
+    """Your images, as simsiam-own, with SimCLR, which needs many images per step; needs --data.source.
+
+    hvp-ray pretrain simclr-own --data.source path/to/images
+
+    Settings are this project's, after SimCLR's for ImageNet. No reference number.
+    """
+    return own("simclr", USUAL)
+
+
+def dino_own() -> RunConfig:
+    """Your images, as simsiam-own, with DINO (on a GPU a ViT-S); needs --data.source.
+
+    hvp-ray pretrain dino-own --data.source path/to/images
+
+    Settings are this project's, after DINO's for ImageNet. No reference number.
+    """
+    return own("dino", USUAL)
+
+
+OWN_RECIPES: dict[str, Callable[[Circumstances], RunConfig]] = {
+    f"{method}-own": partial(own, method) for method in ("simsiam", "simclr", "dino")
+}

@@ -1,0 +1,158 @@
+"""Fit a recipe `<method>-own` to the images and the machine: look at both, and count how many images fit a step."""
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from hvp_ray.config import RunConfig, config_to_dict, flatten, with_settings
+from hvp_ray.costs.memory import estimate_memory
+from hvp_ray.data.dataset import open_dataset
+from hvp_ray.data.decode import read_size
+from hvp_ray.data.order import choose_subset
+from hvp_ray.data.source import Source
+from hvp_ray.errors import CheckpointError, ConfigError, DataError, UnreadableImageError
+from hvp_ray.files import place_in
+from hvp_ray.recipes import get_recipe
+from hvp_ray.recipes.own import OWN_RECIPES, Circumstances
+from hvp_ray.runs.find import find_run, read_config
+from hvp_ray.runs.prepare import output_location
+from hvp_ray.stream.machine import this_machine
+from hvp_ray.stream.reading import read_images
+
+NUM_SAMPLED = 64
+_LEAST_IMAGES = 16
+_USABLE = 0.6
+"""Share of the memory that a step may take by the count; a real step takes up to a third more."""
+
+_FITTED = {"training.images_per_step", "training.accumulation_steps"}
+_SHOWN = {
+    "views.global_views.size_px": "views, px",
+    "method.backbone.name": "network",
+    "training.epochs": "epochs",
+    "training.images_per_step": "images per step",
+    "training.accumulation_steps": "parts of a step",
+    "optimizer.learning_rate_per_256": "learning rate for 256 images",
+    "optimizer.layer_decay": "learning rate of a layer in that of the next",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedRecipe:
+    """A recipe that was fitted."""
+
+    config: RunConfig
+    lines: tuple[str, ...]
+    """What was found and chosen, for people."""
+
+
+def fit_own_recipe(asked: RunConfig) -> FittedRecipe:
+    """Return the recipe of `asked.recipe` for its images, device and weights; for a run that exists, its settings.
+
+    Args:
+        asked: the recipe as it is, with the settings that the user gave. Its data, device and weights are read.
+
+    Raises:
+        DataError: the images cannot be used.
+        ConfigError: not even two images fit the memory.
+    """
+    if asked.run.name is not None and (begun := _settings_of(asked, asked.run.name)) is not None:
+        return FittedRecipe(
+            config=begun, lines=(f"{asked.recipe}: with the settings that {asked.run.name} began with",)
+        )
+    dataset = open_dataset(asked.data)
+    device, given = _device_of(asked), _given(asked)
+    found = Circumstances(
+        num_images=len(dataset.training_ids),
+        shorter_px=_median_shorter_side(dataset.source, asked),
+        size_px=given.get("views.global_views.size_px"),
+        device=device,
+        starts_from_weights=asked.training.initial_weights is not None or asked.method.backbone.pretrained,
+    )
+    memory_bytes, memory = _memory_of(device)
+    config = with_settings(OWN_RECIPES[asked.recipe](found), given)
+    if not _FITTED & set(given):
+        config = _with_images_that_fit(config, found, memory_bytes)
+    values = flatten(config_to_dict(config))
+    start = " from released weights" if found.starts_from_weights else ""
+    lines = [
+        f"{config.recipe} for {found.num_images:,} images of {found.shorter_px} px (median of the shorter side), on "
+        f"{memory}{start}:"
+    ]
+    lines += [f"  {meaning:<46}{values[path]!s:<24}--{path}" for path, meaning in _SHOWN.items()]
+    if config.recipe == "simclr-own":
+        lines.append(
+            f"  SimCLR contrasts the images of a step: {config.training.images_per_step} of them give "
+            f"{2 * config.training.images_per_step - 2} negatives. With few, simsiam-own and dino-own learn better."
+        )
+    return FittedRecipe(config=config, lines=tuple(lines))
+
+
+def _given(asked: RunConfig) -> dict[str, Any]:
+    """Return the settings that differ from those of the recipe as it is: path -> value."""
+    usual = flatten(config_to_dict(get_recipe(asked.recipe)))
+    return {path: value for path, value in flatten(config_to_dict(asked)).items() if usual.get(path) != value}
+
+
+def _settings_of(asked: RunConfig, name: str) -> RunConfig | None:
+    """Return the settings of a run of this name; None: there is none."""
+    try:
+        return read_config(find_run(place_in(output_location(asked), name)))
+    except CheckpointError:
+        return None
+
+
+def _device_of(asked: RunConfig) -> Literal["cpu", "cuda"]:
+    """Return what the trainers run on, as far as this machine can tell."""
+    if asked.cluster.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return asked.cluster.device
+
+
+def _memory_of(device: str) -> tuple[int, str]:
+    """Return the bytes that a trainer has, and what they are of."""
+    if device == "cpu":
+        machine = this_machine()
+        return machine.free_bytes // 2, f"{machine.num_cpus} CPU(s) with {machine.free_bytes / 2**30:.0f} GiB free"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return properties.total_memory, f"a {properties.name} of {properties.total_memory / 2**30:.0f} GiB"
+    return 16 * 2**30, "a GPU that is not here; 16 GiB are assumed"
+
+
+def _median_shorter_side(source: Source, asked: RunConfig) -> int:
+    sides = []
+    for sample_id in choose_subset(source.num_samples, min(NUM_SAMPLED, source.num_samples)).tolist():
+        try:
+            image = read_images(source, [sample_id]).images[0]
+            sides.append(min(read_size(image, max_pixels=asked.data.max_image_pixels)))
+        except UnreadableImageError:
+            continue
+    if not sides:
+        raise DataError(f"data.source={asked.data.source!r}: none of {NUM_SAMPLED} images can be read")
+    return int(statistics.median(sides))
+
+
+def _with_images_that_fit(config: RunConfig, found: Circumstances, memory_bytes: int) -> RunConfig:
+    """Halve the images per step until the data has 16 steps per epoch and the step fits; below 16 images, split it."""
+    images, parts = config.training.images_per_step, 1
+    while images > _LEAST_IMAGES and images * 16 > found.num_images:
+        images //= 2
+
+    def of(images: int, parts: int) -> RunConfig:
+        training = dataclasses.replace(config.training, images_per_step=images, accumulation_steps=parts)
+        return dataclasses.replace(config, training=training)
+
+    while estimate_memory(of(images, parts)).peak > _USABLE * memory_bytes:
+        if images > _LEAST_IMAGES:
+            images //= 2
+        elif images // parts > 2:
+            parts *= 2
+        else:
+            raise ConfigError(
+                f"{config.recipe} does not fit {memory_bytes / 2**30:.1f} GiB with two images at a time; give a smaller "
+                f"--method.backbone.name or --views.global_views.size_px"
+            )
+    return of(images, parts)
