@@ -171,8 +171,9 @@ def _evaluate(
 
 
 def _publish(rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]) -> dict[str, Any]:
-    """Complete the log, end the MLflow run and write `summary.json`, which says that the run has finished."""
+    """Complete the log, end the run in all trackers and write `summary.json`, which says that the run has finished."""
     run_dir = rank.job.run_dir
+    recorder.complete_log(summary)
     summary |= recorder.finish(summary) | {"problems": after.problems}
     export_records(run_dir)
     write_file(str(run_dir / "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
