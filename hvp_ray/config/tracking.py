@@ -50,4 +50,4 @@ class TrackingConfig(Checked):
     """Arm of the comparison; a tag in MLflow."""
 
     num_figure_images: AtLeast0 = 6
-    """Images in the figure of candidate views. 0: no figures."""
+    """Images in the figure of candidate views. 0: no figures and no page (`report.html`)."""

@@ -2,6 +2,7 @@
 
 The id of the run in W&B follows from the run, so a resume continues it. Online, the server says which steps it has. Offline
 there is one folder per attempt, and a killed process leaves an incomplete one. It is deleted and written again from the log.
+`wandb sync` sends them.
 
 W&B takes rows in the order of writing, and answers of evaluations come later than their steps. So both kinds of records have
 a step of their own, which is their x-axis.
@@ -82,28 +83,12 @@ class WandbFeed(Feed):
         if self._run is not None:
             previous, self._run = self._run, None
             previous.finish(exit_code=1)
-        wanted = self._description
-        self._run = wandb.init(
-            project=wanted.project,
-            id=wanted.run_id,
-            name=wanted.run_name,
-            group=wanted.group,
-            job_type=wanted.job_type,
-            config=wanted.config,
-            dir=str(self._run_dir),
-            resume="allow",
-            reinit="create_new",  # other runs of this process stay open
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                disable_git=True,
-                init_timeout=_CONNECT_SECONDS,
-                finish_timeout=_FINISH_SECONDS,
-                finish_timeout_raises=True,
-                x_disable_stats=not self._watches_system,
-                x_save_requirements=False,
-            ),
-        )
+        self._delete_incomplete_folders()
+        try:
+            self._run = self._open(wandb)
+        except Exception:
+            wandb.teardown(exit_code=1)  # its service keeps the id of a run that it could not open
+            raise
         self._axes: set[str] = set()
         self._steps = self._known_steps()
         return dict(self._steps)
@@ -128,17 +113,44 @@ class WandbFeed(Feed):
         run, self._run = self._run, None
         run.finish(exit_code=0 if ending.is_finished else 1)
         if run.offline:
-            complete = [*self._state.get("complete_folders", []), self._folder_of(run).name]
+            complete = [*self._state.get("complete_folders", []), Path(run.dir).parent.name]
             self._note(steps=self._steps, complete_folders=complete)
+
+    def is_refusal(self, error: Exception) -> bool:
+        """Tell whether W&B needs something of the user, such as a key."""
+        errors = _require().errors
+        return isinstance(error, errors.UsageError | errors.AuthenticationError)
+
+    def _open(self, wandb: Any) -> Any:
+        wanted = self._description
+        return wandb.init(
+            project=wanted.project,
+            id=wanted.run_id,
+            name=wanted.run_name,
+            group=wanted.group,
+            job_type=wanted.job_type,
+            config=wanted.config,
+            dir=str(self._run_dir),
+            resume="allow",
+            reinit="create_new",  # other runs of this process stay open
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                init_timeout=_CONNECT_SECONDS,
+                finish_timeout=_FINISH_SECONDS,
+                finish_timeout_raises=True,
+                x_disable_stats=not self._watches_system,
+                x_save_requirements=False,
+            ),
+        )
 
     def _known_steps(self) -> dict[str, int]:
         if not self._run.offline:
             return {kind: int(self._run.summary.get(axis, -1)) for kind, axis in _STEPS.items()}
-        complete = [*self._state.get("complete_folders", []), self._folder_of(self._run).name]
-        for folder in (self._run_dir / FOLDER).glob(f"offline-run-*-{self._description.run_id}"):
-            if folder.name not in complete:
-                shutil.rmtree(folder, ignore_errors=True)
         return dict(self._state.get("steps", {}))
 
-    def _folder_of(self, run: Any) -> Path:
-        return Path(run.dir).parent
+    def _delete_incomplete_folders(self) -> None:
+        for folder in (self._run_dir / FOLDER).glob(f"*run-*-{self._description.run_id}"):
+            if folder.name not in self._state.get("complete_folders", []):
+                shutil.rmtree(folder, ignore_errors=True)
