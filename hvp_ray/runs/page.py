@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hvp_ray.config import RunConfig
-from hvp_ray.files import is_uri, write_file
+from hvp_ray.files import write_file
 from hvp_ray.identity import flat_values
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.job import RunJob
@@ -81,7 +81,7 @@ def next_commands(config: RunConfig, location: str) -> dict[str, str]:
             "hvp-ray pretrain", config.recipe, *options, f"--training.initial_weights {run}"
         ),
     }
-    if is_uri(location) or not config.tracking.selection_images_per_epoch:
+    if not config.tracking.selection_images_per_epoch:
         commands.pop("See what made pairs hard")
     return commands
 
@@ -98,8 +98,9 @@ def _value(value: Any) -> str:
     return " ".join(map(_value, value)) if isinstance(value, list) else shlex.quote(str(value))
 
 
-def _join(*parts: str) -> str:
-    return " ".join(parts)
+def _join(program: str, recipe: str, *options: str) -> str:
+    """Return a command with one option in each line."""
+    return " \\\n    ".join([f"{program} {recipe}", *options])
 
 
 def _sections(folder: Path) -> dict[str, list[Path]]:

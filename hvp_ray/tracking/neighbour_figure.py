@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 _CELL_INCHES = 0.82
+_GAP = 0.1
+"""Width of the gap before a block of neighbours, in cells."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,20 +33,21 @@ def draw_neighbours(path: Path, queries: NDArray[np.uint8], columns: list[Neighb
         columns: neighbours by each encoder.
     """
     num_lines, num_neighbours = columns[0].similarities.shape
-    width = 1.0 + sum(0.4 + num_neighbours for _ in columns)
-    figure = Figure(figsize=(width * _CELL_INCHES, (num_lines + 0.55) * _CELL_INCHES * 1.16), layout="constrained")
-    ratios = [1.4, *[num_neighbours] * len(columns)]
-    first, *blocks = figure.subfigures(1, len(ratios), squeeze=False, width_ratios=ratios)[0]
-    first.suptitle("image", fontsize=9)
-    for line, axis in enumerate(np.ravel(first.subplots(num_lines, 1))):
-        _show(axis, queries[line], " ")
-    for block, column in zip(blocks, columns, strict=True):
-        block.suptitle(column.title, fontsize=9)
-        axes = block.subplots(num_lines, num_neighbours, squeeze=False)
-        for line in range(num_lines):
-            for place in range(num_neighbours):
-                similarity = f"{column.similarities[line, place]:.2f}"
-                _show(axes[line][place], column.images[line, place], similarity)
+    block = [_GAP, *[1.0] * num_neighbours]
+    ratios = [1.0, *block * len(columns)]
+    size = (sum(ratios) * _CELL_INCHES, (1.16 * num_lines + 0.3) * _CELL_INCHES)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(num_lines, len(ratios), squeeze=False, width_ratios=ratios)
+    axes[0][0].set_title("image", fontsize=9)
+    for line in range(num_lines):
+        _show(axes[line][0], queries[line], " ")
+        for index, column in enumerate(columns):
+            gap, *cells = axes[line][1 + index * len(block) :][: len(block)]
+            gap.set_axis_off()
+            for place, cell in enumerate(cells):
+                _show(cell, column.images[line, place], f"{column.similarities[line, place]:.2f}")
+    for index, column in enumerate(columns):
+        axes[0][2 + index * len(block) + num_neighbours // 2].set_title(column.title, fontsize=9)
     figure.savefig(path, dpi=110)
 
 
