@@ -138,3 +138,19 @@ def test_page_opens_in_a_browser_light_and_dark(run: Path) -> None:
         return colors
 
     assert asyncio.run(look()) == ["rgb(255, 255, 255)", "rgb(24, 24, 24)"]
+
+
+def test_run_on_a_bucket_has_page_and_event_files_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    tracking = {"num_figure_images": 2, "loggers": ("tensorboard",)}
+    config = tiny_config(bucket.as_uri(), run={"name": "one"}, training={"num_steps": 8}, tracking=tracking)
+    assert pretrain_in_process(config, report_progress=lambda progress: progress.steps_done >= 5) is None
+    assert not (bucket / "one" / "tensorboard").exists()
+    assert pretrain_in_process(config) is not None
+    page = _Page(bucket / "one" / "report.html")
+    assert f"--checkpoint {bucket.as_uri()}/one" in page.words
+    assert len(page.images) == len(list((bucket / "one" / "figures").iterdir())) == 5
+    (events,) = (bucket / "one" / "tensorboard").iterdir()
+    assert b"summary/knn_top1" in events.read_bytes()
