@@ -17,8 +17,8 @@ class TrackingConfig(Checked):
 
     uri: Annotated[str, Location("auto, none, or an MLflow tracking URI")] = "auto"
     """MLflow tracking URI. auto: MLFLOW_TRACKING_URI of the environment, else a SQLite file in `run.output`, which needs no
-    server. If `run.output` is a URI, that file lies in the default output folder of the first trainer's machine, so a
-    cluster whose nodes come and go needs a server. none: no MLflow."""
+    server; no MLflow without the extra `mlflow`. If `run.output` is a URI, that file lies in the default output folder of the
+    first trainer's machine, so a cluster whose nodes come and go needs a server. none: no MLflow."""
 
     loggers: tuple[Logger, ...] = ()
     """Trackers besides MLflow, each a copy of the run's log. tensorboard: event files in the run's folder. wandb: Weights &

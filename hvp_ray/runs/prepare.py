@@ -19,6 +19,7 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
+from hvp_ray.extras import require_extra
 from hvp_ray.files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.identity import (
     VERSIONS,
@@ -38,7 +39,7 @@ from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
-from hvp_ray.tracking.mlflow import MlflowRun
+from hvp_ray.tracking.mlflow import MlflowRun, mlflow_is_installed
 from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.tracking.tensorboard import TensorboardRun
 from hvp_ray.tracking.trackers import TrackedRun, check_loggers
@@ -114,7 +115,7 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
     location = output_location(config)
-    check_loggers(config.tracking.loggers)
+    _check_trackers(config)
     dataset = _open_checked(config, dataset)
     _check_view_sizes(config, build_untrained_method(with_local_weights(config)))
     if is_uri(location):
@@ -275,7 +276,7 @@ def prepare_run(
             evaluation (the message has the difference). Or its folder has a summary.json but no config.json.
     """
     _check_predictor_delay(config, resolved)
-    check_loggers(config.tracking.loggers)
+    _check_trackers(config)
     dataset = _open_checked(config, dataset)
     result = resolve(config, dataset, renderer=resolved.renderer, device=resolved.device)
     fingerprint = result.training_data["training data"]
@@ -310,6 +311,13 @@ def prepare_run(
         test_data=result.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
+
+
+def _check_trackers(config: RunConfig) -> None:
+    """Check that the packages of all trackers of the run are installed."""
+    check_loggers(config.tracking.loggers)
+    if mlflow_location(config, local_output(config))[0] is not None and not mlflow_is_installed():
+        require_extra("mlflow", extra="mlflow", purpose="tracking.uri")
 
 
 def _check_predictor_delay(config: RunConfig, resolved: ResolvedRun) -> None:
@@ -396,6 +404,8 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
         case "auto" if os.environ.get("MLFLOW_TRACKING_URI"):
             refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
             return os.environ["MLFLOW_TRACKING_URI"], None
+        case "auto" if not mlflow_is_installed():
+            return None, None
         case "auto":
             return store_uri(output / "mlflow.db"), (output / MLFLOW_ARTIFACTS).as_uri()
         case uri:

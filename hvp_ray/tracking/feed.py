@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from hvp_ray.errors import first_line
+from hvp_ray.errors import ConfigError, first_line
 from hvp_ray.files import write_file
 from hvp_ray.tracking.run_log import EVALUATIONS, METRICS, START, Position, read_records_after
 
@@ -184,7 +184,8 @@ class Feed(ABC):
             except Exception as error:  # noqa: BLE001 (training continues, whatever fails in a tracker)
                 self._is_connected = False  # the tracker may have lost what it had before the failure
                 self._failure = f"{type(error).__name__}: {first_line(error)}"[:_MAX_FAILURE_LENGTH]
-                self._num_refusals = self._num_refusals + 1 if self.is_refusal(error) else 0
+                is_refusal = isinstance(error, ImportError | ConfigError) or self.is_refusal(error)
+                self._num_refusals = self._num_refusals + 1 if is_refusal else 0
                 if not self.is_away:
                     logger.warning("%s: %s; its records stay in the log, retrying", self._title, self._failure)
                 self.is_away = True

@@ -3,6 +3,7 @@
 A user may delete a run in MLflow's page, so connecting looks the run up. If it is gone, a new run gets everything.
 """
 
+import importlib.util
 import itertools
 import json
 import logging
@@ -47,6 +48,11 @@ class MlflowRun:
     def title(self) -> str:
         """Name of the tracker and of the place, for messages."""
         return f"MLflow at {self.uri}"
+
+
+def mlflow_is_installed() -> bool:
+    """Tell whether the package is installed, without the seconds of importing it."""
+    return importlib.util.find_spec("mlflow") is not None
 
 
 def quiet_mlflow() -> None:

@@ -17,6 +17,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.runs.backfill import send_missing_records
+from hvp_ray.runs.prepare import mlflow_location
 from hvp_ray.tracking.run_log import EVALUATIONS, METRICS, RunLog, read_records
 from hvp_ray.tracking.tensorboard import TensorboardFeed, TensorboardRun
 from hvp_ray.tracking.trackers import lacks_records
@@ -196,6 +197,17 @@ def test_tracker_that_fails_does_not_stop_the_run_and_gets_everything_later(
     assert send_missing_records(config) == summary
     _assert_same(_of_tensorboard(tmp_path / "one"), _of_log(tmp_path / "one"))
     assert send_missing_records(config) is None
+
+
+def test_mlflow_is_off_without_its_package_unless_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    config = tiny_config(str(tmp_path), tracking={"uri": "auto"})
+    assert mlflow_location(config, tmp_path) == (None, None)
+    named = tiny_config(str(tmp_path), tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"})
+    with pytest.raises(ConfigError, match=r"tracking.uri needs the package mlflow.* pip install 'hvp-ray\[mlflow\]'"):
+        pretrain_in_process(named)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
