@@ -93,6 +93,7 @@ _EFFECTS: dict[str, Effect] = {
     "cluster.stall_seconds": Effect.NOTHING,  # ends a run
     "cluster.max_trainer_failures": Effect.NOTHING,  # ends a run
     "tracking.uri": Effect.NOTHING,  # a copy of the journal
+    "tracking.loggers": Effect.NOTHING,  # copies of the journal
     "tracking.experiment": Effect.NOTHING,  # names a copy of the journal
     "tracking.log_every_steps": Effect.METRICS,  # means over the run are means over the recorded steps
     "tracking.knn_neighbours": Effect.METRICS,

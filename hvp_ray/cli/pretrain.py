@@ -75,14 +75,14 @@ class Display:
             self._bar = None
 
 
-def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | None, *, size_px: int) -> str:
+def describe_result(summary: dict[str, Any], config: RunConfig, location: str, tracking_uri: str | None) -> str:
     """Return the result of a run, and where its files are.
 
     Args:
         summary: summary of the run.
+        config: its settings.
         location: its folder, path or URI.
         tracking_uri: URI of MLflow. None: MLflow is off.
-        size_px: size of the evaluated images.
     """
     from hvp_ray.files import place_in
 
@@ -98,7 +98,7 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
             f"overlap  of the chosen pair's crops {summary['chosen_iou_mean']:.3f}, "
             f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over the run)"
         )
-    lines += _describe_knn(summary, size_px)
+    lines += _describe_knn(summary, config.views.global_views.size_px)
     warnings = summary.get("num_collapse_warnings")
     if warnings is not None:
         lines += ["", f"collapse {'no warning' if not warnings else f'{warnings} warning(s), see above'}"]
@@ -109,14 +109,23 @@ def describe_result(summary: dict[str, Any], location: str, tracking_uri: str | 
         ]
     problems = summary.get("problems", [])
     lines += [*([""] if problems else []), *(f"problem  {problem}" for problem in problems)]
+    lines += [""]
+    if config.tracking.num_figure_images:
+        lines.append(f"page     {place_in(location, 'report.html')}")
     lines += [
-        "",
         f"summary  {place_in(location, 'summary.json')}",
         f"encoder  {place_in(location, 'backbone.safetensors')}",
         f"figures  {place_in(location, 'figures')}",
     ]
     if tracking_uri is not None:
         lines.append(f"curves   {_describe_mlflow(tracking_uri, summary.get('mlflow_experiment_id'))}")
+    if "tensorboard" in config.tracking.loggers:
+        lines.append(f"curves   `tensorboard --logdir {place_in(location, 'tensorboard')}`")
+    if "wandb" in config.tracking.loggers:
+        offline = place_in(location, "wandb", "offline-run-*")
+        lines.append(
+            f"curves   W&B, project {config.tracking.experiment}; after WANDB_MODE=offline: `wandb sync {offline}`"
+        )
     return "\n".join(lines)
 
 
@@ -162,10 +171,10 @@ def show_finished(config: RunConfig) -> bool:
     say(f"the run {config.run.name} has ended already; choose another --run.name for a new one")
     sent = send_missing_records(config)
     if sent is not None:
-        say("MLflow lacked some of its records; they have been sent")
+        say("a tracker lacked some of its records; they have been sent")
         summary = sent
     location, uri = place_in(output_location(config), config.run.name), mlflow_location(config, local_output(config))[0]
-    say(describe_result(summary, location, uri, size_px=config.views.global_views.size_px))
+    say(describe_result(summary, config, location, uri))
     return True
 
 
@@ -189,7 +198,7 @@ def pretrain(arguments: list[str], display: Display) -> None:
         summary, job = launch(config, watchers)
     finally:
         display.close()
-    say(describe_result(summary, job.location, job.mlflow_uri, size_px=config.views.global_views.size_px))
+    say(describe_result(summary, config, job.location, job.mlflow_uri))
 
 
 def main(arguments: list[str]) -> int:

@@ -3,7 +3,6 @@
 It is a function of the runs' folders and `comparison.json`, so a second call writes the same report.
 """
 
-import base64
 import dataclasses
 import json
 import os
@@ -12,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG
 from hvp_ray.comparison.figures import draw_comparison
@@ -30,6 +27,7 @@ from hvp_ray.comparison.study import Study
 from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.errors import DataError
 from hvp_ray.tracking.logged_pairs import read_selection_log
+from hvp_ray.tracking.page import render_page
 from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
 from hvp_ray.tracking.selection_figures import draw_selection_figures
 
@@ -102,7 +100,7 @@ def write_report(study: Study, *, metric: str) -> Report:
         "settings": flatten(config_to_dict(study.base)),
     }
     _write(json_path, json.dumps(content, indent=1) + "\n")
-    _write(html_path, render_page(study, results, summaries, analyses, figures))
+    _write(html_path, render_report(study, results, summaries, analyses, figures))
     return Report(
         sentence=sentence,
         html_path=html_path,
@@ -113,7 +111,7 @@ def write_report(study: Study, *, metric: str) -> Report:
     )
 
 
-def render_page(
+def render_report(
     study: Study,
     results: Sequence[RunResult],
     summaries: Sequence[MetricResult],
@@ -129,20 +127,11 @@ def render_page(
         analyses: arm -> what its rule chose.
         figures: PNG files. The page embeds them.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hvp_ray.comparison", package_path=""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "base64": lambda path: base64.b64encode(path.read_bytes()).decode(),
-        "caption": lambda path: _FIGURE_TEXTS.get(path.name, ""),
-        "describe": describe_difference,
-        "percent": lambda value: f"{100 * value:.2f}",
-    }
-    return environment.get_template("report.html.jinja").render(
+    return render_page(
+        "hvp_ray.comparison",
+        "report.html.jinja",
+        _FIGURE_TEXTS,
+        describe=describe_difference,
         study=study,
         runs={run.arm.name: run for run in study.runs()},
         results=results,

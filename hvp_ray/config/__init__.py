@@ -25,7 +25,7 @@ from hvp_ray.config.run import RunSettings
 from hvp_ray.config.run_config import RunConfig
 from hvp_ray.config.selection import Rule, SelectionConfig, Weighting
 from hvp_ray.config.serialising import METHOD_TYPE, config_from_dict, config_to_dict, flatten, with_settings
-from hvp_ray.config.tracking import TrackingConfig
+from hvp_ray.config.tracking import Logger, TrackingConfig
 from hvp_ray.config.training import TrainingConfig
 from hvp_ray.config.views import MaskConfig, TransformConfig, ViewGroupConfig, ViewsConfig
 
@@ -39,6 +39,7 @@ __all__ = [
     "DataConfig",
     "Fraction",
     "Limits",
+    "Logger",
     "MaskConfig",
     "MethodConfig",
     "NonNegative",

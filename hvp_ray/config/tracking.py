@@ -1,9 +1,12 @@
 """What is recorded, how often, and where."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from hvp_ray.config.checks import AtLeast0, AtLeast1, Checked, Location
+
+Logger = Literal["tensorboard", "wandb"]
+"""A tracker that a run may be sent to besides MLflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,11 +17,15 @@ class TrackingConfig(Checked):
 
     uri: Annotated[str, Location("auto, none, or an MLflow tracking URI")] = "auto"
     """MLflow tracking URI. auto: MLFLOW_TRACKING_URI of the environment, else a SQLite file in `run.output`, which needs no
-    server. If `run.output` is a URI, that file lies in the default output folder of the first trainer's machine, so a
-    cluster whose nodes come and go needs a server. none: no MLflow."""
+    server; no MLflow without the extra `mlflow`. If `run.output` is a URI, that file lies in the default output folder of the
+    first trainer's machine, so a cluster whose nodes come and go needs a server. none: no MLflow."""
+
+    loggers: tuple[Logger, ...] = ()
+    """Trackers besides MLflow, each a copy of the run's log. tensorboard: event files in the run's folder. wandb: Weights &
+    Biases, with its own environment variables (`WANDB_API_KEY`, `WANDB_ENTITY`, `WANDB_MODE=offline`)."""
 
     experiment: str = "hvp_ray"
-    """Name of the MLflow experiment."""
+    """Name of the MLflow experiment and of the W&B project."""
 
     log_every_steps: AtLeast1 = 1
     """Steps between recorded values."""
@@ -43,4 +50,4 @@ class TrackingConfig(Checked):
     """Arm of the comparison; a tag in MLflow."""
 
     num_figure_images: AtLeast0 = 6
-    """Images in the figure of candidate views. 0: no figures."""
+    """Images in the figure of candidate views. 0: no figures and no page (`report.html`)."""

@@ -20,6 +20,7 @@ from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.tracking.mlflow import MlflowRun
 from hvp_ray.tracking.run_log import RunLog
+from hvp_ray.tracking.trackers import TrackedRun
 from hvp_ray.tracking.unreadable_log import UnreadableLog
 from hvp_ray.training.trainee import Trainee
 
@@ -39,8 +40,8 @@ class RunJob:
     """The run's folder on a bucket; None: it is `run_dir`, which all trainers see."""
     run_identity: str
     resolved: ResolvedRun
-    mlflow: MlflowRun | None
-    """None: MLflow is off."""
+    trackers: tuple[TrackedRun, ...]
+    """One description for each tracker that gets the run."""
     data_fingerprint: str
     test_data: str
     """With `data_fingerprint`, what `open_dataset` checks in a process that opens the data later."""
@@ -55,7 +56,7 @@ class RunJob:
     @property
     def mlflow_uri(self) -> str | None:
         """Tracking URI; None: MLflow is off."""
-        return None if self.mlflow is None else self.mlflow.uri
+        return next((run.uri for run in self.trackers if isinstance(run, MlflowRun)), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

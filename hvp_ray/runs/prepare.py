@@ -1,6 +1,7 @@
 """Prepares a run: resolves its locations, checks its settings, and decides whether an existing run may be resumed."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.data.listing import MLFLOW_ARTIFACTS
 from hvp_ray.errors import CheckpointError, ConfigError, DataError
+from hvp_ray.extras import require_extra
 from hvp_ray.files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.identity import (
     VERSIONS,
@@ -37,8 +39,11 @@ from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
-from hvp_ray.tracking.mlflow import MlflowRun
+from hvp_ray.tracking.mlflow import MlflowRun, mlflow_is_installed
 from hvp_ray.tracking.mlflow_store import store_uri
+from hvp_ray.tracking.tensorboard import TensorboardRun
+from hvp_ray.tracking.trackers import TrackedRun, check_loggers
+from hvp_ray.tracking.wandb import WandbRun
 from hvp_ray.training.trainee import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
@@ -104,11 +109,13 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
     """Check images, network and output folder before anything starts; return the opened data.
 
     Raises:
-        ConfigError: the output folder or bucket cannot be written, or the network cannot be built.
+        ConfigError: the output folder or bucket cannot be written, the network cannot be built, or a tracker's package is
+            missing.
         CheckpointError: the initial weights do not fit.
         DataError: the data cannot be used, or has fewer images than one step needs.
     """
     location = output_location(config)
+    _check_trackers(config)
     dataset = _open_checked(config, dataset)
     _check_view_sizes(config, build_untrained_method(with_local_weights(config)))
     if is_uri(location):
@@ -263,12 +270,13 @@ def prepare_run(
         dataset: the opened data of the run. None: it is opened.
 
     Raises:
-        ConfigError: the folder cannot be written, or the run exists and may not be resumed.
+        ConfigError: the folder cannot be written, a tracker's package is missing, or the run exists and may not be resumed.
         DataError: the data cannot be used.
         CheckpointError: the run is not the planned one, or the run of this name differs from it in its identity or
             evaluation (the message has the difference). Or its folder has a summary.json but no config.json.
     """
     _check_predictor_delay(config, resolved)
+    _check_trackers(config)
     dataset = _open_checked(config, dataset)
     result = resolve(config, dataset, renderer=resolved.renderer, device=resolved.device)
     fingerprint = result.training_data["training data"]
@@ -298,11 +306,18 @@ def prepare_run(
         run_uri=location if is_uri(location) else None,
         run_identity=identity.digest,
         resolved=resolved,
-        mlflow=_describe_for_mlflow(config, name, fingerprint, tags),
+        trackers=_describe_for_trackers(config, name, location, fingerprint, tags),
         data_fingerprint=fingerprint,
         test_data=result.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
     )
+
+
+def _check_trackers(config: RunConfig) -> None:
+    """Check that the packages of all trackers of the run are installed."""
+    check_loggers(config.tracking.loggers)
+    if mlflow_location(config, local_output(config))[0] is not None and not mlflow_is_installed():
+        require_extra("mlflow", extra="mlflow", purpose="tracking.uri")
 
 
 def _check_predictor_delay(config: RunConfig, resolved: ResolvedRun) -> None:
@@ -324,29 +339,48 @@ def _check_planned(config: RunConfig, planned: Identity, identity: Identity) -> 
         )
 
 
-def _describe_for_mlflow(config: RunConfig, name: str, fingerprint: str, tags: dict[str, str]) -> MlflowRun | None:
+def _describe_for_trackers(
+    config: RunConfig, name: str, location: str, fingerprint: str, tags: dict[str, str]
+) -> tuple[TrackedRun, ...]:
+    params, tracking = flatten(config_to_dict(config)), config.tracking
+    runs: list[TrackedRun] = []
     uri, artifact_root = mlflow_location(config, local_output(config))
-    if uri is None:
-        return None
-    of_config = {
-        "recipe": config.recipe,
-        "method": config.method.name,
-        "selection_rule": config.selection.rule,
-        "seed": str(config.run.seed),
-        "comparison": config.tracking.comparison,
-        "arm": config.tracking.arm,
-    }
-    return MlflowRun(
-        uri=uri,
-        experiment=config.tracking.experiment,
-        artifact_root=artifact_root,
-        run_name=name,
-        params=flatten(config_to_dict(config)),
-        tags=tags | {tag: value for tag, value in of_config.items() if value is not None},
-        dataset_name=Path(config.data.source).name,
-        dataset_source=config.data.source,
-        dataset_digest=fingerprint,
-    )
+    if uri is not None:
+        of_config = {
+            "recipe": config.recipe,
+            "method": config.method.name,
+            "selection_rule": config.selection.rule,
+            "seed": str(config.run.seed),
+            "comparison": tracking.comparison,
+            "arm": tracking.arm,
+        }
+        runs.append(
+            MlflowRun(
+                uri=uri,
+                experiment=tracking.experiment,
+                artifact_root=artifact_root,
+                run_name=name,
+                params=params,
+                tags=tags | {tag: value for tag, value in of_config.items() if value is not None},
+                dataset_name=Path(config.data.source).name,
+                dataset_source=config.data.source,
+                dataset_digest=fingerprint,
+            )
+        )
+    if "tensorboard" in tracking.loggers:
+        runs.append(TensorboardRun())
+    if "wandb" in tracking.loggers:
+        runs.append(
+            WandbRun(
+                project=tracking.experiment,
+                run_id=hashlib.sha256(f"{location}\n{tags['run_identity']}".encode()).hexdigest()[:16],
+                run_name=name,
+                group=tracking.comparison,
+                job_type=tracking.arm,
+                config=params | tags,
+            )
+        )
+    return tuple(runs)
 
 
 def draw_run_name(config: RunConfig) -> str:
@@ -370,6 +404,8 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
         case "auto" if os.environ.get("MLFLOW_TRACKING_URI"):
             refuse_credentials("MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"])
             return os.environ["MLFLOW_TRACKING_URI"], None
+        case "auto" if not mlflow_is_installed():
+            return None, None
         case "auto":
             return store_uri(output / "mlflow.db"), (output / MLFLOW_ARTIFACTS).as_uri()
         case uri:

@@ -25,6 +25,8 @@ from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopAskedError
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.final_figures import draw_figures
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank, RunJob
+from hvp_ray.runs.neighbours import draw_nearest_neighbours
+from hvp_ray.runs.page import write_page
 from hvp_ray.runs.progress import RunSteps, StepClock
 from hvp_ray.runs.recorder import RankRecorder, RunRecorder
 from hvp_ray.runs.storage import RunStorage
@@ -141,7 +143,7 @@ def _train(rank: OpenedRank, restored: RestoredRank, recorder: RankRecorder) -> 
 def _evaluate(
     rank: OpenedRank, restored: RestoredRank, recorder: RunRecorder, result: LoopResult, services: RankServices
 ) -> tuple[AfterTraining, dict[str, Any]]:
-    """Export the encoder, evaluate it and draw figures; return what was done, and the summary.
+    """Export the encoder, evaluate it, draw figures and the page; return what was done, and the summary.
 
     The weights are in a checkpoint, so no failure of an evaluation ends the run.
 
@@ -166,12 +168,20 @@ def _evaluate(
     summary |= after.attempt("the cluster's metrics", services.cluster_facts) or {}
     if config.tracking.num_figure_images:
         after.attempt("figures", lambda: draw_figures(config, rank.dataset, trainee, job.run_dir))
-    summary |= knn_results(config, rank.dataset, trainee, after)  # last, because it takes the most memory
+        neighbours = job.run_dir / "figures" / "neighbours.png"
+        after.attempt(
+            "figure of nearest neighbours",
+            lambda: draw_nearest_neighbours(config, rank.dataset, trainee, neighbours),
+        )
+    summary |= knn_results(config, rank.dataset, trainee, after)  # after the figures, because it takes the most memory
+    recorder.complete_log(summary)
+    if config.tracking.num_figure_images:
+        after.attempt("the page", lambda: write_page(job, summary, after.problems))
     return after, summary
 
 
 def _publish(rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]) -> dict[str, Any]:
-    """Complete the log, end the MLflow run and write `summary.json`, which says that the run has finished."""
+    """End the run in all trackers and write `summary.json`, which says that the run has finished."""
     run_dir = rank.job.run_dir
     summary |= recorder.finish(summary) | {"problems": after.problems}
     export_records(run_dir)

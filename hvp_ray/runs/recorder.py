@@ -16,10 +16,10 @@ from hvp_ray.runs.progress import Progress
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
-from hvp_ray.tracking.mlflow import STATE_FILE, MlflowFeed, final_artifacts, final_values
 from hvp_ray.tracking.run_log import METRICS
 from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, describe_scores
+from hvp_ray.tracking.trackers import FINISH_SECONDS, final_artifacts, final_values, finish_feeds, start_feeds
 from hvp_ray.training.step import StepMetrics
 from hvp_ray.training.trainee import take_checkpoint
 
@@ -81,7 +81,7 @@ class RankRecorder:
 
 
 class RunRecorder(RankRecorder):
-    """The recorder of rank 0: metrics, MLflow, k-NN during training, progress, checkpoints, collapse watch."""
+    """The recorder of rank 0: metrics, trackers, k-NN during training, progress, checkpoints, collapse watch."""
 
     def __init__(self, rank: OpenedRank, restored: RestoredRank, services: RankServices) -> None:
         config, steps = rank.job.config, restored.steps
@@ -103,12 +103,8 @@ class RunRecorder(RankRecorder):
             interval=config.tracking.knn_every_epochs * steps.steps_per_epoch if config.tracking.knn_images else 0,
             steps=steps,
         )
-        self._feed = None
-        if rank.job.mlflow is not None:
-            # The ids are uploaded at once: an attempt that finds none creates a second MLflow run.
-            self._feed = MlflowFeed(
-                rank.job.mlflow, rank.job.run_dir, keep_state=lambda: rank.storage.push_file(STATE_FILE)
-            )
+        # States are uploaded at once: an attempt that finds no ids creates a second run in the tracker.
+        self._feeds = start_feeds(rank.job.trackers, rank.job.run_dir, keep_state=rank.storage.push_file)
         self._is_finished = False
         self._last_record: tuple[float, int, float] | None = None  # time, steps, seconds of waiting
         self._progress_at = 0.0
@@ -163,27 +159,37 @@ class RunRecorder(RankRecorder):
         if self._last_values:
             numbers["hvp_ray_loss"] = self._last_values["train/loss"]
             numbers["hvp_ray_images_per_second"] = self._last_values["perf/images_per_second"]
-        return numbers if self._feed is None else {**numbers, **self._feed.numbers()}
+        for feed in self._feeds:
+            numbers |= feed.numbers()
+        return numbers
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """Complete the log by the k-NN of the final weights and end the MLflow run; return its ids."""
+    def complete_log(self, summary: dict[str, Any]) -> None:
+        """Log the answers of the k-NN that are still out, and that of the final weights."""
         final = {f"eval/{name}": summary[name] for name in ("knn_top1", "knn5shot_top1")}
         self._knn.finish({name: value for name, value in final.items() if value is not None})
-        if self._feed is None:
-            return {"mlflow_run_id": None}
+
+    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """End the run in all trackers; return its ids there."""
         self._is_finished = True
-        self._feed.finish(
-            status="FINISHED", artifacts=final_artifacts(self._rank.job.run_dir), values=final_values(summary)
+        finish_feeds(
+            self._feeds,
+            status="FINISHED",
+            artifacts=final_artifacts(self._rank.job.run_dir),
+            values=final_values(summary),
+            timeout_seconds=FINISH_SECONDS,
         )
-        return {"mlflow_run_id": self._feed.run_id, "mlflow_experiment_id": self._feed.experiment_id}
+        ids: dict[str, Any] = {"mlflow_run_id": None}
+        for feed in self._feeds:
+            ids |= feed.facts()
+        return ids
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End the MLflow run of a run that was stopped or failed."""
-        if self._feed is not None and not self._is_finished:
+        """End a run that was stopped or failed in all trackers."""
+        if not self._is_finished:
             status, patience = ("KILLED", 1.0) if kind is None else ("FAILED", 5.0)
-            self._feed.finish(status=status, artifacts=[], values={}, timeout_seconds=patience)
+            finish_feeds(self._feeds, status=status, timeout_seconds=patience)
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
         return Progress(

@@ -9,7 +9,8 @@ A rank reads and writes files in its working copy as if it were the run's folder
 - An attempt may die between any two uploads. The next one pulls what had arrived.
 
 A push uploads each file that is new or changed as a whole. Files of the log never change once their segment is closed
-(`tracking/run_log.py`), so each of their bytes is uploaded once.
+(`tracking/run_log.py`), so each of their bytes is uploaded once. Files of trackers grow during the whole run and are written
+from the log, so they are uploaded when the run has finished.
 """
 
 import fcntl
@@ -27,10 +28,12 @@ from typing import BinaryIO
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.files import Folder, join_uri
 from hvp_ray.local_cache import cache_folder, no_local_disk, write_local
+from hvp_ray.tracking import tensorboard, wandb
 from hvp_ray.tracking.unreadable_log import is_decision, is_decision_of
 
 _LAST = "summary.json"
 _NOT_MIRRORED = ("checkpoints/", "ray_train/")
+_AT_THE_END = (f"{tensorboard.FOLDER}/", f"{wandb.FOLDER}/")
 _REQUESTS_AT_ONCE = 8
 _LOCK_PATIENCE_SECONDS = 60.0
 
@@ -141,7 +144,8 @@ class RunStorage:
     def _own_files(self) -> list[str]:
         files = (path for path in self.folder.rglob("*") if path.is_file() and path.suffix != ".part")
         names = (path.relative_to(self.folder).as_posix() for path in files)
-        return sorted(name for name in names if self._is_ours(name))
+        not_yet = () if (self.folder / _LAST).exists() else _AT_THE_END
+        return sorted(name for name in names if self._is_ours(name) and not name.startswith(not_yet))
 
     def _upload(self, remote: Folder, name: str) -> None:
         path = self.folder / name

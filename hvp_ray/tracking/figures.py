@@ -1,6 +1,6 @@
-"""Figures of a run: candidate views with the chosen pair framed, overlap of chosen and other pairs, and the loss."""
+"""Figures of a run: candidate views with the chosen pair framed, and curves of loss, overlap, collapse and k-NN."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from hvp_ray.records import ViewBatch, ViewPlan, Views
+from hvp_ray.tracking.collapse import COLLAPSED_INFORMATION, COLLAPSED_STD
 from hvp_ray.views.geometry import crop_iou
 
 _CHOSEN, _OTHER = "#c1440e", "#4878a8"
@@ -144,6 +145,10 @@ class _Curves:
     """The figure is drawn if the journal has this metric."""
     series: dict[str, tuple[str, str]]
     """Metric -> label, colour."""
+    levels: dict[str, float] = field(default_factory=dict)
+    """Label -> height of a dotted line."""
+    markers: bool = False
+    """Show each point, because there are few."""
 
 
 _CURVES = {
@@ -165,15 +170,49 @@ _CURVES = {
             "selection/other_score": ("scoring pass: other candidates, mean", _OTHER),
         },
     ),
+    "collapse.png": _Curves(
+        title="Collapse watch: embeddings",
+        y_label="standard deviation x sqrt(D)",
+        needs="collapse/embedding_std",
+        series={"collapse/embedding_std": ("embeddings of a batch; 1 is isotropic, 0 is collapse", _OTHER)},
+        levels={"a warning below": COLLAPSED_STD},
+    ),
+    "teacher.png": _Curves(
+        title="Collapse watch: teacher",
+        y_label="nats",
+        needs="collapse/teacher_information",
+        series={"collapse/teacher_information": ("information of the output about the image", _OTHER)},
+        levels={"a warning below": COLLAPSED_INFORMATION},
+    ),
 }
+
+_KNN = _Curves(
+    title="k-NN accuracy on test images",
+    y_label="accuracy",
+    needs="eval/knn_top1",
+    series={"eval/knn_top1": ("all labels", _CHOSEN), "eval/knn5shot_top1": ("5 labels per class", _OTHER)},
+    markers=True,
+)
 
 
 def draw_curves(folder: Path, records: list[dict[str, Any]]) -> list[Path]:
-    """Draw overlap and loss over the steps from the journal's records; return the files written."""
+    """Draw loss, overlap and collapse over the steps from the log's records of metrics; return the files written."""
     drawn = {name: c for name, c in _CURVES.items() if any(c.needs in record["metrics"] for record in records)}
     for name, curves in drawn.items():
         _draw_curves(folder / name, records, curves)
     return [folder / name for name in drawn]
+
+
+def draw_knn_curve(path: Path, records: list[dict[str, Any]], levels: dict[str, float]) -> None:
+    """Draw the k-NN accuracy over the steps, if there is more than one point.
+
+    Args:
+        path: PNG to write.
+        records: the log's evaluations.
+        levels: label -> accuracy of something else, with all labels.
+    """
+    if len(records) > 1:
+        _draw_curves(path, records, replace(_KNN, levels=levels))
 
 
 def _draw_curves(path: Path, records: list[dict[str, Any]], curves: _Curves) -> None:
@@ -184,8 +223,13 @@ def _draw_curves(path: Path, records: list[dict[str, Any]], curves: _Curves) -> 
         if not points:
             continue
         steps, values = (np.array(column, dtype=np.float64) for column in zip(*points, strict=True))
+        if curves.markers:
+            axis.plot(steps, values, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
+            continue
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         axis.plot(*_moving_average(steps, values), color=color, linewidth=1.8, label=label)
+    for (label, height), color in zip(curves.levels.items(), ("#777777", "#b0a060"), strict=False):
+        axis.axhline(height, color=color, linestyle=":", linewidth=1.2, label=label)
     axis.set_title(curves.title, fontsize=10)
     axis.set_xlabel("step (optimizer updates)")
     axis.set_ylabel(curves.y_label)

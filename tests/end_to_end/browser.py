@@ -63,6 +63,11 @@ class Browser:
         """Go to a page."""
         await self._call("Page.navigate", url=url)
 
+    async def prefer(self, scheme: str) -> None:
+        """Prefer a colour scheme: light or dark."""
+        feature = {"name": "prefers-color-scheme", "value": scheme}
+        await self._call("Emulation.setEmulatedMedia", features=[feature])
+
     async def evaluate(self, script: str) -> Any:
         """Run JavaScript; return its value."""
         answer = await self._call("Runtime.evaluate", expression=script, returnByValue=True)

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, catch_up, lacks_records, quiet_mlflow
+from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, quiet_mlflow
 from hvp_ray.tracking.run_log import METRICS, RunLog, read_records
+from hvp_ray.tracking.trackers import catch_up, lacks_records
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.long

@@ -74,6 +74,7 @@ CHANGES: dict[str, Any] = {
     "cluster.stall_seconds": 30.0,
     "cluster.max_trainer_failures": 0,
     "tracking.uri": "none",
+    "tracking.loggers": ("tensorboard",),
     "tracking.experiment": "another",
     "tracking.log_every_steps": 2,
     "tracking.knn_neighbours": 1,

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     ),
     "nvidia": ("views/render_dali.py",),
     "mlflow": ("tracking/mlflow.py", "tracking/mlflow_report.py", "tracking/mlflow_store.py"),
-    "jinja2": ("comparison/report.py",),
+    "jinja2": ("tracking/page.py",),
     "torch.distributed": ("distributed/", "launch/local.py"),
 }
 LEVELS = [

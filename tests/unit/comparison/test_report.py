@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hvp_ray.comparison.arms import get_arm
-from hvp_ray.comparison.report import render_page
+from hvp_ray.comparison.report import render_report
 from hvp_ray.comparison.results import RunResult, summarize_metric
 from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.comparison.study import Study
@@ -50,7 +50,7 @@ def _page(study: Study, figures: list[Path], **summary: object) -> str:
         )
         for run in study.runs()
     ]
-    return render_page(study, results, [summarize_metric(study, results, "knn_top1")], {}, figures)
+    return render_report(study, results, [summarize_metric(study, results, "knn_top1")], {}, figures)
 
 
 def test_page_shows_all_runs_and_embeds_figures(study: Study, tmp_path: Path) -> None:

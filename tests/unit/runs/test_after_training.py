@@ -90,8 +90,10 @@ def test_figure_that_fails_leaves_a_finished_run_that_says_so(tmp_path: Path, mo
     summary = pretrain_in_process(_config(tmp_path, num_figure_images=2))
     assert summary is not None
     assert summary["knn_top1"] is not None
-    assert len(summary["problems"]) == 1
+    assert len(summary["problems"]) == 2
     assert summary["problems"][0].startswith("figures failed: FileExistsError: ")
+    assert summary["problems"][1].startswith("figure of nearest neighbours failed: NotADirectoryError: ")
+    assert "figures failed: FileExistsError" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_run_that_was_interrupted_in_its_evaluation_trains_no_step_again(

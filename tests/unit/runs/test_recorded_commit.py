@@ -11,7 +11,7 @@ from hvp_ray.data.source import open_source
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.prepare import git_commit, prepare_run
-from hvp_ray.tracking.mlflow import lacks_records
+from hvp_ray.tracking.trackers import lacks_records
 from tests.helpers import encode, photograph_like, tiny_config
 
 

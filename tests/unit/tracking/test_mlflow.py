@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, lacks_records, quiet_mlflow
+from hvp_ray.tracking.mlflow import MlflowFeed, MlflowRun, quiet_mlflow
 from hvp_ray.tracking.run_log import METRICS, RunLog
+from hvp_ray.tracking.trackers import lacks_records
 
 pytestmark = pytest.mark.slow
 

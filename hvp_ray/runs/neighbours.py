@@ -1,0 +1,81 @@
+"""Nearest neighbours of some test images, by the encoder before and after training."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import nn
+
+from hvp_ray.config import RunConfig
+from hvp_ray.data.dataset import Dataset
+from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
+from hvp_ray.local_cache import with_local_weights
+from hvp_ray.tracking.neighbour_figure import Neighbours, draw_neighbours
+from hvp_ray.training.trainee import Trainee, build_untrained_method
+
+_MAX_QUERIES = 8
+_NUM_NEIGHBOURS = 5
+_MAX_BANK_IMAGES = 1_000
+
+
+def draw_nearest_neighbours(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
+    """Draw what is nearest to some test images among training images. Without test images, the queries are training images.
+
+    Args:
+        config: the run.
+        dataset: its images; labels are not used.
+        trainee: has the trained encoder.
+        path: PNG to write.
+
+    Raises:
+        DataError: the storage failed repeatedly.
+    """
+    bank_ids = _spread(dataset.training_ids, _MAX_BANK_IMAGES + _MAX_QUERIES)
+    query_ids, query_source = _spread(dataset.test_ids, _MAX_QUERIES), dataset.test_source
+    if not len(query_ids):
+        query_ids, query_source = _spread(bank_ids, _MAX_QUERIES), dataset.source
+        bank_ids = np.setdiff1d(bank_ids, query_ids)
+    queries, _ = load_evaluation_pixels(query_source, query_ids, config.views, config.data)
+    bank, _ = load_evaluation_pixels(dataset.source, bank_ids, config.views, config.data)
+    encoders = {
+        "nearest before training": build_untrained_method(with_local_weights(config)).encoder.to(trainee.device),
+        "nearest after training": trainee.method.encoder,
+    }
+    columns = [
+        find_neighbours(title, encoder, queries, bank, config, trainee.device) for title, encoder in encoders.items()
+    ]
+    draw_neighbours(path, queries, columns)
+
+
+def find_neighbours(
+    title: str,
+    encoder: nn.Module,
+    queries: NDArray[np.uint8],
+    bank: NDArray[np.uint8],
+    config: RunConfig,
+    device: torch.device,
+) -> Neighbours:
+    """Return the bank images whose features have the largest cosine similarity to each query.
+
+    Args:
+        title: of the column.
+        encoder: gives the features.
+        queries: [N, S, S, 3].
+        bank: [M, S, S, 3].
+        config: mean and standard deviation of the channels.
+        device: device of the encoder.
+    """
+    of_queries, of_bank = (
+        F.normalize(extract_features(encoder, pixels, config.views, device=device), dim=1) for pixels in (queries, bank)
+    )
+    nearest = (of_queries @ of_bank.T).topk(min(_NUM_NEIGHBOURS, len(bank)), dim=1)
+    return Neighbours(
+        title=title, images=bank[nearest.indices.cpu().numpy()], similarities=nearest.values.cpu().numpy()
+    )
+
+
+def _spread(sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Return at most `limit` ids, evenly spaced."""
+    return sample_ids[np.linspace(0, len(sample_ids) - 1, min(limit, len(sample_ids))).astype(np.int64)]

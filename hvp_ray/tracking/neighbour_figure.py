@@ -1,0 +1,58 @@
+"""The figure of nearest neighbours: some images, and what is nearest to each, by several encoders side by side."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+_CELL_INCHES = 0.82
+_GAP = 0.1
+"""Width of the gap before a block of neighbours, in cells."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Neighbours:
+    """The nearest images of N queries, by one encoder."""
+
+    title: str
+    images: NDArray[np.uint8]
+    """[N, k, S, S, 3], the nearest first."""
+    similarities: NDArray[np.float32]
+    """[N, k], cosine similarity of the features."""
+
+
+def draw_neighbours(path: Path, queries: NDArray[np.uint8], columns: list[Neighbours]) -> None:
+    """Draw one line for each query: the query, then its neighbours by each encoder.
+
+    Args:
+        path: PNG to write.
+        queries: [N, S, S, 3].
+        columns: neighbours by each encoder.
+    """
+    num_lines, num_neighbours = columns[0].similarities.shape
+    block = [_GAP, *[1.0] * num_neighbours]
+    ratios = [1.0, *block * len(columns)]
+    size = (sum(ratios) * _CELL_INCHES, (1.16 * num_lines + 0.3) * _CELL_INCHES)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(num_lines, len(ratios), squeeze=False, width_ratios=ratios)
+    axes[0][0].set_title("image", fontsize=9)
+    for line in range(num_lines):
+        _show(axes[line][0], queries[line], " ")
+        for index, column in enumerate(columns):
+            gap, *cells = axes[line][1 + index * len(block) :][: len(block)]
+            gap.set_axis_off()
+            for place, cell in enumerate(cells):
+                _show(cell, column.images[line, place], f"{column.similarities[line, place]:.2f}")
+    for index, column in enumerate(columns):
+        axes[0][2 + index * len(block) + num_neighbours // 2].set_title(column.title, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _show(axis: Any, pixels: NDArray[np.uint8], text: str) -> None:
+    axis.imshow(pixels)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_xlabel(text, fontsize=7, labelpad=2)
