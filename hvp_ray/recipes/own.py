@@ -164,7 +164,8 @@ def simsiam_own() -> RunConfig:
 
     hvp-ray pretrain simsiam-own --data.source path/to/images
 
-    Settings are this project's, after SimSiam's for ImageNet and CIFAR-10. A step may have few images. No reference number.
+    Settings are this project's, after SimSiam's for ImageNet and CIFAR-10. A step may have few images. No
+    reference number. Not yet run to its end by this project.
     """
     return own("simsiam", USUAL)
 
@@ -174,7 +175,8 @@ def simclr_own() -> RunConfig:
 
     hvp-ray pretrain simclr-own --data.source path/to/images
 
-    Settings are this project's, after SimCLR's for ImageNet. No reference number.
+    Settings are this project's, after SimCLR's for ImageNet. No reference number. Not yet run to its end by
+    this project.
     """
     return own("simclr", USUAL)
 
@@ -184,7 +186,8 @@ def dino_own() -> RunConfig:
 
     hvp-ray pretrain dino-own --data.source path/to/images
 
-    Settings are this project's, after DINO's for ImageNet. No reference number.
+    Settings are this project's, after DINO's for ImageNet. No reference number. Not yet run to its end by
+    this project.
     """
     return own("dino", USUAL)
 
