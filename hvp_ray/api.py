@@ -264,7 +264,8 @@ def _configure(recipe: str, given: dict[str, Any], settings: Mapping[str, Any] |
     config = with_settings(get_recipe(recipe), chosen)
     if recipe not in OWN_RECIPES:
         return config
-    from hvp_ray.runs.fit_recipe import fit_own_recipe
+    prepare_ray_environment()
+    from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
     fitted = fit_own_recipe(config)
     logger.warning("\n".join(fitted.lines))

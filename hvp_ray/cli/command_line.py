@@ -11,6 +11,7 @@ import tyro
 from hvp_ray.config import RunConfig, config_to_dict, deferred_checks, flatten
 from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
+from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import DEFAULT_RECIPE, describe_recipes, get_recipe
 from hvp_ray.recipes.own import OWN_RECIPES
 
@@ -118,7 +119,8 @@ def parse_run_options(
 
     options = parse(recipe)
     if name in OWN_RECIPES:
-        from hvp_ray.runs.fit_recipe import fit_own_recipe
+        prepare_ray_environment()
+        from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
         fitted = fit_own_recipe(options.run)
         say("\n".join(fitted.lines) + "\n")

@@ -1,6 +1,7 @@
 """`hvp-ray`: its commands, their help, the options people change most, completion in a shell, and a reader that leaves."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,33 @@ def test_words_of_python_may_be_lower_case_but_the_tracking_uri_none_stays() -> 
         description="",
     )
     assert config.selection.score_always and config.tracking.uri == "none" and config.data.num_images is None
+
+
+def test_ray_is_told_how_to_authenticate_before_a_recipe_that_adapts_itself_imports_it(tmp_path: Path) -> None:
+    program = """
+import builtins, os, sys
+real_import, seen = builtins.__import__, []
+
+def watch(name, *arguments, **options):
+    if name.split(".")[0] == "ray" and not seen:
+        seen.append(os.environ.get("RAY_AUTH_MODE"))
+    return real_import(name, *arguments, **options)
+
+builtins.__import__ = watch
+from hvp_ray.cli.command_line import parse_run
+parse_run(["simsiam-own", "--data.source", "digits", "--cluster.device", "cpu"], program="test", description="")
+assert "ray" in sys.modules
+print(seen)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment | {"HOME": str(tmp_path)},
+    )
+    assert result.stdout.splitlines()[-1] == "['token']", result.stderr
 
 
 def test_recipe_is_the_first_argument() -> None:
