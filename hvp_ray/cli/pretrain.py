@@ -119,6 +119,8 @@ def describe_result(summary: dict[str, Any], config: RunConfig, location: str, t
     ]
     if tracking_uri is not None:
         lines.append(f"curves   {_describe_mlflow(tracking_uri, summary.get('mlflow_experiment_id'))}")
+    elif config.tracking.uri == "auto":
+        lines.append("curves   metrics.jsonl in that folder; for all runs on one page: pip install 'hvp-ray[mlflow]'")
     if "tensorboard" in config.tracking.loggers:
         lines.append(f"curves   `tensorboard --logdir {place_in(location, 'tensorboard')}`")
     if "wandb" in config.tracking.loggers:
