@@ -164,8 +164,8 @@ def simsiam_own() -> RunConfig:
 
     hvp-ray pretrain simsiam-own --data.source path/to/images
 
-    Settings are this project's, after SimSiam's for ImageNet and CIFAR-10. A step may have few images. No
-    reference number. Not yet run to its end by this project.
+    Settings are this project's, after SimSiam's for ImageNet and CIFAR-10. A step may have few images.
+    No reference number. Not yet run to its end by this project.
     """
     return own("simsiam", USUAL)
 

@@ -21,4 +21,4 @@ def test_run_with_a_vision_transformer_draws_its_attention(tmp_path: Path, recip
     assert summary is not None
     assert summary["problems"] == []
     figures = {path.name for path in (tmp_path / "r" / "figures").iterdir()}
-    assert figures == {"candidate_views.png", "loss.png", "overlap.png"} | ({"attention.png"} if has_maps else set())
+    assert figures >= {"candidate_views.png", "loss.png", "overlap.png"} and ("attention.png" in figures) == has_maps
