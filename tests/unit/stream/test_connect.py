@@ -12,6 +12,12 @@ from hvp_ray.stream import connect
 from hvp_ray.stream.connect import LocalRay, connect_ray, end_ray, is_abandoned, joins_cluster
 
 
+@pytest.fixture
+def not_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that starts; this process may have run tests on a Ray."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
 def _must_not_start() -> LocalRay:
     raise AssertionError("a local Ray was started beside the named cluster")
 
@@ -29,6 +35,7 @@ def dead_head() -> str:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.usefixtures("not_connected")
 @pytest.mark.parametrize("head", ["dead_head", "hanging_head"])
 def test_head_that_does_not_answer_is_refused_with_its_address(
     head: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
@@ -40,6 +47,7 @@ def test_head_that_does_not_answer_is_refused_with_its_address(
         connect_ray(_must_not_start)
 
 
+@pytest.mark.usefixtures("not_connected")
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "no address"])
 def test_address_of_something_else_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
