@@ -117,7 +117,8 @@ def test_finished_run_has_a_summary_figures_and_an_mlflow_store_and_prints_where
     summary = finished.summary
     assert [name for name in SUMMARY_FIELDS.split() if summary.get(name) is None] == []
     figures = {path.name for path in (finished.run_dir / "figures").iterdir()}
-    assert figures == {"candidate_views.png", "collapse.png", "loss.png", "neighbours.png", "overlap.png"}
+    drawn = ("candidate_views", "collapse", "knn", "loss", "neighbours", "overlap")
+    assert figures == {f"{name}.png" for name in drawn}
     for text in (
         "trained encoder",
         "untrained encoder",
