@@ -46,8 +46,9 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json: steps, speeds, k-NN accuracies."""
-        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
-        return summary
+        from hvp_ray.runs.find import read_summary
+
+        return read_summary(self.folder)
 
     @cached_property
     def config(self) -> RunConfig:

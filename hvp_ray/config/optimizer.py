@@ -53,8 +53,8 @@ class OptimizerConfig(Checked):
     """Parameters that the method names (SimSiam's predictor) keep the initial learning rate (SimSiam, section 4.2)."""
 
     layer_decay: Annotated[float, Range(above=0, most=1)] = 1.0
-    """Learning rate of each layer of the encoder in that of the next one. Below 1, early layers change less, which keeps
-    more of `training.initial_weights` (0.65 to 0.9 is usual)."""
+    """Layer-wise decay of the learning rate: each layer of the encoder has this times the rate of the next one. Below 1,
+    early layers change less, which keeps more of `training.initial_weights` (0.65 to 0.9 is usual)."""
 
     clip_gradient_norm: Positive | None = None
     """Largest norm of the gradient. None: no clipping (SimSiam)."""

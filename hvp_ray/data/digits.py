@@ -36,16 +36,12 @@ class DigitsSource(Source):
         digits = load_digits()
         # Values are counts of dark cells, 0 to 16.
         self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self._labels = np.asarray(digits.target, dtype=np.int64)
+        self._digits = np.asarray(digits.target, dtype=np.int64)
         self._encoded: dict[int, bytes] = {}
 
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the digits."""
-        return self._labels
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return "0" to "9"."""
-        return tuple("0123456789")
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the digits, and their names "0" to "9"."""
+        return self._digits, tuple("0123456789")
 
     def fingerprint(self) -> str:
         """Return a digest of the pixels."""

@@ -98,19 +98,15 @@ class FolderSource(ImageFiles):
             self._labels, self._class_names = _classes(self._paths)  # all images are of one class
         self.has_labels = bool(self._class_names)
 
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the index of each image's class folder.
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the index of each image's class folder, and the names of these folders, sorted.
 
         Raises:
             LabelError: there are no class folders.
         """
         if not self._class_names:
             raise LabelError(f"{self._root} has no labels: all images lie in it directly, none in a class folder")
-        return self._labels.astype(np.int64)
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the names of the class folders, sorted."""
-        return tuple(self._class_names)
+        return self._labels.astype(np.int64), tuple(self._class_names)
 
     def shares_files_with(self, other: Source) -> bool:
         """Tell whether one of the two folders lies in the other one, which counts its images as its own."""

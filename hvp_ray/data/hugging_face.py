@@ -100,28 +100,19 @@ class HuggingFaceSource(Source):
         self._label = find_labels(self._schema, config.label_column)
         self.has_labels = not self._label.problem
         self._label_parts = [] if self._label.problem else [_values_at(table, self._label.path) for table in tables]
-        self._labels: tuple[NDArray[np.int64], tuple[str, ...]] | None = None
 
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the label column: numbers, or places in `load_class_names`."""
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the label column, and the names of a `ClassLabel` in their order, or the texts, sorted."""
         if self._label.problem:
             raise LabelError(f"{self._shown}{self._label.problem}")
-        if self._labels is None:
-            chunks = [chunk for part in self._label_parts for chunk in part.chunks]
-            shown = f"{self._shown}: column {self._label.path!r}"
-            try:
-                for chunk in chunks:
-                    chunk.validate(full=True)
-            except pa.ArrowException as error:
-                raise LabelError(f"{shown} is damaged: {first_line(error)}") from error
-            self._labels = labels_of(chunks, listed_names(self._schema, self._label.path), shown)
-        return self._labels[0]
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the names of a `ClassLabel` in their order, or the texts of the label column, sorted."""
-        self.load_labels()
-        assert self._labels is not None
-        return self._labels[1]
+        chunks = [chunk for part in self._label_parts for chunk in part.chunks]
+        shown = f"{self._shown}: column {self._label.path!r}"
+        try:
+            for chunk in chunks:
+                chunk.validate(full=True)
+        except pa.ArrowException as error:
+            raise LabelError(f"{shown} is damaged: {first_line(error)}") from error
+        return labels_of(chunks, listed_names(self._schema, self._label.path), shown)
 
     def fingerprint(self) -> str:
         """Return a digest of the sizes of all images, and the name of their column."""

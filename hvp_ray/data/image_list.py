@@ -77,21 +77,12 @@ class ImageListSource(ImageFiles):
                 f"folder of the list"
             )
         super().__init__(root, paths, sizes, max_image_bytes=config.max_image_mib * 2**20)
-        self._labels: tuple[NDArray[np.int64], tuple[str, ...]] | None = None
 
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the label column: numbers, or places in `load_class_names`."""
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the label column, and its texts, sorted, or the names that the schema lists for its numbers."""
         if self._label_problem:
             raise LabelError(self._label_problem)
-        if self._labels is None:
-            self._labels = self._load()
-        return self._labels[0]
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the texts of the label column, sorted, or the names that the schema lists for its numbers."""
-        self.load_labels()
-        assert self._labels is not None
-        return self._labels[1]
+        return self._load()
 
 
 _Load = Callable[[], tuple[NDArray[np.int64], tuple[str, ...]]]

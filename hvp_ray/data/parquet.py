@@ -94,8 +94,6 @@ class ParquetSource(Source):
         self._config = config
         self._max_row_group_bytes = config.max_row_group_mib * 2**20
         self._open: OrderedDict[int, ParquetFile] = OrderedDict()
-        self._labels: NDArray[np.int64] | None = None
-        self._class_names: tuple[str, ...] = ()
         self._label_problems: list[str] = []
         self._image_paths: list[str] = []
         self._label_paths: list[str] = []
@@ -111,17 +109,6 @@ class ParquetSource(Source):
     def num_bytes_read(self) -> int:
         """Bytes that the storage has returned to this process: footers, and columns as they are in the files."""
         return self._files.num_bytes_read
-
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the label column: numbers, or places in `load_class_names`."""
-        if self._labels is None:
-            self._labels, self._class_names = self._read_labels()
-        return self._labels
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the names of a `ClassLabel` in their order, or the texts of the label column, sorted."""
-        self.load_labels()
-        return self._class_names
 
     def fingerprint(self) -> str:
         """Return a digest of file names, row counts and the footers' sizes."""
@@ -233,8 +220,8 @@ class ParquetSource(Source):
                 f"{path}: {num_rows} rows in {num_bytes} bytes cannot be images (at least {_MIN_BYTES_PER_ROW} bytes each)"
             )
 
-    def _read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """Return the labels of all files, and the names of the classes."""
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the label column of all files, and the names of a `ClassLabel` in their order, or the texts, sorted."""
         if self._label_problems:
             without, of_all = len(self._label_problems), len(self._names)
             some = "" if of_all == 1 else f"{without if without < of_all else 'all'} of {of_all} files have no labels; "

@@ -122,7 +122,6 @@ class ShardSource(Source):
         self.num_bytes = int(self._blocks["data_bytes"].sum())
         self.has_labels = manifest.num_labelled > 0
         self._labels_sha256 = manifest.labels_sha256
-        self._labels: NDArray[np.int64] | None = None
         self._fingerprint = hashlib.sha256(
             "".join(f"{shard.sha256} {shard.rows}\n" for shard in manifest.shards).encode()
         ).hexdigest()
@@ -140,8 +139,8 @@ class ShardSource(Source):
         """Bytes that the storage has returned to this process."""
         return self._files.num_bytes_read
 
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the labels of the packed source.
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return labels and class names of the packed source.
 
         Raises:
             LabelError: it had no labels, or they are damaged.
@@ -149,26 +148,20 @@ class ShardSource(Source):
         """
         if not self.has_labels:
             raise LabelError(f"{self._files.location} has no labels: it was packed from images without usable labels")
-        if self._labels is None:
-            try:
-                content = self.verify_labels()
-            except OSError as error:
-                raise DataError(f"the labels of {self._files.location} cannot be read: {error}") from error
-            except DataError as error:
-                raise LabelError(str(error)) from error
-            labels = np.frombuffer(content, LABEL_DTYPE).astype(np.int64)
-            largest = len(self.class_names) - 1 if self.class_names else MAX_LABEL
-            if labels.min() < UNLABELLED or labels.max() > largest:
-                raise LabelError(
-                    f"{self._files.shown(LABELS)} has labels from {labels.min()} to {labels.max()}; expected {UNLABELLED} to "
-                    f"{largest}; pack again"
-                )
-            self._labels = labels
-        return self._labels
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the class names of the packed source."""
-        return self.class_names
+        try:
+            content = self.verify_labels()
+        except OSError as error:
+            raise DataError(f"the labels of {self._files.location} cannot be read: {error}") from error
+        except DataError as error:
+            raise LabelError(str(error)) from error
+        labels = np.frombuffer(content, LABEL_DTYPE).astype(np.int64)
+        largest = len(self.class_names) - 1 if self.class_names else MAX_LABEL
+        if labels.min() < UNLABELLED or labels.max() > largest:
+            raise LabelError(
+                f"{self._files.shown(LABELS)} has labels from {labels.min()} to {labels.max()}; expected {UNLABELLED} to "
+                f"{largest}; pack again"
+            )
+        return labels, self.class_names
 
     def fingerprint(self) -> str:
         """Return a digest of the shards' digests, which cover every byte."""

@@ -89,21 +89,25 @@ class Source(ABC):
     """Whether reading an image costs reading its whole block."""
 
     @abstractmethod
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return all labels, [N], `UNLABELLED` for an image without one. The first call reads them.
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Read what `load_labels` and `load_class_names` return.
 
         Raises:
             LabelError: there are no labels, or they cannot be used. The message has the reason.
             DataError: the storage failed.
         """
 
-    @abstractmethod
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the class name of each label from 0 on. Empty: the source has numbers only.
+    def load_labels(self) -> NDArray[np.int64]:
+        """Return all labels, [N], `UNLABELLED` for an image without one. The first call reads them; see `read_labels`."""
+        return self._labels_and_names[0]
 
-        Raises:
-            LabelError, DataError: as `load_labels`.
-        """
+    def load_class_names(self) -> tuple[str, ...]:
+        """Return the class name of each label from 0 on. Empty: the source has numbers only. See `load_labels`."""
+        return self._labels_and_names[1]
+
+    @cached_property
+    def _labels_and_names(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        return self.read_labels()
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -84,7 +84,6 @@ class WebDatasetSource(Source):
             )
         self.has_labels = any(chunk.null_count < len(chunk) for chunk in self._label_texts)
         self.left_out = (*files.left_out_beside(self._names), *_left_out_of(indices).entries())
-        self._labels: tuple[NDArray[np.int64], tuple[str, ...]] | None = None
         self._digest = self._compute_digest()
 
     @property
@@ -92,31 +91,23 @@ class WebDatasetSource(Source):
         """Bytes that the storage has returned to this process."""
         return self._files.num_bytes_read
 
-    def load_labels(self) -> NDArray[np.int64]:
-        """Return the labels: whole numbers, if all labels are, or places in `load_class_names`."""
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Return the labels: whole numbers, if all labels are, or places among their texts, sorted."""
         if not self.has_labels:
             raise LabelError(
                 self._label_problem
                 or f"{self._files.location} has no labels: no sample has KEY.cls, KEY.txt or a label in KEY.json. Name "
                 f"another ending by --data.label_column, or a value of the JSON files: --data.label_column json.NAME"
             )
-        if self._labels is None:
-            labels, names = labels_of(
-                _as_numbers(self._label_texts), (), f"{self._files.location}: labels of the tar files"
+        labels, names = labels_of(
+            _as_numbers(self._label_texts), (), f"{self._files.location}: labels of the tar files"
+        )
+        if max(_MAX_CLASSES_OF_FEW, (labels >= 0).sum() // 2) < len(names):
+            raise LabelError(
+                f"{self._files.location} has {len(names):,} different labels of {len(labels):,} images, such as "
+                f"{names[0][:80]!r}; expected classes. Name another ending by --data.label_column"
             )
-            if max(_MAX_CLASSES_OF_FEW, (labels >= 0).sum() // 2) < len(names):
-                raise LabelError(
-                    f"{self._files.location} has {len(names):,} different labels of {len(labels):,} images, such as "
-                    f"{names[0][:80]!r}; expected classes. Name another ending by --data.label_column"
-                )
-            self._labels = labels, names
-        return self._labels[0]
-
-    def load_class_names(self) -> tuple[str, ...]:
-        """Return the texts of the labels, sorted. Empty: labels are numbers."""
-        self.load_labels()
-        assert self._labels is not None
-        return self._labels[1]
+        return labels, names
 
     def fingerprint(self) -> str:
         """Return a digest of the names and sizes of all images."""

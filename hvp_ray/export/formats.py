@@ -28,33 +28,18 @@ class Format:
 
 
 FORMATS = {
-    "timm": Format(
-        library="timm",
-        tolerance=1e-5,
-        write=timm_folder.write,
-        load=timm_folder.load,
-        describe_loading=timm_folder.describe_loading,
-    ),
-    "torchvision": Format(
-        library="torchvision",
-        tolerance=1e-5,
-        write=torchvision_weights.write,
-        load=torchvision_weights.load,
-        describe_loading=torchvision_weights.describe_loading,
-    ),
-    "transformers": Format(
-        library="transformers",
-        tolerance=1e-5,
-        write=transformers_folder.write,
-        load=transformers_folder.load,
-        describe_loading=transformers_folder.describe_loading,
-    ),
-    "onnx": Format(
-        library="onnx",
-        tolerance=1e-4,
-        write=onnx_file.write,
-        load=onnx_file.load,
-        describe_loading=onnx_file.describe_loading,
-    ),
+    name: Format(
+        library=name,
+        tolerance=tolerance,
+        write=module.write,
+        load=module.load,
+        describe_loading=module.describe_loading,
+    )
+    for name, module, tolerance in (
+        ("timm", timm_folder, 1e-5),
+        ("torchvision", torchvision_weights, 1e-5),
+        ("transformers", transformers_folder, 1e-5),
+        ("onnx", onnx_file, 1e-4),
+    )
 }
 """Value of `--to` -> format."""

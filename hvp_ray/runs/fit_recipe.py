@@ -32,10 +32,11 @@ _SHOWN = {
     "views.global_views.size_px": "views, px",
     "method.backbone.name": "network",
     "training.epochs": "epochs",
+    "training.num_steps": "steps",
     "training.images_per_step": "images per step",
     "training.accumulation_steps": "parts of a step",
     "optimizer.learning_rate_per_256": "learning rate for 256 images",
-    "optimizer.layer_decay": "learning rate of a layer in that of the next",
+    "optimizer.layer_decay": "layer-wise decay of the learning rate",
 }
 
 
@@ -81,7 +82,8 @@ def fit_own_recipe(asked: RunConfig) -> FittedRecipe:
         f"{config.recipe} for {found.num_images:,} images of {found.shorter_px} px (median of the shorter side), on "
         f"{memory}{start}:"
     ]
-    lines += [f"  {meaning:<46}{values[path]!s:<24}--{path}" for path, meaning in _SHOWN.items()]
+    hidden = "training.num_steps" if config.training.num_steps is None else "training.epochs"
+    lines += [f"  {meaning:<40}{values[path]!s:<24}--{path}" for path, meaning in _SHOWN.items() if path != hidden]
     if config.recipe == "simclr-own":
         lines.append(
             f"  SimCLR contrasts the images of a step: {config.training.images_per_step} of them give "
