@@ -37,11 +37,8 @@ class ListSource(Source):
         self.num_read = 0
         self.num_samples, self.num_bytes = len(images), sum(map(len, images))
 
-    def load_labels(self) -> NDArray[np.int64]:
-        return np.full(len(self.images), -1)
-
-    def load_class_names(self) -> tuple[str, ...]:
-        return ()
+    def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        return np.full(len(self.images), -1), ()
 
     def fingerprint(self) -> str:
         return "list"
