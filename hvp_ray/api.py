@@ -268,7 +268,7 @@ def _configure(recipe: str, given: dict[str, Any], settings: Mapping[str, Any] |
     prepare_ray_environment()
     from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
-    fitted = fit_own_recipe(config)
+    fitted = fit_own_recipe(config, given=chosen)
     logger.warning("\n".join(fitted.lines))
     return with_settings(fitted.config, chosen)
 

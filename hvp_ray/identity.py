@@ -46,6 +46,7 @@ _EFFECTS: dict[str, Effect] = {
     "data.max_image_pixels": Effect.WEIGHTS,
     "data.max_image_mib": Effect.WEIGHTS,
     "data.intensity_range": Effect.WEIGHTS,
+    "data.channels": Effect.WEIGHTS,
     "data.shuffle_window_images": Effect.RESULT,
     "data.shuffle_window_mib": Effect.RESULT,
     "data.block_cache_mib": Effect.NOTHING,  # a cache of what the files hold; windows follow from sizes, not from it

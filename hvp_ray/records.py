@@ -136,7 +136,7 @@ class Views:
     """Rendered views of one resolution, and their plan."""
 
     pixels: NDArray[np.uint8]
-    """[V, B, S, S, 3], HWC, contiguous."""
+    """[V, B, S, S, C], HWC, contiguous."""
     plan: ViewPlan
 
 
@@ -158,16 +158,18 @@ class DecodedImages:
     """Decoded images of one batch, each cut to the box that its views use, concatenated in one array."""
 
     pixels: NDArray[np.uint8]
-    """[sum of height * width * 3]: the boxes, each HWC."""
+    """[sum of height * width * C]: the boxes, each HWC."""
     boxes: NDArray[np.int32]
     """[B, 4]: top, left, height, width in px of the original image."""
+    channels: int
+    """C."""
     failures: dict[int, str]
     """Index in the batch -> why the image cannot be decoded; its box holds zeros."""
 
     def images(self) -> list[NDArray[np.uint8]]:
-        """Return the pixels of each box, [height, width, 3], without a copy."""
-        shapes = [(height, width, 3) for height, width in self.boxes[:, 2:].tolist()]
-        ends = np.cumsum([height * width * 3 for height, width, _ in shapes])[:-1]
+        """Return the pixels of each box, [height, width, C], without a copy."""
+        shapes = [(height, width, self.channels) for height, width in self.boxes[:, 2:].tolist()]
+        ends = np.cumsum([height * width * channels for height, width, channels in shapes])[:-1]
         return [part.reshape(shape) for part, shape in zip(np.split(self.pixels, ends), shapes, strict=True)]
 
     def with_images(self, image_indices: NDArray[np.int64], other: "DecodedImages") -> "DecodedImages":
@@ -177,7 +179,9 @@ class DecodedImages:
         for index, image in zip(image_indices.tolist(), other.images(), strict=True):
             images[index] = image
         failures = {int(image_indices[place]): reason for place, reason in other.failures.items()}
-        return DecodedImages(pixels=np.concatenate([i.ravel() for i in images]), boxes=boxes, failures=failures)
+        return DecodedImages(
+            pixels=np.concatenate([i.ravel() for i in images]), boxes=boxes, channels=self.channels, failures=failures
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

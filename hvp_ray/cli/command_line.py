@@ -13,7 +13,7 @@ from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
 from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import DEFAULT_RECIPE, describe_recipes, get_recipe
-from hvp_ray.recipes.own import OWN_RECIPES
+from hvp_ray.recipes.own import OWN_RECIPES, UNUSUAL
 
 
 def say(text: str) -> None:
@@ -122,7 +122,7 @@ def parse_run_options(
         prepare_ray_environment()
         from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
-        fitted = fit_own_recipe(options.run)
+        fitted = fit_own_recipe(options.run, given=_same(recipe, options.run, parse(OWN_RECIPES[name](UNUSUAL)).run))
         say("\n".join(fitted.lines) + "\n")
         options = parse(fitted.config)
     if options.recipe != name:
@@ -131,6 +131,17 @@ def parse_run_options(
         raise ConfigError(f"--recipe is set by the first argument, not as an option; got {options.run.recipe!r}")
     check(options, "--")
     return options
+
+
+def _same(usual: RunConfig, *parsed: RunConfig) -> list[str]:
+    """Return the settings, as paths, that are the same in two runs parsed from different starting points."""
+    unusual = flatten(config_to_dict(OWN_RECIPES[usual.recipe](UNUSUAL)))
+    ours, theirs = (flatten(config_to_dict(run)) for run in parsed)
+    return [
+        path
+        for path, value in flatten(config_to_dict(usual)).items()
+        if value != unusual.get(path) and ours.get(path) == theirs.get(path)
+    ]
 
 
 def parse_run(arguments: list[str], *, program: str, description: str) -> RunConfig:

@@ -204,7 +204,19 @@ def _sample(config: RunConfig) -> tuple[list[bytes], str, list[str]]:
         return images, f"{len(images)} images of {config.data.source}", remarks
     except (DataError, OSError) as error:
         why = str(error).splitlines()[0]
+    if config.data.channels != 3:
+        return [_made_up_array(config.data.channels)] * 8, f"a made-up image of 500 x 375 px ({why})", []
     return [_made_up_photograph()] * 8, f"a made-up photograph of 500 x 375 px ({why})", []
+
+
+def _made_up_array(channels: int) -> bytes:
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.random.default_rng(0).integers(0, 256, (375, 500, channels), np.uint8))
+    return buffer.getvalue()
 
 
 def _made_up_photograph() -> bytes:

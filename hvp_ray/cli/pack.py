@@ -64,6 +64,9 @@ class Options(Checked):
     max_image_pixels: AtLeast1 = _DEFAULTS.max_image_pixels
     """Images with more pixels count as unreadable."""
 
+    channels: AtLeast1 = _DEFAULTS.channels
+    """Channels of the images; see data.channels."""
+
     max_image_mib: AtLeast1 = _DEFAULTS.max_image_mib
     """Encoded images that are larger count as unreadable."""
 
@@ -112,6 +115,7 @@ def pack(source: str, target: str, options: Options) -> None:
         label_column=options.label_column,
         max_image_pixels=options.max_image_pixels,
         max_image_mib=options.max_image_mib,
+        channels=options.channels,
         max_unreadable_fraction=options.max_unreadable_fraction,
     )
     for line in inventory_of(open_for_packing(source, config)[0], source).lines("source"):

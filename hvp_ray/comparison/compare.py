@@ -30,6 +30,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.errors import ConfigError
+from hvp_ray.runs.channel_statistics import describe_channels
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
 
@@ -80,6 +81,7 @@ def plan_comparison(
     for arm in chosen:
         check_before_start(arm.configure(base), dataset)
     inventory, remarks = take_inventory(dataset, base.data), check_intensities(base.data, dataset)
+    remarks += describe_channels(base)
     for line in (*inventory.lines(), *check_labels(base, dataset), *remarks):
         show(line)
     connect(base, dataset, mode)

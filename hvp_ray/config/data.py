@@ -6,6 +6,8 @@ from typing import Annotated, ClassVar
 
 from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Location, PathOrUri, Range, require
 
+MAX_CHANNELS = 32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Checked):
@@ -36,6 +38,12 @@ class DataConfig(Checked):
     max_image_pixels: AtLeast1 = 100_000_000
     """Images with more pixels than this count as unreadable. The header is checked before decoding, which protects from
     image bombs. Decoding takes about 7 bytes per pixel, or 12 with more than 8 bits per channel."""
+
+    channels: Annotated[int, Range(least=1, most=MAX_CHANNELS)] = 3
+    """Channels of the images: 3 (RGB; grey becomes RGB, alpha is dropped), 1 (colour becomes grey), or the number that
+    all images have, such as the bands of satellite images (TIFF files of several bands, `.npy` arrays, alpha as a fourth
+    channel). `views.mean` and `views.std` need as many values: a run without them measures and prints them at its start, and
+    a recipe `*-own` takes them. Colour operations that need RGB (saturation, hue, grey) are off for other numbers than 3."""
 
     intensity_range: tuple[float, float] | None = None
     """Values that become black and white in images with more than 8 bits per channel, in the images' own units: `0 4095`

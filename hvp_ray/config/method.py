@@ -24,6 +24,9 @@ class BackboneConfig(Checked):
     zero_init_residual: bool = True
     """ResNets: the last BatchNorm of each residual branch starts at 0 (SimSiam, SimCLR). False: at 1 (DINO)."""
 
+    in_channels: AtLeast1 | None = None
+    """Channels of the images. None: `data.channels`."""
+
     channels: tuple[AtLeast1, ...] | None = None
     """ResNets: widths of the stages, for small experiments. None: those of the named model."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hvp_ray.config.checks import Checked, check, require
 from hvp_ray.config.cluster import ClusterConfig
 from hvp_ray.config.data import DataConfig
-from hvp_ray.config.method import MethodConfig
+from hvp_ray.config.method import BackboneConfig, MethodConfig
 from hvp_ray.config.optimizer import OptimizerConfig
 from hvp_ray.config.run import RunSettings
 from hvp_ray.config.selection import SelectionConfig
@@ -38,6 +38,7 @@ class RunConfig(Checked):
 
     def check_together(self, prefix: str) -> None:
         """Check conditions across sections."""
+        self._check_channels()
         self._check_images_per_step()
         self._check_views_of_method()
         self._check_weighting()
@@ -50,6 +51,16 @@ class RunConfig(Checked):
         require(scoring_px is None or scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)
         compiles_on_cpu = self.training.compile and self.cluster.device == "cpu"
         require(not compiles_on_cpu, "training.compile", self.training.compile, "False with cluster.device=cpu")
+
+    def _check_channels(self) -> None:
+        channels, given = self.data.channels, self.method.backbone.in_channels
+        allowed = f"data.channels={channels}, or None"
+        require(given in (None, channels), "method.backbone.in_channels", given, allowed)
+        allowed = f"auto or cpu with data.channels={channels}: DALI renders RGB"
+        is_rgb_or_cpu = channels == 3 or self.cluster.renderer in ("auto", "cpu")
+        require(is_rgb_or_cpu, "cluster.renderer", self.cluster.renderer, allowed)
+        allowed = f"{len(self.views.mean)} values, as views.mean"
+        require(len(self.views.std) == len(self.views.mean), "views.std", self.views.std, allowed)
 
     def _check_images_per_step(self) -> None:
         images, parts, cluster = self.training.images_per_step, self.training.accumulation_steps, self.cluster
@@ -100,6 +111,11 @@ class RunConfig(Checked):
         }
         for allowed, holds in conditions.items():
             require(holds, "selection.reuse_student", self.selection.reuse_student, f"False without {allowed}")
+
+    @property
+    def encoder(self) -> BackboneConfig:
+        """The encoder for the channels of the images."""
+        return dataclasses.replace(self.method.backbone, in_channels=self.data.channels)
 
     @property
     def scores_as_in_training(self) -> bool:

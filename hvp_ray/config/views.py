@@ -131,10 +131,10 @@ class ViewsConfig(Checked):
     masks: MaskConfig | None = None
     """Masks of the global views (iBOT). None: there are none."""
 
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean of each channel, for values from 0 to 1 (ImageNet)."""
 
-    std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, for values from 0 to 1 (ImageNet)."""
 
     evaluation_resize_px: int

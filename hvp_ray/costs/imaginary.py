@@ -86,7 +86,7 @@ def made_up_batch(config: RunConfig, pixels_of: Callable[..., Tensor]) -> Device
     sizes = np.full(count, _IMAGE_PX, np.int32)
 
     def views(plan: ViewPlan, group: ViewGroupConfig) -> tuple[Views, Tensor]:
-        shape = (plan.num_views, plan.num_images, group.size_px, group.size_px, 3)
+        shape = (plan.num_views, plan.num_images, group.size_px, group.size_px, config.data.channels)
         return Views(pixels=np.broadcast_to(np.uint8(0), shape), plan=plan), pixels_of(shape, dtype=torch.uint8)
 
     global_plan, local_plan = draw_step_plans(config, sizes, sizes)

@@ -23,7 +23,7 @@ def batch_bytes(config: RunConfig) -> int:
     if views.local_views is not None:
         pixels += of_step.num_local_views * views.local_views.size_px**2
     probed = of_step.num_probe_images * selection.num_candidate_views
-    return (pixels * config.images_per_rank + probed * views.global_views.size_px**2) * 3
+    return (pixels * config.images_per_rank + probed * views.global_views.size_px**2) * config.data.channels
 
 
 def step_bytes(config: RunConfig, dataset: Dataset) -> int:
@@ -50,10 +50,10 @@ def _mean_decoded_bytes(data: DataConfig, dataset: Dataset) -> float:
     sizes = []
     for image in read_sample(dataset.source, dataset.training_ids):
         try:
-            height, width = read_size(image, max_pixels=data.max_image_pixels)
+            height, width = read_size(image, max_pixels=data.max_image_pixels, channels=data.channels)
         except UnreadableImageError:
             continue
-        sizes.append(height * width * 3)
+        sizes.append(height * width * data.channels)
     return float(np.mean(sizes)) if sizes else 0.0
 
 

@@ -12,7 +12,7 @@ import torch
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.prefetch import batch_bytes
 from hvp_ray.costs.step_plans import draw_step_plans
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.views.decoded import decode_used
 from hvp_ray.views.render_cpu import CpuRenderer
@@ -53,7 +53,7 @@ def measure_service_times(config: RunConfig, images: Sequence[bytes], *, seconds
     reason = "there are no images"
     for image in images:
         try:
-            pixels = decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+            pixels = decode_pixels(image, data)
         except UnreadableImageError as error:
             reason = str(error)
             continue

@@ -21,7 +21,14 @@ def draw_step_plans(
     images: dict[str, Any] = {"seed": 0, "epoch": 0, "sample_ids": np.arange(len(heights))}
 
     def draw(purpose: Purpose, num_views: int, group: ViewGroupConfig) -> ViewPlan:
-        return draw_plan(purpose=purpose, num_views=num_views, group=group, image_sizes=(heights, widths), **images)
+        return draw_plan(
+            purpose=purpose,
+            num_views=num_views,
+            group=group,
+            image_sizes=(heights, widths),
+            channels=config.data.channels,
+            **images,
+        )
 
     of_step, views = hard_step(config.selection), config.views
     num_views = of_step.num_views

@@ -1,9 +1,10 @@
-"""Decode image bytes to upright RGB pixels, and read sizes from headers.
+"""Decode image bytes to upright pixels, and read sizes from headers.
 
-libjpeg-turbo (simplejpeg) decodes JPEGs, and PIL everything else, also JPEGs that libjpeg-turbo refuses. PIL reads HEIC if
-the package pillow-heif is installed. Orientation tags are applied, alpha is dropped, and palettes, grey and CMYK become 8-bit
-RGB. Animations give their first frame. Images with more than 8 bits per channel are scaled by `data.intensity_range`
-(`intensity.py`) and refused without one. Bytes that cannot be decoded raise `UnreadableImageError`.
+libjpeg-turbo (simplejpeg) decodes JPEGs, `bands.py` arrays and TIFF of several bands, and PIL everything else, also JPEGs
+that libjpeg-turbo refuses. PIL reads HEIC if the package pillow-heif is installed. Orientation tags are applied. With three
+channels alpha is dropped, and palettes, grey and CMYK become 8-bit RGB; with one, colour becomes grey. Any other number has
+to be that of the image. Animations give their first frame. Images with more than 8 bits per channel are scaled by
+`data.intensity_range` (`intensity.py`) and refused without one. Bytes that cannot be decoded raise `UnreadableImageError`.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import AvifImagePlugin, ExifTags, Image, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from hvp_ray.config import DataConfig
+from hvp_ray.data.bands import decode_bands, holds_bands, read_band_size
 from hvp_ray.data.image_limits import (
     JpegHeader,
     check_bytes,
@@ -31,7 +34,7 @@ from hvp_ray.data.image_limits import (
     jpeg_frame,
     read_jpeg_header,
 )
-from hvp_ray.data.intensity import Intensities, IntensityRange, decode_intensities, kind_of_intensities
+from hvp_ray.data.intensity import Intensities, IntensityRange, decode_intensities, kind_of_intensities, upright
 from hvp_ray.data.unread_formats import describe_unread, unread_jpeg
 from hvp_ray.errors import UnreadableImageError, first_line
 
@@ -66,14 +69,25 @@ class _Header:
     """Bytes to decode, without an EXIF block of too many entries."""
 
 
-def read_size(image: bytes, *, max_pixels: int) -> tuple[int, int]:
+def read_size(image: bytes, *, max_pixels: int, channels: int = 3) -> tuple[int, int]:
     """Return (height, width) in px of the upright image, from its header alone.
 
     Raises:
         UnreadableImageError: no image, more than `max_pixels` pixels, or far slower to decode than its size.
     """
+    if holds_bands(image, channels=channels):
+        return read_band_size(image, channels=channels, max_pixels=max_pixels)
     header = _read_header(image, max_pixels)
     return header.height, header.width
+
+
+def decode_pixels(image: bytes, data: DataConfig) -> NDArray[np.uint8]:
+    """Decode to upright pixels, [H, W, data.channels] uint8, contiguous.
+
+    Raises:
+        UnreadableImageError: as `decode_rgb`, or the image has another number of channels.
+    """
+    return _decode_levels(image, data.max_image_pixels, data.intensity_range, data.channels)
 
 
 def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange | None = None) -> NDArray[np.uint8]:
@@ -88,17 +102,30 @@ def decode_rgb(image: bytes, *, max_pixels: int, intensity_range: IntensityRange
     Raises:
         UnreadableImageError: the bytes are no image or damaged, or the image is too large or too slow to decode.
     """
-    decoded = _decode(image, max_pixels)
-    if not isinstance(decoded, Intensities):
-        return decoded
-    if intensity_range is None:
-        raise UnreadableImageError(
-            f"it holds {decoded.kind}, but data.intensity_range is not set; set it to the values of black and white"
-        )
-    return decoded.to_levels(intensity_range)
+    return _decode_levels(image, max_pixels, intensity_range, 3)
 
 
-def read_intensities(image: bytes, *, max_pixels: int) -> Intensities | None:
+def _decode_levels(
+    image: bytes, max_pixels: int, intensity_range: IntensityRange | None, channels: int
+) -> NDArray[np.uint8]:
+    decoded = _decode(image, max_pixels, channels)
+    if isinstance(decoded, Intensities):
+        if intensity_range is None:
+            raise UnreadableImageError(
+                f"it holds {decoded.kind}, but data.intensity_range is not set; set it to the values of black and white"
+            )
+        decoded = decoded.to_levels(intensity_range, grey_channels=3 if channels == 3 else 1)
+    match decoded.shape[2], channels:
+        case found, wanted if found == wanted:
+            return np.ascontiguousarray(decoded)
+        case 1, 3:
+            return np.repeat(decoded, 3, axis=2)
+        case 3, 1:
+            return np.array(Image.fromarray(np.ascontiguousarray(decoded)).convert("L"))[..., None]
+    raise UnreadableImageError(f"it has {decoded.shape[2]} channel(s), but data.channels={channels}")
+
+
+def read_intensities(image: bytes, *, max_pixels: int, channels: int = 3) -> Intensities | None:
     """Decode an image with more than 8 bits per channel, in its own units; None: its header says 8 bits or fewer.
 
     Raises:
@@ -106,29 +133,37 @@ def read_intensities(image: bytes, *, max_pixels: int) -> Intensities | None:
     """
     if image.startswith(_JPEG_MAGIC):
         return None
-    with _quiet_pil(), _open(image, max_pixels) as opened:
-        if kind_of_intensities(opened, image) is None:
-            return None
-    decoded = _decode(image, max_pixels)
+    if not holds_bands(image, channels=channels):
+        with _quiet_pil(), _open(image, max_pixels) as opened:
+            if kind_of_intensities(opened, image) is None:
+                return None
+    decoded = _decode(image, max_pixels, channels)
     return decoded if isinstance(decoded, Intensities) else None
 
 
-def check_decodes(image: bytes, *, max_pixels: int) -> None:
+def check_decodes(image: bytes, *, max_pixels: int, channels: int = 3) -> None:
     """Check that an image can be decoded, with any intensity range.
 
     Raises:
         UnreadableImageError: as `decode_rgb`.
     """
-    _decode(image, max_pixels)
+    _decode_levels(image, max_pixels, (0.0, 1.0), channels)
 
 
-def _decode(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
+def _decode(image: bytes, max_pixels: int, channels: int) -> NDArray[np.uint8] | Intensities:
+    if holds_bands(image, channels=channels):
+        bands = decode_bands(image, channels=channels, max_pixels=max_pixels)
+        values = upright(bands.values, bands.orientation)
+        if bands.kind is not None:
+            return Intensities(values=values, kind=bands.kind, white_is_zero=bands.white_is_zero)
+        levels = np.array(values, np.uint8, order="C")  # torch warns of read-only memory
+        return ~levels if bands.white_is_zero else levels
     header = _read_header(image, max_pixels)
     decoded: NDArray[np.uint8] | Intensities | None = None
     if header.is_plain_jpeg:
         decoded = _decode_plain_jpeg(header.image)
     if decoded is None:
-        decoded = _decode_with_pil(header.image, max_pixels)
+        decoded = _decode_with_pil(header.image, max_pixels, channels)
     shape = decoded.values.shape if isinstance(decoded, Intensities) else decoded.shape
     if shape[:2] != (header.height, header.width):
         raise UnreadableImageError(f"the header says {header.width} x {header.height} px, decoding gives {shape}")
@@ -261,21 +296,31 @@ def _from_hex(profile: str) -> bytes:
     return bytes.fromhex("".join(profile.split("\n")[3:]))
 
 
-def _decode_with_pil(image: bytes, max_pixels: int) -> NDArray[np.uint8] | Intensities:
+def _decode_with_pil(image: bytes, max_pixels: int, channels: int) -> NDArray[np.uint8] | Intensities:
     with _quiet_pil(), _open(image, max_pixels) as opened:
         try:
             kind = kind_of_intensities(opened, image)
             if kind is not None:
-                return decode_intensities(opened, image, kind, orientation=_orientation(opened, image))
+                return decode_intensities(
+                    opened, image, kind, orientation=_orientation(opened, image), with_alpha=channels == 4
+                )
             opened.load()
             _orientation(opened, image)  # drops EXIF that is slow to read
             ImageOps.exif_transpose(opened, in_place=True)
-            return _to_rgb(opened)
+            return _to_rgb(opened) if channels in (1, 3) else _to_bands(opened)
         except UnreadableImageError:
             raise
         except Exception as error:
             reason = unread_jpeg(image) or f"cannot be decoded: {first_line(error)}"
             raise UnreadableImageError(reason) from error
+
+
+def _to_bands(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the bands as they are, [H, W, C]; palettes and single bits become grey or RGB."""
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert({"1": "L", "P": "RGB", "PA": "RGBA"}[image.mode])
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from hvp_ray.data.image_files import PATHS_AT_ONCE, ImageFiles
-from hvp_ray.data.image_suffixes import IMAGE_SUFFIXES
+from hvp_ray.data.image_suffixes import IMAGE_SUFFIXES, image_suffixes
 from hvp_ray.data.listing import NO_FILE, Leftovers, walk_files
 from hvp_ray.data.source import EXPECTED, UNLABELLED, Place, Source, renumber
 from hvp_ray.errors import DataError, LabelError
@@ -44,7 +44,8 @@ def open_folder(place: Place) -> Source:
             f"data.source={place.location!r}: no files match that are read; patterns are for *.parquet and *.tar"
         )
     if not place.path.is_file():
-        return FolderSource(place.path, max_image_bytes=place.max_image_bytes)
+        suffixes = image_suffixes(place.config.channels)
+        return FolderSource(place.path, max_image_bytes=place.max_image_bytes, suffixes=suffixes)
     if place.path.name.lower().endswith(_ARCHIVE_SUFFIXES):
         raise DataError(
             f"data.source={place.location!r} is a compressed archive, and those are not read; unpack it into a folder of "
@@ -61,18 +62,19 @@ class FolderSource(ImageFiles):
 
     kind = "images in a folder"
 
-    def __init__(self, root: Path, *, max_image_bytes: int) -> None:
+    def __init__(self, root: Path, *, max_image_bytes: int, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> None:
         """List the images.
 
         Args:
             root: the folder.
             max_image_bytes: larger files are returned as no bytes.
+            suffixes: endings of the names of images.
 
         Raises:
             DataError: there are none, there are several splits, or a folder cannot be read.
         """
         leftovers = Leftovers()
-        paths, sizes = _collect(_find_images(str(root), leftovers))
+        paths, sizes = _collect(_find_images(str(root), leftovers, suffixes))
         self.left_out = leftovers.entries()
         if leftovers.count(NO_FILE):
             logger.warning(
@@ -86,6 +88,7 @@ class FolderSource(ImageFiles):
             raise DataError(
                 f"no images in {root} ({leftovers.num_files} files of other kinds); expected {EXPECTED}"
                 + (f". Left out: {found}" if found else "")
+                + ("; give --data.channels to read arrays (.npy)" if leftovers.has_suffix((".npy",)) else "")
             )
         order = pc.sort_indices(paths)
         super().__init__(root, paths.take(order), sizes[order.to_numpy()], max_image_bytes=max_image_bytes)
@@ -143,10 +146,10 @@ def _classes(paths: pa.LargeBinaryArray, *, skip: int = 0) -> tuple[NDArray[np.i
     return renumber(labels, (ranks[name] for name in index)).astype(np.int32), [os.fsdecode(name) for name in names]
 
 
-def _find_images(root: str, leftovers: Leftovers) -> Iterator[tuple[str, int]]:
+def _find_images(root: str, leftovers: Leftovers, suffixes: tuple[str, ...]) -> Iterator[tuple[str, int]]:
     """Yield (path relative to `root`, size in bytes) of every image file; count the others."""
     for path, entry in walk_files(root, leftovers):
-        if not path.lower().endswith(IMAGE_SUFFIXES):
+        if not path.lower().endswith(suffixes):
             leftovers.add_file(path)
             continue
         try:

@@ -200,15 +200,21 @@ def check_opened(opened: Image.Image, image: bytes) -> None:
     if not isinstance(opened, TiffImagePlugin.TiffImageFile):
         return
     tags = opened.tag_v2
-    tile_width, tile_height = _number(tags.get(322)), _number(tags.get(323))
-    if tile_width * tile_height > max(_MAX_TILE_PIXELS, 4 * opened.width * opened.height):
-        raise UnreadableImageError(
-            f"a TIFF of {opened.width} x {opened.height} px in tiles of {tile_width} x {tile_height} px"
-        )
+    check_tiff_tiles((opened.height, opened.width), (_number(tags.get(323)), _number(tags.get(322))))
     offsets = tags.get(324) or tags.get(273) or ()
     num_parts = len(offsets) if isinstance(offsets, tuple) else 1
     if _number(tags.get(259)) in (6, 7) and image.count(b"\xff\xda") > 16 * (num_parts + 1):
         raise UnreadableImageError(f"a TIFF of {num_parts} JPEG parts with more than 16 scans each")
+
+
+def check_tiff_tiles(size: tuple[int, int], tile: tuple[int, int]) -> None:
+    """Check heights and widths in px of a TIFF and of its tiles; (0, 0): it has none.
+
+    Raises:
+        UnreadableImageError: the tiles are far larger than the image.
+    """
+    if tile[0] * tile[1] > max(_MAX_TILE_PIXELS, 4 * size[0] * size[1]):
+        raise UnreadableImageError(f"a TIFF of {size[1]} x {size[0]} px in tiles of {tile[1]} x {tile[0]} px")
 
 
 def _number(value: object) -> int:

@@ -35,16 +35,22 @@ class Intensities:
     """Values of an image with more than 8 bits per channel."""
 
     values: NDArray[np.generic]
-    """[H, W] or [H, W, 3], upright, of any type of number, in the units of the file."""
+    """[H, W] or [H, W, C], upright, of any type of number, in the units of the file."""
     kind: str
     """Type of the values, for instance "16-bit unsigned integers"."""
     white_is_zero: bool = False
     """Whether small values are bright."""
 
-    def to_levels(self, intensity_range: IntensityRange) -> NDArray[np.uint8]:
-        """Return RGB [H, W, 3]: black to white becomes 0 to 255, rounded. Values outside are clipped; NaN is black."""
+    def to_levels(self, intensity_range: IntensityRange, *, grey_channels: int = 3) -> NDArray[np.uint8]:
+        """Return levels [H, W, C]: black to white becomes 0 to 255, rounded. Values outside are clipped; NaN is black.
+
+        Args:
+            intensity_range: black and white.
+            grey_channels: C of values [H, W].
+        """
         black, white = intensity_range
-        levels = np.empty((*self.values.shape[:2], 3), np.uint8)
+        num_channels = grey_channels if self.values.ndim == 2 else self.values.shape[2]
+        levels = np.empty((*self.values.shape[:2], num_channels), np.uint8)
         rows_at_once = max(1, _LEVELS_AT_ONCE // max(1, self.values.shape[1]))
         for top in range(0, len(levels), rows_at_once):
             rows = self.values[top : top + rows_at_once].astype(np.float64)
@@ -88,7 +94,9 @@ def kind_of_intensities(opened: ImageFile.ImageFile, image: bytes) -> str | None
     return None
 
 
-def decode_intensities(opened: ImageFile.ImageFile, image: bytes, kind: str, *, orientation: int) -> Intensities:
+def decode_intensities(
+    opened: ImageFile.ImageFile, image: bytes, kind: str, *, orientation: int, with_alpha: bool = False
+) -> Intensities:
     """Return the values of an image that has `kind_of_intensities`.
 
     Args:
@@ -96,19 +104,20 @@ def decode_intensities(opened: ImageFile.ImageFile, image: bytes, kind: str, *, 
         image: its bytes.
         kind: type of the values.
         orientation: EXIF orientation that decoding does not apply.
+        with_alpha: keep a fourth channel.
 
     Raises:
         UnreadableImageError: no library decodes it without losing bits.
     """
     if not isinstance(opened, TiffImagePlugin.TiffImageFile):
-        return Intensities(values=_upright(_read_with_opencv(image, kind), orientation), kind=kind)
+        return Intensities(values=upright(_read_with_opencv(image, kind, with_alpha), orientation), kind=kind)
     if len(opened.getbands()) == 1:  # Pillow reads more compressions than OpenCV, but no colour of 16 bits
         return Intensities(
             values=_read_grey_tiff(opened), kind=kind, white_is_zero=_tag(opened, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO
         )
     if _tag(opened, _PLANES, 1) != 1:  # OpenCV would interleave them wrongly
         raise UnreadableImageError(f"its {kind} are in separate planes; save the file with its bands interleaved")
-    return Intensities(values=_upright(_read_with_opencv(image, kind), orientation), kind=kind)
+    return Intensities(values=upright(_read_with_opencv(image, kind, with_alpha), orientation), kind=kind)
 
 
 def _read_grey_tiff(opened: TiffImagePlugin.TiffImageFile) -> NDArray[np.generic]:
@@ -121,7 +130,7 @@ def _read_grey_tiff(opened: TiffImagePlugin.TiffImageFile) -> NDArray[np.generic
     return values.view(np.int8) if number_type == (8, _SIGNED) else values
 
 
-def _read_with_opencv(image: bytes, kind: str) -> NDArray[np.generic]:
+def _read_with_opencv(image: bytes, kind: str, with_alpha: bool) -> NDArray[np.generic]:  # noqa: FBT001 (passed on)
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         values = cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -134,10 +143,12 @@ def _read_with_opencv(image: bytes, kind: str) -> NDArray[np.generic]:
             f"its {kind} cannot be decoded: the file is damaged, or compressed in a way that is not read; save it as a "
             f"PNG of 16 bits"
         )
-    return values if values.ndim == 2 else values[..., 2::-1]  # blue, green, red, and perhaps alpha
+    if values.ndim == 2:
+        return values
+    return values[..., [2, 1, 0, 3]] if with_alpha and values.shape[2] == 4 else values[..., 2::-1]  # was BGR or BGRA
 
 
-def _upright(values: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
+def upright(values: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
     """Apply an EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)

@@ -61,6 +61,7 @@ class PackingPlan:
     label_column: str | None
     max_image_pixels: int
     max_image_mib: int
+    channels: int = 3
     task_starts: tuple[int, ...]
     """First sample id of each task, and the number of samples."""
     root: str
@@ -102,6 +103,7 @@ def plan_packing(source: Source, config: DataConfig, *, shard_mib: int, root: st
         label_column=config.label_column,
         max_image_pixels=config.max_image_pixels,
         max_image_mib=config.max_image_mib,
+        channels=config.channels,
         task_starts=(*cuts.tolist(), source.num_samples),
         root=root,
     )
@@ -217,14 +219,13 @@ def pack_task(
     """
     task = _Task(number, plan.shard_mib * 2**20, target)
     ids = range(plan.task_starts[number], plan.task_starts[number + 1])
-    max_pixels = plan.max_image_pixels
     for begin in range(0, len(ids), _IMAGES_AT_ONCE):
         part = ids[begin : begin + _IMAGES_AT_ONCE]
         for sample_id, image in zip(part, source.read(part), strict=True):
             report(0, sample_id)
             name = source.describe(sample_id).removeprefix(plan.root).lstrip("/")
             try:
-                check_decodes(image, max_pixels=max_pixels)
+                check_decodes(image, max_pixels=plan.max_image_pixels, channels=plan.channels)
             except UnreadableImageError as error:
                 if is_strict:
                     raise DataError(

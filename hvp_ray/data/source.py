@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
 from hvp_ray.data.file_set import FileSet
-from hvp_ray.data.image_suffixes import IMAGE_SUFFIXES
+from hvp_ray.data.image_suffixes import image_suffixes
 from hvp_ray.data.listing import LeftOut
 from hvp_ray.errors import DataError, first_line
 from hvp_ray.files import is_uri
@@ -62,7 +62,7 @@ class Place:
     @property
     def has_images(self) -> bool:
         """Whether there are single images that are read. Those at a URI are not."""
-        return self.files.leftovers.has_suffix(IMAGE_SUFFIXES)
+        return self.files.leftovers.has_suffix(image_suffixes(self.config.channels))
 
     @property
     def max_image_bytes(self) -> int:

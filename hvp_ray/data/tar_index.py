@@ -66,7 +66,14 @@ class _Member:
         return _ending_of(self.name)
 
 
-def index_tar(file: OpenFile, *, is_remote: bool, image: str | None, label: str | None) -> TarIndex:
+def index_tar(
+    file: OpenFile,
+    *,
+    is_remote: bool,
+    image: str | None,
+    label: str | None,
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES,
+) -> TarIndex:
     """Read all headers of a tar file, and its labels.
 
     Args:
@@ -74,6 +81,7 @@ def index_tar(file: OpenFile, *, is_remote: bool, image: str | None, label: str 
         is_remote: whether a request takes long.
         image: ending of the images' members, such as `jpg` or `left.png`. None: the only one that is read as an image.
         label: ending of the labels' members; `json.NAME` is a value in JSON files. None: found.
+        suffixes: endings that are read as images.
 
     Raises:
         DataError: the file is damaged, ends early, or a sample has several images.
@@ -84,7 +92,7 @@ def index_tar(file: OpenFile, *, is_remote: bool, image: str | None, label: str 
     parts: list[pa.RecordBatch] = []
     for _, group in groupby(_members(file, leftovers, is_remote=is_remote, label=label), key=lambda member: member.key):
         members = list(group)
-        found = [member for member in members if _is_image(member, image)]
+        found = [member for member in members if _is_image(member, image, suffixes)]
         if len(found) > 1:
             raise DataError(_several_images(file.shown, found))
         used, text = "", None
@@ -176,10 +184,10 @@ def _ending_of(name: str) -> str:
     return name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def _is_image(member: _Member, wanted: str | None) -> bool:
+def _is_image(member: _Member, wanted: str | None, suffixes: tuple[str, ...]) -> bool:
     if wanted is not None:
         return member.ending == wanted.lower().removeprefix(".")
-    return f".{member.ending}".endswith(IMAGE_SUFFIXES)
+    return f".{member.ending}".endswith(suffixes)
 
 
 def _several_images(shown: str, found: list[_Member]) -> str:

@@ -23,7 +23,6 @@ _STARTS: tuple[tuple[int, bytes, str], ...] = (
     (0, b"P7\n", f"a portable arbitrary map (PAM), which is not read; {_CONVERT}"),
     (128, b"DICM", "a DICOM file, which is not read; convert it to a TIFF or PNG of 16 bits"),
     (0, b"SIMPLE  =", "a FITS file, which is not read; convert it to a TIFF of 16 bits"),
-    (0, b"\x93NUMPY", "a NumPy array, which is not read; convert it to a TIFF or PNG"),
     (0, b"\x89HDF", "an HDF5 file, which is not read; convert its images to TIFF or PNG"),
     (0, b"\x00\x00\x01\x00", f"an icon (ICO), which is not read; {_CONVERT}"),
     (0, b"%PDF", f"a PDF document, which is not read; {_CONVERT}"),
@@ -122,5 +121,7 @@ def _describe_tiff(image: bytes) -> str:
     if compression is None:
         return f"{what}, compressed in a way that is not read; save it with deflate or LZW"
     if bands != 1:
-        return f"{what}, which is not read; save the three bands that you want as RGB, in a TIFF or PNG of 16 bits"
+        return (
+            f"{what}, which is not read as RGB; set data.channels={bands}, or save the three bands that you want as RGB"
+        )
     return f"{what}, which is not read; save it as a TIFF or PNG of 16-bit unsigned integers"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from hvp_ray.config import DataConfig
 from hvp_ray.data.block_cache import BlockCache, EncodedBlock
 from hvp_ray.data.file_set import FileSet
+from hvp_ray.data.image_suffixes import image_suffixes
 from hvp_ray.data.label_values import labels_of
 from hvp_ray.data.listing import Leftovers
 from hvp_ray.data.source import Place, Source
@@ -65,7 +66,7 @@ class WebDatasetSource(Source):
         self._max_image_bytes = config.max_image_mib * 2**20
         self._pool = ThreadPoolExecutor(_REQUESTS_AT_ONCE, "tar files") if files.is_remote else None
         sizes = "".join(f"{name} {files.sizes[name]}\n" for name in self._names)
-        key = f"{files.state} {sizes} {config.image_column} {config.label_column} tar"
+        key = f"{files.state} {sizes} {config.image_column} {config.label_column} {config.channels} tar"
         self._cache = BlockCache(key, max_bytes=cache_bytes)
         numbers, index = range(len(self._names)), lambda number: self._index(number, config)
         indices = list(map(index, numbers) if self._pool is None else self._pool.map(index, numbers))
@@ -146,7 +147,13 @@ class WebDatasetSource(Source):
 
         def index() -> TarIndex:
             file = self._files.open(name)
-            return index_tar(file, is_remote=is_remote, image=config.image_column, label=config.label_column)
+            return index_tar(
+                file,
+                is_remote=is_remote,
+                image=config.image_column,
+                label=config.label_column,
+                suffixes=image_suffixes(config.channels),
+            )
 
         def make() -> EncodedBlock:
             made = retried(index, f"reading {self._files.shown(name)}", pauses=None if is_remote else ())

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hvp_ray.config import DataConfig, ViewsConfig
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.data.source import open_source
 from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.evaluation.features import centre_crop
@@ -19,11 +19,11 @@ from hvp_ray.stream.reading import read_images
 from hvp_ray.views.normalise import normalise_views
 
 AnImage = str | Path | Image.Image | NDArray[np.uint8]
-"""A file, an image of Pillow, or [H, W, 3] pixels."""
+"""A file, an image of Pillow, or [H, W, C] pixels."""
 
 
 class Encoder(nn.Module):
-    """An encoder in evaluation mode. It maps normalised images [B, 3, S, S] to features [B, D]."""
+    """An encoder in evaluation mode. It maps normalised images [B, C, S, S] to features [B, D]."""
 
     def __init__(self, backbone: nn.Module, views: ViewsConfig, data: DataConfig) -> None:
         super().__init__()
@@ -36,12 +36,12 @@ class Encoder(nn.Module):
         """Height and width S of its images."""
         return self._views.global_views.size_px
 
-    def forward(self, images: Float[Tensor, "batch 3 size size"]) -> Float[Tensor, "batch dim"]:
+    def forward(self, images: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch dim"]:
         """Return the features of prepared images."""
         features: Tensor = self.backbone(images)
         return features
 
-    def prepare(self, image: AnImage) -> Float[Tensor, "3 size size"]:
+    def prepare(self, image: AnImage) -> Float[Tensor, "channels size size"]:
         """Decode, resize, crop the centre and normalise one image, as the run's evaluation does.
 
         Raises:
@@ -96,15 +96,19 @@ class Encoder(nn.Module):
                 return self._decoded(Path(image).expanduser().read_bytes())
             except OSError as error:
                 raise UnreadableImageError(str(error)) from error
-        pixels = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise UnreadableImageError(f"expected [H, W, 3] of uint8, got {list(pixels.shape)} of {pixels.dtype}")
+        channels = self._data.channels
+        if isinstance(image, Image.Image) and channels in (1, 3):
+            image = image.convert("L" if channels == 1 else "RGB")
+        pixels = np.array(image)
+        if pixels.ndim == 2 and channels == 1:
+            pixels = pixels[..., None]
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
+            expected = f"[H, W, {channels}]"
+            raise UnreadableImageError(f"expected {expected} of uint8, got {list(pixels.shape)} of {pixels.dtype}")
         return centre_crop(np.ascontiguousarray(pixels), self._views)
 
     def _decoded(self, encoded: bytes) -> NDArray[np.uint8]:
-        limits = self._data
-        pixels = decode_rgb(encoded, max_pixels=limits.max_image_pixels, intensity_range=limits.intensity_range)
-        return centre_crop(pixels, self._views)
+        return centre_crop(decode_pixels(encoded, self._data), self._views)
 
-    def _normalised(self, crops: NDArray[np.uint8]) -> Float[Tensor, "batch 3 size size"]:
+    def _normalised(self, crops: NDArray[np.uint8]) -> Float[Tensor, "batch channels size size"]:
         return normalise_views(torch.from_numpy(crops), self._views)

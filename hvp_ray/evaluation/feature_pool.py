@@ -154,6 +154,7 @@ def feature_key(request: FeatureRequest, weights: bytes, *, fingerprint: str, co
         "ids": hashlib.sha256(np.ascontiguousarray(request.sample_ids, dtype="<i8").tobytes()).hexdigest(),
         "max_image_pixels": data.max_image_pixels,
         "intensity_range": data.intensity_range,
+        "channels": data.channels,
         "max_image_mib": data.max_image_mib,
         "size_px": views.global_views.size_px,
         "resize_px": views.evaluation_resize_px,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hvp_ray.config import DataConfig, ViewsConfig
 from hvp_ray.data.dataset import Dataset
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.data.source import Source
 from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.stream.reading import read_images
@@ -20,7 +20,7 @@ from hvp_ray.views.normalise import normalise_views
 def load_evaluation_pixels(
     source: Source, sample_ids: NDArray[np.int64], views: ViewsConfig, data: DataConfig
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Return ([N, S, S, 3], readable ids): resize the shorter side to `evaluation_resize_px` and crop the centre.
+    """Return ([N, S, S, C], readable ids): resize the shorter side to `evaluation_resize_px` and crop the centre.
 
     Unreadable images are left out.
 
@@ -29,12 +29,12 @@ def load_evaluation_pixels(
     """
     size_px = views.global_views.size_px
     # Filled in place: a list of crops would be a second copy.
-    crops = np.empty((len(sample_ids), size_px, size_px, 3), np.uint8)
+    crops = np.empty((len(sample_ids), size_px, size_px, data.channels), np.uint8)
     kept: list[int] = []
     for sample_id in sample_ids.tolist():
         try:
             image = read_images(source, [sample_id]).images[0]
-            pixels = decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+            pixels = decode_pixels(image, data)
         except UnreadableImageError:
             continue
         crops[len(kept)] = centre_crop(pixels, views)
@@ -43,7 +43,7 @@ def load_evaluation_pixels(
 
 
 def load_some_pixels(dataset: Dataset, views: ViewsConfig, data: DataConfig, *, count: int) -> NDArray[np.uint8]:
-    """Return at most `count` centre crops, [N, S, S, 3], spread over the test images, or training images if there are none.
+    """Return at most `count` centre crops, [N, S, S, C], spread over the test images, or training images if there are none.
 
     Raises:
         DataError: the storage failed repeatedly.
@@ -97,7 +97,7 @@ def extract_features(
 
     Args:
         backbone: the encoder.
-        pixels: [N, S, S, 3].
+        pixels: [N, S, S, C].
         views: mean and standard deviation of the channels.
         device: device of the encoder.
         last_blocks: above 1, concatenate the class tokens of the last blocks of a Vision Transformer, each after the

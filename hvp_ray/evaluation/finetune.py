@@ -28,7 +28,7 @@ class LabelledPixels:
     """Centre crops with their labels."""
 
     pixels: NDArray[np.uint8]
-    """[N, S, S, 3]."""
+    """[N, S, S, C]."""
     labels: NDArray[np.int64]
     """[N], 0 or more."""
 

@@ -42,7 +42,7 @@ def compute_patch_maps(
 
     Args:
         backbone: an encoder that `has_patch_maps`.
-        pixels: [N, S, S, 3].
+        pixels: [N, S, S, C].
         views: mean and standard deviation of the channels.
         device: device of the encoder.
     """

@@ -31,10 +31,10 @@ class KnnData:
     """Labelled evaluation images."""
 
     bank: NDArray[np.uint8]
-    """[N, S, S, 3], centre crops of training images."""
+    """[N, S, S, C], centre crops of training images."""
     bank_labels: NDArray[np.int64]
     queries: NDArray[np.uint8]
-    """[M, S, S, 3], centre crops of test images."""
+    """[M, S, S, C], centre crops of test images."""
     query_labels: NDArray[np.int64]
 
 
@@ -109,7 +109,7 @@ def title_of_pixels(size_px: int) -> str:
 def _small_pixels(images: NDArray[np.uint8]) -> Float[Tensor, "images values"]:
     """Return the values of each image as one row; scale images above `PIXEL_BASELINE_PX` down."""
     size_px = min(images.shape[1], PIXEL_BASELINE_PX)
-    rows = torch.empty(len(images), size_px * size_px * 3)
+    rows = torch.empty(len(images), size_px * size_px * images.shape[-1])
     for start in range(0, len(images), _IMAGES_AT_ONCE):
         chunk = torch.from_numpy(images[start : start + _IMAGES_AT_ONCE])
         if size_px < images.shape[1]:

@@ -54,7 +54,7 @@ class SnapshotKnn:
         if self._encoder is None:
             dataset = open_dataset(self._config.data, fingerprint=self._fingerprint, test_data=self._test_data)
             self._knn_data = load_knn_data(self._config, dataset)
-            settings = dataclasses.replace(self._config.method.backbone, pretrained=False)
+            settings = dataclasses.replace(self._config.encoder, pretrained=False)
             self._encoder = build_backbone(settings, drop_path=0.0).to(self._device)
         if self._knn_data is None:
             return {}

@@ -85,6 +85,8 @@ def _network(config: RunConfig) -> str:
     changes = [f"{name} {value}" for name, value in sizes.items()]
     if backbone.stem == "cifar":
         changes.insert(0, "CIFAR stem")
+    if config.data.channels != 3:
+        changes.append(f"{config.data.channels} input channel(s)")
     return backbone.name + (f" ({', '.join(changes)})" if changes else "")
 
 
@@ -101,6 +103,8 @@ def _settings(config: RunConfig, summary: dict[str, Any]) -> Iterable[tuple[str,
     if config.data.intensity_range is not None:
         black, white = config.data.intensity_range
         yield "black and white of images above 8 bits per channel", f"{black:g} and {white:g}"
+    if config.data.channels != 3:
+        yield "channels of the images", str(config.data.channels)
     yield "seed", str(config.run.seed)
 
 

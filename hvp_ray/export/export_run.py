@@ -54,7 +54,7 @@ def export_run(
     """
     format = FORMATS[to]
     encoder = TrainedEncoder(
-        backbone=load_exported_backbone(run_dir / BACKBONE), settings=config.method.backbone, views=config.views
+        backbone=load_exported_backbone(run_dir / BACKBONE), settings=config.encoder, views=config.views
     )
     images = load_comparison_images(config)
     try:

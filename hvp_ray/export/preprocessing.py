@@ -1,35 +1,65 @@
-"""Code for model cards: how an image becomes the input of the encoder, as the run's evaluation does it."""
+"""Code for model cards: how an image becomes the input of the encoder, as the run's evaluation does it.
+
+The image is the file `image.png`, or `image.npy` with [H, W, C] uint8 for other than one or three channels.
+"""
 
 from hvp_ray.export.trained_encoder import TrainedEncoder
 
+_PILLOW_MODES = {1: "L", 3: "RGB"}
+
+
+def is_pillow_image(encoder: TrainedEncoder) -> bool:
+    """Tell whether Pillow opens the images."""
+    return encoder.num_channels in _PILLOW_MODES
+
+
+def imports(encoder: TrainedEncoder) -> str:
+    """Return the import that `open_code` and `torchvision_code` need."""
+    return "from PIL import Image" if is_pillow_image(encoder) else "import numpy as np"
+
+
+def open_code(encoder: TrainedEncoder) -> str:
+    """Return the expression that opens the file, for transforms of torchvision and timm."""
+    if is_pillow_image(encoder):
+        return f'Image.open("image.png").convert("{_PILLOW_MODES[encoder.num_channels]}")'
+    return 'torch.from_numpy(np.load("image.npy")).permute(2, 0, 1)'
+
 
 def torchvision_code(encoder: TrainedEncoder) -> str:
-    """Return statements that turn the file `image.png` into `images`, by torchvision's transforms."""
+    """Return statements that turn the file into `images`, by torchvision's transforms."""
     views = encoder.views
+    convert = "        v2.PILToTensor(),\n" if is_pillow_image(encoder) else ""
     return f"""\
 transform = v2.Compose(
     [
         v2.Resize({views.evaluation_resize_px}, interpolation=v2.InterpolationMode.{views.evaluation_interpolation.upper()}),
         v2.CenterCrop({encoder.size_px}),
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
+{convert}        v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(mean={views.mean}, std={views.std}),
     ]
 )
-images = transform(Image.open("image.png").convert("RGB")).unsqueeze(0)
+images = transform({open_code(encoder)}).unsqueeze(0)
 """
 
 
 def numpy_code(encoder: TrainedEncoder) -> str:
-    """Return statements that turn the file `image.png` into `images`, by Pillow and NumPy."""
+    """Return statements that turn the file into `images`, by Pillow and NumPy."""
     views, size_px = encoder.views, encoder.size_px
+    bands = f"[{open_code(encoder)}]"
+    join = "pixels = np.asarray(crops[0], np.float32) / 255"
+    if encoder.num_channels == 1:
+        join = "pixels = np.asarray(crops[0], np.float32)[..., None] / 255"
+    elif not is_pillow_image(encoder):
+        bands = '[Image.fromarray(band) for band in np.load("image.npy").transpose(2, 0, 1)]'
+        join = "pixels = np.stack([np.asarray(crop, np.float32) for crop in crops], axis=-1) / 255"
     return f"""\
-image = Image.open("image.png").convert("RGB")
-scale = {views.evaluation_resize_px} / min(image.size)
-size = (int(image.width * scale), int(image.height * scale))
-image = image.resize(size, Image.Resampling.{views.evaluation_interpolation.upper()})
-left, top = round((image.width - {size_px}) / 2), round((image.height - {size_px}) / 2)
-pixels = np.asarray(image.crop((left, top, left + {size_px}, top + {size_px})), np.float32) / 255
+images = {bands}
+scale = {views.evaluation_resize_px} / min(images[0].size)
+width, height = int(images[0].width * scale), int(images[0].height * scale)
+left, top = round((width - {size_px}) / 2), round((height - {size_px}) / 2)
+resized = [image.resize((width, height), Image.Resampling.{views.evaluation_interpolation.upper()}) for image in images]
+crops = [image.crop((left, top, left + {size_px}, top + {size_px})) for image in resized]
+{join}
 pixels = (pixels - np.float32({views.mean})) / np.float32({views.std})
 images = pixels.transpose(2, 0, 1)[None]
 """

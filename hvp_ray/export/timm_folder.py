@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from hvp_ray.export import preprocessing
 from hvp_ray.export.trained_encoder import WEIGHTS, TrainedEncoder, write_weights
 from hvp_ray.methods.backbones import CIFAR_LAYERS, backbone_arguments
 
@@ -53,25 +54,16 @@ def crop_fraction(size_px: int, resize_px: int) -> float:
 
 def describe_loading(encoder: TrainedEncoder, folder_code: str) -> str:
     """Return the section of the model card on loading."""
-    views = encoder.views
-    transform = f"""\
-transform = timm.data.create_transform(
-    input_size={encoder.size_px},
-    interpolation="{views.evaluation_interpolation}",
-    crop_pct={crop_fraction(encoder.size_px, views.evaluation_resize_px)},
-    mean={views.mean},
-    std={views.std},
-)
-images = transform(Image.open("image.png").convert("RGB")).unsqueeze(0)
-with torch.no_grad():
-    features = encoder(images)
-"""
+    imports, transform = preprocessing.imports(encoder), _transform_code(encoder)
+    transform += "with torch.no_grad():\n    features = encoder(images)\n"
+    if not preprocessing.is_pillow_image(encoder):
+        imports += "\nfrom torchvision.transforms import v2"
     if encoder.settings.stem == "imagenet":
         return f"""\
 ```python
 import timm
 import torch
-from PIL import Image
+{imports}
 
 {folder_code}
 encoder = timm.create_model(f"local-dir:{{folder}}", pretrained=True).eval()
@@ -85,7 +77,7 @@ timm has no ResNet with a CIFAR stem (a first convolution of 3x3 and no pooling)
 ```python
 import timm
 import torch
-from PIL import Image
+{imports}
 from safetensors.torch import load_file
 
 {folder_code}
@@ -101,10 +93,29 @@ If hvp_ray is installed, `import hvp_ray.methods.backbones` makes timm know the 
 """
 
 
+def _transform_code(encoder: TrainedEncoder) -> str:
+    """Return statements that turn the file into `images`; timm's transforms take what Pillow opens."""
+    if not preprocessing.is_pillow_image(encoder):
+        return preprocessing.torchvision_code(encoder)
+    views = encoder.views
+    return f"""\
+transform = timm.data.create_transform(
+    input_size={encoder.size_px},
+    interpolation="{views.evaluation_interpolation}",
+    crop_pct={crop_fraction(encoder.size_px, views.evaluation_resize_px)},
+    mean={views.mean},
+    std={views.std},
+)
+images = transform({preprocessing.open_code(encoder)}).unsqueeze(0)
+"""
+
+
 def _cifar_code(encoder: TrainedEncoder) -> str:
     settings = encoder.settings
     name, layers = settings.name, ""
     if not timm.is_model(name):
         name, layers = "resnet18", f", layers={CIFAR_LAYERS[settings.name]}"
     channels = "" if settings.channels is None else f", channels={settings.channels}"
+    if encoder.num_channels != 3:
+        channels += f", in_chans={encoder.num_channels}"
     return f'timm.create_model("{name}", num_classes=0{layers}{channels})'

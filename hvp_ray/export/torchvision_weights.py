@@ -58,6 +58,8 @@ def load(encoder: TrainedEncoder, folder: Path) -> nn.Module:
     if encoder.settings.stem == "cifar":
         network.conv1 = nn.Conv2d(encoder.num_channels, 64, kernel_size=3, padding=1, bias=False)
         network.maxpool = nn.Identity()
+    elif encoder.num_channels != 3:
+        network.conv1 = nn.Conv2d(encoder.num_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
     network.load_state_dict(load_file(folder / WEIGHTS))
     return network.eval()
 
@@ -75,6 +77,11 @@ encoder.conv1 = torch.nn.Conv2d({encoder.num_channels}, 64, kernel_size=3, paddi
 encoder.maxpool = torch.nn.Identity()
 """
         about_stem = " Its first convolution is one of 3x3, without pooling, for small images (CIFAR stem)."
+    elif encoder.num_channels != 3:
+        stem = f"""\
+encoder.conv1 = torch.nn.Conv2d({encoder.num_channels}, 64, kernel_size=7, stride=2, padding=3, bias=False)
+"""
+        about_stem = f" Its first convolution takes {encoder.num_channels} channel(s)."
     return f"""\
 The file has the names of `torchvision.models`, without the classifier `fc`. Assign a new `fc` after loading to train a
 classifier.{about_stem}
@@ -82,7 +89,7 @@ classifier.{about_stem}
 ```python
 import torch
 import torchvision
-from PIL import Image
+{preprocessing.imports(encoder)}
 from safetensors.torch import load_file
 from torchvision.transforms import v2
 

@@ -8,6 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.errors import ConfigError
+from hvp_ray.export import preprocessing
 from hvp_ray.export.trained_encoder import TrainedEncoder, write_weights
 from hvp_ray.extras import require_extra
 
@@ -28,7 +29,7 @@ _OF_A_BLOCK = {
 
 
 def write(encoder: TrainedEncoder, folder: Path) -> None:
-    """Write model.safetensors, config.json and preprocessor_config.json.
+    """Write model.safetensors, config.json and, for three channels, preprocessor_config.json.
 
     `ViTModel` takes images of one size, so position embeddings are resampled to the size of the run's evaluation.
 
@@ -53,6 +54,9 @@ def write(encoder: TrainedEncoder, folder: Path) -> None:
     )
     config.save_pretrained(folder)
     views = encoder.views
+    if encoder.num_channels != 3:  # the processor takes what Pillow opens as RGB
+        write_weights(folder, _renamed(network.state_dict(), encoder.settings.name))
+        return
     transformers.BitImageProcessor(  # like ViTImageProcessor, but it crops the centre, as the run's evaluation does
         size={"shortest_edge": views.evaluation_resize_px},
         crop_size={"height": encoder.size_px, "width": encoder.size_px},
@@ -81,25 +85,36 @@ def load(_encoder: TrainedEncoder, folder: Path) -> Callable[[Tensor], Tensor]:
     return embed
 
 
-def describe_loading(_encoder: TrainedEncoder, folder_code: str) -> str:
+def describe_loading(encoder: TrainedEncoder, folder_code: str) -> str:
     """Return the section of the model card on loading."""
+    imports, prepare, inputs = _input_code(encoder)
     return f"""\
 The features are the class token after the final norm. The pooler of `ViTModel` is off, because the encoder has none.
 `last_hidden_state[:, 1:]` are the patches.
 
 ```python
 import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+{imports}
 
 {folder_code}
 encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
-processor = AutoImageProcessor.from_pretrained(folder)
-inputs = processor(images=Image.open("image.png").convert("RGB"), return_tensors="pt")
-with torch.no_grad():
-    features = encoder(**inputs).last_hidden_state[:, 0]
+{prepare}with torch.no_grad():
+    features = encoder({inputs}).last_hidden_state[:, 0]
 ```
 """
+
+
+def _input_code(encoder: TrainedEncoder) -> tuple[str, str, str]:
+    """Return imports, statements that prepare the file, and the argument of the encoder."""
+    opened, imports = preprocessing.open_code(encoder), preprocessing.imports(encoder)
+    if encoder.num_channels != 3:
+        imports += "\nfrom torchvision.transforms import v2\nfrom transformers import AutoModel"
+        return imports, preprocessing.torchvision_code(encoder), "pixel_values=images"
+    prepare = f"""\
+processor = AutoImageProcessor.from_pretrained(folder)
+inputs = processor(images={opened}, return_tensors="pt")
+"""
+    return f"{imports}\nfrom transformers import AutoImageProcessor, AutoModel", prepare, "**inputs"
 
 
 def _transformers() -> Any:

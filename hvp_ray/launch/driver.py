@@ -29,6 +29,7 @@ from hvp_ray.launch.trainer import TrainerSetup
 from hvp_ray.launch.watch import Announcement, Watchers, watch
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.after_training import forgive_death
+from hvp_ray.runs.channel_statistics import describe_channels
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.prepare import check_before_start, describe_initial_weights, prepare_run, with_absolute_paths
@@ -66,6 +67,7 @@ def launch(
     dataset = check_before_start(config)
     remarks = (
         *check_intensities(config.data, dataset),
+        *describe_channels(config),
         *check_knn_labels(config, dataset),
         *describe_initial_weights(config),
     )

@@ -19,6 +19,7 @@ from hvp_ray.evaluation.report import check_knn_labels
 from hvp_ray.evaluation.snapshot import SnapshotKnn
 from hvp_ray.identity import Identity
 from hvp_ray.resolved_run import Device, resolve_inline
+from hvp_ray.runs.channel_statistics import describe_channels
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RankServices
 from hvp_ray.runs.prepare import describe_initial_weights, draw_run_name, prepare_run
@@ -67,6 +68,7 @@ def pretrain_in_process(
     if world.rank == 0:
         remarks = (
             *check_intensities(config.data, dataset),
+            *describe_channels(config),
             *check_knn_labels(config, dataset),
             *describe_initial_weights(config),
         )

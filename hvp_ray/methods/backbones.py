@@ -1,6 +1,6 @@
 """Encoders from timm: ResNets, with a CIFAR stem for small images, and Vision Transformers.
 
-`build_backbone` gives a module [B, 3, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
+`build_backbone` gives a module [B, C, H, W] -> [B, D] of pooled features (the class token of a Vision Transformer,
 which takes views of any size that its patches divide: its position embeddings are interpolated). Importing this module
 registers the CIFAR variants with timm by name (`hvp_ray_resnet18_cifar`, ...), so that `timm.create_model(name)` builds
 them. docs/export.md: how other programs load an encoder.
@@ -75,6 +75,8 @@ _TRANSFORMER_OPTIONS = {
 def backbone_arguments(config: BackboneConfig) -> dict[str, Any]:
     """Return the keyword arguments for `timm.create_model` that its weights depend on, besides name and classes."""
     arguments: dict[str, Any] = {} if config.channels is None else {"channels": config.channels}
+    if config.in_channels not in (None, 3):
+        arguments["in_chans"] = config.in_channels
     for option, argument in _TRANSFORMER_OPTIONS.items():
         if getattr(config, option) is not None:
             arguments[argument] = getattr(config, option)
@@ -181,7 +183,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         ) from error
 
 
-_ALLOWED_ARGUMENTS = {"channels", "dynamic_img_size", *_TRANSFORMER_OPTIONS.values()}
+_ALLOWED_ARGUMENTS = {"channels", "in_chans", "dynamic_img_size", *_TRANSFORMER_OPTIONS.values()}
 """Names of the arguments that `backbone_arguments` writes."""
 
 
@@ -247,7 +249,7 @@ CIFAR_LAYERS = {name: layers for name, (_, layers) in _CIFAR_RESNETS.items()}
 def _build_cifar_resnet(**network: Any) -> ResNet:
     model = ResNet(**network)
     width = model.conv1.out_channels
-    model.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(model.conv1.in_channels, width, kernel_size=3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -35,6 +36,9 @@ class Fit:
     """Tensors of another shape in the file, as `name [file's shape], not [network's]`; they keep their random weights."""
     unused: tuple[str, ...]
     """Tensors of the file that the network lacks."""
+    adapted: tuple[str, ...] = ()
+    """First convolutions for another number of channels, as `name [file's shape] to [network's]`: timm repeats or sums
+    their weights over the channels."""
 
     @property
     def num_tensors(self) -> int:
@@ -44,6 +48,8 @@ class Fit:
     def describe(self) -> str:
         """Return what fitted and what did not, in a line."""
         parts = [f"{self.num_loaded} of {self.num_tensors} tensors of the encoder are loaded"]
+        if self.adapted:
+            parts.append(f"fitted to the channels: {_listed(self.adapted)}")
         if self.missing:
             parts.append(f"not in the file: {_listed(self.missing)}")
         if self.other_shapes:
@@ -77,6 +83,7 @@ def load_initial_weights(backbone: nn.Module, location: str) -> Fit:
             raise CheckpointError(
                 f"training.initial_weights={location!r} does not fit the backbone: {first_line(error)}"
             ) from error
+    adapted = _adapt_channels(found, own)
     counters = {name for name in own if name.endswith("num_batches_tracked")}
     fitting = {name: value for name, value in found.items() if name in own and value.shape == own[name].shape}
     fit = Fit(
@@ -88,11 +95,24 @@ def load_initial_weights(backbone: nn.Module, location: str) -> Fit:
             if name in own and name not in fitting
         ),
         unused=tuple(name for name in (*found, *unused) if name not in own),
+        adapted=adapted,
     )
     if fit.num_loaded < fit.num_tensors / 2:
         raise CheckpointError(f"training.initial_weights={location!r} does not fit the backbone: {fit.describe()}")
     backbone.load_state_dict(fitting, strict=False)
     return fit
+
+
+def _adapt_channels(found: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, ...]:
+    """Convert, in place, convolutions of RGB images that differ from the network's only in the number of channels."""
+    adapted = []
+    for name, value in found.items():
+        shape = own[name].shape if name in own else value.shape
+        is_of_rgb = value.ndim == 4 and value.shape[1] == 3
+        if is_of_rgb and shape[1] != 3 and (value.shape[0], *value.shape[2:]) == (shape[0], *shape[2:]):
+            found[name] = adapt_input_conv(shape[1], value)
+            adapted.append(f"{name} {list(value.shape)} to {list(shape)}")
+    return tuple(adapted)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ OwnMethod = Literal["simsiam", "simclr", "dino"]
 SIZES_PX = (32, 64, 96, 128, 160, 224)
 """Sizes of views; the largest one that most images have is taken."""
 _CPU_MOST_PX = 64
+_CIFAR_STEMS = ("resnet10", "resnet18", "resnet34", "resnet50")
 _IMAGES_SEEN = {"cuda": 20_000_000, "cpu": 500_000}
 """Images that a run from random weights passes over: 400 epochs of 50,000 images on a GPU, 50 of 10,000 on CPUs."""
 _FROM_WEIGHTS = 0.25
@@ -48,6 +49,10 @@ class Circumstances:
     """Median of the images' shorter sides."""
     size_px: int | None = None
     """Size of the views. None: the images decide."""
+    network: str | None = None
+    """timm's name. None: method, views and device decide."""
+    epochs: int | None = None
+    """Length. None: the number of images, the device and the weights decide."""
     device: Literal["cpu", "cuda"] = "cuda"
     starts_from_weights: bool = False
     """Released weights, or those of an earlier run."""
@@ -55,6 +60,8 @@ class Circumstances:
 
 USUAL = Circumstances(num_images=100_000, shorter_px=224)
 """Those that `--help` shows the settings of."""
+UNUSUAL = Circumstances(num_images=10, shorter_px=20, device="cpu")
+"""Others. A setting that is the same from both starting points was given."""
 
 
 def own(method: OwnMethod, of: Circumstances) -> RunConfig:
@@ -63,20 +70,19 @@ def own(method: OwnMethod, of: Circumstances) -> RunConfig:
     allowed = [px for px in SIZES_PX if px <= of.shorter_px and (on_gpu or px <= _CPU_MOST_PX)]
     size_px = of.size_px or (allowed[-1] if allowed else SIZES_PX[0])
     seen = _IMAGES_SEEN[of.device] * (_FROM_WEIGHTS if of.starts_from_weights else 1.0)
-    epochs = max(5, min(800, round(seen / of.num_images)))
+    epochs = of.epochs or max(5, min(800, round(seen / of.num_images)))
     optimizer = _optimizer(method, epochs)
     if of.starts_from_weights:
         optimizer = dataclasses.replace(
             optimizer, learning_rate_per_256=optimizer.learning_rate_per_256 / 10, layer_decay=0.75
         )
+    backbone = _named(of.network, size_px) if of.network else _chosen(method, size_px, of)
     return RunConfig(
         recipe=f"{method}-own",
         data=DataConfig(source="path/to/images"),
         views=_views(method, size_px),
         selection=_selection(method),
-        method=_method(
-            method, _backbone(method, size_px, on_gpu=on_gpu, is_full=of.starts_from_weights), on_gpu=on_gpu
-        ),
+        method=_method(method, backbone, on_gpu=on_gpu),
         optimizer=optimizer,
         training=TrainingConfig(
             epochs=epochs,
@@ -88,15 +94,22 @@ def own(method: OwnMethod, of: Circumstances) -> RunConfig:
     )
 
 
-def _backbone(method: OwnMethod, size_px: int, *, on_gpu: bool, is_full: bool) -> BackboneConfig:
+def _chosen(method: OwnMethod, size_px: int, of: Circumstances) -> BackboneConfig:
     """Return ResNet-50 (small images: ResNet-18 with a CIFAR stem) or ViT-S for a GPU, a narrow ResNet-18 for CPUs."""
-    if not on_gpu:
-        channels = None if is_full else (16, 32, 64, 128)
+    if of.device == "cpu":
+        channels = None if of.starts_from_weights else (16, 32, 64, 128)
         return BackboneConfig(name="resnet18", stem="cifar" if size_px <= 32 else "imagenet", channels=channels)
     if method == "dino":
-        patch_px = 16 if size_px >= 160 else 8 if size_px >= 64 else 4
-        return BackboneConfig(name="vit_small_patch16_224", image_px=size_px, patch_px=patch_px, drop_path=0.1)
+        return _named("vit_small_patch16_224", size_px)
     return BackboneConfig(name="resnet18", stem="cifar") if size_px <= 64 else BackboneConfig(name="resnet50")
+
+
+def _named(network: str, size_px: int) -> BackboneConfig:
+    """Return a network for views of a size: small ones get small patches, or a CIFAR stem where there is one."""
+    if network.startswith(("vit_", "deit_")):
+        patch_px = 16 if size_px >= 160 else 8 if size_px >= 64 else 4
+        return BackboneConfig(name=network, image_px=size_px, patch_px=patch_px, drop_path=0.1)
+    return BackboneConfig(name=network, stem="cifar" if size_px <= 32 and network in _CIFAR_STEMS else "imagenet")
 
 
 def _views(method: OwnMethod, size_px: int) -> ViewsConfig:

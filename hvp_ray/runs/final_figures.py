@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.evaluation.features import load_some_pixels
 from hvp_ray.evaluation.patch_maps import compute_patch_maps, has_patch_maps
 from hvp_ray.local_cache import with_local_weights
@@ -99,4 +99,4 @@ def _score_alone(config: RunConfig, trainee: Trainee, batch: ViewBatch, candidat
 
 def _decode(config: RunConfig, dataset: Dataset, sample_id: np.int64) -> NDArray[np.uint8]:
     image, data = read_images(dataset.source, [int(sample_id)]).images[0], config.data
-    return decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+    return decode_pixels(image, data)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from hvp_ray.errors import CheckpointError, ConfigError, DataError, UnreadableIm
 from hvp_ray.files import place_in
 from hvp_ray.recipes import get_recipe
 from hvp_ray.recipes.own import OWN_RECIPES, Circumstances
+from hvp_ray.runs.channel_statistics import measure_channels
 from hvp_ray.runs.find import find_run, read_config
 from hvp_ray.runs.prepare import output_location
 from hvp_ray.stream.machine import this_machine
@@ -49,11 +51,12 @@ class FittedRecipe:
     """What was found and chosen, for people."""
 
 
-def fit_own_recipe(asked: RunConfig) -> FittedRecipe:
+def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRecipe:
     """Return the recipe of `asked.recipe` for its images, device and weights; for a run that exists, its settings.
 
     Args:
         asked: the recipe as it is, with the settings that the user gave. Its data, device and weights are read.
+        given: paths of settings that the user gave, besides those that differ from the recipe's.
 
     Raises:
         DataError: the images cannot be used.
@@ -64,17 +67,23 @@ def fit_own_recipe(asked: RunConfig) -> FittedRecipe:
             config=begun, lines=(f"{asked.recipe}: with the settings that {asked.run.name} began with",)
         )
     dataset = open_dataset(asked.data)
-    device, given = _device_of(asked), _given(asked)
+    device, settings = _device_of(asked), _given(asked, given)
     found = Circumstances(
         num_images=len(dataset.training_ids),
         shorter_px=_median_shorter_side(dataset.source, asked),
-        size_px=given.get("views.global_views.size_px"),
+        size_px=settings.get("views.global_views.size_px"),
+        network=settings.get("method.backbone.name"),
+        epochs=settings.get("training.epochs"),
         device=device,
         starts_from_weights=asked.training.initial_weights is not None or asked.method.backbone.pretrained,
     )
     memory_bytes, memory = _memory_of(device)
-    config = with_settings(OWN_RECIPES[asked.recipe](found), given)
-    if not _FITTED & set(given):
+    measured: dict[str, Any] = {}
+    if asked.data.channels != len(asked.views.mean):
+        channels = measure_channels(asked.data, dataset)
+        measured = {"views.mean": channels.mean, "views.std": channels.std}
+    config = with_settings(OWN_RECIPES[asked.recipe](found), settings | measured)
+    if not _FITTED & set(settings):
         config = _with_images_that_fit(config, found, memory_bytes)
     values = flatten(config_to_dict(config))
     start = " from released weights" if found.starts_from_weights else ""
@@ -84,6 +93,8 @@ def fit_own_recipe(asked: RunConfig) -> FittedRecipe:
     ]
     hidden = "training.num_steps" if config.training.num_steps is None else "training.epochs"
     lines += [f"  {meaning:<40}{values[path]!s:<24}--{path}" for path, meaning in _SHOWN.items() if path != hidden]
+    if measured:
+        lines.append(f"  measured on {channels.num_images} images: {channels.options()}")
     if config.recipe == "simclr-own":
         lines.append(
             f"  SimCLR contrasts the images of a step: {config.training.images_per_step} of them give "
@@ -92,10 +103,11 @@ def fit_own_recipe(asked: RunConfig) -> FittedRecipe:
     return FittedRecipe(config=config, lines=tuple(lines))
 
 
-def _given(asked: RunConfig) -> dict[str, Any]:
-    """Return the settings that differ from those of the recipe as it is: path -> value."""
+def _given(asked: RunConfig, given: Collection[str]) -> dict[str, Any]:
+    """Return the settings that are given or differ from those of the recipe as it is: path -> value."""
     usual = flatten(config_to_dict(get_recipe(asked.recipe)))
-    return {path: value for path, value in flatten(config_to_dict(asked)).items() if usual.get(path) != value}
+    values = flatten(config_to_dict(asked))
+    return {path: value for path, value in values.items() if path in given or usual.get(path) != value}
 
 
 def _settings_of(asked: RunConfig, name: str) -> RunConfig | None:
@@ -125,15 +137,15 @@ def _memory_of(device: str) -> tuple[int, str]:
 
 
 def _median_shorter_side(source: Source, asked: RunConfig) -> int:
-    sides = []
+    sides, reason = [], "there are none"
     for sample_id in choose_subset(source.num_samples, min(NUM_SAMPLED, source.num_samples)).tolist():
         try:
             image = read_images(source, [sample_id]).images[0]
-            sides.append(min(read_size(image, max_pixels=asked.data.max_image_pixels)))
-        except UnreadableImageError:
-            continue
+            sides.append(min(read_size(image, max_pixels=asked.data.max_image_pixels, channels=asked.data.channels)))
+        except UnreadableImageError as error:
+            reason = str(error)
     if not sides:
-        raise DataError(f"data.source={asked.data.source!r}: none of {NUM_SAMPLED} images can be read")
+        raise DataError(f"data.source={asked.data.source!r}: none of {NUM_SAMPLED} images can be read: {reason}")
     return int(statistics.median(sides))
 
 

@@ -40,7 +40,7 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
     images = read_sample(dataset.source, dataset.training_ids)
     if dataset.test_source is not dataset.source:
         images = itertools.chain(images, read_sample(dataset.test_source, dataset.test_ids))
-    found = _Sample(images, max_pixels=data.max_image_pixels)
+    found = _Sample(images, data)
     if data.intensity_range is None:
         if not found.kinds:
             return []
@@ -64,7 +64,7 @@ def check_intensities(data: DataConfig, dataset: Dataset, *, option: str = "--da
 class _Sample:
     """The finite values of the sampled images that have more than 8 bits a channel."""
 
-    def __init__(self, images: Iterable[bytes], *, max_pixels: int) -> None:
+    def __init__(self, images: Iterable[bytes], data: DataConfig) -> None:
         self.kinds: Counter[str] = Counter()
         self.num_images = 0
         self._low, self._high = float("inf"), float("-inf")
@@ -73,7 +73,7 @@ class _Sample:
         for image in images:
             self.num_images += 1
             try:
-                found = read_intensities(image, max_pixels=max_pixels)
+                found = read_intensities(image, max_pixels=data.max_image_pixels, channels=data.channels)
             except UnreadableImageError:
                 continue
             if found is not None:

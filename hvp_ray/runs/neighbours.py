@@ -62,8 +62,8 @@ def find_neighbours(
     Args:
         title: of the column.
         encoder: gives the features.
-        queries: [N, S, S, 3].
-        bank: [M, S, S, 3].
+        queries: [N, S, S, C].
+        bank: [M, S, S, C].
         config: mean and standard deviation of the channels.
         device: device of the encoder.
     """

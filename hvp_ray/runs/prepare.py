@@ -36,6 +36,7 @@ from hvp_ray.methods.backbones import build_backbone
 from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
+from hvp_ray.runs.channel_statistics import check_channels
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
@@ -139,7 +140,7 @@ def describe_initial_weights(config: RunConfig) -> tuple[str, ...]:
     weights = with_local_weights(config).training.initial_weights
     if weights is None:
         return ()
-    fit = load_initial_weights(build_backbone(config.method.backbone), weights)
+    fit = load_initial_weights(build_backbone(config.encoder), weights)
     return (f"initial weights: {fit.describe()}",)
 
 
@@ -157,7 +158,7 @@ def _check_view_sizes(config: RunConfig, method: Method) -> None:
         if size_px is not None:
             try:
                 with torch.no_grad():
-                    method.encoder.eval()(torch.zeros(1, 3, size_px, size_px))
+                    method.encoder.eval()(torch.zeros(1, config.data.channels, size_px, size_px))
             except (AssertionError, RuntimeError) as error:
                 name = config.method.backbone.name
                 raise ConfigError(f"{path}={size_px} is not allowed: {name} rejects it: {error}") from error
@@ -171,6 +172,7 @@ def _open_checked(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
     dataset = dataset or open_dataset(config.data)
     if not len(dataset.training_ids):
         raise DataError("no images are left for training; lower data.test_fraction or use more images")
+    check_channels(config, dataset)
     build_order(config, dataset)
     return dataset
 

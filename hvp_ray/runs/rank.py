@@ -153,7 +153,7 @@ def _evaluate(
     job, config, trainee = rank.job, rank.job.config, restored.trainee
     rank.storage.pull_decisions()
     measured = summarize(rank, restored, result) | {"num_collapse_warnings": recorder.collapse.num_warnings}
-    export_backbone(trainee.method.encoder, config.method.backbone, job.run_dir / BACKBONE)
+    export_backbone(trainee.method.encoder, config.encoder, job.run_dir / BACKBONE)
     rank.storage.push()
     after = AfterTraining(
         job.run_dir,

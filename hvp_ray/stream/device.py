@@ -23,9 +23,9 @@ _RING_BATCHES = 3
 class DeviceBatch(ViewBatch):
     """A batch whose pixels are also on the device once `wait` returns."""
 
-    global_pixels: UInt8[Tensor, "views batch height width 3"]
-    local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
-    probe_pixels: UInt8[Tensor, "probe_views images height width 3"] | None = None
+    global_pixels: UInt8[Tensor, "views batch height width channels"]
+    local_pixels: UInt8[Tensor, "local_views batch small_height small_width channels"] | None
+    probe_pixels: UInt8[Tensor, "probe_views images height width channels"] | None = None
     copied: torch.cuda.Event | None = None
     """Recorded after the copy; None on a CPU."""
 

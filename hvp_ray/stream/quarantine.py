@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from hvp_ray.config import DataConfig
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.data.limited_process import CrashError, LimitedProcess
 from hvp_ray.errors import StageError
 
@@ -72,10 +72,10 @@ def _call(process: LimitedProcess, image: bytes, data: DataConfig, start_pauses:
     raise AssertionError("unreachable")
 
 
-def can_decode(image: bytes, data: DataConfig, decode: Callable[..., object] = decode_rgb) -> bool:
+def can_decode(image: bytes, data: DataConfig, decode: Callable[[bytes, DataConfig], object] = decode_pixels) -> bool:
     """Decode an image in the child; an ordinary failure is not a crash."""
     try:
-        decode(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+        decode(image, data)
     except Exception:  # noqa: BLE001 (libraries raise many types)
         return False
     return True

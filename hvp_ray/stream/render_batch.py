@@ -197,7 +197,9 @@ def find_crashing_ids(context: RenderContext, request: BatchRequest, *, decoder:
     def decode_apart(images: Sequence[bytes], _global: ViewPlan, _local: ViewPlan | None) -> DecodedImages:
         failures = failures_apart(images, context.data, decoder=decoder)
         boxes = np.zeros((len(images), 4), np.int32)
-        return DecodedImages(pixels=np.zeros(0, np.uint8), boxes=boxes, failures=failures)
+        return DecodedImages(
+            pixels=np.zeros(0, np.uint8), boxes=boxes, channels=context.data.channels, failures=failures
+        )
 
     assembly = _Assembly(context, request, decode_apart)
     assembly.fill()
@@ -318,12 +320,12 @@ class _Assembly(Generic[_Made]):
         Returns:
             What was made of them, all failures by index in the batch, and their plans.
         """
-        failures = dict(failures)
+        failures, data = dict(failures), self._context.data
         images = read_images(self._context.source, self.sample_ids[rows].tolist()).images
         for index, image in zip(rows.tolist(), images, strict=True):
             if index not in failures:
                 try:
-                    size = read_size(image, max_pixels=self._context.data.max_image_pixels)
+                    size = read_size(image, max_pixels=data.max_image_pixels, channels=data.channels)
                     self.heights[index], self.widths[index] = size
                 except UnreadableImageError as error:
                     failures[index] = str(error)
@@ -337,7 +339,14 @@ class _Assembly(Generic[_Made]):
     def _draw_plans(self, rows: NDArray[np.int64], purposes: _Purposes) -> tuple[ViewPlan, ViewPlan | None]:
         views, request, seed = self._context.views, self._request, self._context.seed
         sample_ids, heights, widths = self.sample_ids[rows], self.heights[rows], self.widths[rows]
-        draw = partial(draw_plan, seed=seed, epoch=request.epoch, sample_ids=sample_ids, image_sizes=(heights, widths))
+        draw = partial(
+            draw_plan,
+            seed=seed,
+            epoch=request.epoch,
+            sample_ids=sample_ids,
+            image_sizes=(heights, widths),
+            channels=self._context.data.channels,
+        )
         proposal = request.proposal
         num_plans = request.num_views if proposal is None else proposal.num_plans
         global_plan = draw(purpose=purposes.global_views, num_views=num_plans, group=views.global_views)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hvp_ray.records import ViewBatch, ViewPlan, Views
 from hvp_ray.tracking.collapse import COLLAPSED_INFORMATION, COLLAPSED_STD
+from hvp_ray.tracking.shown_pixels import as_shown
 from hvp_ray.views.geometry import crop_iou
 
 _CHOSEN, _OTHER = "#c1440e", "#4878a8"
@@ -50,14 +51,14 @@ def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uin
     axes = figure.subplots(num_images, len(ratios), squeeze=False, width_ratios=ratios)
     for line, row in enumerate(choice.rows.tolist()):
         pair = choice.pairs[choice.chosen[row]]
-        axes[line][0].imshow(originals[line])
+        axes[line][0].imshow(as_shown(originals[line]))
         axes[line][0].set_axis_off()
         for view in range(num_views):
             _draw_crop(axes[line][0], plan, view, row, is_chosen=view in pair)
             _draw_view(axes[line][view + 1], batch.global_views, view, row, is_chosen=view in pair)
         if batch.local_views is not None:
             chosen_locals = set() if choice.chosen_locals is None else set(choice.chosen_locals[:, row].tolist())
-            _draw_local_views(axes[line][num_views + 1], batch.local_views.pixels[:, row], chosen_locals)
+            _draw_local_views(axes[line][num_views + 1], as_shown(batch.local_views.pixels[:, row]), chosen_locals)
         _draw_scores(axes[line][-1], choice.pairs, choice.scores_BP[row], ious[row], int(choice.chosen[row]))
     axes[0][0].set_title("image and crops", fontsize=8)
     if has_locals:
@@ -82,7 +83,7 @@ def _draw_crop(axis: Any, plan: ViewPlan, view: int, row: int, *, is_chosen: boo
 
 
 def _draw_view(axis: Any, views: Views, view: int, row: int, *, is_chosen: bool) -> None:
-    pixels = views.pixels[view, row]
+    pixels = as_shown(views.pixels[view, row])
     if views.plan.mask is not None:
         pixels = _grey_out(pixels, views.plan.mask[view, row])
     axis.imshow(pixels, interpolation="nearest")

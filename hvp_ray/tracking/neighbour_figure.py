@@ -8,6 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hvp_ray.tracking.shown_pixels import as_shown
+
 _CELL_INCHES = 0.82
 _GAP = 0.1
 """Width of the gap before a block of neighbours, in cells."""
@@ -19,7 +21,7 @@ class Neighbours:
 
     title: str
     images: NDArray[np.uint8]
-    """[N, k, S, S, 3], the nearest first."""
+    """[N, k, S, S, C], the nearest first."""
     similarities: NDArray[np.float32]
     """[N, k], cosine similarity of the features."""
 
@@ -29,7 +31,7 @@ def draw_neighbours(path: Path, queries: NDArray[np.uint8], columns: list[Neighb
 
     Args:
         path: PNG to write.
-        queries: [N, S, S, 3].
+        queries: [N, S, S, C].
         columns: neighbours by each encoder.
     """
     num_lines, num_neighbours = columns[0].similarities.shape
@@ -52,7 +54,7 @@ def draw_neighbours(path: Path, queries: NDArray[np.uint8], columns: list[Neighb
 
 
 def _show(axis: Any, pixels: NDArray[np.uint8], text: str) -> None:
-    axis.imshow(pixels)
+    axis.imshow(as_shown(pixels))
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_xlabel(text, fontsize=7, labelpad=2)

@@ -21,8 +21,8 @@ from hvp_ray.views.normalise import normalise_views
 class PixelViews:
     """Pixels, masks and reusable results of some views of B images."""
 
-    global_pixels: UInt8[Tensor, "views batch height width 3"]
-    local_pixels: UInt8[Tensor, "local_views batch small_height small_width 3"] | None
+    global_pixels: UInt8[Tensor, "views batch height width channels"]
+    local_pixels: UInt8[Tensor, "local_views batch small_height small_width channels"] | None
     masks: Bool[Tensor, "views batch patch_rows patch_columns"] | None
     reusable: dict[str, Float[Tensor, "views batch *rest"]] = field(default_factory=dict)
     """Results of scoring for these views; see `CandidateScores.reusable`."""

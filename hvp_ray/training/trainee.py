@@ -1,5 +1,6 @@
 """The model in training: its parts, how they are built from a config, and its state as a checkpoint."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
-        method = build_method(config.method, ranks)
+        method = build_method(dataclasses.replace(config.method, backbone=config.encoder), ranks)
     if config.selection.reuse_student:
         try:
             RowReuse(method.backbone)

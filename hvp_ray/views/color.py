@@ -1,4 +1,6 @@
-"""Colour operations on float32 pixels [H, W, 3] in levels 0 to 255, as torchvision defines them, in place.
+"""Colour operations on float32 pixels [H, W, C] in levels 0 to 255, as torchvision defines them, in place.
+
+Saturation, hue and grey need RGB; `draw_plan` plans none of them for other channels.
 
 Every operation clamps to [0, 255] if its factor can leave that range, as torchvision does. Pixels are converted from uint8
 once and rounded once, so the result is exact to half a level. torchvision on uint8 and PIL instead cut off the fraction
@@ -37,9 +39,12 @@ def update_brightness(pixels: FloatImage, factor: float) -> None:
 
 
 def update_contrast(pixels: FloatImage, factor: float) -> None:
-    """Blend with the mean grey of the whole view and clamp: factor * x + (1 - factor) * mean."""
-    red, green, blue, _ = cv2.mean(pixels)
-    mean_grey = GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue
+    """Blend with the mean grey of the whole view (the mean, if it is not RGB) and clamp: factor * x + (1 - factor) * mean."""
+    if pixels.shape[2] == 3:
+        red, green, blue, _ = cv2.mean(pixels)
+        mean_grey = GREY_WEIGHTS[0] * red + GREY_WEIGHTS[1] * green + GREY_WEIGHTS[2] * blue
+    else:
+        mean_grey = float(pixels.mean(dtype=np.float64))
     cv2.addWeighted(pixels, factor, pixels, 0.0, (1.0 - factor) * mean_grey, dst=pixels)
     if factor > 1.0:
         _clamp(pixels)
@@ -85,11 +90,11 @@ def update_jitter(
     """Apply the four operations in the order given; neutral ones are skipped.
 
     Args:
-        pixels: [H, W, 3].
+        pixels: [H, W, C].
         order: the four codes, each once.
         brightness, contrast, saturation: factors.
         hue_turns: shift of the hue.
-        spare: [H, W, 3]; overwritten.
+        spare: [H, W, C]; overwritten.
     """
     for operation in order:
         if operation == BRIGHTNESS and brightness != 1.0:
@@ -109,7 +114,7 @@ def grey_of(pixels: FloatImage) -> FloatImage:
 
 
 def round_to_levels(pixels: FloatImage, *, out: NDArray[np.uint8]) -> None:
-    """Round to the nearest level (ties to even) into `out`, of the same shape: [H, W, 3], or [H, W]."""
+    """Round to the nearest level (ties to even) into `out`, of the same shape: [H, W, C], or [H, W]."""
     cv2.convertScaleAbs(pixels, dst=out)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import DecodedImages, ViewPlan
 
@@ -32,15 +32,15 @@ def decode_used(
         images: B encoded images.
         global_plan: [V, B].
         local_plan: [L, B]; None: no local views.
-        data: limits and intensities of images.
+        data: limits, intensities and channels of images.
     """
     boxes = used_boxes([plan for plan in (global_plan, local_plan) if plan is not None])
-    num_bytes = int((boxes[:, 2].astype(np.int64) * boxes[:, 3]).sum()) * 3
-    decoded = DecodedImages(pixels=np.zeros(num_bytes, np.uint8), boxes=boxes, failures={})
+    num_bytes = int((boxes[:, 2].astype(np.int64) * boxes[:, 3]).sum()) * data.channels
+    decoded = DecodedImages(pixels=np.zeros(num_bytes, np.uint8), boxes=boxes, channels=data.channels, failures={})
     for index, (image, room) in enumerate(zip(images, decoded.images(), strict=True)):
         top, left, height, width = boxes[index].tolist()
         try:
-            pixels = decode_rgb(image, max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+            pixels = decode_pixels(image, data)
             room[...] = pixels[top : top + height, left : left + width]
         except UnreadableImageError as error:
             decoded.failures[index] = str(error)

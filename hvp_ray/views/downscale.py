@@ -13,8 +13,8 @@ from torch import Tensor
 
 
 def downscale_views(
-    pixels: UInt8[Tensor, "*batch height width 3"], size_px: int
-) -> UInt8[Tensor, "*batch small_height small_width 3"]:
+    pixels: UInt8[Tensor, "*batch height width channels"], size_px: int
+) -> UInt8[Tensor, "*batch small_height small_width channels"]:
     """Return the views at `size_px` x `size_px`, bilinear with the filter widened to the scale, as torchvision does.
 
     A CPU uses torch's resampling of bytes. A GPU uses two matrix products in float16, which are faster than its resampling
@@ -30,8 +30,8 @@ def downscale_views(
 
 
 def downscale_by_products(
-    pixels: UInt8[Tensor, "*batch height width 3"], size_px: int, dtype: torch.dtype
-) -> UInt8[Tensor, "*batch small_height small_width 3"]:
+    pixels: UInt8[Tensor, "*batch height width channels"], size_px: int, dtype: torch.dtype
+) -> UInt8[Tensor, "*batch small_height small_width channels"]:
     """Return what `downscale_views` returns, as (rows x height) @ view @ (width x columns), in `dtype`.
 
     float16 represents every level of a byte exactly, and weighted means to an eighth of a level.

@@ -4,6 +4,8 @@ Each view uses a fixed block of `WORDS_PER_VIEW` random words. So switching one 
 view v of image i in epoch e does not depend on the number of views. Masks have words of their own (`masks.py`).
 """
 
+import dataclasses
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,6 +36,7 @@ def draw_plan(
     image_sizes: tuple[NDArray[np.int32], NDArray[np.int32]],
     num_views: int,
     group: ViewGroupConfig,
+    channels: int = 3,
 ) -> ViewPlan:
     """Draw the plan of `num_views` views of each image.
 
@@ -45,15 +48,27 @@ def draw_plan(
         image_sizes: heights [B] and widths [B] of the original images, in px.
         num_views: V.
         group: transforms of the views.
+        channels: of the images; other than 3 have no saturation, hue and grey.
     """
     words = draw_words(
         seed=seed, purpose=purpose, sample_ids=sample_ids, epoch=epoch, num_words=num_views * WORDS_PER_VIEW
     )
     words_VBK = words.reshape(len(sample_ids), num_views, WORDS_PER_VIEW).transpose(1, 0, 2)
+    if channels != 3:
+        group = without_rgb_operations(group)
     if group.odd is None:
         return _plan_from_words(words_VBK, *image_sizes, group.even)
     parts = [_plan_from_words(words_VBK[v : v + 1], *image_sizes, group.transform_of(v)) for v in range(num_views)]
     return ViewPlan.of_views(parts)
+
+
+def without_rgb_operations(group: ViewGroupConfig) -> ViewGroupConfig:
+    """Return the transforms without the operations that need RGB. All other decisions stay as they are."""
+
+    def of(transform: TransformConfig) -> TransformConfig:
+        return dataclasses.replace(transform, saturation=0.0, hue_turns=0.0, grayscale_probability=0.0)
+
+    return dataclasses.replace(group, even=of(group.even), odd=None if group.odd is None else of(group.odd))
 
 
 def _plan_from_words(

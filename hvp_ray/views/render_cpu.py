@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvp_ray.config import DataConfig, RendererName, ViewGroupConfig, ViewsConfig
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.errors import UnreadableImageError
 from hvp_ray.records import DecodedImages, ViewPlan
 from hvp_ray.views import color
@@ -41,7 +41,7 @@ class CpuRenderer:
         self._views = views
         self._data = data
         groups = [views.global_views] + ([views.local_views] if views.local_views else [])
-        self._canvases = {group.size_px: _Canvas(group.size_px) for group in groups}
+        self._canvases = {group.size_px: _Canvas(group.size_px, data.channels) for group in groups}
 
     def render(
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
@@ -52,7 +52,7 @@ class CpuRenderer:
 
         def decode(index: int) -> Pixels | None:
             try:
-                return decode_rgb(images[index], max_pixels=data.max_image_pixels, intensity_range=data.intensity_range)
+                return decode_pixels(images[index], data)
             except UnreadableImageError as error:
                 failures[index] = str(error)
                 return None
@@ -82,7 +82,9 @@ class CpuRenderer:
             assert self._views.local_views is not None
             groups.append((local_plan, self._views.local_views))
         num_images = global_plan.num_images
-        outputs = [np.zeros((p.num_views, num_images, g.size_px, g.size_px, 3), np.uint8) for p, g in groups]
+        outputs = [
+            np.zeros((p.num_views, num_images, g.size_px, g.size_px, self._data.channels), np.uint8) for p, g in groups
+        ]
         for index in range(num_images):
             pixels = image_of(index)
             if pixels is None:
@@ -99,8 +101,8 @@ class CpuRenderer:
 class _Canvas:
     """Intermediate memory for views of one size; every view overwrites it."""
 
-    def __init__(self, size_px: int) -> None:
-        shape = (size_px, size_px, 3)
+    def __init__(self, size_px: int, channels: int) -> None:
+        shape = (size_px, size_px, channels)
         self.between = (np.empty(shape, np.uint8), np.empty(shape, np.uint8))
         self.levels = np.empty(shape, np.float32)
         self.spare = np.empty(shape, np.float32)
@@ -108,9 +110,10 @@ class _Canvas:
 
 
 def render_view(pixels: Pixels, plan: ViewPlan, view_index: int, image_index: int, group: ViewGroupConfig) -> Pixels:
-    """Render one view, [S, S, 3] uint8, from decoded pixels [H, W, 3]."""
-    view = np.empty((group.size_px, group.size_px, 3), np.uint8)
-    _render_into(view, pixels, plan, (view_index, image_index), group, _Canvas(group.size_px))
+    """Render one view, [S, S, C] uint8, from decoded pixels [H, W, C]."""
+    channels = pixels.shape[2]
+    view = np.empty((group.size_px, group.size_px, channels), np.uint8)
+    _render_into(view, pixels, plan, (view_index, image_index), group, _Canvas(group.size_px, channels))
     return view
 
 
@@ -139,7 +142,7 @@ def _render_into(
 
 
 def resize(crop: Pixels, out: Pixels, *, interpolation: str) -> None:
-    """Resize a crop [h, w, 3] into `out` [S, S, 3], antialiased; equal to torchvision on uint8 tensors, bit for bit.
+    """Resize a crop [h, w, C] into `out` [S, S, C], antialiased; equal to torchvision on uint8 tensors, bit for bit.
 
     Args:
         crop: contiguous; torch would copy any other first, more slowly than NumPy.
@@ -151,7 +154,7 @@ def resize(crop: Pixels, out: Pixels, *, interpolation: str) -> None:
 
 
 def blur(view: Pixels, out: Pixels, *, kernel: NDArray[np.float32]) -> None:
-    """Blur a view [S, S, 3] into `out` with a kernel for both directions, border reflected; one rounding."""
+    """Blur a view [S, S, C] into `out` with a kernel for both directions, border reflected; one rounding."""
     cv2.sepFilter2D(view, -1, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT_101)
 
 

@@ -20,9 +20,9 @@ class RenderedBatch:
     """Pixels of all views of a batch, and the images that cannot be decoded."""
 
     global_pixels: NDArray[np.uint8]
-    """[V, B, S, S, 3]; zeros for failed images."""
+    """[V, B, S, S, C]; zeros for failed images."""
     local_pixels: NDArray[np.uint8] | None
-    """[L, B, s, s, 3]; None: no local views were requested."""
+    """[L, B, s, s, C]; None: no local views were requested."""
     failures: dict[int, str]
     """Index in the batch -> why the image cannot be decoded."""
 

@@ -1,6 +1,7 @@
 """Folders of finished runs with encoders that were not trained, and the code blocks of their model cards."""
 
 import dataclasses
+import io
 import json
 import re
 from pathlib import Path
@@ -28,28 +29,44 @@ NETWORKS = {
 }
 
 
-def views() -> ViewsConfig:
+def views(channels: int = 3) -> ViewsConfig:
     """Evaluate on the central 16 of 20 pixels, which are not resized if an image has 20."""
     return dataclasses.replace(
-        views_config(16), evaluation_resize_px=RESIZE_PX, evaluation_interpolation="bicubic", mean=(0.4, 0.5, 0.6)
+        views_config(16),
+        evaluation_resize_px=RESIZE_PX,
+        evaluation_interpolation="bicubic",
+        mean=(0.4, 0.5, 0.6, 0.3, 0.2)[:channels],
+        std=(0.2, 0.3, 0.25, 0.2, 0.3)[:channels],
     )
 
 
-def make_run(folder: Path, backbone: BackboneConfig) -> tuple[Path, nn.Module]:
+def image_of(generator: np.random.Generator, height: int, width: int, channels: int) -> tuple[str, bytes]:
+    """Return an ending and a file: a PNG of one or three channels, or an array."""
+    if channels in (1, 3):
+        pixels = photograph_like(generator, height, width)
+        return ".png", encode(pixels if channels == 3 else pixels[..., 0])
+    buffer = io.BytesIO()
+    np.save(buffer, generator.integers(0, 256, (height, width, channels), np.uint8))
+    return ".npy", buffer.getvalue()
+
+
+def make_run(folder: Path, backbone: BackboneConfig, *, channels: int = 3) -> tuple[Path, nn.Module]:
     """Write a run on a folder of images; return its folder and its encoder, whose weights and statistics are random."""
     generator = np.random.default_rng(0)
     data = folder / "photographs"
     for index in range(6):
-        path = data / "abc"[index % 3] / f"{index}.png"
+        ending, content = image_of(generator, RESIZE_PX, RESIZE_PX, channels)
+        path = data / "abc"[index % 3] / f"{index}{ending}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(photograph_like(generator, RESIZE_PX, RESIZE_PX)))
+        path.write_bytes(content)
     config = tiny_config(str(folder), run={"name": "my-run"})
     config = dataclasses.replace(
         config,
-        data=DataConfig(source=str(data), test_fraction=0.5),
-        views=views(),
+        data=DataConfig(source=str(data), test_fraction=0.5, channels=channels),
+        views=views(channels),
         method=dataclasses.replace(config.method, backbone=backbone),
     )
+    backbone = config.encoder
     encoder = build_backbone(backbone).eval()
     for name, value in encoder.state_dict().items():
         if name.endswith("running_var"):

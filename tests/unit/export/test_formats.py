@@ -15,14 +15,13 @@ from hvp_ray.config import BackboneConfig, DataConfig
 from hvp_ray.data.source import open_source
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.export.timm_folder import crop_fraction
-from tests.helpers import encode, photograph_like
-from tests.unit.export.runs import NETWORKS, RESIZE_PX, make_run, run_code_of_card, views
+from tests.unit.export.runs import NETWORKS, RESIZE_PX, image_of, make_run, run_code_of_card, views
 
 CPU = torch.device("cpu")
 
 
-def _export(tmp_path: Path, backbone: BackboneConfig, to: str) -> tuple[Path, nn.Module]:
-    run_dir, encoder = make_run(tmp_path, backbone)
+def _export(tmp_path: Path, backbone: BackboneConfig, to: str, *, channels: int = 3) -> tuple[Path, nn.Module]:
+    run_dir, encoder = make_run(tmp_path, backbone, channels=channels)
     assert main([str(run_dir), "--to", to]) == 0
     return run_dir / "export" / to, encoder
 
@@ -40,12 +39,16 @@ def _features_of(library: str, names: dict[str, Any], images: torch.Tensor) -> t
 
 
 @pytest.mark.parametrize(
-    ("to", "network"),
+    ("to", "network", "channels"),
     [
-        *(("timm", network) for network in ("narrow", "cifar", "cifar-narrow", "vit", "vit-other-size")),
-        *(("torchvision", network) for network in ("resnet50", "cifar", "cifar-10")),
-        *(("transformers", network) for network in ("vit", "vit-other-size")),
-        *(pytest.param("onnx", network, marks=pytest.mark.slow) for network in ("narrow", "vit-other-size")),
+        *(("timm", network, 3) for network in ("narrow", "cifar", "cifar-narrow", "vit", "vit-other-size")),
+        *(("torchvision", network, 3) for network in ("resnet50", "cifar", "cifar-10")),
+        *(("transformers", network, 3) for network in ("vit", "vit-other-size")),
+        *(pytest.param("onnx", network, 3, marks=pytest.mark.slow) for network in ("narrow", "vit-other-size")),
+        *(("timm", network, channels) for network in ("narrow", "cifar-narrow", "vit") for channels in (1, 5)),
+        *(("torchvision", network, channels) for network in ("resnet50", "cifar-10") for channels in (1, 5)),
+        *(("transformers", "vit", channels) for channels in (1, 5)),
+        *(pytest.param("onnx", "narrow", channels, marks=pytest.mark.slow) for channels in (1, 5)),
     ],
 )
 def test_code_of_the_card_gives_the_features_of_the_run(
@@ -55,25 +58,27 @@ def test_code_of_the_card_gives_the_features_of_the_run(
     generator: np.random.Generator,
     to: str,
     network: str,
+    channels: int,
 ) -> None:
-    folder, encoder = _export(tmp_path, NETWORKS[network], to)
+    folder, encoder = _export(tmp_path, NETWORKS[network], to, channels=channels)
     assert "On 3 images of the run's data" in capsys.readouterr().out
-    photograph = folder / "image.png"
-    photograph.write_bytes(encode(photograph_like(generator, RESIZE_PX + 8, RESIZE_PX)))
+    ending, content = image_of(generator, RESIZE_PX + 8, RESIZE_PX, channels)
+    photograph = folder / f"image{ending}"
+    photograph.write_bytes(content)
     monkeypatch.chdir(folder)
     names = run_code_of_card(folder)
     tolerance = 1e-4 if to == "onnx" else 1e-5
     for batch in (1, 5):  # 2 images were given to ONNX's exporter, 3 to the comparison
-        images = torch.from_numpy(generator.normal(size=(batch, 3, 16, 16)).astype(np.float32))
+        images = torch.from_numpy(generator.normal(size=(batch, channels, 16, 16)).astype(np.float32))
         with torch.no_grad():
             expected = encoder(images)
         assert float(expected.std()) > 0.01
         torch.testing.assert_close(_features_of(to, names, images), expected, rtol=tolerance, atol=tolerance)
     (tmp_path / "one").mkdir()
-    photograph.rename(tmp_path / "one" / "image.png")
-    data = DataConfig(source=str(tmp_path / "one"))
-    pixels, _ = load_evaluation_pixels(open_source(data.source, data), np.zeros(1, np.int64), views(), data)
-    expected = extract_features(encoder, pixels, views(), device=CPU)
+    photograph.rename(tmp_path / "one" / photograph.name)
+    data = DataConfig(source=str(tmp_path / "one"), channels=channels)
+    pixels, _ = load_evaluation_pixels(open_source(data.source, data), np.zeros(1, np.int64), views(channels), data)
+    expected = extract_features(encoder, pixels, views(channels), device=CPU)
     found = torch.as_tensor(names["features"])
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 

@@ -1,5 +1,6 @@
 """Weights to start from: names of timm, torchvision, MoCo, DINO and DINOv2; what does not fit is named."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,24 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds no weights by name"):
         load_initial_weights(build_backbone(VIT), str(tmp_path / "list.pth"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_weights_of_rgb_are_fitted_to_other_channels(name: str, channels: int, tmp_path: Path) -> None:
+    """The first layer keeps the scale of its outputs: on equal channels it gives what it gave on grey images."""
+    config = RESNET if name == "resnet18" else VIT
+    of_rgb = other(config)
+    torch.save(of_rgb.state_dict(), tmp_path / "weights.pth")
+    backbone = build_backbone(dataclasses.replace(config, in_channels=channels))
+    fit = load_initial_weights(backbone, str(tmp_path / "weights.pth"))
+    first = "conv1.weight" if config is RESNET else "patch_embed.proj.weight"
+    assert [text.split()[0] for text in fit.adapted] == [first] and fit.other_shapes == ()
+    assert f"fitted to the channels: {first}" in fit.describe()
+    assert torch.equal(backbone.state_dict()[first].sum(1), of_rgb.state_dict()[first].sum(1)) or channels != 1
+    if channels == 1:
+        grey = IMAGES[:, :1]
+        with torch.no_grad():
+            torch.testing.assert_close(
+                backbone.eval()(grey), of_rgb.eval()(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4
+            )

@@ -4,20 +4,20 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from hvp_ray.data.decode import decode_rgb
+from hvp_ray.config import DataConfig
+from hvp_ray.data.decode import decode_pixels
 from hvp_ray.stream.quarantine import can_decode
 
 
-def _decode_or_die(image: bytes, **options: Any) -> None:
+def _decode_or_die(image: bytes, data: DataConfig) -> None:
     """Decode as the real one does; an image that ends in this word kills the process."""
     if image.endswith(b"crash"):
         os.kill(os.getpid(), signal.SIGKILL)
-    decode_rgb(image, **options)
+    decode_pixels(image, data)
 
 
-def _decode_by_word(image: bytes, **_options: object) -> None:
+def _decode_by_word(image: bytes, _data: DataConfig) -> None:
     """A decoder with a bug: some bytes kill the process, some only raise."""
     kind, _, counter = image.partition(b":")
     if kind.startswith(b"crash"):

@@ -61,7 +61,7 @@ def test_images_are_replaced_by_others_of_other_sizes() -> None:
     def filled(*values_and_shapes: tuple[int, int, int]) -> DecodedImages:
         parts = [np.full(height * width * 3, value, np.uint8) for value, height, width in values_and_shapes]
         boxes = np.array([[0, 0, height, width] for _, height, width in values_and_shapes], np.int32)
-        return DecodedImages(pixels=np.concatenate(parts), boxes=boxes, failures={0: "damaged"})
+        return DecodedImages(pixels=np.concatenate(parts), boxes=boxes, channels=3, failures={0: "damaged"})
 
     replaced = filled((1, 2, 3), (2, 1, 1), (3, 4, 2)).with_images(np.array([0, 2]), filled((7, 5, 5), (8, 1, 2)))
     assert [image.shape for image in replaced.images()] == [(5, 5, 3), (1, 1, 3), (1, 2, 3)]
