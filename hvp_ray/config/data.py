@@ -6,8 +6,6 @@ from typing import Annotated, ClassVar
 
 from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Location, PathOrUri, Range, require
 
-MAX_CHANNELS = 32
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Checked):
@@ -39,7 +37,7 @@ class DataConfig(Checked):
     """Images with more pixels than this count as unreadable. The header is checked before decoding, which protects from
     image bombs. Decoding takes about 7 bytes per pixel, or 12 with more than 8 bits per channel."""
 
-    channels: Annotated[int, Range(least=1, most=MAX_CHANNELS)] = 3
+    channels: Annotated[int, Range(least=1, most=32)] = 3
     """Channels of the images: 3 (RGB; grey becomes RGB, alpha is dropped), 1 (colour becomes grey), or the number that
     all images have, such as the bands of satellite images (TIFF files of several bands, `.npy` arrays, alpha as a fourth
     channel). `views.mean` and `views.std` need as many values: a run without them measures and prints them at its start, and

@@ -115,11 +115,11 @@ def test_help_lists_recipes_and_options(capfd: pytest.CaptureFixture[str]) -> No
         assert text in printed
 
 
-def test_readme_example_of_an_own_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    readme = (ROOT / "README.md").read_text()
-    example = readme.split("## In your own training loop")[1].split("```python\n")[1].split("```")[0]
+def test_example_of_an_own_loop_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "new_method.md").read_text()
+    example = page.split("## In your own training loop")[1].split("```python\n")[1].split("```")[0]
     assert len(example.strip().splitlines()) <= 24
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(example, "new_method.md", "exec"), {"__name__": "__main__"})
     losses = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 3
     assert all(-1.0 <= loss <= 1.0 for loss in losses)

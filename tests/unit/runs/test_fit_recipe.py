@@ -10,11 +10,11 @@ from PIL import Image
 
 import hvp_ray as hvp
 from hvp_ray.cli.command_line import parse_run
-from hvp_ray.config import RunConfig, with_settings
+from hvp_ray.config import BackboneConfig, RunConfig, with_settings
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.errors import ConfigError, DataError
-from hvp_ray.methods.backbones import build_backbone
-from hvp_ray.recipes import get_recipe
+from hvp_ray.methods.backbones import CIFAR_LAYERS, build_backbone
+from hvp_ray.recipes import get_recipe, own
 from hvp_ray.recipes.own import OWN_RECIPES, USUAL, Circumstances
 from hvp_ray.runs import fit_recipe
 from hvp_ray.runs.fit_recipe import fit_own_recipe
@@ -80,6 +80,29 @@ def test_what_is_given_counts(images: Path) -> None:
     assert (config.method.backbone.name, config.views.global_views.size_px) == ("resnet34", 48)
     words = ["simsiam-own", "--data.source", str(images), "--training.epochs", "3", "--cluster.device", "cpu"]
     assert parse_run(words, program="test", description="").training.epochs == 3
+
+
+def test_setting_counts_if_it_is_given_also_with_the_value_that_the_recipe_shows(images: Path) -> None:
+    shown = get_recipe("simsiam-own").method.backbone.name
+    words = ["simsiam-own", "--data.source", str(images), "--cluster.device", "cpu"]
+    assert parse_run(words, program="test", description="").method.backbone.name != shown
+    config = parse_run([*words, "--method.backbone.name", shown], program="test", description="")
+    assert config.method.backbone == BackboneConfig(name=shown, stem="cifar")
+    config = parse_run([*words, "--training.images_per_step", "256"], program="test", description="")
+    assert config.training.images_per_step == 256
+
+
+@pytest.mark.parametrize("name", OWN_RECIPES)
+def test_network_that_is_given_gets_what_fits_it(name: str, images: Path) -> None:
+    of_vit = fit_own_recipe(asked(name, images, **{"method.backbone.name": "vit_tiny_patch16_224"})).config
+    assert (of_vit.method.backbone.stem, of_vit.method.backbone.patch_px) == ("imagenet", 4)
+    build_untrained_method(of_vit)
+    assert tuple(CIFAR_LAYERS) == own._CIFAR_STEMS
+
+
+def test_warm_up_follows_the_epochs_that_are_given(images: Path) -> None:
+    config = fit_own_recipe(asked("dino-own", images, **{"training.epochs": 20})).config
+    assert (config.training.epochs, config.optimizer.warmup_epochs) == (20, 2.0)
 
 
 def test_images_per_step_follow_the_memory(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
