@@ -287,7 +287,8 @@ def test_parts_of_a_step_contrast_with_all_views_of_all_of_it(weighted: bool) ->
         assert of_part.pair_losses.shape == (2, 6)
         (of_part.loss / 3).backward()
     for (name, mine), theirs in zip(parted.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
+        small = max(1e-6, 1e-4 * float(theirs.grad.abs().max()))  # rounding differs between processors
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=small, msg=name)
 
 
 @pytest.mark.parametrize("alternating", [False, True])
