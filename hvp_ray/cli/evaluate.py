@@ -217,7 +217,8 @@ def load_labels(dataset: Dataset) -> MatchedLabels:
         return match_labels(dataset)
     except LabelError as error:
         raise DataError(
-            f"evaluation needs labelled training and test images; give --data or --test-data: {error}"
+            f"an evaluation needs images with labels, such as class folders: {error}. Give --data LABELLED_IMAGES (and "
+            f"--test_data). What a run on images without labels learned, its report.html shows by nearest neighbours"
         ) from error
 
 
@@ -276,6 +277,8 @@ class Evaluation:
         remarks = []
         if is_own and self.options.data is not None and self.options.test_data is None:
             remarks.append(f"{self.data.source} holds the images of the run: the run's own split is used")
+        if trained_on.fingerprint is not None and self.num_trained_on is None and not is_own:
+            remarks.append("whether the run was trained on copies of these test images is not known")
         if trained_on.fingerprint is None:
             remarks.append("the run did not record what it was trained on: it may have been trained on test images")
         elif not is_own and self.data.source == trained_on.data.source:

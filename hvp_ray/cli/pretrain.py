@@ -17,6 +17,23 @@ Options = RunOptions
 _LINE_SECONDS = 10.0
 
 
+class _TimeLeft:
+    """Estimates from the steps done since the first report how long the others take."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+
+    def minutes_left(self, steps_done: int, num_steps: int) -> str:
+        """Return ", about N min left"; empty: not known yet, or nothing is left."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = steps_done, now
+        done, seconds = steps_done - self._first[0], now - self._first[1]
+        if done < 1 or seconds < _LINE_SECONDS or steps_done >= num_steps:
+            return ""
+        return f", about {max(1, round(seconds / done * (num_steps - steps_done) / 60))} min left"
+
+
 class Display:
     """Shows a progress bar on a terminal, and otherwise a line every ten seconds."""
 
@@ -24,6 +41,7 @@ class Display:
         self._bar: Any = None
         self._line_at = 0.0
         self._is_terminal = sys.stderr.isatty()
+        self._clock = _TimeLeft()
 
     def announce(self, announcement: Any) -> None:
         """Show what will run."""
@@ -48,6 +66,7 @@ class Display:
             f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s, "
             f"data wait {progress.data_wait_fraction:.1%}"
         )
+        left = self._clock.minutes_left(progress.steps_done, progress.num_steps)
         if self._is_terminal:
             if self._bar is None:
                 from tqdm import tqdm
@@ -57,10 +76,10 @@ class Display:
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._line_at > _LINE_SECONDS or progress.steps_done == progress.num_steps:
             self._line_at = time.monotonic()
-            say(f"step {progress.steps_done}/{progress.num_steps}, epoch {progress.epoch:.2f}: {text}")
+            say(f"step {progress.steps_done}/{progress.num_steps}, epoch {progress.epoch:.2f}: {text}{left}")
         if progress.steps_done == progress.num_steps:
             self.close()
-            say("training is done; evaluating (k-NN) and drawing figures ...")
+            say("training is done; evaluating and drawing figures ...")
 
     def show_message(self, message: str) -> None:
         """Show a warning between the lines of progress."""

@@ -20,11 +20,13 @@ METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",
     "knn5shot_top1": "k-NN accuracy, 5 labels per class",
 }
+_LEAST_SEEDS = 3
+"""For a claim."""
 _JUDGEMENTS = {
     "better": "more than chance explains",
     "worse": "less than random views, more than chance explains",
     "no difference shown": "which chance explains as well",
-    "not known": "of which one seed cannot say whether it is chance",
+    "not known": "which so few seeds cannot tell from chance",
 }
 
 
@@ -84,8 +86,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Return the claim that the interval allows."""
-        if self.test is None:
+        """Return the claim that the interval allows. Two seeds may differ by the same few test images by chance."""
+        if self.test is None or self.test.num_seeds < _LEAST_SEEDS:
             return "not known"
         if self.test.interval.low > 0.0:
             return "better"
@@ -222,6 +224,8 @@ def describe_difference(difference: Difference) -> str:
     if difference.test is None:
         return text + " (one seed: no interval)"
     interval = difference.test.interval
+    if interval.low == interval.high:
+        return text + f" (equal on all {difference.test.num_seeds} seeds: no interval)"
     return f"{text} ({interval.level:.0%} interval {100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 

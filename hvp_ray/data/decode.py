@@ -122,7 +122,7 @@ def _decode_levels(
             return np.repeat(decoded, 3, axis=2)
         case 3, 1:
             return np.array(Image.fromarray(np.ascontiguousarray(decoded)).convert("L"))[..., None]
-    raise UnreadableImageError(f"it has {decoded.shape[2]} channel(s), but data.channels={channels}")
+    raise UnreadableImageError(f"an image of {decoded.shape[2]} channel(s), but data.channels={channels}")
 
 
 def read_intensities(image: bytes, *, max_pixels: int, channels: int = 3) -> Intensities | None:

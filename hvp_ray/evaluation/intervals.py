@@ -91,7 +91,7 @@ def paired_difference(
     mean = float(differences.mean())
     error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
     low, high, p_value = mean, mean, 0.0 if mean else 1.0  # if all differences are equal
-    if error > 0.0:
+    if error > _ROUNDING * max(1.0, abs(mean)):
         test = ttest_rel(second, first)
         low, high = test.confidence_interval(level)
         p_value = float(test.pvalue)
@@ -102,6 +102,9 @@ def paired_difference(
         p_value=p_value,
         num_seeds=len(differences),
     )
+
+
+_ROUNDING = 1e-12
 
 
 def _check_level(level: float) -> None:

@@ -17,9 +17,9 @@ from hvp_ray.runs.progress import Progress
 
 _POLL_SECONDS = 0.5
 _SILENCE_SECONDS = 120.0
-_STOPPED = "stopped after writing a checkpoint; start the run again with its name to continue"
-_NO_CHECKPOINT = "stopped before the trainers wrote a checkpoint; start the run again to continue from the previous one"
-_TRAINED = "stopped during the evaluation, after all steps; start the run again with its name to evaluate it"
+_STOPPED = "stopped after writing a checkpoint"
+_NO_CHECKPOINT = "stopped before the trainers wrote a checkpoint, so the previous one counts"
+_TRAINED = "stopped during the evaluation, after all steps"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,20 +82,24 @@ def watch(board: Any, trainers: TrainersThread, job: RunJob, watchers: Watchers,
                 if content.fatal is not None:
                     raise TrainingError(content.fatal)
                 if ended:
-                    return _outcome(content, trainers, stop)
+                    return _outcome(content, trainers, stop, job)
             ray_processes.check()
             waiting.show_if_due()
             if stop.is_overdue:
-                raise StoppedError(_TRAINED if is_trained else _NO_CHECKPOINT)
+                raise _stopped(_TRAINED if is_trained else _NO_CHECKPOINT, job)
             trainers.join(timeout=_POLL_SECONDS)
 
 
-def _outcome(content: BoardContent, trainers: TrainersThread, stop: StopRequest) -> dict[str, Any]:
+def _stopped(what: str, job: RunJob) -> StoppedError:
+    return StoppedError(f"{what}; to continue, give the same command with --run.name {job.run_name}")
+
+
+def _outcome(content: BoardContent, trainers: TrainersThread, stop: StopRequest, job: RunJob) -> dict[str, Any]:
     """Return the summary of a run whose trainers have ended, or raise why there is none."""
     if content.summary is not None:
         return content.summary
     if stop.is_asked:
-        raise StoppedError(_TRAINED if content.is_trained else _STOPPED)
+        raise _stopped(_TRAINED if content.is_trained else _STOPPED, job)
     if trainers.error is not None:
         raise StageError(
             f"the trainers failed more than cluster.max_trainer_failures times; start the run again with its name to "

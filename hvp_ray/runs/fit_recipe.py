@@ -33,6 +33,7 @@ _FITTED = {"training.images_per_step", "training.accumulation_steps"}
 _SHOWN = {
     "views.global_views.size_px": "views, px",
     "method.backbone.name": "network",
+    "method.backbone.channels": "widths of its stages",
     "training.epochs": "epochs",
     "training.num_steps": "steps",
     "training.images_per_step": "images per step",
@@ -64,7 +65,7 @@ def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRe
     """
     if asked.run.name is not None and (begun := _settings_of(asked, asked.run.name)) is not None:
         return FittedRecipe(
-            config=begun, lines=(f"{asked.recipe}: with the settings that {asked.run.name} began with",)
+            config=begun, lines=(f"{asked.recipe}: the settings are those that the run {asked.run.name!r} began with",)
         )
     dataset = open_dataset(asked.data)
     device, settings = _device_of(asked), _given(asked, given)
@@ -92,7 +93,13 @@ def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRe
         f"{memory}{start}:"
     ]
     hidden = "training.num_steps" if config.training.num_steps is None else "training.epochs"
-    lines += [f"  {meaning:<40}{values[path]!s:<24}--{path}" for path, meaning in _SHOWN.items() if path != hidden]
+    lines += [
+        f"  {meaning:<40}{values[path]!s:<24}--{path}{' (given)' if path in settings else ''}"
+        for path, meaning in _SHOWN.items()
+        if path != hidden and values.get(path) is not None
+    ]
+    if not {"training.epochs", "training.num_steps"} & set(settings):
+        lines.append("  For a first look, give --training.epochs 5; the run prints how long it takes.")
     if measured:
         lines.append(f"  measured on {channels.num_images} images: {channels.options()}")
     if config.recipe == "simclr-own":

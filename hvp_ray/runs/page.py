@@ -57,18 +57,19 @@ def write_page(job: RunJob, summary: dict[str, Any], problems: list[str]) -> Non
         summary=summary,
         problems=problems,
         sections=_sections(figures),
-        commands=next_commands(job.config, job.location),
+        commands=next_commands(job.config, job.location, has_labels=summary.get("knn_top1") is not None),
         settings=flat_values(job.config),
     )
     write_file(str(job.run_dir / PAGE), page.encode())
 
 
-def next_commands(config: RunConfig, location: str) -> dict[str, str]:
+def next_commands(config: RunConfig, location: str, *, has_labels: bool = True) -> dict[str, str]:
     """Return what to do after a run: purpose -> command.
 
     Args:
         config: the run.
         location: its folder, path or URI.
+        has_labels: its images have labels, which evaluations and comparisons need.
     """
     run, options = shlex.quote(location), _options(config)
     compared = _join("hvp-ray compare", config.recipe, *_options(config, leave_out=_OF_AN_ARM))
@@ -83,6 +84,11 @@ def next_commands(config: RunConfig, location: str) -> dict[str, str]:
     }
     if not config.tracking.selection_images_per_epoch:
         commands.pop("See what made pairs hard")
+    if not has_labels:
+        commands.pop("Compare hard with random views on paired seeds")
+        commands.pop("Evaluate the encoder by k-NN and a linear probe")
+        labelled = f"hvp-ray evaluate --checkpoint {run} --protocol knn linear --data path/to/labelled/images"
+        commands = {"Evaluate the encoder on images with labels, such as class folders": labelled} | commands
     return commands
 
 

@@ -129,7 +129,7 @@ def test_alpha_is_a_channel_where_it_is_asked_for() -> None:
     assert np.array_equal(decode_pixels(with_alpha.getvalue(), _data(2)), pixels[..., :2])
     quantized = io.BytesIO()
     palette.save(quantized, "PNG")
-    with pytest.raises(UnreadableImageError, match=r"it has 3 channel\(s\), but data.channels=4"):
+    with pytest.raises(UnreadableImageError, match=r"an image of 3 channel\(s\), but data.channels=4"):
         decode_pixels(quantized.getvalue(), _data(4))
 
 
@@ -156,8 +156,8 @@ def test_orientation_and_white_is_zero_are_applied() -> None:
         (_tiff(np.zeros((40, 40, 5), np.uint8), planarconfig="contig"), 5, "40 x 40 px is more than"),
         (_tiff(_values(5), planarconfig="contig"), 4, "a TIFF of 5 bands, but data.channels=4"),
         (_tiff_of_pages(_values(5)), 4, "a TIFF of 5 bands, but data.channels=4"),
-        (encode(_values(3)), 5, r"it has 3 channel\(s\), but data.channels=5"),
-        (encode(_values(3), "JPEG"), 2, r"it has 3 channel\(s\), but data.channels=2"),
+        (encode(_values(3)), 5, r"an image of 3 channel\(s\), but data.channels=5"),
+        (encode(_values(3), "JPEG"), 2, r"an image of 3 channel\(s\), but data.channels=2"),
         (_npy(_values(5))[:200], 5, "cut short: 72 of 2600 bytes"),
         (b"\x93NUMPY" + bytes(90), 5, "a damaged header"),
     ],
