@@ -169,7 +169,10 @@ def describe_common_options(config: RunConfig) -> str:
     values = flatten(config_to_dict(config))
     width = max(map(len, COMMON_OPTIONS)) + 2
     lines = [f"  --{path:<{width}}{text} ({values[path]})" for path, text in COMMON_OPTIONS.items()]
-    return "\n".join(["Changed most, with their values here; all settings are below, by section:", *lines])
+    values_are = (
+        "a run of this recipe chooses them by your images" if config.recipe in OWN_RECIPES else "with their values here"
+    )
+    return "\n".join([f"Changed most ({values_are}); all settings are below, by section:", *lines])
 
 
 def _python_words(words: list[str]) -> list[str]:

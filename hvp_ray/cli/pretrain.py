@@ -110,7 +110,8 @@ def describe_result(summary: dict[str, Any], config: RunConfig, location: str, t
         f"finished: {summary['num_steps']} steps, {summary['num_epochs']:.1f} epochs, {summary['images_seen']} images "
         f"in {summary['train_seconds']:.0f} s of training ({summary['images_per_second']:.0f} images/s, "
         f"data wait {summary['data_wait_fraction']:.1%}, spilled {summary['spilled_bytes']} bytes)",
-        f"loss     {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}",
+        f"loss     {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}"
+        f"{' (-1 is the best)' if config.method.name == 'simsiam' else ''}",
     ]
     if summary.get("chosen_iou_mean") is not None and summary.get("other_iou_mean") is not None:
         lines.append(
