@@ -104,6 +104,9 @@ class MaskConfig(Checked):
     """Smallest and largest fraction of masked patches of a masked view, drawn uniformly (iBOT: 0.3 with a variance of
     0.2)."""
 
+    min_block_patches: AtLeast1 | None = None
+    """Smallest area of a block, in patches (DINOv2: 4). None: that of iBOT and BEiT, (grid // 3) squared."""
+
     block_ratio: Ratio = (0.3, 1 / 0.3)
     """Smallest and largest width / height of a block, drawn log-uniformly (iBOT, BEiT)."""
 

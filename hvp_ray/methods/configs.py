@@ -6,7 +6,7 @@ Defaults are the paper's ImageNet settings. The recipes name their sources.
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hvp_ray.config import AtLeast0, AtLeast1, Fraction, MethodConfig, Positive
+from hvp_ray.config import AtLeast0, AtLeast1, Fraction, MethodConfig, NonNegative, Positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,3 +136,44 @@ class IBotConfig(DinoConfig):
     scoring: Literal["full", "class"] = "full"
     """Loss that a view is scored by. full: the whole loss, which prefers masked views (the authors). class: the class
     token's part."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DinoV2Config(IBotConfig):
+    """DINOv2 (Oquab et al., 2023): iBOT with separate heads, Sinkhorn-Knopp centring and KoLeo.
+
+    The centres of DINO and iBOT do not exist, so `center_momentum` and `patch_center_momentum` have no effect.
+    """
+
+    name: ClassVar[str] = "dinov2"
+    implementation: ClassVar[str] = "hvp_ray.methods.dinov2:DinoV2"
+
+    num_prototypes: AtLeast1 = 65_536
+    """Output dimension of the class token's head."""
+
+    norm_last_layer: bool = True
+    """The prototypes keep unit length. False: their lengths are trained."""
+
+    teacher_temperature: Positive = 0.07
+    """Softmax temperature of the teacher after its warm-up."""
+
+    warmup_teacher_epochs: AtLeast0 = 30
+    """Epochs of the teacher's warm-up, in which its temperature changes linearly by epoch."""
+
+    teacher_momentum: Fraction = 0.992
+    """Momentum of the teacher's weights at the start. It rises to 1 along a cosine by step."""
+
+    num_patch_prototypes: AtLeast1 = 65_536
+    """Output dimension of the patches' head."""
+
+    patch_head_hidden_dim: AtLeast1 = 2048
+    """Width of the two hidden layers of the patches' head."""
+
+    patch_head_bottleneck_dim: AtLeast1 = 256
+    """Width of the normalised bottleneck of the patches' head."""
+
+    sinkhorn_iterations: AtLeast1 = 3
+    """Alternations of Sinkhorn-Knopp."""
+
+    koleo_weight: NonNegative = 0.1
+    """Weight of KoLeo, which is summed over the two global views. 0: none."""

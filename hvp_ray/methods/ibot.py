@@ -17,6 +17,7 @@ from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.methods.backbones import forward_tokens
 from hvp_ray.methods.configs import IBotConfig
 from hvp_ray.methods.dino import Dino
+from hvp_ray.methods.heads import PrototypeHead
 from hvp_ray.methods.method import ALONE, Contrast, MethodLoss, Ranks, StepPosition, ViewTensors, in_float32
 from hvp_ray.selection.candidates import Candidates, CandidateScores, Reusable
 from hvp_ray.selection.view_outputs import ViewOutputs
@@ -52,7 +53,12 @@ class IBot(Dino):
         """Forward the teacher on the global views, and the student on all, with masks."""
         student, teacher = self._student(views), self._teacher(views)
         of_globals, of_locals = student.class_bottleneck.tensor_split([len(views.global_views)])
-        of_student = {"class": of_globals, "patches": student.patch_bottleneck, "weights": student.weights}
+        of_student = {
+            "class": of_globals,
+            "tokens": student.class_tokens[: len(views.global_views)],
+            "patches": student.patch_bottleneck,
+            "weights": student.weights,
+        }
         return ViewOutputs(
             of_globals=of_student | {name: getattr(teacher, name) for name in _TEACHER_OUTPUTS},
             of_locals={"class": of_locals},
@@ -75,9 +81,9 @@ class IBot(Dino):
         of_class = distillation.score_tuples(crosses, candidates)
         pairs_BP, locals_BPL = config.class_weight * of_class.pairs_BP, of_class.locals_BPL
         if config.scoring == "full":
-            patches, weights = outputs.of_globals["patches"], outputs.of_globals["weights"]
-            losses_BG = self._patch_losses(of_teacher["patch_bottleneck"], patches, weights)
-            pairs_BP = pairs_BP + config.patch_weight * patch_losses_of_pairs(losses_BG, candidates)
+            of_student = {name: outputs.of_globals[name] for name in ("tokens", "patches", "weights")}
+            of_views = self.losses_of_views(of_teacher["patch_bottleneck"], **of_student)
+            pairs_BP = pairs_BP + self._weighted({name: of_pairs(of_views[name], candidates) for name in of_views})
         if locals_BPL is not None:
             locals_BPL = config.class_weight * locals_BPL
         reusable = self._reusable(**of_teacher) | outputs.kept
@@ -96,29 +102,75 @@ class IBot(Dino):
             teacher = self._teacher(views)
             class_logits = self.teacher_head.logits(teacher.class_bottleneck)
             targets_SBK = self._probabilities(class_logits)
-            # The logits are linear in the bottleneck, so the mean over all patches needs no logits of all patches.
-            patch_mean = self.teacher_head.logits(teacher.patch_bottleneck_mean.mean(dim=(0, 1)))
+            statistics = self.statistics(class_logits, teacher.patch_bottleneck_mean)
         student = self._student(views)
         logits = self.head.logits(student.class_bottleneck)
         crosses = distillation.cross_entropies(targets_SBK, logits, config.student_temperature)
-        losses_BS = self._patch_losses(teacher.patch_bottleneck, student.patch_bottleneck, student.weights)
+        num_slots = len(views.global_views)
+        of_views = self.losses_of_views(
+            teacher.patch_bottleneck,
+            tokens=student.class_tokens[:num_slots],
+            patches=student.patch_bottleneck,
+            weights=student.weights,
+        )
         common: dict[str, Any] = {
             "embeddings": student.class_tokens[0].detach(),
-            "statistics": {"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean},
+            "statistics": statistics,
             "measurements": distillation.teacher_measurements(targets_SBK),
         }
         if len(targets_SBK) == 2:
-            class_loss, patch_loss = distillation.mean_of_cross_views(crosses), losses_BS.mean()
-            result = MethodLoss(loss=config.class_weight * class_loss + config.patch_weight * patch_loss, **common)
+            class_loss = distillation.mean_of_cross_views(crosses)
+            parts = {name: losses_BS.mean() for name, losses_BS in of_views.items()}
+            result = MethodLoss(loss=config.class_weight * class_loss + self._weighted(parts), **common)
         else:
             candidates = views.as_candidates()
             class_BP = distillation.losses_of_pairs(crosses, candidates)
-            patch_BP = patch_losses_of_pairs(losses_BS, candidates)
-            losses_BP = config.class_weight * class_BP + config.patch_weight * patch_BP
-            result = MethodLoss.of_pairs(losses_BP, weigh, **common)
-            class_loss, patch_loss = (mean_of_pairs(of_part, result.pair_weights) for of_part in (class_BP, patch_BP))
-        parts = {"train/class_loss": class_loss.detach(), "train/patch_loss": patch_loss.detach()}
-        return replace(result, measurements=parts | result.measurements)
+            parts_BP = {name: of_pairs(losses_BS, candidates) for name, losses_BS in of_views.items()}
+            result = MethodLoss.of_pairs(config.class_weight * class_BP + self._weighted(parts_BP), weigh, **common)
+            class_loss = mean_of_pairs(class_BP, result.pair_weights)
+            parts = {name: mean_of_pairs(part_BP, result.pair_weights) for name, part_BP in parts_BP.items()}
+        measured = {f"train/{name}_loss": loss.detach() for name, loss in ({"class": class_loss} | parts).items()}
+        return replace(result, measurements=measured | result.measurements)
+
+    def heads_of_patches(self) -> tuple[PrototypeHead, PrototypeHead]:
+        """Return the heads of student and teacher that patches go through: those of the class token."""
+        return self.head, self.teacher_head
+
+    def statistics(
+        self,
+        class_logits: Float[Tensor, "views batch prototypes"],
+        patch_bottleneck_mean: Float[Tensor, "views batch patch_bottleneck"],
+    ) -> dict[str, Tensor]:
+        """Return the means that the centres follow, of the teacher's logits."""
+        # The logits are linear in the bottleneck, so the mean over all patches needs no logits of all patches.
+        patch_mean = self.teacher_head.logits(patch_bottleneck_mean.mean(dim=(0, 1)))
+        return {"center": class_logits.mean(dim=(0, 1)), "patch_center": patch_mean}
+
+    def losses_of_views(
+        self,
+        of_teacher: Float[Tensor, "views batch masked bottleneck"],
+        *,
+        tokens: Float[Tensor, "views batch dim"],
+        patches: Float[Tensor, "views batch masked bottleneck"],
+        weights: Float[Tensor, "views batch masked"],
+    ) -> dict[str, Float[Tensor, "batch views"]]:
+        """Return the parts of the loss that one global view has by itself, by name; `weights_of_parts` weighs them.
+
+        Args:
+            of_teacher: the teacher's output for the masked patches, before the prototypes.
+            tokens: class tokens of the student, before the head.
+            patches: the student's output for the masked patches.
+            weights: see `patch_loss`.
+        """
+        return {"patch": self._patch_losses(of_teacher, patches, weights)}
+
+    def weights_of_parts(self) -> dict[str, float]:
+        """Return the weight of each part of the loss."""
+        return {"patch": self._ibot.patch_weight}
+
+    def _weighted(self, parts: dict[str, Tensor]) -> Tensor:
+        weights = self.weights_of_parts()
+        return cast(Tensor, sum(weights[name] * part for name, part in parts.items()))
 
     def after_update(self, statistics: dict[str, Tensor]) -> None:
         """Update as DINO does, and move the centre of the patches."""
@@ -145,7 +197,7 @@ class IBot(Dino):
         return _OfStudent(
             class_tokens=class_tokens,
             class_bottleneck=self.head(class_tokens),
-            patch_bottleneck=self.head(patches),
+            patch_bottleneck=self.heads_of_patches()[0](patches),
             weights=masked.weights,
             kept=kept,
         )
@@ -158,7 +210,7 @@ class IBot(Dino):
         masked = _MaskedPatches.of(views)
         vit, images = cast(VisionTransformer, self.teacher_backbone), views.global_views
         tokens = forward_tokens(vit, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        patches = self.teacher_head(tokens[:, :, vit.num_prefix_tokens :])
+        patches = self.heads_of_patches()[1](tokens[:, :, vit.num_prefix_tokens :])
         return _OfTeacher(
             class_bottleneck=self.teacher_head(tokens[:, :, 0]),
             patch_bottleneck=masked.take(patches),
@@ -188,10 +240,8 @@ class IBot(Dino):
         return torch.stack(losses, dim=1)
 
 
-def patch_losses_of_pairs(
-    losses_BG: Float[Tensor, "batch views"], candidates: Candidates
-) -> Float[Tensor, "batch pairs"]:
-    """Return the mean patch loss of the two views of each pair."""
+def of_pairs(losses_BG: Float[Tensor, "batch views"], candidates: Candidates) -> Float[Tensor, "batch pairs"]:
+    """Return the mean loss of the two views of each pair."""
     return losses_BG[:, candidates.pairs_on(losses_BG.device)].mean(dim=2)
 
 
@@ -253,7 +303,7 @@ class _OfStudent:
 
     class_tokens: Float[Tensor, "all_views batch dim"]
     class_bottleneck: Float[Tensor, "all_views batch bottleneck"]
-    patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
+    patch_bottleneck: Float[Tensor, "views batch masked patch_bottleneck"]
     weights: Float[Tensor, "views batch masked"]
     """See `_MaskedPatches`."""
     kept: Reusable
@@ -265,9 +315,9 @@ class _OfTeacher:
     """Outputs before the prototypes, of global views."""
 
     class_bottleneck: Float[Tensor, "views batch bottleneck"]
-    patch_bottleneck: Float[Tensor, "views batch masked bottleneck"]
+    patch_bottleneck: Float[Tensor, "views batch masked patch_bottleneck"]
     """Outputs of the patches that the student sees masked."""
-    patch_bottleneck_mean: Float[Tensor, "views batch bottleneck"]
+    patch_bottleneck_mean: Float[Tensor, "views batch patch_bottleneck"]
     """Mean over all patches of a view."""
 
 

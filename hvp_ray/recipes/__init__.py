@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError
-from hvp_ray.recipes import dino, ibot, own, simclr, simsiam
+from hvp_ray.recipes import dino, dinov2, ibot, own, simclr, simsiam
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "simsiam-digits": simsiam.simsiam_digits,
@@ -29,6 +29,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "ibot-digits": ibot.ibot_digits,
     "ibot-cifar10": ibot.ibot_cifar10,
     "ibot-imagenet-vits16-100ep": ibot.ibot_imagenet_vits16_100ep,
+    "dinov2-digits": dinov2.dinov2_digits,
+    "dinov2-imagenet-vits14": dinov2.dinov2_imagenet_vits14,
+    "dinov2-imagenet-vitl14": dinov2.dinov2_imagenet_vitl14,
     "simsiam-own": own.simsiam_own,
     "simclr-own": own.simclr_own,
     "dino-own": own.dino_own,

@@ -60,14 +60,15 @@ def block_mask(uniforms: NDArray[np.float64], grid: int, masks: MaskConfig) -> N
     Rectangles of random area and shape are added until the wanted fraction is reached. One that covers nothing new, or
     more than is wanted, is redrawn.
 
-    Source: bytedance/ibot loader.py:54-116, after BEiT (Bao et al., ICLR 2022), algorithm 1.
+    Source: bytedance/ibot loader.py:54-116, after BEiT (Bao et al., ICLR 2022), algorithm 1; DINOv2's
+    data/masking.py has other smallest blocks.
     """
     mask = np.zeros((grid, grid), dtype=np.bool_)
     if uniforms[0] < masks.unmasked_probability:
         return mask
     low, high = masks.ratio
     wanted = (low + (high - low) * uniforms[1]) * grid * grid
-    smallest = (grid // 3) ** 2
+    smallest = (grid // 3) ** 2 if masks.min_block_patches is None else masks.min_block_patches
     log_low, log_high = (math.log(bound) for bound in masks.block_ratio)
     attempts = uniforms[2:].reshape(-1, _WORDS_PER_ATTEMPT)
     ratios = exp_portable(log_low + (log_high - log_low) * attempts[:, 1])

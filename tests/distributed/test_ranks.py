@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.layers import LayerScale
 from torch import nn
 
 from hvp_ray.config import SelectionConfig
@@ -23,7 +24,8 @@ from tests.distributed.processes import run_ranks
 pytestmark = pytest.mark.distributed
 
 
-METHODS = ("simsiam", "simclr", "dino", "ibot")
+METHODS = ("simsiam", "simclr", "dino", "ibot", "dinov2")
+MASKED = ("ibot", "dinov2")
 IMAGES = 12
 CPU = torch.device("cpu")
 
@@ -33,9 +35,13 @@ def _method(name: str, ranks: Ranks) -> Method:
     config = get_recipe(f"{name}-digits").method
     torch.manual_seed(0)
     transformer = {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.0}
-    small = transformer if name == "ibot" else {"channels": (4, 8, 8, 16)}
+    small = transformer if name in MASKED else {"channels": (4, 8, 8, 16)}
     backbone = dataclasses.replace(config.backbone, **small)
-    return build_method(dataclasses.replace(config, backbone=backbone), ranks).train()
+    method = build_method(dataclasses.replace(config, backbone=backbone), ranks).train()
+    for layer in method.modules():
+        if isinstance(layer, LayerScale):
+            nn.init.constant_(layer.gamma, 0.5)  # 1e-5 at the start makes all class tokens neighbours at distance 0
+    return method
 
 
 def _candidates(name: str, device: torch.device = CPU) -> tuple[ViewTensors, Candidates]:
@@ -45,13 +51,13 @@ def _candidates(name: str, device: torch.device = CPU) -> tuple[ViewTensors, Can
     def draw(num_views: int, size_px: int) -> torch.Tensor:
         return torch.randn(num_views, IMAGES, 3, size_px, size_px, generator=generator).to(device)
 
-    if name not in ("dino", "ibot"):
+    if name not in ("dino", *MASKED):
         return ViewTensors(global_views=draw(3, 8)), Candidates(num_views=3)
     masks = torch.rand(4, IMAGES, 4, 4, generator=generator).to(device) < 0.3
     views = ViewTensors(
         global_views=draw(4, 16),
         local_views=draw(3, 8),
-        masks=masks if name == "ibot" else None,
+        masks=masks if name in MASKED else None,
     )
     return views, Candidates(num_views=4, num_local_views=3, num_chosen_local_views=2, alternating=True)
 

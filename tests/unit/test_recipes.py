@@ -165,6 +165,32 @@ TABLE: dict[str, dict[str, Any]] = {
         "views.local_views.even.crop_scale": (0.05, 0.4),
         "selection.every": 3,
     },
+    "dinov2-imagenet-vitl14": {
+        "method.backbone.name": "vit_large_patch14_reg4_dinov2",
+        "method.backbone.drop_path": 0.3,
+        "method.num_prototypes": 131_072,
+        "method.head_bottleneck_dim": 384,
+        "method.num_patch_prototypes": 131_072,
+        "method.patch_head_bottleneck_dim": 256,
+        "method.head_hidden_dim": 2048,
+        "method.koleo_weight": 0.1,
+        "method.teacher_temperature": 0.07,
+        "method.warmup_teacher_temperature": 0.04,
+        "method.warmup_teacher_epochs": 30,
+        "method.patch_teacher_temperature": 0.07,
+        "method.teacher_momentum": 0.992,
+        "method.freeze_last_layer_epochs": 1,
+        "views.masks.ratio": (0.1, 0.5),
+        "views.masks.min_block_patches": 4,
+        "views.global_views.even.crop_scale": (0.32, 1.0),
+        "views.local_views.even.crop_scale": (0.05, 0.32),
+        "views.local_views.size_px": 98,
+        "optimizer.learning_rate_per_256": 1e-3,
+        "optimizer.layer_decay": 0.9,
+        "optimizer.final_weight_decay": 0.4,
+        "optimizer.clip_gradient_norm": 3.0,
+        "training.epochs": 100,
+    },
 }
 
 
@@ -205,6 +231,8 @@ def test_view_counts_are_those_of_the_paper() -> None:
         "dino-imagenet-vits16-800ep": (4, 16, 10, True),
         "dino-imagenet-r50-100ep": (4, 16, 8, True),
         "ibot-imagenet-vits16-100ep": (4, 4, 2, True),
+        "dinov2-imagenet-vits14": (4, 8, 8, True),
+        "dinov2-imagenet-vitl14": (4, 8, 8, True),
     }
 
 
@@ -249,10 +277,12 @@ def _train_one_step(names: list[str], results: Any) -> None:
 
 
 CHEAPEST = "simsiam-imagenet-r50-100ep"
+LARGEST = "dinov2-imagenet-vitl14"
 
 
 @pytest.mark.parametrize(
-    "names", [[CHEAPEST], pytest.param([name for name in IMAGENET if name != CHEAPEST], marks=pytest.mark.long)]
+    "names",
+    [[CHEAPEST], pytest.param([name for name in IMAGENET if name not in (CHEAPEST, LARGEST)], marks=pytest.mark.long)],
 )
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the process's memory from Linux's /proc")
 def test_imagenet_recipes_train_at_full_size_in_the_memory_that_is_estimated(names: list[str]) -> None:
@@ -271,6 +301,19 @@ def test_imagenet_recipes_train_at_full_size_in_the_memory_that_is_estimated(nam
     process.join()
     for name, estimate in estimates.items():
         assert abs(estimate / measured[name] - 1.0) < 0.35, (name, estimate, measured[name])
+
+
+@pytest.mark.long
+def test_step_of_the_largest_recipe_goes_through_without_its_memory() -> None:
+    """ViT-L/14: weights of student and teacher, gradients and AdamW's two moments in float32. The first epoch trains no
+    prototypes."""
+    memory = estimate_memory(_small(LARGEST, 2))
+    num_trained = 304e6 + 2 * 2048 * (1024 + 2048) + 2048 * (384 + 256)
+    prototypes = 131_072 * (384 + 256)
+    assert memory.weights == pytest.approx(2 * 4 * (num_trained + prototypes), rel=0.02)
+    assert memory.gradients == pytest.approx(4 * num_trained, rel=0.02)
+    assert memory.optimizer_state == pytest.approx(2 * memory.gradients, rel=0.02)
+    assert memory.peak > memory.weights + memory.gradients + memory.optimizer_state
 
 
 def test_operation_counts_are_those_of_the_model() -> None:
