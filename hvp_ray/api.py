@@ -115,7 +115,7 @@ class Comparison:
 def pretrain(
     source: str | Path | None = None,
     *,
-    recipe: str = DEFAULT_RECIPE,
+    recipe: str | None = None,
     backbone: str | None = None,
     test_source: str | Path | None = None,
     epochs: int | None = None,
@@ -130,7 +130,7 @@ def pretrain(
 
     Args:
         source: images: a folder, Parquet, shards, or a URI. None: those of the recipe.
-        recipe: settings to start from.
+        recipe: settings to start from. None: those that the run `name` began with, if there is one, or `simsiam-digits`.
         backbone: network, a name of timm. None: that of the recipe.
         test_source: labelled images for the evaluation at the end.
         epochs: passes over the images.
@@ -169,9 +169,12 @@ def pretrain(
 
             _, job = launch(config, Watchers(show_progress=bar.show_run, show_message=bar.write))
             return Run(job.location)
+        from tqdm.contrib.logging import logging_redirect_tqdm
+
         from hvp_ray.launch.local import pretrain_in_process
 
-        summary = pretrain_in_process(config, report_progress=bar.report)
+        with logging_redirect_tqdm([logging.getLogger("hvp_ray")]):
+            summary = pretrain_in_process(config, report_progress=bar.report)
         assert summary is not None  # no other process, and nothing asks for a stop
         return Run(place_in(output_location(config), summary["run_name"]))
     finally:
@@ -259,10 +262,16 @@ def embed(encoder: "Encoder", images: "str | Path | Sequence[AnImage]") -> NDArr
     return encoder.embed(images)
 
 
-def _configure(recipe: str, given: dict[str, Any], settings: Mapping[str, Any] | None) -> RunConfig:
+def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str, Any] | None) -> RunConfig:
     chosen = {path: value for path, value in given.items() if value is not None}
     chosen |= dict(settings or {})
-    config = with_settings(get_recipe(recipe), chosen)
+    config = with_settings(get_recipe(recipe or DEFAULT_RECIPE), chosen)
+    if recipe is None and config.run.name is not None:
+        prepare_ray_environment()
+        from hvp_ray.runs.prepare import settings_begun_with  # imports Ray
+
+        if (begun := settings_begun_with(config)) is not None:
+            return with_settings(begun, chosen)
     if recipe not in OWN_RECIPES:
         return config
     prepare_ray_environment()
@@ -277,9 +286,14 @@ class _Bar:
     """A progress bar, on a terminal and in a notebook."""
 
     def __init__(self, *, shown: bool) -> None:
+        self._is_shown = shown
+
+    @cached_property
+    def _bar(self) -> Any:
+        """The bar, which appears with the first progress: notices before it have lines of their own."""
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(disable=not shown, unit="step", dynamic_ncols=True, leave=False)
+        return tqdm(disable=not self._is_shown, unit="step", dynamic_ncols=True, leave=False)
 
     def report(self, progress: Any) -> bool:
         """Show the progress of a run; return that it shall not stop."""
@@ -298,9 +312,12 @@ class _Bar:
 
     def write(self, line: str) -> None:
         """Show a line beside the bar."""
-        if not self._bar.disable:
-            self._bar.write(line)
+        from tqdm import tqdm
+
+        if self._is_shown:
+            tqdm.write(line)
 
     def close(self) -> None:
         """End the bar."""
-        self._bar.close()
+        if "_bar" in self.__dict__:
+            self._bar.close()

@@ -88,6 +88,8 @@ def parse_run_options(
 ) -> OptionsOfRun:
     """Return the options of a program that is about one run. Settings that are not given are those of its recipe.
 
+    Without a recipe, they are those that the run `--run.name` began with, if there is one, or those of the default recipe.
+
     Args:
         kind: `RunOptions`, or a dataclass that adds fields to it.
         arguments: words of the command line; the recipe is the first one.
@@ -99,7 +101,8 @@ def parse_run_options(
         DataError: the recipe adapts itself to images that cannot be used.
         SystemExit: an option is unknown or wrong (tyro has printed why), or --help was given.
     """
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else DEFAULT_RECIPE
+    is_named = bool(arguments) and not arguments[0].startswith("-")
+    name = arguments[0] if is_named else DEFAULT_RECIPE
     recipe = get_recipe(name)
 
     def parse(default: RunConfig) -> OptionsOfRun:
@@ -118,6 +121,13 @@ def parse_run_options(
             )
 
     options = parse(recipe)
+    if not is_named and options.run.run.name is not None:
+        prepare_ray_environment()
+        from hvp_ray.runs.prepare import describe_begun, settings_begun_with  # imports Ray
+
+        if (begun := settings_begun_with(options.run)) is not None:
+            say(f"{describe_begun(begun)}\n")
+            recipe, options = begun, parse(begun)
     if name in OWN_RECIPES:
         prepare_ray_environment()
         from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray

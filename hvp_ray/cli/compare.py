@@ -103,7 +103,7 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
         epochs = num_steps / study.steps_per_epoch(runs[arm.name].config)
         lines.append(f"{arm.name:<{width}}{num_steps:>8}{epochs:>8.1f}{ratio:>14.2f}{compute:>15.2f}   {arm.title}")
         rendering = cost.render_cpu_seconds if mode == "inline" else 0.0
-        total += num_steps * (cost.step_seconds / threads + rendering) + 10.0
+        total += num_steps * (cost.step_seconds / threads + rendering)
     what = (
         "measured before the start: CPU time of the trainer's step (GPU: device time), arms in turn"
         if study.accounting == "measured"
@@ -115,8 +115,8 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
             *lines,
             f"costs are in random steps and in runs of the vanilla arm, without rendering;\n{what}",
             "",
-            f"{parallel} run(s) side by side; all of it takes about {duration} on an idle machine; finished runs are not "
-            f"repeated",
+            f"{parallel} run(s) side by side; their steps take about {duration} on an idle machine, the start and the "
+            f"evaluation of each run come on top; finished runs are not repeated",
         ]
     )
 
@@ -125,7 +125,7 @@ def describe_report(report: Any) -> str:
     """Return the result and its files."""
     arms, references = report.primary.arms, report.primary.references
     width = max(map(len, (*(arm.arm for arm in arms), *references)))
-    lines = ["", report.sentence, ""]
+    lines = ["", report.sentence, *([] if report.warning is None else [report.warning]), ""]
     lines += [f"  {arm.arm:<{width}} {100 * arm.mean:6.2f} %   {arm.title}" for arm in arms]
     lines += [f"  {name:<{width}} {100 * value:6.2f} %" for name, value in references.items()]
     lines += [*([""] if report.problems else []), *(f"problem  {problem}" for problem in report.problems)]

@@ -108,6 +108,7 @@ def describe_pool(config: RunConfig, demand: float, link: float | None) -> str:
         f"  measured on    {what}, {times.encoded_bytes / 1e3:.0f} kB encoded; renderer cpu, one thread of this machine",
         *(f"  intensities    {remark}" for remark in remarks),
         f"  demand         {demand:,.0f} images/s of {config.cluster.num_trainers} trainer(s); capacity 1.2 times that",
+        "                 (set by --demand; a run prints what its trainers take)",
         "",
         f"  {'cluster.ship':<14}{'kB shipped':>11}{'CPU ms at':>11}{'CPU ms beside':>15}{'view':>9}{'finishers':>11}"
         f"{'GB/s into':>11}{'in':>8}{'store':>9}",

@@ -41,6 +41,7 @@ class Display:
         self._bar: Any = None
         self._line_at = 0.0
         self._is_terminal = sys.stderr.isatty()
+        self._first_step = 0
         self._clock = _TimeLeft()
 
     def announce(self, announcement: Any) -> None:
@@ -61,7 +62,10 @@ class Display:
         )
 
     def show_progress(self, progress: Any) -> None:
-        """Show steps, loss, images/s and data wait."""
+        """Show steps, loss, images/s and data wait; first, the step of the checkpoint that an attempt resumed from."""
+        if progress.first_step != self._first_step:
+            self._first_step = progress.first_step
+            self.show_message(f"continued from the checkpoint of step {progress.first_step}")
         text = (
             f"loss {progress.loss:.4f}, {progress.images_per_second:.0f} images/s, "
             f"data wait {progress.data_wait_fraction:.1%}"

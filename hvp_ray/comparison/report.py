@@ -20,6 +20,7 @@ from hvp_ray.comparison.results import (
     RunResult,
     describe_difference,
     describe_result,
+    describe_shortfall,
     read_run,
     summarize_metric,
 )
@@ -59,6 +60,8 @@ class Report:
     """A written report."""
 
     sentence: str
+    warning: str | None
+    """No arm is better than an untrained encoder or raw pixels."""
     html_path: Path
     json_path: Path
     figures: tuple[Path, ...]
@@ -103,6 +106,7 @@ def write_report(study: Study, *, metric: str) -> Report:
     _write(html_path, render_report(study, results, summaries, analyses, figures))
     return Report(
         sentence=sentence,
+        warning=describe_shortfall(summaries[0]),
         html_path=html_path,
         json_path=json_path,
         figures=tuple(figures),
@@ -137,6 +141,7 @@ def render_report(
         results=results,
         summaries=summaries,
         sentences=[describe_result(study, summary) for summary in summaries],
+        warnings=[warning for summary in summaries if (warning := describe_shortfall(summary)) is not None],
         collapsed=[result.folder.name for result in results if result.summary.get("num_collapse_warnings")],
         problems=_problems_of(results),
         analyses=analyses,

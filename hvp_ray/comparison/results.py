@@ -229,6 +229,18 @@ def describe_difference(difference: Difference) -> str:
     return f"{text} ({interval.level:.0%} interval {100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 
+def describe_shortfall(result: MetricResult) -> str | None:
+    """Return a warning if no arm is better than a reference that learned nothing; None: some arm is better than all."""
+    best = max(arm.mean for arm in result.arms)
+    better = [f"{name} ({100 * value:.1f} %)" for name, value in result.references.items() if value >= best]
+    if not better:
+        return None
+    return (
+        f"{result.title}: no arm is better than {' or '.join(better)}; the best has {100 * best:.1f} %. After so little "
+        f"training the differences say little about a full one."
+    )
+
+
 def describe_result(study: Study, result: MetricResult) -> str:
     """Return the finding in one or two sentences, claiming no more than the intervals allow."""
     seeds = f"{len(study.seeds)} paired seed{'s' if len(study.seeds) > 1 else ''}"

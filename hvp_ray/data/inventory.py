@@ -53,12 +53,16 @@ class DataInventory:
     test_source: SourceInventory | None
     """None: test images are held out of the source."""
     num_test_images: int
+    num_unused_images: int
+    """Of the source, by `data.num_images`."""
 
     def lines(self) -> list[str]:
         """Return two to five lines for the user."""
         use = f", {self.num_training_images:,} to train on"
         if self.test_source is None:
             use += f", {self.num_test_images:,} held out for evaluation"
+        if self.num_unused_images:
+            use += f", {self.num_unused_images:,} not used (data.num_images)"
         first, *rest = self.source.lines("data")
         test = [] if self.test_source is None else self.test_source.lines("test")
         return [first + use, *rest, *test]
@@ -81,6 +85,7 @@ def take_inventory(dataset: Dataset, config: DataConfig) -> DataInventory:
         num_training_images=len(dataset.training_ids),
         test_source=None if config.test_source is None else inventory_of(dataset.test_source, config.test_source),
         num_test_images=len(dataset.test_ids),
+        num_unused_images=0 if config.num_images is None else dataset.source.num_samples - config.num_images,
     )
 
 

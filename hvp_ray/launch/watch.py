@@ -1,5 +1,6 @@
 """The driver watches a run: it shows progress, relays a stop, and finds out how the run ended."""
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def watch(board: Any, trainers: TrainersThread, job: RunJob, watchers: Watchers,
 
 
 def _stopped(what: str, job: RunJob) -> StoppedError:
-    return StoppedError(f"{what}; to continue, give the same command with --run.name {job.run_name}")
+    output = "" if job.config.run.output is None else f" --run.output {shlex.quote(job.config.run.output)}"
+    return StoppedError(f"{what}; to continue: hvp-ray pretrain --run.name {shlex.quote(job.run_name)}{output}")
 
 
 def _outcome(content: BoardContent, trainers: TrainersThread, stop: StopRequest, job: RunJob) -> dict[str, Any]:
@@ -135,6 +137,11 @@ class _WaitingNotice:
             if name not in hidden and not name.startswith("node:")
         }
         self._show(
-            f"no step was done for {seconds:.0f} s. Trainers may wait for resources (see `ray status`): each needs "
-            f"{dict(self._trainer_resources)}, and {free} are free"
+            f"no step was done for {seconds:.0f} s: the machines may be busy, or trainers wait for room. Each trainer takes "
+            f"{_amounts(self._trainer_resources)}; free: {_amounts(free) or 'none'}. `ray status` shows who has the rest"
         )
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    """Return Ray's resources in words, such as `1 CPU, 2 GPU`; none of those of which there is nothing."""
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)

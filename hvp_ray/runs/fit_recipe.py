@@ -14,13 +14,11 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.data.decode import read_size
 from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source
-from hvp_ray.errors import CheckpointError, ConfigError, DataError, UnreadableImageError
-from hvp_ray.files import place_in
+from hvp_ray.errors import ConfigError, DataError, UnreadableImageError
 from hvp_ray.recipes import get_recipe
 from hvp_ray.recipes.own import OWN_RECIPES, Circumstances
 from hvp_ray.runs.channel_statistics import measure_channels
-from hvp_ray.runs.find import find_run, read_config
-from hvp_ray.runs.prepare import output_location
+from hvp_ray.runs.prepare import describe_begun, settings_begun_with
 from hvp_ray.stream.machine import this_machine
 from hvp_ray.stream.reading import read_images
 
@@ -63,10 +61,8 @@ def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRe
         DataError: the images cannot be used.
         ConfigError: not even two images fit the memory.
     """
-    if asked.run.name is not None and (begun := _settings_of(asked, asked.run.name)) is not None:
-        return FittedRecipe(
-            config=begun, lines=(f"{asked.recipe}: the settings are those that the run {asked.run.name!r} began with",)
-        )
+    if (begun := settings_begun_with(asked)) is not None:
+        return FittedRecipe(config=begun, lines=(describe_begun(begun),))
     dataset = open_dataset(asked.data)
     device, settings = _device_of(asked), _given(asked, given)
     found = Circumstances(
@@ -115,14 +111,6 @@ def _given(asked: RunConfig, given: Collection[str]) -> dict[str, Any]:
     usual = flatten(config_to_dict(get_recipe(asked.recipe)))
     values = flatten(config_to_dict(asked))
     return {path: value for path, value in values.items() if path in given or usual.get(path) != value}
-
-
-def _settings_of(asked: RunConfig, name: str) -> RunConfig | None:
-    """Return the settings of a run of this name; None: there is none."""
-    try:
-        return read_config(find_run(place_in(output_location(asked), name)))
-    except CheckpointError:
-        return None
 
 
 def _device_of(asked: RunConfig) -> Literal["cpu", "cuda"]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
+from hvp_ray.data.source import Source
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.local_cache import with_local_weights
 from hvp_ray.tracking.neighbour_figure import Neighbours, draw_neighbours
@@ -37,16 +38,18 @@ def draw_nearest_neighbours(config: RunConfig, dataset: Dataset, trainee: Traine
     if not len(query_ids):
         query_ids, query_source = _spread(bank_ids, _MAX_QUERIES), dataset.source
         bank_ids = np.setdiff1d(bank_ids, query_ids)
-    queries, _ = load_evaluation_pixels(query_source, query_ids, config.views, config.data)
-    bank, _ = load_evaluation_pixels(dataset.source, bank_ids, config.views, config.data)
+    queries, query_ids = load_evaluation_pixels(query_source, query_ids, config.views, config.data)
+    bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, config.data)
     encoders = {
         "nearest before training": build_untrained_method(with_local_weights(config)).encoder.to(trainee.device),
         "nearest after training": trainee.method.encoder,
     }
+    bank_names = [_file_of(dataset.source, sample_id) for sample_id in bank_ids.tolist()]
     columns = [
-        find_neighbours(title, encoder, queries, bank, config, trainee.device) for title, encoder in encoders.items()
+        find_neighbours(title, encoder, queries, bank, bank_names, config, trainee.device)
+        for title, encoder in encoders.items()
     ]
-    draw_neighbours(path, queries, columns)
+    draw_neighbours(path, queries, [_file_of(query_source, sample_id) for sample_id in query_ids.tolist()], columns)
 
 
 def find_neighbours(
@@ -54,6 +57,7 @@ def find_neighbours(
     encoder: nn.Module,
     queries: NDArray[np.uint8],
     bank: NDArray[np.uint8],
+    bank_names: list[str],
     config: RunConfig,
     device: torch.device,
 ) -> Neighbours:
@@ -64,6 +68,7 @@ def find_neighbours(
         encoder: gives the features.
         queries: [N, S, S, C].
         bank: [M, S, S, C].
+        bank_names: M names.
         config: mean and standard deviation of the channels.
         device: device of the encoder.
     """
@@ -71,9 +76,18 @@ def find_neighbours(
         F.normalize(extract_features(encoder, pixels, config.views, device=device), dim=1) for pixels in (queries, bank)
     )
     nearest = (of_queries @ of_bank.T).topk(min(_NUM_NEIGHBOURS, len(bank)), dim=1)
+    indices = nearest.indices.cpu().numpy()
     return Neighbours(
-        title=title, images=bank[nearest.indices.cpu().numpy()], similarities=nearest.values.cpu().numpy()
+        title=title,
+        images=bank[indices],
+        names=[[bank_names[index] for index in row] for row in indices.tolist()],
+        similarities=nearest.values.cpu().numpy(),
     )
+
+
+def _file_of(source: Source, sample_id: int) -> str:
+    """Return the name of an image's file without folders, with the row or member if it holds several images."""
+    return source.describe(sample_id).rsplit("/", 1)[-1]
 
 
 def _spread(sample_ids: NDArray[np.int64], limit: int) -> NDArray[np.int64]:

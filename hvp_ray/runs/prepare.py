@@ -37,6 +37,7 @@ from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.channel_statistics import check_channels
+from hvp_ray.runs.find import find_run, read_config
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
@@ -86,6 +87,25 @@ def output_folder(config: RunConfig) -> Path:
             f"is a temporary copy ({Path.cwd()}); give an absolute path"
         )
     return path.absolute()
+
+
+def settings_begun_with(config: RunConfig) -> RunConfig | None:
+    """Return the settings that the run of this output and name began with; None: there is none.
+
+    Raises:
+        ConfigError: another version wrote them.
+    """
+    if config.run.name is None:
+        return None
+    try:
+        return read_config(find_run(place_in(output_location(config), config.run.name)))
+    except CheckpointError:
+        return None
+
+
+def describe_begun(begun: RunConfig) -> str:
+    """Return the line that says where the settings of a continued run come from."""
+    return f"{begun.recipe}: the settings are those that the run {begun.run.name!r} began with"
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -19,6 +19,8 @@ class RunSteps:
 class Progress:
     """Values that are shown while a run trains."""
 
+    first_step: int
+    """Steps done before this attempt: that of the checkpoint it resumed from, or 0."""
     steps_done: int
     num_steps: int
     epoch: float

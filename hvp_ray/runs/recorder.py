@@ -193,6 +193,7 @@ class RunRecorder(RankRecorder):
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
         return Progress(
+            first_step=self._restored.steps.first_step,
             steps_done=steps_done,
             num_steps=self._num_steps,
             epoch=steps_done / self._steps_per_epoch,

@@ -60,11 +60,11 @@ def draw_candidates(path: Path, batch: ViewBatch, originals: list[NDArray[np.uin
             chosen_locals = set() if choice.chosen_locals is None else set(choice.chosen_locals[:, row].tolist())
             _draw_local_views(axes[line][num_views + 1], as_shown(batch.local_views.pixels[:, row]), chosen_locals)
         _draw_scores(axes[line][-1], choice.pairs, choice.scores_BP[row], ious[row], int(choice.chosen[row]))
-    axes[0][0].set_title("image and crops", fontsize=8)
+    axes[0][0].set_title("image and crops", fontsize=11)
     if has_locals:
-        axes[0][num_views + 1].set_title("local views", fontsize=8)
-    axes[0][-1].set_title("loss of each pair, and its overlap", fontsize=8)
-    figure.suptitle("Candidate views, scored with the final weights: the hardest choice is framed", fontsize=10)
+        axes[0][num_views + 1].set_title("local views", fontsize=11)
+    axes[0][-1].set_title("loss of each pair, and its overlap", fontsize=11)
+    figure.suptitle("Candidate views, scored with the final weights: the hardest choice is framed", fontsize=13)
     figure.savefig(path, dpi=110)
 
 
@@ -92,7 +92,7 @@ def _draw_view(axis: Any, views: Views, view: int, row: int, *, is_chosen: bool)
     for spine in axis.spines.values():
         spine.set_edgecolor(_CHOSEN if is_chosen else "#dddddd")
         spine.set_linewidth(4.0 if is_chosen else 1.0)
-    axis.set_title(f"view {view}", fontsize=8, color=_CHOSEN if is_chosen else "#666666")
+    axis.set_title(f"view {view}", fontsize=11, color=_CHOSEN if is_chosen else "#666666")
 
 
 def _grey_out(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -128,8 +128,8 @@ def _draw_scores(
     colors = [_CHOSEN if index == chosen else "#b8c7d6" for index in range(len(pairs))]
     axis.barh(range(len(pairs)), scores - base, left=base, color=colors)
     for index, (score, iou) in enumerate(zip(scores, ious, strict=True)):
-        axis.text(base + 0.02 * span, index, f"{score:.3f}   IoU {iou:.2f}", va="center", fontsize=6.5)
-    axis.set_yticks(range(len(pairs)), [f"{m}-{n}" for m, n in pairs.tolist()], fontsize=7)
+        axis.text(base + 0.02 * span, index, f"{score:.3f}   IoU {iou:.2f}", va="center", fontsize=9)
+    axis.set_yticks(range(len(pairs)), [f"{m}-{n}" for m, n in pairs.tolist()], fontsize=9.5)
     axis.invert_yaxis()
     axis.set_xticks([])
     for side in ("top", "right", "bottom"):

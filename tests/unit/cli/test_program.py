@@ -1,6 +1,7 @@
 """`hvp-ray`: its commands, their help, the options people change most, completion in a shell, and a reader that leaves."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from hvp_ray import api
 from hvp_ray.cli.command_line import COMMON_OPTIONS, RunOptions, describe_common_options, parse_run
+from hvp_ray.cli.pretrain import Display
 from hvp_ray.cli.program import COMMANDS, SHELLS, describe_commands
-from hvp_ray.config import config_to_dict, flatten
+from hvp_ray.config import config_to_dict, flatten, with_settings
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.runs.progress import Progress
 
 ROOT = Path(__file__).parents[3]
 HVP_RAY = [sys.executable, "-c", "from hvp_ray.cli.program import main; main()"]
@@ -89,6 +93,42 @@ print(seen)
         env=environment | {"HOME": str(tmp_path)},
     )
     assert result.stdout.splitlines()[-1] == "['token']", result.stderr
+
+
+def test_name_of_a_run_without_a_recipe_takes_the_settings_that_it_began_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = with_settings(
+        get_recipe("dino-digits"), {"run.name": "one", "run.output": str(tmp_path), "training.epochs": 7}
+    )
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text(json.dumps({"config": config_to_dict(begun)}))
+    words = ["--run.name", "one", "--run.output", str(tmp_path)]
+    assert parse_run(words, program="test", description="") == begun
+    assert "dino-digits: the settings are those that the run 'one' began with" in capsys.readouterr().out
+    more = parse_run([*words, "--cluster.num_trainers", "2"], program="test", description="")
+    assert more == with_settings(begun, {"cluster.num_trainers": 2})
+    assert parse_run(["simsiam-digits", *words], program="test", description="").recipe == "simsiam-digits"
+    assert parse_run(["--run.name", "two", *words[2:]], program="test", description="").recipe == "simsiam-digits"
+    assert api._configure(None, {"run.name": "one", "run.output": tmp_path}, None) == begun
+
+
+def test_continued_run_says_where_it_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display()
+    for first_step, steps_done in [(0, 1), (0, 40), (30, 31), (30, 60)]:
+        display.show_progress(
+            Progress(
+                first_step=first_step,
+                steps_done=steps_done,
+                num_steps=100,
+                epoch=1.0,
+                loss=0.5,
+                images_per_second=9.0,
+                data_wait_fraction=0.0,
+            )
+        )
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if "continued" in line] == ["continued from the checkpoint of step 30"]
 
 
 def test_recipe_is_the_first_argument() -> None:

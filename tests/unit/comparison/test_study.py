@@ -11,7 +11,14 @@ import pytest
 
 from hvp_ray.comparison import runner
 from hvp_ray.comparison.arms import get_arm
-from hvp_ray.comparison.results import Difference, describe_difference, describe_result, read_run, summarize_metric
+from hvp_ray.comparison.results import (
+    Difference,
+    describe_difference,
+    describe_result,
+    describe_shortfall,
+    read_run,
+    summarize_metric,
+)
 from hvp_ray.comparison.results import RunResult as Result
 from hvp_ray.comparison.runner import is_done, num_parallel
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
@@ -287,6 +294,20 @@ def test_the_sentence_names_the_arm_whose_compute_is_equalled(tmp_path: Path) ->
     metric = summarize_metric(study, [_result(study, arm.name, 0, 0.5) for arm in study.arms], "knn_top1")
     pairs = [(difference.arm, difference.reference) for difference in metric.differences]
     assert pairs == [("hardest:every=2", "vanilla"), ("hardest", "vanilla"), ("hardest", "vanilla-long")]
+
+
+def test_report_warns_when_no_arm_is_better_than_what_learned_nothing(tmp_path: Path) -> None:
+    study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0), seeds=(0,))
+
+    def warning(best: float) -> str | None:
+        results = [_result(study, arm.name, 0, best if arm.name == "hardest" else 0.2) for arm in study.arms]
+        results[0].summary.update(knn_top1_untrained=0.3, knn_top1_pixels=0.5)
+        return describe_shortfall(summarize_metric(study, results, "knn_top1"))
+
+    assert warning(0.51) is None
+    pixels, both = warning(0.4) or "", warning(0.3) or ""
+    assert "untrained encoder" not in pixels and "(50.0 %); the best has 40.0 %" in pixels
+    assert "untrained encoder (30.0 %) or " in both and "(50.0 %); the best has 30.0 %" in both
 
 
 def test_unknown_metric_is_an_error_that_names_the_known_ones(tmp_path: Path) -> None:

@@ -71,6 +71,10 @@ def test_inventory_names_images_classes_bytes_and_images_that_lack_their_suffix(
     kept = inventory.to_dict()
     assert kept["source"]["num_images"] == 30 and kept["source"]["num_bytes"] == 30 * len(IMAGE)
     assert kept["source"]["left_out"][0]["example"] == "a/y.txt"
+    (few, *_) = _inventory(source=str(tmp_path), test_fraction=0.2, num_images=20).lines()
+    assert few.endswith(
+        "30 images, 3 classes, 0.0 MB, 16 to train on, 4 held out for evaluation, 10 not used (data.num_images)"
+    )
     _write(tmp_path / "test", "a/1.png")
     both = _inventory(source=str(tmp_path / "a"), test_source=str(tmp_path / "test"))
     assert both.source.num_classes is None and both.test_source is not None

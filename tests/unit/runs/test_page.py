@@ -106,7 +106,8 @@ def test_neighbours_are_the_largest_cosines_of_a_slow_search(generator: np.rando
     config = tiny_config("unused")
     queries, bank = (generator.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8) for count in (3, 12))
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(192, 7))
-    found = find_neighbours("", encoder, queries, bank, config, torch.device("cpu"))
+    names = [f"{index}.png" for index in range(12)]
+    found = find_neighbours("", encoder, queries, bank, names, config, torch.device("cpu"))
     mean, std = np.array(config.views.mean), np.array(config.views.std)
     weight, bias = (tensor.detach().numpy() for tensor in encoder[1].parameters())
 
@@ -115,10 +116,12 @@ def test_neighbours_are_the_largest_cosines_of_a_slow_search(generator: np.rando
         value: np.ndarray = weight @ pixels + bias
         return value / np.linalg.norm(value)
 
-    for query, images, similarities in zip(queries, found.images, found.similarities, strict=True):
+    for query, images, of_images, similarities in zip(
+        queries, found.images, found.names, found.similarities, strict=True
+    ):
         cosines = [float(feature(query) @ feature(image)) for image in bank]
         order = np.argsort(cosines)[::-1][:5]
-        assert (images == bank[order]).all()
+        assert (images == bank[order]).all() and of_images == [names[index] for index in order]
         np.testing.assert_allclose(similarities, np.array(cosines)[order], atol=1e-5)
 
 
