@@ -67,6 +67,7 @@ _EFFECTS: dict[str, Effect] = {
     "training.num_steps": Effect.WEIGHTS,
     "training.images_per_step": Effect.WEIGHTS,
     "training.accumulation_steps": Effect.WEIGHTS,
+    "training.activation_checkpointing": Effect.NOTHING,  # activations are computed again, to the same bits
     "training.checkpoint_every_steps": Effect.NOTHING,  # a resume continues with the same bits
     "training.keep_checkpoints": Effect.NOTHING,  # the newest one is always kept
     "training.torch_threads": Effect.WEIGHTS,

@@ -183,7 +183,7 @@ def describe_step(config: RunConfig) -> str:
             "",
             "memory of one trainer, MiB, without torch itself and its kernels' workspaces",
             *(f"  {title:<32} {getattr(memory, name) / _MIB:>9.0f}" for name, title in _NAMES.items()),
-            "  (training.accumulation_steps makes it smaller)",
+            "  (training.accumulation_steps makes it smaller, and training.activation_checkpointing that of a ViT)",
         ]
     )
 

@@ -26,6 +26,10 @@ class TrainingConfig(Checked):
     scores see one part at a time. SimCLR's loss contrasts all images of the step, at the price of a second forward
     pass."""
 
+    activation_checkpointing: bool = False
+    """Keep only the inputs of a Vision Transformer's blocks, and compute the rest again in the backward pass. This takes less
+    memory and one more forward pass of the trained views, and changes no bit."""
+
     checkpoint_every_steps: AtLeast1 = 500
     """Steps between checkpoints. One more is written at the end."""
 

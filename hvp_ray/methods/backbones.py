@@ -7,15 +7,16 @@ them. docs/export.md: how other programs load an encoder.
 """
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_in_modules, register_model
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -119,8 +120,26 @@ def forward_tokens(
         embedded = torch.where(mask[..., None], mask_token.to(embedded.dtype), embedded)
     # The rest of timm's forward_features, which has no place for a mask token.
     tokens = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(embedded)))
-    normalised: Tensor = backbone.norm(backbone.blocks(tokens))
+    blocks = partial(checkpoint_seq, backbone.blocks) if backbone.grad_checkpointing else backbone.blocks
+    normalised: Tensor = backbone.norm(blocks(tokens))
     return normalised
+
+
+def checkpoint_activations(backbone: nn.Module) -> None:
+    """Let the backward pass compute the activations inside each block again instead of keeping them.
+
+    Raises:
+        ConfigError: timm cannot do this for the network, or its BatchNorm would count every batch twice.
+    """
+    name = type(backbone).__name__
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules()):
+        raise ConfigError(
+            f"training.activation_checkpointing=True is not allowed with {name}: its BatchNorm would count every batch twice"
+        )
+    try:
+        cast(Any, backbone).set_grad_checkpointing()
+    except (AttributeError, AssertionError) as error:
+        raise ConfigError(f"training.activation_checkpointing=True is not allowed with {name}: {error}") from error
 
 
 def feature_dim(backbone: nn.Module) -> int:

@@ -13,6 +13,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError, RowReuseError
+from hvp_ray.methods.backbones import checkpoint_activations
 from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
@@ -65,7 +66,7 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
 
     Raises:
         CheckpointError: the initial weights are missing or fit another network.
-        ConfigError: `selection.reuse_student` is set, and the encoder has BatchNorm.
+        ConfigError: `selection.reuse_student` or `training.activation_checkpointing` does not fit the encoder.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
@@ -75,6 +76,8 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
             RowReuse(method.backbone)
         except RowReuseError as error:
             raise ConfigError(f"selection.reuse_student=True is not allowed with this encoder: {error}") from error
+    if config.training.activation_checkpointing:
+        checkpoint_activations(method.backbone)
     if config.training.initial_weights is not None:
         for encoder in method.encoders:
             load_initial_weights(encoder, config.training.initial_weights)

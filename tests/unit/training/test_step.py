@@ -15,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hvp_ray.config import RunConfig
+from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import ConfigError, TrainingError
@@ -199,6 +200,42 @@ def test_reusing_the_teachers_outputs_changes_no_bit(tmp_path: Path, recipe: str
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
     views = config.selection.num_global_views
     assert forwarded == [3 * views * 16, 3 * (views + 2) * 16]
+
+
+@pytest.mark.parametrize("recipe", ["dino-digits", "ibot-digits", "dinov2-digits"])
+def test_checkpointed_activations_change_no_bit_and_save_memory(tmp_path: Path, recipe: str) -> None:
+    """With drop path, bfloat16 and two parts a step; the blocks of the student are forwarded once more."""
+    backbone = dataclasses.replace(get_recipe(recipe).method.backbone, depth=4, drop_path=0.3)
+    if recipe == "dino-digits":
+        backbone = dataclasses.replace(VIT, depth=4, drop_path=0.3)
+    states, forwarded, estimates = [], [], []
+    for checkpointing in (False, True):
+        training = {"accumulation_steps": 2, "precision": "bfloat16", "activation_checkpointing": checkpointing}
+        config = tiny_config(
+            str(tmp_path), recipe=recipe, training=training, method={"backbone": backbone}, data={"num_images": 60}
+        )
+        config = with_vit_views(config)
+        estimates.append(estimate_memory(config))
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        calls: list[int] = []
+        trainee.method.backbone.blocks[0].attn.register_forward_hook(
+            lambda _, __, output, seen=calls: seen.append(len(output)) if torch.is_grad_enabled() else None
+        )
+        for step, batch in enumerate(_batches(config, 3)):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
+            train_step(trainee, batch, config, hard_step(config.selection))
+        states.append(trainee.method.state_dict())
+        forwarded.append(sum(calls))
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert forwarded[1] == 2 * forwarded[0]
+    assert estimates[1].training_peak < estimates[0].training_peak and estimates[1].weights == estimates[0].weights
+
+
+def test_checkpointed_activations_are_refused_with_batch_norm(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), training={"activation_checkpointing": True})
+    with pytest.raises(ConfigError, match="not allowed with ResNet: its BatchNorm would count every batch twice"):
+        build_untrained_method(config)
 
 
 @pytest.mark.parametrize(
