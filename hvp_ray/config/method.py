@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from hvp_ray.config.checks import AtLeast1, Checked, Fraction
+from hvp_ray.config.checks import AtLeast1, Checked, Fraction, Positive
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,10 @@ class BackboneConfig(Checked):
 
     drop_path: Fraction = 0.0
     """Stochastic depth of the trained encoder, rising linearly to this in the last block. Teachers have none."""
+
+    layer_scale: Positive | None = None
+    """Vision Transformers with LayerScale (DINOv2's): initial weight of each residual branch. None: that of the named model
+    (DINOv2's 1e-5, with which short runs hardly learn). Weights to start from replace it."""
 
     patch_px: AtLeast1 | None = None
     """Vision Transformers: height and width of a patch. None: those of the named model."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, is_model_in_modules, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.config import BackboneConfig
@@ -60,7 +60,19 @@ def build_backbone(config: BackboneConfig, *, drop_path: float | None = None) ->
         raise ConfigError(f"{given or 'the options'} does not fit {config.name}: {error}") from error
     if isinstance(backbone, VisionTransformer) and backbone.has_class_token and not config.pretrained:
         nn.init.trunc_normal_(backbone.cls_token, std=0.02)  # as DINO and iBOT; timm starts with 1e-6
+    if config.layer_scale is not None and not config.pretrained:
+        _fill_layer_scale(backbone, config)
     return backbone
+
+
+def _fill_layer_scale(backbone: nn.Module, config: BackboneConfig) -> None:
+    scales = [module for module in backbone.modules() if isinstance(module, LayerScale)]
+    if not scales:
+        raise ConfigError(
+            f"method.backbone.layer_scale={config.layer_scale} is not allowed: {config.name} has no LayerScale"
+        )
+    for module in scales:
+        nn.init.constant_(module.gamma, cast(float, config.layer_scale))
 
 
 _TRANSFORMER_OPTIONS = {

@@ -30,11 +30,13 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "ibot-cifar10": ibot.ibot_cifar10,
     "ibot-imagenet-vits16-100ep": ibot.ibot_imagenet_vits16_100ep,
     "dinov2-digits": dinov2.dinov2_digits,
+    "dinov2-cifar10-small": dinov2.dinov2_cifar10_small,
     "dinov2-imagenet-vits14": dinov2.dinov2_imagenet_vits14,
     "dinov2-imagenet-vitl14": dinov2.dinov2_imagenet_vitl14,
     "simsiam-own": own.simsiam_own,
     "simclr-own": own.simclr_own,
     "dino-own": own.dino_own,
+    "dinov2-own": own.dinov2_own,
 }
 
 

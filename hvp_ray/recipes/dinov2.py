@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hvp_ray.config import BackboneConfig, MaskConfig, RunConfig, SelectionConfig, TrainingConfig
+from hvp_ray.config import BackboneConfig, MaskConfig, RunConfig, SelectionConfig, TrackingConfig, TrainingConfig
 from hvp_ray.methods.configs import DinoV2Config
 from hvp_ray.recipes import data_sets
 from hvp_ray.recipes.dino import VIT_OPTIMIZER
@@ -49,6 +49,31 @@ def _tiny() -> BackboneConfig:
     """Return the network of the smoke test: registers and LayerScale as in DINOv2."""
     return BackboneConfig(
         name="vit_small_patch14_reg4_dinov2", image_px=16, patch_px=4, dim=96, depth=4, num_heads=3, drop_path=0.0
+    )
+
+
+def dinov2_cifar10_small() -> RunConfig:
+    """CIFAR-10 on CPUs: the tiny network of dinov2-digits, views of 24 and 12 px; needs --data.source.
+
+    hvp-ray pretrain dinov2-cifar10-small --data.source cifar10-train.parquet \
+        --data.test_source cifar10-test.parquet --data.num_images 5000 --training.epochs 2
+    """
+    global_views, local_views = data_sets.dino_multi_crop(
+        global_px=24, global_scale=(0.4, 1.0), local_px=12, local_scale=(0.1, 0.4), blur=False
+    )
+    digits = dinov2_digits()
+    return dataclasses.replace(
+        digits,
+        recipe="dinov2-cifar10-small",
+        data=data_sets.CIFAR10,
+        views=data_sets.cifar10_views(global_views, local_views, MaskConfig(patch_px=4, min_block_patches=4)),
+        selection=dataclasses.replace(digits.selection, num_local_views=8, num_chosen_local_views=4),
+        method=dataclasses.replace(
+            digits.method, backbone=dataclasses.replace(digits.method.backbone, image_px=24, drop_path=0.05)
+        ),
+        optimizer=dataclasses.replace(digits.optimizer, learning_rate_per_256=2e-3, warmup_epochs=1),
+        training=TrainingConfig(epochs=20, images_per_step=128, checkpoint_every_steps=200),
+        tracking=TrackingConfig(knn_images=5_000),
     )
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -139,6 +140,65 @@ class CheckpointStore:
                 logger.warning("the checkpoint of step %d could not be deleted: %s", step, error)
                 continue
             delete_folder(place_in(self._location, _folder(step)))
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread, one at a time, while training continues.
+
+    A failure is raised by the next call, or by the next step through `check`.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self.num_written = 0
+        self.written_at = 0.0
+        """Unix time of the last commit. 0: none yet."""
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Wait for the checkpoint before, then start to write this one. Its tensors must not change any more.
+
+        Raises:
+            CheckpointError: the checkpoint before could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, checkpoint)
+
+    def check(self) -> None:
+        """Raise the error of a checkpoint that could not be written, without waiting.
+
+        Raises:
+            CheckpointError: see `CheckpointStore.write`.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when every checkpoint is committed.
+
+        Raises:
+            CheckpointError: see `CheckpointStore.write`.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread.
+
+        Raises:
+            CheckpointError: see `CheckpointStore.write`.
+        """
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        self._store.write(checkpoint)
+        self.num_written += 1
+        self.written_at = time.time()
 
 
 def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Checkpoint:

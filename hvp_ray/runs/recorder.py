@@ -10,6 +10,7 @@ import torch
 
 from hvp_ray.distributed.world import mean_over_ranks
 from hvp_ray.errors import CheckpointError
+from hvp_ray.runs.checkpoint import CheckpointWriter
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining
 from hvp_ray.runs.progress import Progress
@@ -109,14 +110,15 @@ class RunRecorder(RankRecorder):
         self._last_record: tuple[float, int, float] | None = None  # time, steps, seconds of waiting
         self._progress_at = 0.0
         self._last_values: dict[str, float] = {}
+        self._writer = CheckpointWriter(rank.checkpoints)
         self._checkpoint_seconds: list[float] = []
-        self._checkpoint_at = 0.0
         self._is_stop_asked = False
         super().__init__(rank, restored, services)  # last, because it publishes `numbers`
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
         """Record every `log_every_steps`-th step, and the first and last."""
         super().after_step(steps_done, batch, metrics, learning_rate)
+        self._writer.check()
         if self._selection_log.wants(steps_done):
             _log_selection(self._selection_log, steps_done, batch, metrics)
         self._knn.after_step(steps_done)
@@ -136,13 +138,14 @@ class RunRecorder(RankRecorder):
             self._is_stop_asked = self._report_progress(self._progress(steps_done, loss))
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Write the choices since the last checkpoint, then commit this one."""
+        """Write the choices since the last checkpoint, then start to write this one; the run's last one is committed."""
         started_at = time.perf_counter()
         self._selection_log.flush()
         super().save_checkpoint(steps_done)
-        self._rank.checkpoints.write(take_checkpoint(self._restored.trainee, steps_done))
+        self._writer.write(take_checkpoint(self._restored.trainee, steps_done))
+        if steps_done == self._num_steps:
+            self._writer.wait()  # no failure of the evaluation may lose the weights
         self._checkpoint_seconds.append(time.perf_counter() - started_at)
-        self._checkpoint_at = time.time()
 
     def stop_requested(self) -> bool:
         """Tell whether the driver asked to stop."""
@@ -151,11 +154,11 @@ class RunRecorder(RankRecorder):
     def numbers(self) -> Numbers:
         """Return what `stream.metrics` publishes of rank 0; any thread may call this."""
         numbers: Numbers = super().numbers() | {
-            "hvp_ray_checkpoints_total": float(len(self._checkpoint_seconds)),
+            "hvp_ray_checkpoints_total": float(self._writer.num_written),
             "hvp_ray_checkpoint_seconds": list(self._checkpoint_seconds),
         }
-        if self._checkpoint_at:
-            numbers["hvp_ray_last_checkpoint_timestamp_seconds"] = self._checkpoint_at
+        if self._writer.written_at:
+            numbers["hvp_ray_last_checkpoint_timestamp_seconds"] = self._writer.written_at
         if self._last_values:
             numbers["hvp_ray_loss"] = self._last_values["train/loss"]
             numbers["hvp_ray_images_per_second"] = self._last_values["perf/images_per_second"]
@@ -186,10 +189,17 @@ class RunRecorder(RankRecorder):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """End a run that was stopped or failed in all trackers."""
-        if not self._is_finished:
-            status, patience = ("KILLED", 1.0) if kind is None else ("FAILED", 5.0)
-            finish_feeds(self._feeds, status=status, timeout_seconds=patience)
+        """Commit the last checkpoint, and end a run that was stopped or failed in all trackers."""
+        try:
+            self._writer.close()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
+        finally:
+            if not self._is_finished:
+                status, patience = ("KILLED", 1.0) if kind is None else ("FAILED", 5.0)
+                finish_feeds(self._feeds, status=status, timeout_seconds=patience)
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
         return Progress(

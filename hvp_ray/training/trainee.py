@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
@@ -131,11 +132,14 @@ def build_trainee_of(
 
 
 def take_checkpoint(trainee: Trainee, steps_done: int) -> Checkpoint:
-    """Copy the state to the host."""
-    method = {name: tensor.detach().cpu().clone() for name, tensor in trainee.method.state_dict().items()}
+    """Copy the state to the host; training does not change the copy."""
+
+    def on_host(value: Any) -> Any:
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
     return Checkpoint(
         step=steps_done,
-        method=method,
-        optimizer=trainee.optimizer.state_dict(),
+        method={name: on_host(tensor) for name, tensor in trainee.method.state_dict().items()},
+        optimizer=tree_map(on_host, trainee.optimizer.state_dict()),
         predictor={} if trainee.predictor is None else trainee.predictor.state(),
     )

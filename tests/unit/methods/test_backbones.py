@@ -170,3 +170,20 @@ def test_file_of_a_cifar_stem_names_the_module_that_timm_needs(tmp_path: Path) -
         export_backbone(build_backbone(config), config, tmp_path / "backbone.safetensors")
         with safe_open(tmp_path / "backbone.safetensors", framework="pt") as file:
             assert file.metadata().get("timm_import") == needed
+
+
+def test_layer_scale_starts_as_asked_and_weights_replace_it(tmp_path: Path) -> None:
+    tiny = BackboneConfig(
+        name="vit_small_patch14_reg4_dinov2", image_px=16, patch_px=4, dim=24, depth=2, num_heads=2, layer_scale=0.1
+    )
+    backbone = build_backbone(tiny)
+    scales = [value for name, value in backbone.state_dict().items() if name.endswith(".gamma")]
+    assert len(scales) == 4 and all((scale == 0.1).all() for scale in scales)
+    assert (build_backbone(dataclasses.replace(tiny, layer_scale=None)).blocks[0].ls1.gamma == 1e-5).all()
+    export_backbone(backbone, tiny, tmp_path / "backbone.safetensors")
+    again = build_backbone(dataclasses.replace(tiny, layer_scale=0.5))
+    load_initial_weights(again, str(tmp_path))
+    assert (again.blocks[1].ls2.gamma == 0.1).all()
+    assert (load_exported_backbone(tmp_path / "backbone.safetensors").blocks[0].ls2.gamma == 0.1).all()
+    with pytest.raises(ConfigError, match="layer_scale=0.1 is not allowed: vit_tiny_patch16_224 has no LayerScale"):
+        build_backbone(BackboneConfig(name="vit_tiny_patch16_224", layer_scale=0.1))

@@ -1,10 +1,12 @@
 """Checkpoints: committed or not there, checked, kept, and refused where they do not belong."""
 
+import copy
 import hashlib
 import io
 import json
 import pickle
 import shutil
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError
-from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore, weights_digest
-from tests.helpers import ProgramInAPickle
+from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore, CheckpointWriter, weights_digest
+from hvp_ray.training.trainee import build_trainee, take_checkpoint
+from tests.helpers import ProgramInAPickle, tiny_config
 
 
 def _store(root: Path, identity: str = "a", keep: int = 2) -> CheckpointStore:
@@ -234,3 +238,60 @@ def test_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path: Path) -
     state.mkdir()
     with pytest.raises(CheckpointError, match="cannot be read now"):
         store.load_newest()
+
+
+class _GatedStore(CheckpointStore):
+    """A storage that is as slow as the test wants."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(str(root), run_identity="a", keep=9)
+        self.gate = threading.Event()
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        assert self.gate.wait(60.0)
+        super().write(checkpoint)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_of_it(tmp_path: Path) -> None:
+    config = tiny_config(str(tmp_path), recipe="dino-digits")
+    trainee = build_trainee(config, World(), torch.device("cpu"), None)
+    store = _GatedStore(tmp_path / "checkpoints")
+    writer = CheckpointWriter(store)
+
+    def update() -> None:
+        for parameter in trainee.method.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        trainee.optimizer.step()
+
+    update()
+    before = copy.deepcopy((trainee.method.state_dict(), trainee.optimizer.state_dict()))
+    writer.write(take_checkpoint(trainee, 1))
+    update()
+    writer.check()
+    assert store.committed_steps() == [] and writer.num_written == 0
+    store.gate.set()
+    writer.write(take_checkpoint(trainee, 2))
+    assert store.committed_steps()[0] == 1, "one at a time"
+    writer.close()
+    assert store.committed_steps() == [1, 2] and writer.num_written == 2
+    first = store.load(1)
+    assert weights_digest(first.method) == weights_digest(before[0]) != weights_digest(store.load(2).method)
+    for index, state in before[1]["state"].items():
+        assert all(torch.equal(value, first.optimizer["state"][index][name]) for name, value in state.items())
+
+
+def test_checkpoint_that_cannot_be_written_fails_a_later_step(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    store = _GatedStore(tmp_path / "checkpoints")
+    writer = CheckpointWriter(store)
+    writer.write(_checkpoint(1))
+    writer.check()
+    store.gate.set()
+
+    def check_until_it_raises() -> None:
+        while True:
+            writer.check()
+
+    with pytest.raises(CheckpointError, match="the checkpoint of step 1 could not be written"):
+        check_until_it_raises()
+    writer.close()
