@@ -73,6 +73,7 @@ _EFFECTS: dict[str, Effect] = {
     "training.torch_threads": Effect.WEIGHTS,
     "training.precision": Effect.WEIGHTS,
     "training.compile": Effect.WEIGHTS,
+    "training.max_collapsed_steps": Effect.NOTHING,  # ends a run
     "training.initial_weights": Effect.RESULT,
     "cluster.num_trainers": Effect.RESULT,
     "cluster.min_trainers": Effect.RESULT,

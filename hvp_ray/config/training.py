@@ -45,6 +45,9 @@ class TrainingConfig(Checked):
     compile: bool = False
     """Use torch.compile for scoring and training; GPUs only."""
 
+    max_collapsed_steps: AtLeast1 | None = None
+    """End the run after the embeddings or the teacher have been collapsed for this many steps. None: warn only."""
+
     initial_weights: PathOrUri | None = None
     """Backbone weights to start from, by path or URI: a run's folder, or a file (safetensors or torch) with the names of
     timm, torchvision, DINO or DINOv2. The run says what did not fit. None: random weights, or timm's with

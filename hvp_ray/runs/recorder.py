@@ -90,7 +90,7 @@ class RunRecorder(RankRecorder):
         self._report_progress = services.report_progress
         self._steps_per_epoch = steps.steps_per_epoch
         self._stats = restored.stream.stats
-        self.collapse = CollapseWatch()
+        self.collapse = CollapseWatch(max_steps=config.training.max_collapsed_steps)
         self.problems: list[str] = []
         """Failures so far, one sentence each."""
         self._selection_log = SelectionLogWriter(

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from hvp_ray.errors import TrainingError
+
 logger = logging.getLogger(__name__)
 
 COLLAPSED_STD = 0.1
@@ -29,22 +31,41 @@ def embedding_std(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
 
 
 def effective_rank(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """Return exp of the entropy of the normalised singular values of the centred embeddings (Roy, Vetterli 2007)."""
+    """Return exp of the entropy of the normalised singular values of the centred embeddings.
+
+    Source: Roy, Vetterli 2007. RankMe (Garrido et al., ICML 2023) is this without centring.
+    """
     centred = embeddings.float() - embeddings.float().mean(dim=0)
     singular = torch.linalg.svdvals(centred)
     shares = singular / singular.sum().clamp_min(1e-12)
     return torch.exp(-(shares * shares.clamp_min(1e-12).log()).sum())
 
 
-class CollapseWatch:
-    """Warns once when embeddings or teacher collapse, and again if they collapse after a recovery."""
+_ADVICE = (
+    "Lower the learning rate, check the data for near-duplicates, or train on easier views (selection.every=2, a larger "
+    "minimum of crop_scale)"
+)
 
-    def __init__(self) -> None:
+
+class CollapseWatch:
+    """Warns once when embeddings or teacher collapse, and again if they collapse after a recovery.
+
+    Args:
+        max_steps: steps of collapse in succession that end the run. None: it only warns.
+    """
+
+    def __init__(self, *, max_steps: int | None = None) -> None:
         self.num_warnings = 0
         self._warned: set[str] = set()
+        self._max_steps = max_steps
+        self._collapsed_since: dict[str, int] = {}
 
     def see(self, step: int, values: dict[str, float]) -> None:
-        """Check the `collapse/` values of a step."""
+        """Check the `collapse/` values of a step.
+
+        Raises:
+            TrainingError: the collapse has lasted for `max_steps`.
+        """
         std = values.get("collapse/embedding_std", float("nan"))
         self._judge(
             "embeddings",
@@ -64,13 +85,17 @@ class CollapseWatch:
 
     def _judge(self, what: str, step: int, *, collapsed: bool, recovered: bool, finding: str) -> None:
         if collapsed and what not in self._warned:
-            logger.warning(
-                "step %d: %s. Lower the learning rate, check the data for near-duplicates, or train on easier views "
-                "(selection.every=2, a larger minimum of crop_scale)",
-                step,
-                finding,
-            )
+            logger.warning("step %d: %s. %s", step, finding, _ADVICE)
             self._warned.add(what)
             self.num_warnings += 1
         elif recovered:
             self._warned.discard(what)
+        if not collapsed:
+            self._collapsed_since.pop(what, None)
+            return
+        lasted = step - self._collapsed_since.setdefault(what, step)
+        if self._max_steps is not None and lasted >= self._max_steps:
+            raise TrainingError(
+                f"step {step}: {finding}, for {lasted} steps now, and training.max_collapsed_steps={self._max_steps} ends the "
+                f"run. {_ADVICE}"
+            )

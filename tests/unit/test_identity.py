@@ -53,6 +53,7 @@ CHANGES: dict[str, Any] = {
     "training.activation_checkpointing": True,
     "training.checkpoint_every_steps": 3,
     "training.keep_checkpoints": 1,
+    "training.max_collapsed_steps": 1000,
     "training.initial_weights": "WEIGHTS",
     "cluster.num_trainers": 2,
     "cluster.min_trainers": 1,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hvp_ray.config import TransformConfig, ViewGroupConfig
+from hvp_ray.errors import TrainingError
 from hvp_ray.methods.self_distillation import teacher_measurements
 from hvp_ray.randomness import Purpose
 from hvp_ray.selection import Candidates, CandidateScores, choose_views, pair_table
@@ -92,6 +93,17 @@ def test_collapse_is_warned_of_once_and_again_after_recovery(caplog: pytest.LogC
             watch.see(step, {"collapse/embedding_std": std})
     assert watch.num_warnings == 2
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 1", "step 4"]
+
+
+def test_lasting_collapse_ends_the_run_if_asked() -> None:
+    watch = CollapseWatch(max_steps=20)
+    for step, std in ((10, 0.05), (29, 0.05), (35, 0.15), (40, 0.05), (59, 0.05)):
+        watch.see(step, {"collapse/embedding_std": std})
+    with pytest.raises(TrainingError, match=r"step 60: .* for 20 steps now, and training.max_collapsed_steps=20 ends"):
+        watch.see(60, {"collapse/embedding_std": 0.05})
+    patient = CollapseWatch()
+    for step in range(1000):
+        patient.see(step, {"collapse/embedding_std": 0.0})
 
 
 def test_teacher_collapse_is_warned_of_after_its_first_steps(caplog: pytest.LogCaptureFixture) -> None:
