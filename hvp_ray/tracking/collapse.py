@@ -96,6 +96,6 @@ class CollapseWatch:
         lasted = step - self._collapsed_since.setdefault(what, step)
         if self._max_steps is not None and lasted >= self._max_steps:
             raise TrainingError(
-                f"step {step}: {finding}, for {lasted} steps now, and training.max_collapsed_steps={self._max_steps} ends the "
+                f"step {step}: {finding}, for {lasted} steps now; training.max_collapsed_steps={self._max_steps} ends the "
                 f"run. {_ADVICE}"
             )
