@@ -22,9 +22,9 @@ class TrainingConfig(Checked):
     """Images per optimizer step over all trainers (the global batch)."""
 
     accumulation_steps: AtLeast1 = 1
-    """Parts of equal size in which a step is forwarded, to save memory; their gradients add up to the step's. BatchNorm and
-    scores see one part at a time. SimCLR's loss contrasts all images of the step, at the price of a second forward
-    pass."""
+    """Parts of equal size in which a step is forwarded, to save memory; their gradients add up to the step's. BatchNorm,
+    scores, and DINOv2's Sinkhorn-Knopp and KoLeo see one part at a time. SimCLR's loss contrasts all images of the step, at
+    the price of a second forward pass."""
 
     activation_checkpointing: bool = False
     """Keep only the inputs of a Vision Transformer's blocks, and compute the rest again in the backward pass. This takes less
