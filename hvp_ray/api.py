@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_ray.config import RunConfig, with_settings
+from hvp_ray.config import RunConfig, conditions_left_out, with_settings
 from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import DEFAULT_RECIPE, get_recipe
 from hvp_ray.recipes.own import OWN_RECIPES
@@ -265,19 +265,27 @@ def embed(encoder: "Encoder", images: "str | Path | Sequence[AnImage]") -> NDArr
 def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str, Any] | None) -> RunConfig:
     chosen = {path: value for path, value in given.items() if value is not None}
     chosen |= dict(settings or {})
-    config = with_settings(get_recipe(recipe or DEFAULT_RECIPE), chosen)
+    recipe_config = get_recipe(recipe or DEFAULT_RECIPE)
+    if recipe in OWN_RECIPES:
+        return _fit_own(recipe_config, chosen)
+    config = with_settings(recipe_config, chosen)
     if recipe is None and config.run.name is not None:
         prepare_ray_environment()
         from hvp_ray.runs.prepare import settings_begun_with  # imports Ray
 
         if (begun := settings_begun_with(config)) is not None:
             return with_settings(begun, chosen)
-    if recipe not in OWN_RECIPES:
-        return config
+    return config
+
+
+def _fit_own(recipe: RunConfig, chosen: dict[str, Any]) -> RunConfig:
+    """Return a recipe that adapts itself, with the settings that are given."""
     prepare_ray_environment()
     from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
-    fitted = fit_own_recipe(config, given=chosen)
+    with conditions_left_out():
+        asked = with_settings(recipe, chosen)
+    fitted = fit_own_recipe(asked, given=chosen)
     logger.warning("\n".join(fitted.lines))
     return with_settings(fitted.config, chosen)
 

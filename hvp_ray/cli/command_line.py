@@ -3,12 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
-from hvp_ray.config import RunConfig, config_to_dict, deferred_checks, flatten
+from hvp_ray.config import RunConfig, conditions_left_out, config_to_dict, deferred_checks, flatten
 from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
 from hvp_ray.launch.environment import prepare_ray_environment
@@ -105,8 +106,11 @@ def parse_run_options(
     name = arguments[0] if is_named else DEFAULT_RECIPE
     recipe = get_recipe(name)
 
-    def parse(default: RunConfig) -> OptionsOfRun:
-        with deferred_checks():  # the whole run is checked at once, so that messages have full paths
+    adapts_itself = name in OWN_RECIPES
+
+    def parse(default: RunConfig, *, is_complete: bool = True) -> OptionsOfRun:
+        # The whole run is checked at once, so that messages have full paths.
+        with deferred_checks(), nullcontext() if is_complete else conditions_left_out():
             return tyro.cli(
                 kind,
                 default=kind(run=default),
@@ -120,7 +124,7 @@ def parse_run_options(
                 config=PARSER_SETTINGS,
             )
 
-    options = parse(recipe)
+    options = parse(recipe, is_complete=not adapts_itself)
     if not is_named and options.run.run.name is not None:
         prepare_ray_environment()
         from hvp_ray.runs.prepare import describe_begun, settings_begun_with  # imports Ray
@@ -128,11 +132,12 @@ def parse_run_options(
         if (begun := settings_begun_with(options.run)) is not None:
             say(f"{describe_begun(begun)}\n")
             recipe, options = begun, parse(begun)
-    if name in OWN_RECIPES:
+    if adapts_itself:
         prepare_ray_environment()
         from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
-        fitted = fit_own_recipe(options.run, given=_same(recipe, options.run, parse(OWN_RECIPES[name](UNUSUAL)).run))
+        from_elsewhere = parse(OWN_RECIPES[name](UNUSUAL), is_complete=False)
+        fitted = fit_own_recipe(options.run, given=_same(recipe, options.run, from_elsewhere.run))
         say("\n".join(fitted.lines) + "\n")
         options = parse(fitted.config)
     if options.recipe != name:

@@ -14,6 +14,7 @@ from hvp_ray.config.checks import (
     NonNegative,
     Positive,
     Range,
+    conditions_left_out,
     deferred_checks,
     require,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "ViewGroupConfig",
     "ViewsConfig",
     "Weighting",
+    "conditions_left_out",
     "config_from_dict",
     "config_to_dict",
     "deferred_checks",

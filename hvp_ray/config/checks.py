@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origi
 from hvp_ray.credentials import refuse_credentials
 from hvp_ray.errors import ConfigError
 
+_conditions_are_left_out: ContextVar[bool] = ContextVar("_conditions_are_left_out", default=False)
 _checks_are_deferred: ContextVar[bool] = ContextVar("_checks_are_deferred", default=False)
 
 
@@ -123,6 +124,16 @@ def deferred_checks() -> Iterator[None]:
         _checks_are_deferred.reset(token)
 
 
+@contextmanager
+def conditions_left_out() -> Iterator[None]:
+    """Check single fields only: a recipe that adapts itself has yet to choose what must fit the settings that are given."""
+    token = _conditions_are_left_out.set(True)
+    try:
+        yield
+    finally:
+        _conditions_are_left_out.reset(token)
+
+
 def check(section: Checked, prefix: str) -> None:
     """Check a section and the sections in it. No text of a config may be a URI with credentials.
 
@@ -141,7 +152,8 @@ def check(section: Checked, prefix: str) -> None:
         if isinstance(value, str):
             refuse_credentials(path, value)
         require(_fits(hint, value), path, value, describe(hint))
-    section.check_together(prefix)
+    if not _conditions_are_left_out.get():
+        section.check_together(prefix)
 
 
 def require(condition: bool, path: str, value: object, allowed: str) -> None:  # noqa: FBT001 (reads as an assertion)

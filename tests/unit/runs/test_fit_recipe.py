@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import hvp_ray as hvp
+from hvp_ray import api
 from hvp_ray.cli.command_line import parse_run
 from hvp_ray.config import BackboneConfig, RunConfig, with_settings
 from hvp_ray.costs.memory import estimate_memory
@@ -90,6 +91,28 @@ def test_setting_counts_if_it_is_given_also_with_the_value_that_the_recipe_shows
     assert config.method.backbone == BackboneConfig(name=shown, stem="cifar")
     config = parse_run([*words, "--training.images_per_step", "256"], program="test", description="")
     assert config.training.images_per_step == 256
+
+
+@pytest.mark.parametrize("size_px", [16, 160, 320])
+@pytest.mark.parametrize("name", OWN_RECIPES)
+def test_size_that_is_given_counts_where_the_recipe_as_shown_would_not_allow_it(
+    name: str, size_px: int, images: Path
+) -> None:
+    words = [
+        name,
+        "--data.source",
+        str(images),
+        "--cluster.device",
+        "cpu",
+        "--views.global_views.size_px",
+        str(size_px),
+    ]
+    config = parse_run(words, program="test", description="")
+    given = {"data.source": images, "cluster.device": "cpu", "views.global_views.size_px": size_px}
+    assert api._configure(name, given, None) == config
+    assert config.views.global_views.size_px == size_px <= config.views.evaluation_resize_px
+    with pytest.raises(ConfigError, match="views.evaluation_resize_px=8 is not allowed"):
+        parse_run([*words, "--views.evaluation_resize_px", "8"], program="test", description="")
 
 
 @pytest.mark.parametrize("name", OWN_RECIPES)
