@@ -36,8 +36,10 @@ def draw_nearest_neighbours(config: RunConfig, dataset: Dataset, trainee: Traine
     bank_ids = _spread(dataset.training_ids, _MAX_BANK_IMAGES + _MAX_QUERIES)
     query_ids, query_source = _spread(dataset.test_ids, _MAX_QUERIES), dataset.test_source
     if not len(query_ids):
-        query_ids, query_source = _spread(bank_ids, _MAX_QUERIES), dataset.source
+        query_ids, query_source = _spread(bank_ids, min(_MAX_QUERIES, len(bank_ids) // 2)), dataset.source
         bank_ids = np.setdiff1d(bank_ids, query_ids)
+    if not len(query_ids):
+        return  # a single image has no neighbour
     queries, query_ids = load_evaluation_pixels(query_source, query_ids, config.views, config.data)
     bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, config.data)
     encoders = {

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from hvp_ray.cli.command_line import parse_run
@@ -123,6 +124,26 @@ def test_neighbours_are_the_largest_cosines_of_a_slow_search(generator: np.rando
         order = np.argsort(cosines)[::-1][:5]
         assert (images == bank[order]).all() and of_images == [names[index] for index in order]
         np.testing.assert_allclose(similarities, np.array(cosines)[order], atol=1e-5)
+
+
+@pytest.mark.parametrize("num_images", [2, 3])
+def test_few_images_without_labels_have_neighbours_too(
+    tmp_path: Path, num_images: int, generator: np.random.Generator
+) -> None:
+    (tmp_path / "images").mkdir()
+    for index in range(num_images):
+        pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    config = tiny_config(
+        str(tmp_path),
+        run={"name": "one"},
+        data={"source": str(tmp_path / "images"), "num_images": None},
+        training={"images_per_step": 2, "epochs": 1},
+        tracking={"num_figure_images": 1},
+    )
+    summary = pretrain_in_process(config)
+    assert summary is not None and summary["problems"] == []
+    assert (tmp_path / "one" / "figures" / "neighbours.png").exists()
 
 
 @pytest.mark.slow
