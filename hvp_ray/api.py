@@ -130,7 +130,7 @@ def pretrain(
 
     Args:
         source: images: a folder, Parquet, shards, or a URI. None: those of the recipe.
-        recipe: settings to start from. None: those that the run `name` began with, if there is one, or `simsiam-digits`.
+        recipe: settings to start from. None: those of the existing run `name`, or else `simsiam-digits`.
         backbone: network, a name of timm. None: that of the recipe.
         test_source: labelled images for the evaluation at the end.
         epochs: passes over the images.
@@ -173,7 +173,7 @@ def pretrain(
 
         from hvp_ray.launch.local import pretrain_in_process
 
-        with logging_redirect_tqdm([logging.getLogger("hvp_ray")]):
+        with logging_redirect_tqdm():
             summary = pretrain_in_process(config, report_progress=bar.report)
         assert summary is not None  # no other process, and nothing asks for a stop
         return Run(place_in(output_location(config), summary["run_name"]))
@@ -268,14 +268,13 @@ def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str,
     recipe_config = get_recipe(recipe or DEFAULT_RECIPE)
     if recipe in OWN_RECIPES:
         return _fit_own(recipe_config, chosen)
-    config = with_settings(recipe_config, chosen)
-    if recipe is None and config.run.name is not None:
+    if recipe is None and "run.name" in chosen:
         prepare_ray_environment()
-        from hvp_ray.runs.prepare import settings_begun_with  # imports Ray
+        from hvp_ray.runs.prepare import recorded_settings  # imports Ray
 
-        if (begun := settings_begun_with(config)) is not None:
-            return with_settings(begun, chosen)
-    return config
+        place = {path: value for path, value in chosen.items() if path in ("run.name", "run.output")}
+        recipe_config = recorded_settings(with_settings(recipe_config, place)) or recipe_config
+    return with_settings(recipe_config, chosen)
 
 
 def _fit_own(recipe: RunConfig, chosen: dict[str, Any]) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
-from hvp_ray.config import RunConfig, conditions_left_out, config_to_dict, deferred_checks, flatten
+from hvp_ray.config import RunConfig, conditions_left_out, config_to_dict, deferred_checks, flatten, with_settings
 from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
 from hvp_ray.launch.environment import prepare_ray_environment
@@ -87,9 +87,10 @@ def parse_options(kind: type[Options], arguments: list[str], *, program: str, de
 def parse_run_options(
     kind: type[OptionsOfRun], arguments: list[str], *, program: str, description: str
 ) -> OptionsOfRun:
-    """Return the options of a program that is about one run. Settings that are not given are those of its recipe.
+    """Return the options of a program that is about one run.
 
-    Without a recipe, they are those that the run `--run.name` began with, if there is one, or those of the default recipe.
+    Defaults come from the recipe. Without a recipe they come from the existing run `--run.name`, or else from the default
+    recipe.
 
     Args:
         kind: `RunOptions`, or a dataclass that adds fields to it.
@@ -124,14 +125,9 @@ def parse_run_options(
                 config=PARSER_SETTINGS,
             )
 
+    if not is_named:
+        recipe = _recorded_settings(recipe, arguments)
     options = parse(recipe, is_complete=not adapts_itself)
-    if not is_named and options.run.run.name is not None:
-        prepare_ray_environment()
-        from hvp_ray.runs.prepare import describe_begun, settings_begun_with  # imports Ray
-
-        if (begun := settings_begun_with(options.run)) is not None:
-            say(f"{describe_begun(begun)}\n")
-            recipe, options = begun, parse(begun)
     if adapts_itself:
         prepare_ray_environment()
         from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
@@ -146,6 +142,29 @@ def parse_run_options(
         raise ConfigError(f"--recipe is set by the first argument, not as an option; got {options.run.recipe!r}")
     check(options, "--")
     return options
+
+
+def _recorded_settings(default: RunConfig, words: list[str]) -> RunConfig:
+    """Return the settings of the existing run that the words name, or else `default`; say which."""
+    given: dict[str, str] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        if option in ("--run.name", "--run.output"):
+            given[option.removeprefix("--")] = value if equals else following
+    if not given.get("run.name"):
+        return default
+    prepare_ray_environment()
+    from hvp_ray.runs.prepare import describe_recorded, output_location, recorded_settings  # imports Ray
+
+    asked = with_settings(default, given)
+    recorded = recorded_settings(asked)
+    if recorded is None:
+        say(
+            f"{output_location(asked)} has no run {asked.run.name!r}; a new one starts, with the recipe {default.recipe}\n"
+        )
+        return default
+    say(f"{describe_recorded(recorded)}\n")
+    return recorded
 
 
 def _same(usual: RunConfig, *parsed: RunConfig) -> list[str]:

@@ -48,7 +48,7 @@ class Options(RunOptions):
     """Runs side by side. None: as many as the cluster has room for."""
 
     plan_only: bool = False
-    """Print the plan and its duration, and start nothing."""
+    """Print the plan and its duration, and train nothing. Costs that are not known are measured."""
 
 
 class ProgressLines:
@@ -113,10 +113,10 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
     return "\n".join(
         [
             *lines,
-            f"costs are in random steps and in runs of the vanilla arm, without rendering;\n{what}",
+            f"step costs are relative to a random step, run costs to a vanilla run; rendering is not included\n{what}",
             "",
-            f"{parallel} run(s) side by side; their steps take about {duration} on an idle machine, the start and the "
-            f"evaluation of each run come on top; finished runs are not repeated",
+            f"{parallel} run(s) in parallel. All steps take about {duration} on an idle machine, plus start and evaluation "
+            f"of each run. Finished runs are skipped.",
         ]
     )
 

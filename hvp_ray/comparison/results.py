@@ -230,14 +230,14 @@ def describe_difference(difference: Difference) -> str:
 
 
 def describe_shortfall(result: MetricResult) -> str | None:
-    """Return a warning if no arm is better than a reference that learned nothing; None: some arm is better than all."""
+    """Return a warning if no arm beats every untrained reference, else None."""
     best = max(arm.mean for arm in result.arms)
     better = [f"{name} ({100 * value:.1f} %)" for name, value in result.references.items() if value >= best]
     if not better:
         return None
     return (
-        f"{result.title}: no arm is better than {' or '.join(better)}; the best has {100 * best:.1f} %. After so little "
-        f"training the differences say little about a full one."
+        f"{result.title}: no arm is better than {' or '.join(better)}; the best has {100 * best:.1f} %. The encoders "
+        f"have not learned useful features, so differences between arms may not hold for a full training."
     )
 
 

@@ -35,7 +35,7 @@ class BackboneConfig(Checked):
 
     layer_scale: Positive | None = None
     """Vision Transformers with LayerScale (DINOv2's): initial weight of each residual branch. None: that of the named model
-    (DINOv2's 1e-5, with which short runs hardly learn). Weights to start from replace it."""
+    (DINOv2's 1e-5, with which short runs hardly learn). Weights to start from that have LayerScale replace it."""
 
     patch_px: AtLeast1 | None = None
     """Vision Transformers: height and width of a patch. None: those of the named model."""

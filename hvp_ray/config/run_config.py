@@ -49,6 +49,9 @@ class RunConfig(Checked):
         scoring_px, size_px = self.selection.scoring_resolution_px, self.views.global_views.size_px
         allowed = f"at most views.global_views.size_px={size_px}"
         require(scoring_px is None or scoring_px <= size_px, "selection.scoring_resolution_px", scoring_px, allowed)
+        checkpointing = self.training.activation_checkpointing
+        is_compiled = self.training.compile and checkpointing
+        require(not is_compiled, "training.activation_checkpointing", checkpointing, "False with training.compile=True")
         compiles_on_cpu = self.training.compile and self.cluster.device == "cpu"
         require(not compiles_on_cpu, "training.compile", self.training.compile, "False with cluster.device=cpu")
 

@@ -22,9 +22,9 @@ class TrainingConfig(Checked):
     """Images per optimizer step over all trainers (the global batch)."""
 
     accumulation_steps: AtLeast1 = 1
-    """Parts of equal size in which a step is forwarded, to save memory; their gradients add up to the step's. BatchNorm,
-    scores, and DINOv2's Sinkhorn-Knopp and KoLeo see one part at a time. SimCLR's loss contrasts all images of the step, at
-    the price of a second forward pass."""
+    """Split each step into this many equal parts to save memory; gradients accumulate over the parts. BatchNorm, scores, and
+    DINOv2's Sinkhorn-Knopp and KoLeo use one part at a time. SimCLR still contrasts all images of the step, which takes a
+    second forward pass."""
 
     activation_checkpointing: bool = False
     """Keep only the inputs of a Vision Transformer's blocks, and compute the rest again in the backward pass. This takes less
@@ -46,11 +46,12 @@ class TrainingConfig(Checked):
     """Use torch.compile for scoring and training; GPUs only."""
 
     max_collapsed_steps: AtLeast1 | None = None
-    """End the run after the embeddings or the teacher have been collapsed for this many steps. None: warn only."""
+    """End the run once embeddings or teacher stay collapsed for this many consecutive steps, not counting the first 100.
+    Judged on logged steps; the count restarts on resume. None: only warn."""
 
     initial_weights: PathOrUri | None = None
     """Backbone weights to start from, by path or URI: a run's folder, or a file (safetensors or torch) with the names of
-    timm, torchvision, DINO or DINOv2. The run says what did not fit. None: random weights, or timm's with
+    timm, torchvision, DINO, DINOv2, MoCo or Lightning. The run says what did not fit. None: random weights, or timm's with
     `method.backbone.pretrained`."""
 
     def total_steps(self, steps_per_epoch: int) -> int:

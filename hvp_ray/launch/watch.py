@@ -137,11 +137,11 @@ class _WaitingNotice:
             if name not in hidden and not name.startswith("node:")
         }
         self._show(
-            f"no step was done for {seconds:.0f} s: the machines may be busy, or trainers wait for room. Each trainer takes "
-            f"{_amounts(self._trainer_resources)}; free: {_amounts(free) or 'none'}. `ray status` shows who has the rest"
+            f"no step finished for {seconds:.0f} s. The machines may be slow, or Ray has queued the trainers. Each trainer "
+            f"needs {_amounts(self._trainer_resources)}; free: {_amounts(free) or 'none'}. `ray status` shows what is in use"
         )
 
 
 def _amounts(resources: Mapping[str, float]) -> str:
-    """Return Ray's resources in words, such as `1 CPU, 2 GPU`; none of those of which there is nothing."""
+    """Return the non-zero resources as text, such as `1 CPU, 2 GPU`."""
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if amount)

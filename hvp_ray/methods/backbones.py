@@ -132,7 +132,11 @@ def forward_tokens(
         embedded = torch.where(mask[..., None], mask_token.to(embedded.dtype), embedded)
     # The rest of timm's forward_features, which has no place for a mask token.
     tokens = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(embedded)))
-    blocks = partial(checkpoint_seq, backbone.blocks) if backbone.grad_checkpointing else backbone.blocks
+    blocks = (
+        partial(checkpoint_seq, backbone.blocks, use_reentrant=False)
+        if backbone.grad_checkpointing
+        else backbone.blocks
+    )
     normalised: Tensor = backbone.norm(blocks(tokens))
     return normalised
 

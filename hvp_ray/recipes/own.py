@@ -38,7 +38,7 @@ _CIFAR_STEMS = ("resnet10", "resnet18", "resnet34", "resnet50")
 _IMAGES_SEEN = {"cuda": 20_000_000, "cpu": 500_000}
 """Images that a run from random weights passes over: 400 epochs of 50,000 images on a GPU, 50 of 10,000 on CPUs."""
 _FROM_WEIGHTS = 0.25
-"""Length of a run that starts from released weights, in that of one from random weights."""
+"""Length of a run from released weights, as a fraction of a run from random weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +61,9 @@ class Circumstances:
 
 
 USUAL = Circumstances(num_images=100_000, shorter_px=224)
-"""Those that `--help` shows the settings of."""
+"""Circumstances whose settings `--help` shows."""
 UNUSUAL = Circumstances(num_images=10, shorter_px=20, device="cpu")
-"""Others. A setting that is the same from both starting points was given."""
+"""Different circumstances. A setting that parses to one value from both must have come from the user."""
 
 
 def own(method: OwnMethod, of: Circumstances) -> RunConfig:
@@ -115,8 +115,10 @@ def _named(network: str, size_px: int, of: Circumstances) -> BackboneConfig:
     if network.startswith(("vit_", "deit_")):
         largest_px = 14 if "patch14" in network and size_px % 14 == 0 else 16
         patch_px = largest_px if size_px >= 160 else 8 if size_px >= 64 else 4
-        # DINOv2's 1e-5 is for deep networks and long runs; CaiT's rule starts up to 18 blocks at 0.1.
-        layer_scale = 0.1 if "dinov2" in network and not of.starts_from_weights else None
+        # DINOv2's 1e-5 is for deep networks and long runs; CaiT's rule starts up to 18 blocks at 0.1. Released weights of a
+        # network without LayerScale were trained as if it were 1.
+        has_layer_scale, start = "dinov2" in network, 1.0 if of.starts_from_weights else 0.1
+        layer_scale = start if has_layer_scale else None
         return BackboneConfig(name=network, image_px=size_px, patch_px=patch_px, drop_path=0.1, layer_scale=layer_scale)
     return BackboneConfig(name=network, stem="cifar" if size_px <= 32 and network in _CIFAR_STEMS else "imagenet")
 

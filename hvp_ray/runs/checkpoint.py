@@ -37,7 +37,7 @@ class CheckpointStore:
         self._keep = keep
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Write and commit; then delete the oldest beyond `keep`, and later ones, which were skipped as damaged.
+        """Write and commit the checkpoint. Then delete all but the newest `keep`, and damaged checkpoints of later steps.
 
         Raises:
             CheckpointError: the storage refused (disk full, no permission); earlier checkpoints stay usable.
@@ -132,7 +132,11 @@ class CheckpointStore:
             ) from error
 
     def _drop_others(self, newest: int) -> None:
-        steps = self.committed_steps()
+        try:
+            steps = self.committed_steps()
+        except OSError as error:
+            logger.warning("the checkpoints before step %d could not be listed, so none was deleted: %s", newest, error)
+            return
         for step in [s for s in steps if s <= newest][: -self._keep] + [s for s in steps if s > newest]:
             try:
                 self._files.delete(f"{_folder(step)}/{_MANIFEST}")  # uncommitted first, then removed
@@ -157,7 +161,7 @@ class CheckpointWriter:
         """Unix time of the last commit. 0: none yet."""
 
     def write(self, checkpoint: Checkpoint) -> None:
-        """Wait for the checkpoint before, then start to write this one. Its tensors must not change any more.
+        """Wait for the previous write, then start this one. The caller must not modify the tensors afterwards.
 
         Raises:
             CheckpointError: the checkpoint before could not be written.

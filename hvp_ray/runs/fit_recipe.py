@@ -1,4 +1,4 @@
-"""Fit a recipe `<method>-own` to the images and the machine: look at both, and count how many images fit a step."""
+"""Fit a `<method>-own` recipe to the images and the machine: sample image sizes, and count how many images fit a step."""
 
 import dataclasses
 import statistics
@@ -18,7 +18,7 @@ from hvp_ray.errors import ConfigError, DataError, UnreadableImageError
 from hvp_ray.recipes import get_recipe
 from hvp_ray.recipes.own import OWN_RECIPES, Circumstances
 from hvp_ray.runs.channel_statistics import measure_channels
-from hvp_ray.runs.prepare import describe_begun, settings_begun_with
+from hvp_ray.runs.prepare import describe_recorded, recorded_settings
 from hvp_ray.stream.machine import this_machine
 from hvp_ray.stream.reading import read_images
 
@@ -32,6 +32,9 @@ _SHOWN = {
     "views.global_views.size_px": "views, px",
     "method.backbone.name": "network",
     "method.backbone.channels": "widths of its stages",
+    "method.backbone.patch_px": "patches, px",
+    "method.backbone.dim": "width",
+    "method.backbone.depth": "blocks",
     "training.epochs": "epochs",
     "training.num_steps": "steps",
     "training.images_per_step": "images per step",
@@ -61,8 +64,8 @@ def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRe
         DataError: the images cannot be used.
         ConfigError: not even two images fit the memory.
     """
-    if (begun := settings_begun_with(asked)) is not None:
-        return FittedRecipe(config=begun, lines=(describe_begun(begun),))
+    if (recorded := recorded_settings(asked)) is not None:
+        return FittedRecipe(config=recorded, lines=(describe_recorded(recorded),))
     dataset = open_dataset(asked.data)
     device, settings = _device_of(asked), _given(asked, given)
     found = Circumstances(
@@ -121,14 +124,14 @@ def _device_of(asked: RunConfig) -> Literal["cpu", "cuda"]:
 
 
 def _memory_of(device: str) -> tuple[int, str]:
-    """Return the bytes that a trainer has, and what they are of."""
+    """Return a trainer's memory in bytes, and a description of its device."""
     if device == "cpu":
         machine = this_machine()
         return machine.free_bytes // 2, f"{machine.num_cpus} CPU(s) with {machine.free_bytes / 2**30:.0f} GiB free"
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return properties.total_memory, f"a {properties.name} of {properties.total_memory / 2**30:.0f} GiB"
-    return 16 * 2**30, "a GPU that is not here; 16 GiB are assumed"
+    return 16 * 2**30, "a GPU of assumed 16 GiB (this machine has none)"
 
 
 def _median_shorter_side(source: Source, asked: RunConfig) -> int:

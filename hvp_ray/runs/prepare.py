@@ -89,8 +89,8 @@ def output_folder(config: RunConfig) -> Path:
     return path.absolute()
 
 
-def settings_begun_with(config: RunConfig) -> RunConfig | None:
-    """Return the settings that the run of this output and name began with; None: there is none.
+def recorded_settings(config: RunConfig) -> RunConfig | None:
+    """Return the recorded settings of the existing run with this name and output. None: the name is new.
 
     Raises:
         ConfigError: another version wrote them.
@@ -98,14 +98,16 @@ def settings_begun_with(config: RunConfig) -> RunConfig | None:
     if config.run.name is None:
         return None
     try:
-        return read_config(find_run(place_in(output_location(config), config.run.name)))
+        recorded = read_config(find_run(place_in(output_location(config), config.run.name)))
     except CheckpointError:
         return None
+    place = dataclasses.replace(recorded.run, name=config.run.name, output=config.run.output, resume=config.run.resume)
+    return dataclasses.replace(recorded, run=place)
 
 
-def describe_begun(begun: RunConfig) -> str:
+def describe_recorded(recorded: RunConfig) -> str:
     """Return the line that says where the settings of a continued run come from."""
-    return f"{begun.recipe}: the settings are those that the run {begun.run.name!r} began with"
+    return f"{recorded.recipe}: the settings are those in config.json of the run {recorded.run.name!r}"
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

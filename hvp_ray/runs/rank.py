@@ -51,7 +51,7 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
 
     Raises:
         CheckpointError: the run's folder or its checkpoints cannot be used.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a collapse has lasted for `training.max_collapsed_steps`.
         StageError, DataError: no batches come, or the data is too damaged.
     """
     with RunStorage(job.run_dir, job.run_uri, rank=world.rank) as storage:

@@ -142,6 +142,7 @@ class RunRecorder(RankRecorder):
         started_at = time.perf_counter()
         self._selection_log.flush()
         super().save_checkpoint(steps_done)
+        self._writer.wait()  # one copy of the state at a time
         self._writer.write(take_checkpoint(self._restored.trainee, steps_done))
         if steps_done == self._num_steps:
             self._writer.wait()  # no failure of the evaluation may lose the weights
@@ -192,7 +193,8 @@ class RunRecorder(RankRecorder):
         """Commit the last checkpoint, and end a run that was stopped or failed in all trackers."""
         try:
             self._writer.close()
-        except CheckpointError as failure:
+        except Exception as failure:
+            kind = kind or type(failure)
             if error is None:
                 raise
             error.add_note(str(failure))

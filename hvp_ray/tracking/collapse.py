@@ -17,8 +17,8 @@ COLLAPSED_STD = 0.1
 COLLAPSED_INFORMATION = 0.02
 """Below this `collapse/teacher_information`, in nats, a warning is logged."""
 
-TEACHER_GRACE_STEPS = 100
-"""Steps before the teacher is judged: an untrained teacher carries little information about the image."""
+GRACE_STEPS = 100
+"""Steps before the teacher is judged, and before collapsed steps count: untrained outputs say little about the image."""
 
 
 def embedding_std(embeddings: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
@@ -78,7 +78,7 @@ class CollapseWatch:
         self._judge(
             "teacher",
             step,
-            collapsed=information < COLLAPSED_INFORMATION and step > TEACHER_GRACE_STEPS,
+            collapsed=information < COLLAPSED_INFORMATION and step > GRACE_STEPS,
             recovered=information > 2 * COLLAPSED_INFORMATION,
             finding=f"the teacher's output hardly depends on the image ({information:.4f} nats of information)",
         )
@@ -90,7 +90,7 @@ class CollapseWatch:
             self.num_warnings += 1
         elif recovered:
             self._warned.discard(what)
-        if not collapsed:
+        if not collapsed or step <= GRACE_STEPS:
             self._collapsed_since.pop(what, None)
             return
         lasted = step - self._collapsed_since.setdefault(what, step)

@@ -62,7 +62,7 @@ def _show(axis: Any, pixels: NDArray[np.uint8], text: str) -> None:
     axis.imshow(as_shown(pixels))
     axis.set_xticks([])
     axis.set_yticks([])
-    axis.set_xlabel(text, fontsize=7, labelpad=2)
+    axis.set_xlabel(text, fontsize=7, labelpad=2, parse_math=False)
 
 
 def _shortened(name: str) -> str:

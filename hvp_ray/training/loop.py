@@ -66,7 +66,7 @@ def run_loop(
     """Train from `first_step` (the number of steps done so far) to `num_steps`, or until any rank is asked to stop.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the observer ends the run.
         StageError: the stream stopped delivering batches.
         DataError: too many images are unreadable.
     """

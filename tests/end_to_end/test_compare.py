@@ -109,7 +109,7 @@ def _check_report(output: Path, *, num_steps: int, printed: str) -> dict[str, An
     assert found == [num_steps, num_steps, round(num_steps * report["compute_ratio"])]
 
     assert report["result"] in printed
-    assert "their steps take about" in printed and "make ui" not in printed and "viewStateShareKey=c" in printed
+    assert "All steps take about" in printed and "make ui" not in printed and "viewStateShareKey=c" in printed
     page = (output / "c" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == len(list((output / "c" / "figures").glob("*.png"))) >= 8
     assert 'src="http' not in page and 'href="http' not in page

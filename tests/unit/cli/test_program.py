@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,15 +103,28 @@ def test_name_of_a_run_without_a_recipe_takes_the_settings_that_it_began_with(
         get_recipe("dino-digits"), {"run.name": "one", "run.output": str(tmp_path), "training.epochs": 7}
     )
     (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "config.json").write_text(json.dumps({"config": config_to_dict(begun)}))
+    recorded = with_settings(
+        begun, {"run.name": None, "run.output": "/gone", "run.resume": False}
+    )  # its name was drawn
+    (tmp_path / "one" / "config.json").write_text(json.dumps({"config": config_to_dict(recorded)}))
     words = ["--run.name", "one", "--run.output", str(tmp_path)]
     assert parse_run(words, program="test", description="") == begun
-    assert "dino-digits: the settings are those that the run 'one' began with" in capsys.readouterr().out
+    assert "dino-digits: the settings are those in config.json of the run 'one'" in capsys.readouterr().out
+    prototypes = parse_run([*words, "--method.num_prototypes", "512"], program="test", description="")
+    assert prototypes == with_settings(begun, {"method.num_prototypes": 512})
+    shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "copy")
+    copied = parse_run(["--run.name=copy", f"--run.output={tmp_path / 'elsewhere'}"], program="test", description="")
+    assert copied == with_settings(
+        begun, {"run.name": "copy", "run.output": tmp_path / "elsewhere", "run.resume": True}
+    )
     more = parse_run([*words, "--cluster.num_trainers", "2"], program="test", description="")
     assert more == with_settings(begun, {"cluster.num_trainers": 2})
     assert parse_run(["simsiam-digits", *words], program="test", description="").recipe == "simsiam-digits"
+    capsys.readouterr()
     assert parse_run(["--run.name", "two", *words[2:]], program="test", description="").recipe == "simsiam-digits"
-    assert api._configure(None, {"run.name": "one", "run.output": tmp_path}, None) == begun
+    assert f"{tmp_path} has no run 'two'; a new one starts, with the recipe simsiam-digits" in capsys.readouterr().out
+    named = {"run.name": "one", "run.output": tmp_path}
+    assert api._configure(None, named, {"method.num_prototypes": 512}) == prototypes
 
 
 def test_continued_run_says_where_it_begins(capsys: pytest.CaptureFixture[str]) -> None:

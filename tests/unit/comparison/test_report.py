@@ -63,7 +63,7 @@ def test_page_shows_all_runs_and_embeds_figures(study: Study, tmp_path: Path) ->
     assert "<td>vanilla-long</td><td>30</td><td>1.000</td><td>1.00</td><td>1.00</td><td>1.50</td>" in page
     assert 'src="data:image/png;base64,cGl4ZWxz"' in page and "Every point is one run" in page
     assert "http" not in page
-    assert "collapsed" not in page
+    assert "Embeddings collapsed" not in page
 
 
 def test_page_escapes_text_and_warns(study: Study) -> None:

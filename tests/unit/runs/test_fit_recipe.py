@@ -161,7 +161,7 @@ def test_run_that_is_continued_keeps_the_settings_that_it_began_with(images: Pat
     asked_again = asked("simsiam-own", images, **{"run.name": "mine", "run.output": tmp_path})
     again = fit_own_recipe(asked_again)
     assert again.config.training == first.config.training and again.config.views == first.config.views
-    assert again.lines == ("simsiam-own: the settings are those that the run 'mine' began with",)
+    assert again.lines == ("simsiam-own: the settings are those in config.json of the run 'mine'",)
 
 
 def test_released_weights_are_found_in_the_question(images: Path, tmp_path: Path) -> None:

@@ -97,10 +97,10 @@ def test_collapse_is_warned_of_once_and_again_after_recovery(caplog: pytest.LogC
 
 def test_lasting_collapse_ends_the_run_if_asked() -> None:
     watch = CollapseWatch(max_steps=20)
-    for step, std in ((10, 0.05), (29, 0.05), (35, 0.15), (40, 0.05), (59, 0.05)):
+    for step, std in ((1, 0.05), (110, 0.05), (120, 0.05), (135, 0.15), (140, 0.05), (159, 0.05)):
         watch.see(step, {"collapse/embedding_std": std})
-    with pytest.raises(TrainingError, match=r"step 60: .* for 20 steps now, and training.max_collapsed_steps=20 ends"):
-        watch.see(60, {"collapse/embedding_std": 0.05})
+    with pytest.raises(TrainingError, match=r"step 160: .* for 20 steps now; training.max_collapsed_steps=20 ends"):
+        watch.see(160, {"collapse/embedding_std": 0.05})
     patient = CollapseWatch()
     for step in range(1000):
         patient.see(step, {"collapse/embedding_std": 0.0})
