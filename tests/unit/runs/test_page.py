@@ -133,7 +133,7 @@ def test_few_images_without_labels_have_neighbours_too(
     (tmp_path / "images").mkdir()
     for index in range(num_images):
         pixels = generator.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index} a$b_{{$.png")  # no formula
     config = tiny_config(
         str(tmp_path),
         run={"name": "one"},
