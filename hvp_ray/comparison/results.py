@@ -25,7 +25,7 @@ _LEAST_SEEDS = 3
 _JUDGEMENTS = {
     "better": "more than chance explains",
     "worse": "less than random views, more than chance explains",
-    "no difference shown": "which chance explains as well",
+    "no difference shown": "which is within chance",
     "not known": "which so few seeds cannot tell from chance",
 }
 

@@ -54,7 +54,7 @@ class DataInventory:
     """None: test images are held out of the source."""
     num_test_images: int
     num_unused_images: int
-    """Of the source, by `data.num_images`."""
+    """Images of the source that `data.num_images` excludes."""
 
     def lines(self) -> list[str]:
         """Return two to five lines for the user."""

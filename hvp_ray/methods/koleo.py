@@ -19,10 +19,10 @@ _EPSILON = 1e-8
 def nearest_neighbour_losses(
     features_VBD: Float[Tensor, "views batch dim"], *, gather: Callable[[Tensor], Tensor], rank: int
 ) -> Float[Tensor, "batch views"]:
-    """Return -log of the distance of each feature of unit length to the nearest one of the same view of another image.
+    """Return -log distance of each normalised feature to its nearest neighbour, in the same view of other images.
 
-    Zeros if there is one image. Source: facebookresearch/dinov2 loss/koleo_loss.py. Differs: neighbours are looked for on
-    all ranks, so that the loss of a step does not depend on their number.
+    Zeros if there is one image. Source: facebookresearch/dinov2 loss/koleo_loss.py. Differs: neighbours are searched on all
+    ranks, so that the loss of a step does not depend on the number of ranks.
 
     Args:
         features_VBD: of any length.

@@ -33,7 +33,7 @@ def balanced_probabilities(
         logits_NK: the teacher's.
         temperature: divides them.
         gather: `Ranks.gather`; every rank calls this function equally often.
-        counts_N: samples that count; the others get zeros. None: all.
+        counts_N: mask of the samples to balance; the others get zeros. None: all are balanced.
         iterations: alternations between prototypes and samples. The last one is over samples.
     """
 

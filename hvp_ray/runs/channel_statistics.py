@@ -18,7 +18,7 @@ _LEAST_STD = 1 / 255
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelStatistics:
-    """Of the pixels of some training images, for values from 0 to 1; every image counts the same."""
+    """Mean and standard deviation of each channel over sampled training images, scaled to 0..1; images weigh the same."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]

@@ -22,7 +22,7 @@ _MAX_BANK_IMAGES = 1_000
 
 
 def draw_nearest_neighbours(config: RunConfig, dataset: Dataset, trainee: Trainee, path: Path) -> None:
-    """Draw what is nearest to some test images among training images. Without test images, the queries are training images.
+    """Draw the nearest training images of some test images. Without test images, the queries are training images.
 
     Args:
         config: the run.
