@@ -134,11 +134,13 @@ def test_finished_run_has_a_summary_figures_and_an_mlflow_store_and_prints_where
 def test_finished_run_is_not_done_again_and_refuses_other_settings(
     finished: Finished, output: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--run.name", "finished", "--run.output", str(output)]) == 1
+    named = ["--run.name", "finished", "--run.output", str(output)]
+    assert main(["simsiam-digits", *named]) == 1
     assert "has finished with other settings" in (refusal := capfd.readouterr().err)
     assert "training.epochs: 2 -> 45" in refusal and "data.num_images: 200 -> None" in refusal
-    assert main(_options(output, "finished")) == 0
-    assert "has ended already" in capfd.readouterr().out
+    for words in (_options(output, "finished"), named):
+        assert main(words) == 0
+        assert "has ended already" in capfd.readouterr().out
     assert len(attempts(finished.run_dir)) == 1
 
 
