@@ -17,8 +17,8 @@ def dinov2_digits() -> RunConfig:
 
     hvp-ray pretrain dinov2-digits
 
-    Not tuned. k-NN accuracy 0.78 after 24 epochs (one run), below raw pixels: LayerScale starts at 1e-5, so all class
-    tokens are alike at first, which the run warns of, and the prototypes part only in the last third.
+    k-NN accuracy 0.87 after 24 epochs (one run), below raw pixels (0.97). With LayerScale from 1e-5 and a momentum of 0.992
+    it was 0.78, because all class tokens are alike at first.
     """
     ibot = ibot_digits()
     assert ibot.views.masks is not None
@@ -41,6 +41,7 @@ def dinov2_digits() -> RunConfig:
             warmup_patch_teacher_temperature=0.02,
             warmup_teacher_epochs=0,
             warmup_patch_teacher_epochs=0,
+            teacher_momentum=0.98,
         ),
     )
 
@@ -48,7 +49,14 @@ def dinov2_digits() -> RunConfig:
 def _tiny() -> BackboneConfig:
     """Return the network of the smoke test: registers and LayerScale as in DINOv2."""
     return BackboneConfig(
-        name="vit_small_patch14_reg4_dinov2", image_px=16, patch_px=4, dim=96, depth=4, num_heads=3, drop_path=0.05
+        name="vit_small_patch14_reg4_dinov2",
+        image_px=16,
+        patch_px=4,
+        dim=96,
+        depth=4,
+        num_heads=3,
+        drop_path=0.05,
+        layer_scale=1.0,
     )
 
 
@@ -68,9 +76,7 @@ def dinov2_cifar10_small() -> RunConfig:
         data=data_sets.CIFAR10,
         views=data_sets.cifar10_views(global_views, local_views, MaskConfig(patch_px=4, min_block_patches=4)),
         selection=dataclasses.replace(digits.selection, num_local_views=8, num_chosen_local_views=4),
-        method=dataclasses.replace(
-            digits.method, backbone=dataclasses.replace(digits.method.backbone, image_px=24, drop_path=0.05)
-        ),
+        method=dataclasses.replace(digits.method, backbone=dataclasses.replace(digits.method.backbone, image_px=24)),
         optimizer=dataclasses.replace(digits.optimizer, learning_rate_per_256=2e-3, warmup_epochs=1),
         training=TrainingConfig(epochs=20, images_per_step=128, checkpoint_every_steps=200),
         tracking=TrackingConfig(knn_images=5_000),
