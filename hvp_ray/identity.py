@@ -78,6 +78,7 @@ _EFFECTS: dict[str, Effect] = {
     "cluster.num_trainers": Effect.RESULT,
     "cluster.min_trainers": Effect.RESULT,
     "cluster.resize_check_seconds": Effect.NOTHING,  # of elastic runs, whose identity is "elastic"
+    "cluster.sharding": Effect.WEIGHTS,  # another order of sums
     "cluster.placement": Effect.NOTHING,  # nodes, not numbers
     "cluster.num_view_workers": Effect.NOTHING,  # views are a function of the plan, on any worker
     "cluster.renderer": Effect.RESULT,

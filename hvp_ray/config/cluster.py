@@ -10,7 +10,7 @@ RendererName = Literal["cpu", "dali-cpu", "dali-gpu"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig(Checked):
-    """Processes and their resources. Only `num_trainers`, `min_trainers`, `renderer` and `device` may change results."""
+    """Processes and their resources. Only the numbers of trainers, `sharding`, `renderer` and `device` may change results."""
 
     path: ClassVar[str] = "cluster"
 
@@ -24,6 +24,10 @@ class ClusterConfig(Checked):
 
     resize_check_seconds: Positive = 60.0
     """Seconds between an elastic run's checks for room for more trainers, which start from the newest checkpoint."""
+
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: each trainer keeps a part of the weights, gradients and optimizer state of a Vision Transformer and gathers them
+    block by block, for networks that do not fit a GPU. none: every trainer has all of them."""
 
     placement: Literal["auto", "labels", "anywhere"] = "auto"
     """How nodes are chosen. labels: the Ray resources `view` and `trainer` of a node say how many view workers and trainers

@@ -43,6 +43,7 @@ class RunConfig(Checked):
         self._check_views_of_method()
         self._check_weighting()
         self._check_reuse()
+        self._check_sharding()
         if self.selection.rule == "predicted":
             each, probed = self.training.images_per_step // self.cluster.num_trainers, self.selection.probe_images
             require(probed <= each, "selection.probe_images", probed, f"at most the {each} images of a trainer")
@@ -115,6 +116,18 @@ class RunConfig(Checked):
         }
         for allowed, holds in conditions.items():
             require(holds, "selection.reuse_student", self.selection.reuse_student, f"False without {allowed}")
+
+    def _check_sharding(self) -> None:
+        sharding, conditions = (
+            self.cluster.sharding,
+            {
+                "selection.reuse_student=False": not self.selection.reuse_student,
+                "training.compile=False": not self.training.compile,
+                "tracking.knn_every_epochs=0": not self.tracking.knn_every_epochs,
+            },
+        )
+        for allowed, holds in conditions.items():
+            require(sharding == "none" or holds, "cluster.sharding", sharding, f"none without {allowed}")
 
     @property
     def encoder(self) -> BackboneConfig:

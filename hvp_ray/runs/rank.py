@@ -62,6 +62,7 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
             result = _train(rank, restored, recorder)
             if not isinstance(recorder, RunRecorder) or result.stopped_early:
                 return None
+            restored = _with_whole_encoder(rank, restored)
             try:
                 after, summary = _evaluate(rank, restored, recorder, result, services)
             except StopAskedError:
@@ -138,6 +139,15 @@ def _train(rank: OpenedRank, restored: RestoredRank, recorder: RankRecorder) -> 
         )
     finally:
         restored.stream.close()
+
+
+def _with_whole_encoder(rank: OpenedRank, restored: RestoredRank) -> RestoredRank:
+    """Return a trainee that this rank can use alone: that of the last checkpoint, if this one is sharded."""
+    if not restored.trainee.is_sharded:
+        return restored
+    checkpoint = rank.checkpoints.load_newest(map_location="cpu")
+    trainee = build_trainee(with_local_weights(rank.job.config), World(), rank.device, checkpoint)
+    return dataclasses.replace(restored, trainee=trainee)
 
 
 def _evaluate(

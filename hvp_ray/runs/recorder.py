@@ -62,6 +62,12 @@ class RankRecorder:
         """Close the log's segment; return when all ranks have uploaded what the checkpoint presupposes."""
         self._restored.log.start_segment(steps_done)
         push_on_all_ranks(self._rank.storage, self._rank.job.run_uri, self._rank.device)
+        self.write_state(steps_done)
+
+    def write_state(self, steps_done: int) -> None:
+        """Give rank 0 this rank's part of the state, if it is sharded."""
+        if self._restored.trainee.is_sharded:
+            take_checkpoint(self._restored.trainee, steps_done)
 
     def stop_requested(self) -> bool:
         """Tell whether this rank was asked to stop; the step shares the answer with all ranks."""
@@ -142,11 +148,14 @@ class RunRecorder(RankRecorder):
         started_at = time.perf_counter()
         self._selection_log.flush()
         super().save_checkpoint(steps_done)
+        self._checkpoint_seconds.append(time.perf_counter() - started_at)
+
+    def write_state(self, steps_done: int) -> None:
+        """Start to write the state; the run's last one is committed."""
         self._writer.wait()  # one copy of the state at a time
         self._writer.write(take_checkpoint(self._restored.trainee, steps_done))
         if steps_done == self._num_steps:
             self._writer.wait()  # no failure of the evaluation may lose the weights
-        self._checkpoint_seconds.append(time.perf_counter() - started_at)
 
     def stop_requested(self) -> bool:
         """Tell whether the driver asked to stop."""

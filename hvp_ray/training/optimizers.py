@@ -7,6 +7,7 @@ from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
 from hvp_ray.config import OptimizerConfig
+from hvp_ray.distributed.shard import own_part, whole
 from hvp_ray.methods.method import Method
 from hvp_ray.training.schedules import base_learning_rate
 
@@ -110,8 +111,9 @@ def clip_gradients(method: nn.Module, config: OptimizerConfig) -> torch.Tensor |
         return None
     gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
     if config.clip_scope == "global":
-        return nn.utils.clip_grad_norm_(method.parameters(), config.clip_gradient_norm)
-    norms = torch._foreach_norm(gradients)
+        norm: torch.Tensor = whole(nn.utils.clip_grad_norm_(method.parameters(), config.clip_gradient_norm))
+        return norm
+    norms = [whole(norm) for norm in torch._foreach_norm(gradients)]
     factors = [(config.clip_gradient_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
-    torch._foreach_mul_(gradients, factors)
-    return torch.stack(list(norms)).norm()
+    torch._foreach_mul_([own_part(gradient) for gradient in gradients], factors)
+    return torch.stack(norms).norm()

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hvp_ray.config import RunConfig
+from hvp_ray.distributed.shard import shard_for_training, sharded_state, whole
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
-from hvp_ray.distributed.wrap import synchronize_batch_norm, wrap_for_training
+from hvp_ray.distributed.wrap import WrappedMethod, synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError, RowReuseError
 from hvp_ray.methods.backbones import checkpoint_activations
 from hvp_ray.methods.initial_weights import load_initial_weights
@@ -42,6 +44,8 @@ class Trainee:
     mean_over_ranks: Callable[[Tensor], Tensor]
     device: torch.device
     rank: int
+    is_sharded: bool = False
+    """Each rank has a part of the parameters: `take_checkpoint` is a collective, and the encoder cannot run alone."""
     predictor: HardnessPredictor | None = None
     """Learns from the probes of rule predicted; None: another rule."""
     stage: Callable[[Stage], AbstractContextManager[None]] = name_for_profiler
@@ -67,7 +71,8 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
 
     Raises:
         CheckpointError: the initial weights are missing or fit another network.
-        ConfigError: `selection.reuse_student` or `training.activation_checkpointing` does not fit the encoder.
+        ConfigError: `selection.reuse_student`, `training.activation_checkpointing` or `cluster.sharding` does not fit the
+            encoder.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_torch_seed(seed=config.run.seed, purpose=Purpose.TORCH_INIT, step=0, rank=0))
@@ -77,6 +82,10 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
             RowReuse(method.backbone)
         except RowReuseError as error:
             raise ConfigError(f"selection.reuse_student=True is not allowed with this encoder: {error}") from error
+    if config.cluster.sharding == "fsdp" and not isinstance(method.backbone, VisionTransformer):
+        raise ConfigError(
+            f"cluster.sharding=fsdp is not allowed with {config.method.backbone.name}: only Vision Transformers are sharded"
+        )
     if config.training.activation_checkpointing:
         checkpoint_activations(method.backbone)
     if config.training.initial_weights is not None:
@@ -104,10 +113,13 @@ def build_trainee_of(
     method = synchronized
     if device.type == "cuda":
         method = method.to(device)
-    optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
     if checkpoint is not None:
         method.load_state_dict(checkpoint.method)
-        optimizer.load_state_dict(checkpoint.optimizer)
+    is_sharded = config.cluster.sharding == "fsdp" and world.num_ranks > 1
+    wrapped = _shard(method, world, device) if is_sharded else wrap_for_training(method, world, device)
+    optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
+    if checkpoint is not None:
+        optimizer.load_state_dict(sharded_state(optimizer, checkpoint.optimizer))
     predictor = None
     if config.selection.rule == "predicted":
         predictor = HardnessPredictor(
@@ -115,7 +127,6 @@ def build_trainee_of(
             steps_done=0 if checkpoint is None else checkpoint.step,
             state=None if checkpoint is None else checkpoint.predictor,
         )
-    wrapped = wrap_for_training(method, world, device)
     compiled = method.compiles_rows = config.training.compile
     return Trainee(
         method=method,
@@ -127,15 +138,26 @@ def build_trainee_of(
         mean_over_ranks=mean_over_ranks,
         device=device,
         rank=world.rank,
+        is_sharded=is_sharded,
         predictor=predictor,
     )
 
 
+def _shard(method: Method, world: World, device: torch.device) -> WrappedMethod:
+    transformers = [module for module in method.modules() if isinstance(module, VisionTransformer)]
+    return shard_for_training(
+        method,
+        [block for transformer in transformers for block in transformer.blocks],
+        world,
+        device,
+    )
+
+
 def take_checkpoint(trainee: Trainee, steps_done: int) -> Checkpoint:
-    """Copy the state to the host; training does not change the copy."""
+    """Copy the state to the host; training does not change the copy. With shards, every rank calls this."""
 
     def on_host(value: Any) -> Any:
-        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        return whole(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
 
     return Checkpoint(
         step=steps_done,
