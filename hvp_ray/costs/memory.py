@@ -1,17 +1,20 @@
 """Memory of a trainer, counted over an imaginary step in the same way for all recipes."""
 
+import dataclasses
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import imagine_step
+from hvp_ray.methods.method import Method
 from hvp_ray.selection import hard_step
 from hvp_ray.stream.device import BATCHES_ON_DEVICE
 from hvp_ray.training.step import choose_step_views, forward_backward, probe_plans, update_weights
@@ -57,7 +60,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
             gradients = _bytes_of(p.grad for p in method.parameters() if p.grad is not None)
             del chosen, trained
         state = imagined.optimizer.state_dict()["state"]
-        return MemoryEstimate(
+        estimate = MemoryEstimate(
             weights=_bytes_of(weights),
             gradients=gradients,
             optimizer_state=_bytes_of(leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)),
@@ -66,6 +69,36 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
             training_peak=training_peak,
             peak=max(scoring_peak, training_peak),
         )
+        if config.cluster.sharding == "none":
+            return estimate
+        return _of_a_shard(estimate, method, config.cluster.min_trainers or config.cluster.num_trainers)
+
+
+def _of_a_shard(whole: MemoryEstimate, method: Method, num_ranks: int) -> MemoryEstimate:
+    """Return the memory of one of the ranks that share weights, gradients and optimizer state.
+
+    Gathered at once are the weights of two blocks (the running one and the next), the gradients of one, and weights and
+    gradients of everything outside the blocks.
+    """
+    blocks = [block for m in method.modules() if isinstance(m, VisionTransformer) for block in m.blocks]
+    of_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = [parameter for parameter in method.parameters() if id(parameter) not in of_blocks]
+    largest = max(_bytes_of(block.parameters()) for block in blocks)
+    gathered = _bytes_of(outside) + 2 * largest
+    gathered_gradients = _bytes_of(parameter for parameter in outside if parameter.requires_grad) + largest
+    weights, gradients, state = (kept // num_ranks for kept in (whole.weights, whole.gradients, whole.optimizer_state))
+    spared = whole.weights - weights + whole.optimizer_state - state
+    scoring_peak = whole.scoring_peak - spared + gathered
+    training_peak = whole.training_peak - spared - (whole.gradients - gradients) + gathered + gathered_gradients
+    return dataclasses.replace(
+        whole,
+        weights=weights,
+        gradients=gradients,
+        optimizer_state=state,
+        scoring_peak=scoring_peak,
+        training_peak=training_peak,
+        peak=max(scoring_peak, training_peak),
+    )
 
 
 def _bytes_of(tensors: Iterable[Any]) -> int:

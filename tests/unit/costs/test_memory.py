@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hvp_ray.config import with_settings
 from hvp_ray.costs.imaginary import made_up_batch
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.prefetch import batch_bytes
@@ -18,7 +19,7 @@ from hvp_ray.stream.batches import InlineBatches
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceBatch
 from hvp_ray.training.pixel_views import PixelViews
 from hvp_ray.training.step import score_candidates
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.trainee import build_trainee, build_untrained_method
 from tests.helpers import tiny_config
 
 
@@ -46,6 +47,30 @@ def test_estimate_has_what_is_kept_of_the_students_rows(tmp_path: Path) -> None:
     plain, with_rows = estimate_memory(config), estimate_memory(reusing)
     assert 0.8 * kept_bytes < with_rows.scoring_peak - plain.scoring_peak < 1.05 * kept_bytes
     assert with_rows.training_peak <= plain.training_peak
+
+
+def test_shards_keep_their_part_and_gather_blocks() -> None:
+    """By hand: what is spared is (1 - 1/R) of the kept; gathered are two blocks, and all that lies outside the blocks."""
+    config = get_recipe("dinov2-digits")
+    whole, two, many = (
+        estimate_memory(with_settings(config, settings))
+        for settings in (
+            {},
+            *(
+                {"cluster.sharding": "fsdp", "cluster.num_trainers": n, "training.images_per_step": 32 * n}
+                for n in (2, 8)
+            ),
+        )
+    )
+    method = build_untrained_method(config)
+    block = 4 * sum(p.numel() for p in method.backbone.blocks[0].parameters())
+    parameters = 4 * sum(p.numel() for p in method.parameters())
+    outside = parameters - 2 * len(method.backbone.blocks) * block
+    assert (two.weights, many.weights) == (whole.weights // 2, whole.weights // 8)
+    assert (two.optimizer_state, two.gradients) == (whole.optimizer_state // 2, whole.gradients // 2)
+    spared = whole.weights - two.weights + whole.optimizer_state - two.optimizer_state
+    assert two.scoring_peak == whole.scoring_peak - spared + outside + 2 * block
+    assert many.training_peak < two.training_peak
 
 
 def test_trainer_drops_a_batch_before_it_takes_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
