@@ -75,6 +75,7 @@ _EFFECTS: dict[str, Effect] = {
     "training.compile": Effect.WEIGHTS,
     "training.max_collapsed_steps": Effect.NOTHING,  # ends a run
     "training.initial_weights": Effect.RESULT,
+    "training.initial_run": Effect.RESULT,
     "cluster.num_trainers": Effect.RESULT,
     "cluster.min_trainers": Effect.RESULT,
     "cluster.resize_check_seconds": Effect.NOTHING,  # of elastic runs, whose identity is "elastic"
@@ -150,7 +151,7 @@ class Resolved:
     test_data: dict[str, str]
     """Name -> digest: `Dataset.test_parts`."""
     initial_weights: str | None
-    """See `file_digest`."""
+    """Digest of the weights that training starts from: of a file (`file_digest`), or of the newest checkpoint of a run."""
     torch_version: str
     """Version of torch with its build, for instance 2.13.0+cu130."""
 

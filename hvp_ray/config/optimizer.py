@@ -56,6 +56,12 @@ class OptimizerConfig(Checked):
     """Layer-wise decay of the learning rate: each layer of the encoder has this times the rate of the next one. Below 1,
     early layers change less, which keeps more of `training.initial_weights` (0.65 to 0.9 is usual)."""
 
+    patch_embedding_rate: Positive = 1.0
+    """Factor of the learning rate of a Vision Transformer's patch embedding, beside `layer_decay` (DINOv2: 0.2)."""
+
+    fused: bool = False
+    """sgd and adamw: torch's fused kernels, which read and write each tensor once. They round differently."""
+
     clip_gradient_norm: Positive | None = None
     """Largest norm of the gradient. None: no clipping (SimSiam)."""
 
@@ -63,7 +69,8 @@ class OptimizerConfig(Checked):
     """Norm that is clipped. global: that of all parameters. tensor: each parameter's own (DINO's and iBOT's code)."""
 
     def check_together(self, prefix: str) -> None:
-        """Check that a warm-up has a schedule by step."""
+        """Check that a warm-up has a schedule by step, and that there are fused kernels."""
         fits = self.schedule == "cosine-per-step" or self.warmup_epochs == 0.0
         allowed = f"0 with {prefix}schedule=cosine-per-epoch"
         require(fits, f"{prefix}warmup_epochs", self.warmup_epochs, allowed)
+        require(not (self.fused and self.name == "lars"), f"{prefix}fused", self.fused, f"False with {prefix}name=lars")

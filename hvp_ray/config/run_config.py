@@ -123,7 +123,6 @@ class RunConfig(Checked):
             {
                 "selection.reuse_student=False": not self.selection.reuse_student,
                 "training.compile=False": not self.training.compile,
-                "tracking.knn_every_epochs=0": not self.tracking.knn_every_epochs,
             },
         )
         for allowed, holds in conditions.items():

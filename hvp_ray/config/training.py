@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from hvp_ray.config.checks import AtLeast1, Checked, PathOrUri, Range
+from hvp_ray.config.checks import AtLeast1, Checked, PathOrUri, Range, require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,16 @@ class TrainingConfig(Checked):
     """Backbone weights to start from, by path or URI: a run's folder, or a file (safetensors or torch) with the names of
     timm, torchvision, DINO, DINOv2, MoCo or Lightning. The run says what did not fit. None: random weights, or timm's with
     `method.backbone.pretrained`."""
+
+    initial_run: PathOrUri | None = None
+    """Folder of a run of the same method and network, to start from with all its weights: student, teacher, heads and
+    centres of its newest checkpoint. Position embeddings are interpolated; optimizer and schedules begin anew. For a last
+    phase at a higher resolution."""
+
+    def check_together(self, prefix: str) -> None:
+        """Check that the weights come from one place."""
+        fits = self.initial_run is None or self.initial_weights is None
+        require(fits, f"{prefix}initial_run", self.initial_run, f"None with {prefix}initial_weights")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Return the number of steps of the run."""

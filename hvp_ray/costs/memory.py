@@ -71,20 +71,21 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         )
         if config.cluster.sharding == "none":
             return estimate
-        return _of_a_shard(estimate, method, config.cluster.min_trainers or config.cluster.num_trainers)
+        return _of_a_shard(estimate, method, config)
 
 
-def _of_a_shard(whole: MemoryEstimate, method: Method, num_ranks: int) -> MemoryEstimate:
+def _of_a_shard(whole: MemoryEstimate, method: Method, config: RunConfig) -> MemoryEstimate:
     """Return the memory of one of the ranks that share weights, gradients and optimizer state.
 
-    Gathered at once are the weights of two blocks (the running one and the next), the gradients of one, and weights and
-    gradients of everything outside the blocks.
+    Gathered at once are the weights of two blocks (the running one and the next; in the precision of training), the
+    gradients of one, and weights and gradients of everything outside the blocks.
     """
+    num_ranks = config.cluster.min_trainers or config.cluster.num_trainers
     blocks = [block for m in method.modules() if isinstance(m, VisionTransformer) for block in m.blocks]
     of_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
     outside = [parameter for parameter in method.parameters() if id(parameter) not in of_blocks]
     largest = max(_bytes_of(block.parameters()) for block in blocks)
-    gathered = _bytes_of(outside) + 2 * largest
+    gathered = _bytes_of(outside) + (largest if config.training.precision == "bfloat16" else 2 * largest)
     gathered_gradients = _bytes_of(parameter for parameter in outside if parameter.requires_grad) + largest
     weights, gradients, state = (kept // num_ranks for kept in (whole.weights, whole.gradients, whole.optimizer_state))
     spared = whole.weights - weights + whole.optimizer_state - state

@@ -9,14 +9,15 @@ from torch import nn
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.distributed.shard import whole
 from hvp_ray.errors import CheckpointError, first_line
 from hvp_ray.evaluation.report import KnnData, evaluate_encoder, load_knn_data
 from hvp_ray.methods.backbones import build_backbone
 
 
 def snapshot_encoder(encoder: nn.Module) -> bytes:
-    """Return the weights of an encoder as safetensors."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()})
+    """Return the weights of an encoder as safetensors; if it is sharded, all ranks call this."""
+    return save({name: whole(tensor.detach()).cpu().contiguous() for name, tensor in encoder.state_dict().items()})
 
 
 class SnapshotKnn:

@@ -7,6 +7,8 @@ view of other images. With two views, both are what training computes.
 Legend: V global views, B images, M patches that may be masked, K prototypes, D features.
 """
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +17,7 @@ from hvp_ray.methods import self_distillation as distillation
 from hvp_ray.methods.backbones import feature_dim
 from hvp_ray.methods.configs import DinoV2Config
 from hvp_ray.methods.heads import PrototypeHead
-from hvp_ray.methods.ibot import IBot, patch_loss
+from hvp_ray.methods.ibot import IBot
 from hvp_ray.methods.koleo import nearest_neighbour_losses
 from hvp_ray.methods.method import ALONE, Ranks
 from hvp_ray.methods.sinkhorn_knopp import balanced_probabilities
@@ -48,21 +50,26 @@ class DinoV2(IBot):
         tokens: Float[Tensor, "views batch dim"],
         patches: Float[Tensor, "views batch masked bottleneck"],
         weights: Float[Tensor, "views batch masked"],
+        measurements: dict[str, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "batch views"]]:
-        """Return the patch loss, with targets balanced over the masked patches of all views, and KoLeo."""
-        with torch.no_grad():
-            logits = self.teacher_patch_head.logits(of_teacher)
-            targets_VBMK = self._balanced(logits, self.patch_teacher_temperature, counts=weights > 0.0)
-        temperature = self._dinov2.student_temperature
-        of_patches = [
-            patch_loss(targets, self.patch_head.logits(bottleneck), weights_BM, temperature=temperature)
-            for targets, bottleneck, weights_BM in zip(targets_VBMK, patches, weights, strict=True)
-        ]
-        parts = {"patch": torch.stack(of_patches, dim=1)}
+        """Return the patch loss and KoLeo."""
+        parts = super().losses_of_views(
+            of_teacher, tokens=tokens, patches=patches, weights=weights, measurements=measurements
+        )
         if self._dinov2.koleo_weight:
             ranks = self._ranks
             parts["koleo"] = nearest_neighbour_losses(tokens, gather=ranks.gather, rank=ranks.rank)
         return parts
+
+    @torch.no_grad()
+    def patch_targets(
+        self,
+        of_teacher: Float[Tensor, "views batch masked bottleneck"],
+        weights: Float[Tensor, "views batch masked"],
+    ) -> Iterable[Float[Tensor, "batch masked prototypes"]]:
+        """Return the probabilities, balanced over the masked patches of all views."""
+        logits = self.teacher_patch_head.logits(of_teacher)
+        return self._balanced(logits, self.patch_teacher_temperature, counts=weights > 0.0)
 
     def weights_of_parts(self) -> dict[str, float]:
         """Return the weight of each part; KoLeo is a sum over the two views, and the other parts are means."""

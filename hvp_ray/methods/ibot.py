@@ -4,6 +4,7 @@ Legend: G global views, L local views, S slots of global views, B images, N patc
 masked, K prototypes, D features.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -81,8 +82,10 @@ class IBot(Dino):
         of_class = distillation.score_tuples(crosses, candidates)
         pairs_BP, locals_BPL = config.class_weight * of_class.pairs_BP, of_class.locals_BPL
         if config.scoring == "full":
-            of_student = {name: outputs.of_globals[name] for name in ("tokens", "patches", "weights")}
-            of_views = self.losses_of_views(of_teacher["patch_bottleneck"], **of_student)
+            tokens, patches, weights = (outputs.of_globals[name] for name in ("tokens", "patches", "weights"))
+            of_views = self.losses_of_views(
+                of_teacher["patch_bottleneck"], tokens=tokens, patches=patches, weights=weights
+            )
             pairs_BP = pairs_BP + self._weighted({name: of_pairs(of_views[name], candidates) for name in of_views})
         if locals_BPL is not None:
             locals_BPL = config.class_weight * locals_BPL
@@ -107,8 +110,10 @@ class IBot(Dino):
         logits = self.head.logits(student.class_bottleneck)
         crosses = distillation.cross_entropies(targets_SBK, logits, config.student_temperature)
         num_slots = len(views.global_views)
+        of_patches: dict[str, Tensor] = {}
         of_views = self.losses_of_views(
             teacher.patch_bottleneck,
+            measurements=of_patches,
             tokens=student.class_tokens[:num_slots],
             patches=student.patch_bottleneck,
             weights=student.weights,
@@ -116,7 +121,7 @@ class IBot(Dino):
         common: dict[str, Any] = {
             "embeddings": student.class_tokens[0].detach(),
             "statistics": statistics,
-            "measurements": distillation.teacher_measurements(targets_SBK),
+            "measurements": distillation.teacher_measurements(targets_SBK) | of_patches,
         }
         if len(targets_SBK) == 2:
             class_loss = distillation.mean_of_cross_views(crosses)
@@ -153,6 +158,7 @@ class IBot(Dino):
         tokens: Float[Tensor, "views batch dim"],
         patches: Float[Tensor, "views batch masked bottleneck"],
         weights: Float[Tensor, "views batch masked"],
+        measurements: dict[str, Tensor] | None = None,
     ) -> dict[str, Float[Tensor, "batch views"]]:
         """Return the parts of the loss that one global view has by itself, by name; `weights_of_parts` weighs them.
 
@@ -161,8 +167,30 @@ class IBot(Dino):
             tokens: class tokens of the student, before the head.
             patches: the student's output for the masked patches.
             weights: see `patch_loss`.
+            measurements: gets the teacher's entropy and information for the masked patches of the first view. None: they
+                are not measured.
         """
-        return {"patch": self._patch_losses(of_teacher, patches, weights)}
+        losses: list[Tensor] = []
+        for targets, bottleneck, weights_BM in zip(
+            self.patch_targets(of_teacher, weights), patches, weights, strict=True
+        ):
+            if measurements is not None and not losses:
+                measurements |= distillation.teacher_measurements(targets, weights_BM > 0.0, of="patch_teacher")
+            logits = self.heads_of_patches()[0].logits(bottleneck)
+            losses.append(patch_loss(targets, logits, weights_BM, temperature=self._ibot.student_temperature))
+        return {"patch": torch.stack(losses, dim=1)}
+
+    def patch_targets(
+        self,
+        of_teacher: Float[Tensor, "views batch masked bottleneck"],
+        weights: Float[Tensor, "views batch masked"],
+    ) -> Iterable[Float[Tensor, "batch masked prototypes"]]:
+        """Return the teacher's probabilities for the masked patches of each view, which need not all exist at once."""
+        for of_view in of_teacher:
+            with torch.no_grad():
+                logits = self.teacher_head.logits(of_view)
+                targets = distillation.teacher_probabilities(logits, self.patch_center, self.patch_teacher_temperature)
+            yield targets
 
     def weights_of_parts(self) -> dict[str, float]:
         """Return the weight of each part of the loss."""
@@ -216,28 +244,6 @@ class IBot(Dino):
             patch_bottleneck=masked.take(patches),
             patch_bottleneck_mean=patches.mean(dim=2),
         )
-
-    def _patch_losses(
-        self,
-        of_teacher: Float[Tensor, "views batch masked bottleneck"],
-        of_student: Float[Tensor, "views batch masked bottleneck"],
-        weights_VBM: Float[Tensor, "views batch masked"],
-    ) -> Float[Tensor, "batch views"]:
-        """Return P[b, g]: the mean cross-entropy of the masked patches of a view, 0 if no patch is masked."""
-        losses = []
-        for view, weights_BM in enumerate(weights_VBM):
-            with torch.no_grad():
-                logits = self.teacher_head.logits(of_teacher[view])
-                targets = distillation.teacher_probabilities(logits, self.patch_center, self.patch_teacher_temperature)
-            losses.append(
-                patch_loss(
-                    targets,
-                    self.head.logits(of_student[view]),
-                    weights_BM,
-                    temperature=self._ibot.student_temperature,
-                )
-            )
-        return torch.stack(losses, dim=1)
 
 
 def of_pairs(losses_BG: Float[Tensor, "batch views"], candidates: Candidates) -> Float[Tensor, "batch pairs"]:

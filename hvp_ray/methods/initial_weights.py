@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from hvp_ray.errors import CheckpointError, first_line
+from hvp_ray.methods.method import Method
 
 _WRAPPERS = ("teacher", "state_dict_ema", "model_ema", "state_dict", "model", "student")
 """Keys under which a checkpoint may keep the weights, the best first."""
@@ -101,6 +103,37 @@ def load_initial_weights(backbone: nn.Module, location: str) -> Fit:
         raise CheckpointError(f"training.initial_weights={location!r} does not fit the backbone: {fit.describe()}")
     backbone.load_state_dict(fitting, strict=False)
     return fit
+
+
+def load_initial_state(method: Method, state: dict[str, Tensor], location: str) -> None:
+    """Copy all weights of a run into a method of the same form; position embeddings are interpolated.
+
+    Args:
+        method: untrained.
+        state: of a checkpoint.
+        location: `training.initial_run`.
+
+    Raises:
+        CheckpointError: the run has another method or network.
+    """
+    own, fitting = method.state_dict(), dict(state)
+    for prefix, encoder in method.named_modules():
+        name = f"{prefix}.pos_embed"
+        if isinstance(encoder, VisionTransformer) and name in state and state[name].shape != own[name].shape:
+            fitting[name] = resample_abs_pos_embed(
+                state[name],
+                list(encoder.patch_embed.grid_size),
+                num_prefix_tokens=0 if encoder.no_embed_class else encoder.num_prefix_tokens,
+            )
+    differing = [name for name in own if name not in fitting or fitting[name].shape != own[name].shape]
+    differing += [name for name in fitting if name not in own]
+    if differing:
+        raise CheckpointError(
+            f"training.initial_run={location!r} does not fit: {len(differing)} tensors are in one of the two only, or have "
+            f"another shape ({_listed(tuple(differing))}). Give the method and network of that run, as its config.json says; "
+            f"for its encoder alone use training.initial_weights"
+        )
+    method.load_state_dict(fitting)
 
 
 def _adapt_channels(found: dict[str, Tensor], own: dict[str, Tensor]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from hvp_ray.methods.method import in_float32
@@ -130,14 +130,27 @@ def losses_of_pairs(
     return score_tuples(crosses_BAV, candidates).with_all_locals()
 
 
-def teacher_measurements(probabilities_ABK: Float[Tensor, "views batch prototypes"]) -> dict[str, Float[Tensor, ""]]:
-    """Return the teacher's entropy and its mutual information with the image. The second is near 0 after a collapse.
+@in_float32
+def teacher_measurements(
+    probabilities: Float[Tensor, "*samples prototypes"],
+    counts: Bool[Tensor, "*samples"] | None = None,
+    *,
+    of: str = "teacher",
+) -> dict[str, Float[Tensor, ""]]:
+    """Return the teacher's entropy and its mutual information with the sample. The second is near 0 after a collapse.
 
     The mean entropy is near 0 for one-hot outputs and near log K for uniform ones. The entropy of the mean output minus
-    it (the mutual information of image and prototype) is 0 if all images get the same output.
+    it (the mutual information of sample and prototype) is 0 if all samples get the same output.
+
+    Args:
+        probabilities: the teacher's output for images or patches.
+        counts: mask of the samples to use; None: all. Without any, both values are NaN.
+        of: part of their names.
     """
-    probabilities = probabilities_ABK.detach()
-    entropy = -(torch.special.xlogy(probabilities, probabilities)).sum(dim=-1).mean()
-    mean = probabilities.mean(dim=(0, 1))
+    outputs = probabilities.detach().flatten(0, -2)
+    weights = outputs.new_ones(len(outputs)) if counts is None else counts.flatten().to(outputs.dtype)
+    weights = weights / weights.sum()
+    entropy = -(torch.special.xlogy(outputs, outputs).sum(dim=-1) * weights).sum()
+    mean = weights @ outputs
     entropy_of_mean = -torch.special.xlogy(mean, mean).sum()
-    return {"collapse/teacher_entropy": entropy, "collapse/teacher_information": entropy_of_mean - entropy}
+    return {f"collapse/{of}_entropy": entropy, f"collapse/{of}_information": entropy_of_mean - entropy}

@@ -9,7 +9,7 @@ from hvp_ray.recipes.dino import VIT_OPTIMIZER
 from hvp_ray.recipes.ibot import ibot_digits
 
 _SELECTION = SelectionConfig(num_views=None, num_global_views=4, num_local_views=8, num_chosen_local_views=8, every=3)
-_OPTIMIZER = dataclasses.replace(VIT_OPTIMIZER, learning_rate_per_256=1e-3, layer_decay=0.9)
+_OPTIMIZER = dataclasses.replace(VIT_OPTIMIZER, learning_rate_per_256=1e-3, layer_decay=0.9, patch_embedding_rate=0.2)
 
 
 def dinov2_digits() -> RunConfig:
@@ -92,7 +92,7 @@ def dinov2_imagenet_vits14() -> RunConfig:
     Source: facebookresearch/dinov2, configs/ssl_default_config.yaml (ViT-L/16, 100 epochs), with Sinkhorn-Knopp and two
     heads as in its vitl14.yaml. Expected: no number was found; the released ViT-S was distilled from a larger network.
     Differs: KoLeo over all ranks, masks drawn for each view instead of stratified over the batch, a learning rate linear
-    in the images per step, no lower rate for the patch embedding, a drop path of 0.1. Not yet run by this project.
+    in the images per step, a drop path of 0.1. Not yet run by this project.
     """
     global_views, local_views = data_sets.dino_multi_crop(
         global_px=224, global_scale=(0.32, 1.0), local_px=98, local_scale=(0.05, 0.32)

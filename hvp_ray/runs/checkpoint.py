@@ -1,35 +1,56 @@
 """Checkpoints: files first, then a manifest with digests, which is the commit.
 
-`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. A folder without a
-manifest is ignored. Buckets cannot rename, so nothing relies on renaming.
+`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. In sharded training
+each rank writes a file of its own, `state-00000-of-00002.pt` and so on. A folder without a manifest is ignored. Buckets
+cannot rename, so nothing relies on renaming.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
 import logging
 import re
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from hvp_ray.distributed.world import World, gather_over_ranks
 from hvp_ray.errors import CheckpointError, first_line
 from hvp_ray.files import Folder, delete_folder, is_uri, place_in
 from hvp_ray.stored_archive import check_stored_archive
-from hvp_ray.training.trainee import Checkpoint
+from hvp_ray.training.trainee import Checkpoint, join_checkpoints
 
 logger = logging.getLogger(__name__)
 
-_STATE, _MANIFEST = "state.pt", "manifest.json"
+_MANIFEST = "manifest.json"
+_ALONE = World()
 _COMMITTED = re.compile(rf"step-(\d{{8,12}})/{_MANIFEST}")
 
 
-class CheckpointStore:
-    """The checkpoints of one run. One process writes, all read."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenFile:
+    """A file of a checkpoint, as the manifest describes it."""
 
-    def __init__(self, location: str, *, run_identity: str, keep: int) -> None:
+    num_bytes: int
+    sha256: str
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Rank 0 commits, and writes unless they are sharded; all ranks read."""
+
+    def __init__(self, location: str, *, run_identity: str | None, keep: int) -> None:
+        """Read nothing yet.
+
+        Args:
+            location: folder, path or URI.
+            run_identity: of the run. None: of any run, only to read.
+            keep: see `write`.
+        """
         self._location = location
         # Retries on a bucket only: a full disk stays full.
         self._files = Folder(location, pauses=None if is_uri(location) else ())
@@ -42,32 +63,47 @@ class CheckpointStore:
         Raises:
             CheckpointError: the storage refused (disk full, no permission); earlier checkpoints stay usable.
         """
-        folder = _folder(checkpoint.step)
+        self.commit(checkpoint.step, [self.write_part(checkpoint, _ALONE)])
+
+    def write_part(self, checkpoint: Checkpoint, world: World) -> WrittenFile:
+        """Write the file of one rank, without committing it.
+
+        Raises:
+            CheckpointError: the storage refused.
+        """
         buffer = io.BytesIO()
-        state = {
-            "step": checkpoint.step,
-            "method": checkpoint.method,
-            "optimizer": checkpoint.optimizer,
-            "predictor": checkpoint.predictor,
-        }
-        torch.save(state, buffer)
+        torch.save({field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}, buffer)
         content = buffer.getvalue()
+        self._write(checkpoint.step, _state_name(world.rank, world.num_ranks), content)
+        return WrittenFile(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    def commit(self, step: int, written: Sequence[WrittenFile]) -> None:
+        """Write the manifest over the files of all ranks, in order. Then delete what `write` says.
+
+        Raises:
+            CheckpointError: the storage refused.
+        """
         manifest = {
             "format": 1,
-            "step": checkpoint.step,
+            "step": step,
             "run_identity": self._run_identity,
             "written_at": time.time(),
-            "files": {_STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}},
+            "files": {
+                _state_name(rank, len(written)): {"bytes": file.num_bytes, "sha256": file.sha256}
+                for rank, file in enumerate(written)
+            },
         }
+        self._write(step, _MANIFEST, json.dumps(manifest, indent=1).encode())
+        self._drop_others(step)
+
+    def _write(self, step: int, name: str, content: bytes) -> None:
         try:
-            self._files.write(f"{folder}/{_STATE}", content)
-            self._files.write(f"{folder}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
+            self._files.write(f"{_folder(step)}/{name}", content)
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint of step {checkpoint.step} could not be written to {self._location}: {error}; the one before "
+                f"the checkpoint of step {step} could not be written to {self._location}: {error}; the one before "
                 f"it is untouched. Make room or repair the storage, then start the run again with its name to resume it"
             ) from error
-        self._drop_others(checkpoint.step)
 
     def committed_steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, ascending."""
@@ -95,41 +131,55 @@ class CheckpointStore:
         return None
 
     def load(self, step: int, map_location: torch.device | str = "cpu") -> Checkpoint:
-        """Read one checkpoint and check its digest.
+        """Read one checkpoint, check its digests, and join its parts.
 
         Raises:
             CheckpointError: it is missing, damaged, of another run, or holds something else than tensors and plain values,
                 none of which is executed.
         """
         folder = place_in(self._location, _folder(step))
-        try:
-            described, content = (self._files.read(f"{_folder(step)}/{name}") for name in (_MANIFEST, _STATE))
-        except OSError as error:
-            # It is unreachable, not damaged; resuming from an older one would discard steps.
-            raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
-        if described is None or content is None:
-            raise _DamagedError(f"the checkpoint {folder} is damaged: a file is missing")
-        try:
-            manifest = json.loads(described)
-            digest, identity = manifest["files"][_STATE]["sha256"], manifest["run_identity"]
-        except (ValueError, RecursionError, KeyError, TypeError, IndexError) as error:
-            raise _DamagedError(f"the checkpoint {folder} is damaged: {_MANIFEST} is no manifest") from error
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise _DamagedError(
-                f"the checkpoint {folder} is damaged: {_STATE} does not have the digest of its manifest"
-            )
-        if identity != self._run_identity:
+        digests, identity = _read_manifest(self._read(step, _MANIFEST), folder)
+        contents = {name: self._read(step, name) for name in sorted(digests)}
+        for name, content in contents.items():
+            if hashlib.sha256(content).hexdigest() != digests[name]:
+                raise _DamagedError(
+                    f"the checkpoint {folder} is damaged: {name} does not have the digest of its manifest"
+                )
+        if self._run_identity not in (None, identity):
             raise CheckpointError(f"the checkpoint {folder} belongs to a run of another identity")
         try:
-            return _unpack(content, step, map_location)
+            return join_checkpoints([_unpack(content, step, map_location) for content in contents.values()])
         except Exception as error:
             asked = re.search(r"GLOBAL ([\w.]+)", str(error))
             reason = f"it asks for {asked[1]}" if asked else first_line(error)
             raise CheckpointError(
-                f"the checkpoint {folder} is refused: {_STATE} has the digest of its manifest, but holds something else than "
-                f"tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote it; without this "
-                f"folder the run resumes from the checkpoint before it"
+                f"the checkpoint {folder} is refused: {', '.join(contents)} has the digest of its manifest, but holds "
+                f"something else than tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote "
+                f"it; without this folder the run resumes from the checkpoint before it"
             ) from error
+
+    def digest_of_newest(self) -> str | None:
+        """Return a digest of the newest checkpoint, without reading its tensors; None: there is none.
+
+        Raises:
+            CheckpointError: it is damaged or cannot be read.
+        """
+        steps = self.committed_steps()
+        if not steps:
+            return None
+        digests, _ = _read_manifest(self._read(steps[-1], _MANIFEST), place_in(self._location, _folder(steps[-1])))
+        return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+    def _read(self, step: int, name: str) -> bytes:
+        folder = place_in(self._location, _folder(step))
+        try:
+            content = self._files.read(f"{_folder(step)}/{name}")
+        except OSError as error:
+            # It is unreachable, not damaged; resuming from an older one would discard steps.
+            raise CheckpointError(f"the checkpoint {folder} cannot be read now: {error}") from error
+        if content is None:
+            raise _DamagedError(f"the checkpoint {folder} is damaged: {name} is missing")
+        return content
 
     def _drop_others(self, newest: int) -> None:
         try:
@@ -149,12 +199,23 @@ class CheckpointStore:
 class CheckpointWriter:
     """Writes the checkpoints of a run in a thread, one at a time, while training continues.
 
-    A failure is raised by the next call, or by the next step through `check`.
+    A failure is raised by the next call, or by the next step through `check`. With more than one rank, the checkpoints are
+    sharded: every rank writes its part and calls the same methods at the same steps, and rank 0 commits once all have
+    written. The failure of one rank is raised on all.
     """
 
-    def __init__(self, store: CheckpointStore) -> None:
-        self._store = store
+    def __init__(self, store: CheckpointStore, world: World = _ALONE, device: torch.device | None = None) -> None:
+        """Start the thread.
+
+        Args:
+            store: the checkpoints.
+            world: the ranks that have parts of a checkpoint, and this one.
+            device: device of the tensors that ranks exchange.
+        """
+        self._store, self._world, self._device = store, world, device
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._step = 0
+        self._part: Future[WrittenFile] | None = None
         self._pending: Future[None] | None = None
         self.num_written = 0
         self.written_at = 0.0
@@ -167,7 +228,11 @@ class CheckpointWriter:
             CheckpointError: the checkpoint before could not be written.
         """
         self.wait()
-        self._pending = self._thread.submit(self._write, checkpoint)
+        self._step = checkpoint.step
+        self._part = self._thread.submit(self._store.write_part, checkpoint, self._world)
+        if self._world.num_ranks == 1:
+            part, self._part = self._part, None
+            self._pending = self._thread.submit(lambda: self._commit([part.result()]))
 
     def check(self) -> None:
         """Raise the error of a checkpoint that could not be written, without waiting.
@@ -175,34 +240,83 @@ class CheckpointWriter:
         Raises:
             CheckpointError: see `CheckpointStore.write`.
         """
+        self._commit_parts(wait=False)
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when every checkpoint is committed.
+        """Return when every checkpoint is committed, on other ranks than 0 when their part is written.
 
         Raises:
             CheckpointError: see `CheckpointStore.write`.
         """
+        self._commit_parts(wait=True)
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
+    def close(self, *, has_failed: bool = False) -> None:
         """Wait, and end the thread.
+
+        Args:
+            has_failed: the run ends by an error, so other ranks may be gone: parts are not committed.
 
         Raises:
             CheckpointError: see `CheckpointStore.write`.
         """
         try:
+            if has_failed:
+                self._part = None
             self.wait()
         finally:
             self._thread.shutdown()
 
-    def _write(self, checkpoint: Checkpoint) -> None:
-        self._store.write(checkpoint)
+    def _commit_parts(self, *, wait: bool) -> None:
+        """Let rank 0 commit if all ranks have written their part."""
+        if self._part is None:
+            return
+        failure, own = None, WrittenFile(num_bytes=-1, sha256="00" * 32)
+        if wait or self._part.done():
+            failure = self._part.exception()
+            own = self._part.result() if failure is None else dataclasses.replace(own, num_bytes=-2)
+        numbers = torch.tensor([own.num_bytes, *bytes.fromhex(own.sha256)], device=self._device)
+        of_ranks = gather_over_ranks(numbers).tolist()
+        if failure is not None:
+            self._part = None
+            raise failure
+        if any(size == -2 for size, *_ in of_ranks):
+            self._part = None
+            raise CheckpointError(f"another trainer could not write its part of the checkpoint of step {self._step}")
+        if all(size >= 0 for size, *_ in of_ranks):
+            self._part = None
+            if self._world.rank == 0:
+                written = [WrittenFile(num_bytes=size, sha256=bytes(digest).hex()) for size, *digest in of_ranks]
+                self._pending = self._thread.submit(self._commit, written)
+
+    def _commit(self, written: Sequence[WrittenFile]) -> None:
+        self._store.commit(self._step, written)
         self.num_written += 1
         self.written_at = time.time()
+
+
+def _read_manifest(content: bytes, folder: str) -> tuple[dict[str, str], str]:
+    """Return the SHA-256 of each file of state by name, and the identity of the run.
+
+    Raises:
+        _DamagedError: it is no manifest.
+    """
+    try:
+        manifest = json.loads(content)
+        digests = {name: str(described["sha256"]) for name, described in manifest["files"].items()}
+        identity = str(manifest["run_identity"])
+        expected = {_state_name(rank, len(digests)) for rank in range(len(digests))}
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _DamagedError(f"the checkpoint {folder} is damaged: {_MANIFEST} is no manifest") from error
+    if not digests or set(digests) != expected:
+        raise _DamagedError(
+            f"the checkpoint {folder} is damaged: {_MANIFEST} names other files than those of all ranks"
+        )
+    return digests, identity
 
 
 def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Checkpoint:
@@ -215,13 +329,14 @@ def _unpack(content: bytes, step: int, map_location: torch.device | str) -> Chec
     state = torch.load(io.BytesIO(content), map_location=map_location, weights_only=True)
     method, optimizer, predictor = state["method"], state["optimizer"], state["predictor"]
     named = [*method.items(), *predictor.items()]
+    are_parts = state.get("are_parts")  # checkpoints before it was written are whole
     are_tensors = all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named)
     if not are_tensors or set(optimizer) != {"state", "param_groups"} or type(state["step"]) is not int:
         raise ValueError("no step, method, optimizer and predictor")
     if state["step"] != step:
         raise ValueError(f"it is of step {state['step']}")
     _check_tensors(state)
-    return Checkpoint(step=step, method=method, optimizer=optimizer, predictor=predictor)
+    return Checkpoint(step=step, method=method, optimizer=optimizer, predictor=predictor, are_parts=are_parts)
 
 
 def _check_tensors(state: object) -> None:
@@ -247,6 +362,10 @@ class _DamagedError(CheckpointError):
 
 def _folder(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _state_name(rank: int, num_ranks: int) -> str:
+    return "state.pt" if num_ranks == 1 else f"state-{rank:05d}-of-{num_ranks:05d}.pt"
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:

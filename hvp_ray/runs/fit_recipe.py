@@ -75,7 +75,8 @@ def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRe
         network=settings.get("method.backbone.name"),
         epochs=settings.get("training.epochs"),
         device=device,
-        starts_from_weights=asked.training.initial_weights is not None or asked.method.backbone.pretrained,
+        starts_from_weights=(asked.training.initial_weights or asked.training.initial_run) is not None
+        or asked.method.backbone.pretrained,
     )
     memory_bytes, memory = _memory_of(device)
     measured: dict[str, Any] = {}

@@ -25,6 +25,17 @@ AskKnn = Callable[[bytes], Future[dict[str, float]]]
 """Submits a snapshot for evaluation; returns its future accuracies, empty if there is nothing to evaluate on."""
 
 
+def _is_due(steps_done: int, interval: int, steps: RunSteps) -> bool:
+    """Tell whether a snapshot is evaluated after so many steps; all ranks give the same answer."""
+    return interval > 0 and steps_done % interval == 0 and steps_done < steps.num_steps
+
+
+def join_snapshot(encoder: nn.Module, steps_done: int, interval: int, steps: RunSteps) -> None:
+    """Take part in gathering a sharded encoder on another rank than 0, if a snapshot is due."""
+    if _is_due(steps_done, interval, steps):
+        snapshot_encoder(encoder)
+
+
 class KnnDuringTraining:
     """Evaluates a snapshot at regular steps and logs the answers; made by rank 0."""
 
@@ -42,7 +53,8 @@ class KnnDuringTraining:
 
         Args:
             log: takes the answers.
-            encoder: being trained.
+            encoder: being trained. If it is sharded, other ranks call `join_snapshot` whenever a snapshot is due, also
+                after step 0.
             ask: evaluates snapshots.
             problems: gets a sentence about each evaluation that fails.
             interval: steps between two snapshots; 0: none.
@@ -54,7 +66,7 @@ class KnnDuringTraining:
         self._ask = ask
         self._problems = problems
         self._interval = interval
-        self._num_steps = steps.num_steps
+        self._steps = steps
         self._pending: list[tuple[int, Future[dict[str, float]]]] = []
         answered = {record["step"] for record in read_records(log.run_dir, EVALUATIONS)}
         for path in sorted(self._folder.glob("step-" + "[0-9]" * 8)):
@@ -65,15 +77,16 @@ class KnnDuringTraining:
                 path.unlink()
         self._has_final = steps.num_steps in answered  # logged by a run that was killed before its summary
         submitted = answered | {step for step, _ in self._pending}
-        if (
-            steps.first_step == 0 and 0 not in submitted
-        ):  # else an attempt that died before its first checkpoint submitted it
-            self.after_step(0)
+        if _is_due(0, interval, steps) and steps.first_step == 0:
+            snapshot = snapshot_encoder(encoder)
+            if 0 not in submitted:  # else an attempt that died before its first checkpoint submitted it
+                self._submit(0, lambda: self._keep(0, snapshot))
 
     def after_step(self, steps_done: int) -> None:
         """Submit a snapshot if one is due; log the answers that arrived. The final weights are evaluated after training."""
-        if self._interval and steps_done % self._interval == 0 and steps_done < self._num_steps:
-            self._submit(steps_done, lambda: self._write_snapshot(steps_done))
+        if _is_due(steps_done, self._interval, self._steps):
+            snapshot = snapshot_encoder(self._encoder)
+            self._submit(steps_done, lambda: self._keep(steps_done, snapshot))
         while self._pending and self._pending[0][1].done():
             self._write_first()
 
@@ -82,7 +95,7 @@ class KnnDuringTraining:
         while self._pending:
             self._write_first()
         if final and not self._has_final:
-            self._write(self._num_steps, final)
+            self._write(self._steps.num_steps, final)
 
     def _submit(self, step: int, snapshot: Callable[[], bytes]) -> None:
         try:
@@ -90,8 +103,7 @@ class KnnDuringTraining:
         except Exception as error:  # noqa: BLE001 (a curve with a gap is better than a lost run)
             self._note_gap(step, error)
 
-    def _write_snapshot(self, step: int) -> bytes:
-        snapshot = snapshot_encoder(self._encoder)
+    def _keep(self, step: int, snapshot: bytes) -> bytes:
         write_file(str(self._path(step)), snapshot)
         return snapshot
 

@@ -96,7 +96,8 @@ def _options(config: RunConfig, *, leave_out: tuple[str, ...] = ()) -> list[str]
     """Return the options that make this run of its recipe."""
     recipe, skipped = flat_values(get_recipe(config.recipe)), (*_NOT_OF_A_COMMAND, *leave_out)
     changed = {name: value for name, value in flat_values(config).items() if recipe.get(name, value) != value}
-    changed.pop("training.initial_weights", None)
+    for name in ("training.initial_weights", "training.initial_run"):
+        changed.pop(name, None)
     return [f"--{name} {_value(value)}" for name, value in changed.items() if not name.startswith(skipped)]
 
 

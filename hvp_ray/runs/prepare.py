@@ -33,11 +33,12 @@ from hvp_ray.identity import (
 )
 from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.methods.backbones import build_backbone
-from hvp_ray.methods.initial_weights import load_initial_weights
+from hvp_ray.methods.initial_weights import load_initial_state, load_initial_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.channel_statistics import check_channels
 from hvp_ray.runs.find import find_run, read_config
+from hvp_ray.runs.initial_run import digest_of_initial_run, load_initial_run
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
@@ -123,8 +124,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         source=absolute(config.data.source) or config.data.source,
         test_source=absolute(config.data.test_source),
     )
-    weights = absolute(config.training.initial_weights)
-    training = dataclasses.replace(config.training, initial_weights=weights)
+    training = dataclasses.replace(
+        config.training,
+        initial_weights=absolute(config.training.initial_weights),
+        initial_run=absolute(config.training.initial_run),
+    )
     return dataclasses.replace(config, data=data, training=training)
 
 
@@ -154,11 +158,15 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
 
 
 def describe_initial_weights(config: RunConfig) -> tuple[str, ...]:
-    """Return a line on how `training.initial_weights` fit the encoder; none without them.
+    """Return a line on the weights that a run starts from; none if they are random.
 
     Raises:
         CheckpointError: they do not fit.
     """
+    if (start := load_initial_run(config)) is not None:
+        run = str(config.training.initial_run)
+        load_initial_state(build_untrained_method(config), start.method, run)
+        return (f"initial run: all {len(start.method)} tensors of {run} are loaded",)
     weights = with_local_weights(config).training.initial_weights
     if weights is None:
         return ()
@@ -265,13 +273,14 @@ def resolve(config: RunConfig, dataset: Dataset, *, renderer: RendererName, devi
     Raises:
         CheckpointError: the initial weights do not exist.
     """
-    weights = config.training.initial_weights
+    weights, run = config.training.initial_weights, config.training.initial_run
+    digest = None if weights is None else file_digest(local_weights(weights))
     return Resolved(
         renderer=renderer,
         device=device,
         training_data=dataset.training_parts(config.data),
         test_data=dataset.test_parts(),
-        initial_weights=None if weights is None else file_digest(local_weights(weights)),
+        initial_weights=digest if run is None else digest_of_initial_run(run),
         torch_version=torch.__version__,
     )
 

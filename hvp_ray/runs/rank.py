@@ -24,6 +24,7 @@ from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopAskedError
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.final_figures import draw_figures
+from hvp_ray.runs.initial_run import load_initial_run
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank, RunJob
 from hvp_ray.runs.neighbours import draw_nearest_neighbours
 from hvp_ray.runs.page import write_page
@@ -92,6 +93,8 @@ def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
     """Load the newest checkpoint, begin an attempt in the log, and request the first batches."""
     job, config, world = rank.job, rank.job.config, rank.world
     checkpoint = rank.checkpoints.load_newest(map_location="cpu")
+    if checkpoint is None:
+        checkpoint = load_initial_run(config)
     first_step = checkpoint.step if checkpoint is not None else 0
     attempt = agree_on_attempt(first_step, next_attempt(job.run_dir), rank.device)
     check_folder_is_shared(job)  # after a collective: the process that prepares the run has done so

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hvp_ray.distributed.world import mean_over_ranks
+from hvp_ray.config import RunConfig
+from hvp_ray.distributed.world import World, mean_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.runs.checkpoint import CheckpointWriter
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
-from hvp_ray.runs.online_knn import KnnDuringTraining
-from hvp_ray.runs.progress import Progress
+from hvp_ray.runs.online_knn import KnnDuringTraining, join_snapshot
+from hvp_ray.runs.progress import Progress, RunSteps
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
@@ -38,6 +39,11 @@ class RankRecorder:
         self._clock = restored.clock
         self._num_steps = restored.steps.num_steps
         self._steps_done = 0
+        self._has_state = restored.trainee.is_sharded or rank.world.rank == 0
+        sharing = rank.world if restored.trainee.is_sharded else World()
+        self._writer = CheckpointWriter(rank.checkpoints, sharing, rank.device)
+        if restored.steps.first_step == 0:
+            self._join_snapshot(0)
         services.watch_numbers(self.numbers)
 
     def __enter__(self) -> "RankRecorder":
@@ -46,7 +52,13 @@ class RankRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Release what is open: nothing on this rank."""
+        """Commit the last checkpoint."""
+        try:
+            self._writer.close(has_failed=error is not None)
+        except Exception as failure:
+            if error is None:
+                raise
+            error.add_note(str(failure))
 
     def before_step(self, batch: DeviceBatch) -> None:
         """Log decisions on unreadable images before they take effect."""
@@ -57,17 +69,26 @@ class RankRecorder:
         """Count the step."""
         self._clock.end_step()
         self._steps_done = steps_done
+        self._writer.check()
+        self._join_snapshot(steps_done)
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Close the log's segment; return when all ranks have uploaded what the checkpoint presupposes."""
+        """Start to write the state of this rank, once all ranks have uploaded what the checkpoint presupposes.
+
+        The run's last checkpoint is committed on return.
+        """
         self._restored.log.start_segment(steps_done)
         push_on_all_ranks(self._rank.storage, self._rank.job.run_uri, self._rank.device)
-        self.write_state(steps_done)
+        if self._has_state:
+            self._writer.wait()  # one copy of the state at a time
+            self._writer.write(take_checkpoint(self._restored.trainee, steps_done))
+        if steps_done == self._num_steps:
+            self._writer.wait()  # no failure of the evaluation may lose the weights
 
-    def write_state(self, steps_done: int) -> None:
-        """Give rank 0 this rank's part of the state, if it is sharded."""
-        if self._restored.trainee.is_sharded:
-            take_checkpoint(self._restored.trainee, steps_done)
+    def _join_snapshot(self, steps_done: int) -> None:
+        trainee, steps = self._restored.trainee, self._restored.steps
+        if trainee.is_sharded and self._rank.world.rank != 0:
+            join_snapshot(trainee.method.encoder, steps_done, _knn_interval(self._rank.job.config, steps), steps)
 
     def stop_requested(self) -> bool:
         """Tell whether this rank was asked to stop; the step shares the answer with all ranks."""
@@ -107,7 +128,7 @@ class RunRecorder(RankRecorder):
             restored.trainee.method.encoder,
             services.ask_knn,
             self.problems,
-            interval=config.tracking.knn_every_epochs * steps.steps_per_epoch if config.tracking.knn_images else 0,
+            interval=_knn_interval(config, steps),
             steps=steps,
         )
         # States are uploaded at once: an attempt that finds no ids creates a second run in the tracker.
@@ -116,7 +137,6 @@ class RunRecorder(RankRecorder):
         self._last_record: tuple[float, int, float] | None = None  # time, steps, seconds of waiting
         self._progress_at = 0.0
         self._last_values: dict[str, float] = {}
-        self._writer = CheckpointWriter(rank.checkpoints)
         self._checkpoint_seconds: list[float] = []
         self._is_stop_asked = False
         super().__init__(rank, restored, services)  # last, because it publishes `numbers`
@@ -124,7 +144,6 @@ class RunRecorder(RankRecorder):
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
         """Record every `log_every_steps`-th step, and the first and last."""
         super().after_step(steps_done, batch, metrics, learning_rate)
-        self._writer.check()
         if self._selection_log.wants(steps_done):
             _log_selection(self._selection_log, steps_done, batch, metrics)
         self._knn.after_step(steps_done)
@@ -144,18 +163,11 @@ class RunRecorder(RankRecorder):
             self._is_stop_asked = self._report_progress(self._progress(steps_done, loss))
 
     def save_checkpoint(self, steps_done: int) -> None:
-        """Write the choices since the last checkpoint, then start to write this one; the run's last one is committed."""
+        """Write the choices since the last checkpoint, then start to write this one."""
         started_at = time.perf_counter()
         self._selection_log.flush()
         super().save_checkpoint(steps_done)
         self._checkpoint_seconds.append(time.perf_counter() - started_at)
-
-    def write_state(self, steps_done: int) -> None:
-        """Start to write the state; the run's last one is committed."""
-        self._writer.wait()  # one copy of the state at a time
-        self._writer.write(take_checkpoint(self._restored.trainee, steps_done))
-        if steps_done == self._num_steps:
-            self._writer.wait()  # no failure of the evaluation may lose the weights
 
     def stop_requested(self) -> bool:
         """Tell whether the driver asked to stop."""
@@ -200,16 +212,13 @@ class RunRecorder(RankRecorder):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Commit the last checkpoint, and end a run that was stopped or failed in all trackers."""
+        has_failed = True
         try:
-            self._writer.close()
-        except Exception as failure:
-            kind = kind or type(failure)
-            if error is None:
-                raise
-            error.add_note(str(failure))
+            super().__exit__(kind, error, traceback)
+            has_failed = error is not None
         finally:
             if not self._is_finished:
-                status, patience = ("KILLED", 1.0) if kind is None else ("FAILED", 5.0)
+                status, patience = ("FAILED", 5.0) if has_failed else ("KILLED", 1.0)
                 finish_feeds(self._feeds, status=status, timeout_seconds=patience)
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
@@ -252,6 +261,10 @@ class RunRecorder(RankRecorder):
         if speeds:
             values["stream/views_per_second_per_worker"] = float(np.mean(list(speeds.values())))
         return values
+
+
+def _knn_interval(config: RunConfig, steps: RunSteps) -> int:
+    return config.tracking.knn_every_epochs * steps.steps_per_epoch if config.tracking.knn_images else 0
 
 
 def _describe_selection(batch: DeviceBatch, metrics: StepMetrics) -> dict[str, float]:

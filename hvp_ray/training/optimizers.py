@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
 from hvp_ray.config import OptimizerConfig
 from hvp_ray.distributed.shard import own_part, whole
+from hvp_ray.errors import ConfigError
 from hvp_ray.methods.method import Method
 from hvp_ray.training.schedules import base_learning_rate
 
@@ -19,9 +21,13 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
     """Build SGD, LARS or AdamW for the trained parameters of a method; a teacher's are not trained.
 
     With `constant_predictor_rate`, the parameters that the method names keep the initial learning rate. With
-    `decay_exempts_vectors`, biases and norms do not decay. With `layer_decay`, layers of the encoder have rates of their own.
+    `decay_exempts_vectors`, biases and norms do not decay. With `layer_decay`, layers of the encoder have rates of their own,
+    and with `patch_embedding_rate` the patch embedding.
+
+    Raises:
+        ConfigError: the encoder has no patch embedding.
     """
-    scale_of = _layer_scales(method, config.layer_decay)
+    scale_of = _rate_scales(method, config)
     constant = {id(p) for p in method.constant_rate_parameters()} if config.constant_predictor_rate else set()
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in method.parameters():
@@ -43,7 +49,7 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
     ]
     match config.name:
         case "sgd":
-            return torch.optim.SGD(described, lr=rate, momentum=config.momentum)
+            return torch.optim.SGD(described, lr=rate, momentum=config.momentum, fused=config.fused or None)
         case "lars":
             for group in described:
                 group["always_adapt"] = group[_DECAYS]  # parameters without decay are not adapted either
@@ -57,18 +63,28 @@ def build_optimizer(method: Method, config: OptimizerConfig, *, images_per_step:
             )
             return lars
         case "adamw":
-            return torch.optim.AdamW(described, lr=rate)
+            return torch.optim.AdamW(described, lr=rate, fused=config.fused or None)
 
 
-def _layer_scales(method: Method, layer_decay: float) -> dict[int, float]:
-    """Return the factor of the rate for each parameter of the encoder, by identity: layer_decay ** (layers above it).
+def _rate_scales(method: Method, config: OptimizerConfig) -> dict[int, float]:
+    """Return the factor of the rate for parameters of the encoder, by identity: layer_decay ** (layers above it).
 
-    Source: BEiT and MAE; the layers are timm's.
+    Source: BEiT and MAE; the layers are timm's. The patch embedding's own factor: facebookresearch/dinov2,
+    utils/param_groups.py.
     """
-    if layer_decay == 1.0:
-        return {}
-    groups = param_groups_layer_decay(method.backbone, layer_decay=layer_decay)
-    return {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    scales: dict[int, float] = {}
+    if config.layer_decay != 1.0:
+        groups = param_groups_layer_decay(method.backbone, layer_decay=config.layer_decay)
+        scales = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    if config.patch_embedding_rate != 1.0:
+        if not isinstance(method.backbone, VisionTransformer):
+            raise ConfigError(
+                f"optimizer.patch_embedding_rate={config.patch_embedding_rate:g} is not allowed: the encoder is no Vision "
+                f"Transformer, so it has no patch embedding; leave it at 1"
+            )
+        for parameter in method.backbone.patch_embed.parameters():
+            scales[id(parameter)] = scales.get(id(parameter), 1.0) * config.patch_embedding_rate
+    return scales
 
 
 class _LarsOfDecayedGradient(Lars):

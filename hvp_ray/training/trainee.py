@@ -1,7 +1,7 @@
 """The model in training: its parts, how they are built from a config, and its state as a checkpoint."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from hvp_ray.config import RunConfig
-from hvp_ray.distributed.shard import shard_for_training, sharded_state, whole
+from hvp_ray.distributed.shard import join_parts, mark_parts, own_part, shard_for_training, sharded_state
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import WrappedMethod, synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError, RowReuseError
 from hvp_ray.methods.backbones import checkpoint_activations
-from hvp_ray.methods.initial_weights import load_initial_weights
+from hvp_ray.methods.initial_weights import load_initial_state, load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.row_reuse import RowReuse
@@ -45,7 +45,7 @@ class Trainee:
     device: torch.device
     rank: int
     is_sharded: bool = False
-    """Each rank has a part of the parameters: `take_checkpoint` is a collective, and the encoder cannot run alone."""
+    """Each rank has a part of the parameters, and in a checkpoint; the encoder cannot run alone."""
     predictor: HardnessPredictor | None = None
     """Learns from the probes of rule predicted; None: another rule."""
     stage: Callable[[Stage], AbstractContextManager[None]] = name_for_profiler
@@ -54,7 +54,10 @@ class Trainee:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The state from which training continues bit for bit. It holds no random state, because a run has none."""
+    """The state from which training continues bit for bit. It holds no random state, because a run has none.
+
+    That of `training.initial_run` is at step 0, without an optimizer's state.
+    """
 
     step: int
     """Number of optimizer steps done."""
@@ -62,6 +65,27 @@ class Checkpoint:
     optimizer: dict[str, Any]
     predictor: dict[str, Tensor] = field(default_factory=dict)
     """`HardnessPredictor.state`; empty: there is none."""
+    are_parts: tuple[Any, Any] | None = None
+    """For one rank's part of a sharded checkpoint: which values of `method` and `optimizer` are parts, in trees of their
+    form. None: the checkpoint is whole."""
+
+
+def join_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
+    """Return the whole checkpoint, from the parts of all ranks in order.
+
+    Raises:
+        ValueError: the parts differ in form.
+    """
+    first = parts[0]
+    if first.are_parts is None:
+        return first
+    of_method, of_optimizer = first.are_parts
+    return dataclasses.replace(
+        first,
+        method=join_parts([part.method for part in parts], of_method),
+        optimizer=join_parts([part.optimizer for part in parts], of_optimizer),
+        are_parts=None,
+    )
 
 
 def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
@@ -113,19 +137,21 @@ def build_trainee_of(
     method = synchronized
     if device.type == "cuda":
         method = method.to(device)
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.optimizer:
         method.load_state_dict(checkpoint.method)
+    elif checkpoint is not None:
+        load_initial_state(method, checkpoint.method, str(config.training.initial_run))
     is_sharded = config.cluster.sharding == "fsdp" and world.num_ranks > 1
-    wrapped = _shard(method, world, device) if is_sharded else wrap_for_training(method, world, device)
+    wrapped = _shard(method, config, world, device) if is_sharded else wrap_for_training(method, world, device)
     optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
-    if checkpoint is not None:
+    if checkpoint is not None and checkpoint.optimizer:
         optimizer.load_state_dict(sharded_state(optimizer, checkpoint.optimizer))
     predictor = None
     if config.selection.rule == "predicted":
         predictor = HardnessPredictor(
             delay=config.selection.predictor_delay,
             steps_done=0 if checkpoint is None else checkpoint.step,
-            state=None if checkpoint is None else checkpoint.predictor,
+            state=None if checkpoint is None else checkpoint.predictor or None,
         )
     compiled = method.compiles_rows = config.training.compile
     return Trainee(
@@ -143,25 +169,23 @@ def build_trainee_of(
     )
 
 
-def _shard(method: Method, world: World, device: torch.device) -> WrappedMethod:
+def _shard(method: Method, config: RunConfig, world: World, device: torch.device) -> WrappedMethod:
     transformers = [module for module in method.modules() if isinstance(module, VisionTransformer)]
-    return shard_for_training(
-        method,
-        [block for transformer in transformers for block in transformer.blocks],
-        world,
-        device,
-    )
+    blocks = [block for transformer in transformers for block in transformer.blocks]
+    return shard_for_training(method, blocks, world, device, gathered=getattr(torch, config.training.precision))
 
 
 def take_checkpoint(trainee: Trainee, steps_done: int) -> Checkpoint:
-    """Copy the state to the host; training does not change the copy. With shards, every rank calls this."""
+    """Copy the state to the host, with shards this rank's part of it; training does not change the copy."""
 
     def on_host(value: Any) -> Any:
-        return whole(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
+        return own_part(value.detach()).to("cpu", copy=True) if isinstance(value, Tensor) else value
 
+    method, optimizer = dict(trainee.method.state_dict()), trainee.optimizer.state_dict()
     return Checkpoint(
         step=steps_done,
-        method={name: on_host(tensor) for name, tensor in trainee.method.state_dict().items()},
-        optimizer=tree_map(on_host, trainee.optimizer.state_dict()),
+        method=tree_map(on_host, method),
+        optimizer=tree_map(on_host, optimizer),
         predictor={} if trainee.predictor is None else trainee.predictor.state(),
+        are_parts=(mark_parts(method), mark_parts(optimizer)) if trainee.is_sharded else None,
     )

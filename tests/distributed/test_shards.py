@@ -24,8 +24,15 @@ from hvp_ray.selection import hard_step
 from hvp_ray.stream.batches import InlineBatches, requests_of_rank
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.render_batch import build_render_context
+from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 from hvp_ray.training.step import train_step
-from hvp_ray.training.trainee import Checkpoint, build_trainee, build_untrained_method, take_checkpoint
+from hvp_ray.training.trainee import (
+    Checkpoint,
+    build_trainee,
+    build_untrained_method,
+    join_checkpoints,
+    take_checkpoint,
+)
 from tests.distributed.processes import run_ranks
 from tests.helpers import tiny_config
 
@@ -80,6 +87,10 @@ def _train(
     }
 
 
+def _joined(of_ranks: list[dict[str, Any]]) -> Checkpoint:
+    return join_checkpoints([of_rank["checkpoint"] for of_rank in of_ranks])
+
+
 def _assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=5e-5, msg=name)
@@ -92,12 +103,13 @@ def test_two_sharded_ranks_equal_one_and_keep_half(tmp_path: Path, recipe: str, 
     training = {"precision": precision}
     sharded = run_ranks(_train, 2, _config(tmp_path, recipe, 2, training=training))
     alone = _train(0, 1, _config(tmp_path, recipe, 1, training=training))
+    # In bfloat16 blocks are gathered in it, so layer norms and LayerScale round too. One rank in bfloat16 is as far from
+    # float32: 2 % in the norm.
     tolerance = 1e-5 if precision == "float32" else 1e-2
     assert sharded[0]["losses"] == pytest.approx(alone["losses"], rel=tolerance)
-    assert sharded[0]["norms"] == pytest.approx(alone["norms"], rel=2 * tolerance)
+    assert sharded[0]["norms"] == pytest.approx(alone["norms"], rel=5 * tolerance)
     assert sharded[0]["numbers kept"] < 0.52 * alone["numbers kept"]
-    first, second = (of_rank["checkpoint"] for of_rank in sharded)
-    assert weights_digest(first.method) == weights_digest(second.method)
+    first = _joined(sharded)
     if precision == "float32":
         _assert_close(first.method, alone["checkpoint"].method)
         for index, state in alone["checkpoint"].optimizer["state"].items():
@@ -115,13 +127,13 @@ def test_parts_of_a_step_add_up_on_shards(tmp_path: Path) -> None:
 
 def test_checkpoint_of_two_shards_continues_on_one_and_on_four(tmp_path: Path) -> None:
     config = _config(tmp_path, "dinov2-digits", 2)
-    checkpoint = run_ranks(_train, 2, config)[0]["checkpoint"]
-    straight = run_ranks(_train, 2, config, checkpoint, (3, 6))[0]
+    checkpoint = _joined(run_ranks(_train, 2, config))
+    straight = run_ranks(_train, 2, config, checkpoint, (3, 6))
     alone = _train(0, 1, _config(tmp_path, "dinov2-digits", 1), checkpoint, (3, 6))
-    four = run_ranks(_train, 4, _config(tmp_path, "dinov2-digits", 4), checkpoint, (3, 6))[0]
-    for other in (alone, four):
-        assert other["losses"] == pytest.approx(straight["losses"], rel=1e-5)
-        _assert_close(other["checkpoint"].method, straight["checkpoint"].method)
+    four = run_ranks(_train, 4, _config(tmp_path, "dinov2-digits", 4), checkpoint, (3, 6))
+    for other in ([alone], four):
+        assert other[0]["losses"] == pytest.approx(straight[0]["losses"], rel=1e-5)
+        _assert_close(_joined(other).method, _joined(straight).method)
 
 
 def _run(rank: int, num_ranks: int, output: str, name: str) -> dict[str, Any] | None:
@@ -130,8 +142,8 @@ def _run(rank: int, num_ranks: int, output: str, name: str) -> dict[str, Any] | 
         "dinov2-digits",
         num_ranks,
         run={"name": name},
-        training={"num_steps": 6, "images_per_step": 8, "checkpoint_every_steps": 2},
-        tracking={"num_figure_images": 2},
+        training={"num_steps": 6, "images_per_step": 16, "checkpoint_every_steps": 2},
+        tracking={"num_figure_images": 2, "knn_every_epochs": 1},
     )
     return pretrain_in_process(config)
 
@@ -139,6 +151,8 @@ def _run(rank: int, num_ranks: int, output: str, name: str) -> dict[str, Any] | 
 def test_sharded_run_resumes_to_the_bit_evaluates_and_draws(tmp_path: Path) -> None:
     straight = run_ranks(_run, 2, str(tmp_path), "straight")[0]
     assert straight["problems"] == [] and straight["knn_top1"] > 0.0
+    curve = read_records(tmp_path / "straight", EVALUATIONS)
+    assert [record["step"] for record in curve] == [0, 3, 6] and all(r["metrics"]["eval/knn_top1"] > 0.0 for r in curve)
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
     for name in ("summary.json", "trained.json"):
@@ -154,5 +168,5 @@ def test_sharded_run_resumes_to_the_bit_evaluates_and_draws(tmp_path: Path) -> N
 def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cluster.sharding=fsdp is not allowed with resnet10: only Vision"):
         build_untrained_method(tiny_config(str(tmp_path), cluster={"sharding": "fsdp"}))
-    with pytest.raises(ConfigError, match="cluster.sharding='fsdp' is not allowed: none without tracking.knn_every"):
-        tiny_config(str(tmp_path), cluster={"sharding": "fsdp"}, tracking={"knn_every_epochs": 1})
+    with pytest.raises(ConfigError, match="cluster.sharding='fsdp' is not allowed: none without training.compile"):
+        tiny_config(str(tmp_path), cluster={"sharding": "fsdp"}, training={"compile": True})

@@ -260,6 +260,7 @@ def test_configs_are_frozen_and_flatten_to_dotted_names() -> None:
         ("data", "test_source"),
         ("run", "output"),
         ("training", "initial_weights"),
+        ("training", "initial_run"),
     ],
 )
 def test_passwords_and_keys_in_uris_are_refused_and_not_repeated(

@@ -23,11 +23,13 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.identity import Effect, Resolved, describe_difference, effect_of, identity_of
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.recipes import get_recipe
+from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 from hvp_ray.tracking.selection_log import selection_files
+from hvp_ray.training.trainee import Checkpoint
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_parquet
 
@@ -55,6 +57,7 @@ CHANGES: dict[str, Any] = {
     "training.keep_checkpoints": 1,
     "training.max_collapsed_steps": 1000,
     "training.initial_weights": "WEIGHTS",
+    "training.initial_run": "RUN",
     "cluster.num_trainers": 2,
     "cluster.min_trainers": 1,
     "cluster.resize_check_seconds": 1.0,
@@ -128,8 +131,11 @@ class _Made:
             "MOVED": folder / "moved" / "images.parquet",
             "OTHERS": folder / "others.parquet",
             "WEIGHTS": folder / "backbone.safetensors",
+            "RUN": folder / "run",
         }
         self.places["WEIGHTS"].write_bytes(b"some weights")
+        checkpoints = CheckpointStore(str(folder / "run" / "checkpoints"), run_identity="a", keep=1)
+        checkpoints.write(Checkpoint(step=1, method={}, optimizer={"state": {}, "param_groups": []}))
         self.base = tiny_config(
             str(folder),
             run={"name": "base"},

@@ -187,6 +187,7 @@ TABLE: dict[str, dict[str, Any]] = {
         "views.local_views.size_px": 98,
         "optimizer.learning_rate_per_256": 1e-3,
         "optimizer.layer_decay": 0.9,
+        "optimizer.patch_embedding_rate": 0.2,
         "optimizer.final_weight_decay": 0.4,
         "optimizer.clip_gradient_norm": 3.0,
         "training.epochs": 100,

@@ -87,6 +87,21 @@ def test_loss_equals_lightlys_two_losses() -> None:
     torch.testing.assert_close(result.statistics["patch_center"], outputs["teacher"][:, :, 1:].mean(dim=(0, 1, 2)))
 
 
+def test_entropy_and_information_of_the_teachers_patches_are_those_of_masked_patches_of_the_first_view() -> None:
+    method, views = _method(), _views(num_views=2)
+    assert views.masks is not None
+    logits = _outputs(method, views)["teacher"][0, :, 1:][views.masks[0].flatten(1)] - method.patch_center
+    outputs = torch.softmax(logits.double() / 0.04, dim=-1).numpy()
+    entropy = np.mean([-sum(p * np.log(p) for p in output if p > 0) for output in outputs])
+    mean = outputs.mean(axis=0)
+    found = method(views).measurements
+    assert float(found["collapse/patch_teacher_entropy"]) == pytest.approx(entropy, rel=1e-4)
+    information = -(mean * np.log(mean)).sum() - entropy
+    assert float(found["collapse/patch_teacher_information"]) == pytest.approx(information, rel=1e-4)
+    unmasked = dataclasses.replace(views, masks=torch.zeros(2, 3, 4, 4, dtype=torch.bool))
+    assert method(unmasked).measurements["collapse/patch_teacher_entropy"].isnan()
+
+
 @pytest.mark.parametrize("scoring", ["full", "class"])
 def test_scores_equal_the_references_formula(scoring: str) -> None:
     method, views = _method(scoring=scoring, class_weight=0.7, patch_weight=1.3), _views()

@@ -16,7 +16,7 @@ import torch
 
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError
-from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore, CheckpointWriter, weights_digest
+from hvp_ray.runs.checkpoint import Checkpoint, CheckpointStore, CheckpointWriter, WrittenFile, weights_digest
 from hvp_ray.training.trainee import build_trainee, take_checkpoint
 from tests.helpers import ProgramInAPickle, tiny_config
 
@@ -247,9 +247,9 @@ class _GatedStore(CheckpointStore):
         super().__init__(str(root), run_identity="a", keep=9)
         self.gate = threading.Event()
 
-    def write(self, checkpoint: Checkpoint) -> None:
+    def write_part(self, checkpoint: Checkpoint, world: World) -> WrittenFile:
         assert self.gate.wait(60.0)
-        super().write(checkpoint)
+        return super().write_part(checkpoint, world)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_of_it(tmp_path: Path) -> None:

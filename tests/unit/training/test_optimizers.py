@@ -1,4 +1,4 @@
-"""LARS in both forms against the formulas, written out for one tensor at a time in float64."""
+"""The optimizers: LARS in both forms against the formulas, in float64; rates of layers; fused kernels."""
 
 from typing import Literal
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hvp_ray.config import BackboneConfig, OptimizerConfig
+from hvp_ray.errors import ConfigError
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.methods.method import Method, build_method
 from hvp_ray.recipes import get_recipe
@@ -136,6 +137,41 @@ def test_layers_of_the_encoder_have_rates_that_fall_towards_its_input(name: str)
         ordered = [rates["conv1.weight"], *(rates[f"layer{layer}.0.conv1.weight"] for layer in (1, 2, 3, 4))]
         assert ordered == sorted(ordered) and ordered[0] < ordered[-1] <= 0.08
     assert {rate_of[id(p)] for p in method.predictor.parameters()} == {0.08}
+
+
+def test_patch_embedding_has_a_factor_of_its_own_beside_the_layers() -> None:
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", image_px=32, depth=3)
+    method = build_method(SimSiamConfig(backbone=backbone))
+    config = OptimizerConfig(name="adamw", learning_rate_per_256=0.1, layer_decay=0.5, patch_embedding_rate=0.2)
+    optimizer = build_optimizer(method, config, images_per_step=256)
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: rate_of[id(p)] for name, p in method.backbone.named_parameters()}
+    for name in ("patch_embed.proj.weight", "patch_embed.proj.bias"):
+        assert rates[name] == pytest.approx(0.2 * 0.1 * 0.5**3)
+    assert rates["pos_embed"] == pytest.approx(0.1 * 0.5**3)
+    resnet = build_method(SimSiamConfig(backbone=BackboneConfig(name="resnet10", stem="cifar")))
+    with pytest.raises(ConfigError, match=r"optimizer.patch_embedding_rate=0.2 .* no Vision Transformer"):
+        build_optimizer(resnet, config, images_per_step=256)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_kernels_make_the_same_update(name: Literal["sgd", "adamw"]) -> None:
+    weights = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        method = build_method(SimSiamConfig(backbone=BackboneConfig(name="resnet10", stem="cifar")))
+        config = OptimizerConfig(name=name, learning_rate_per_256=0.1, fused=fused)
+        optimizer = build_optimizer(method, config, images_per_step=256)
+        assert all(group["fused"] is (True if fused else None) for group in optimizer.param_groups)
+        for step in range(3):
+            for parameter in method.parameters():
+                parameter.grad = torch.sin(parameter.detach() + step)
+            optimizer.step()
+        weights.append([parameter.detach() for parameter in method.parameters()])
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="optimizer.fused=True is not allowed: False with optimizer.name=lars"):
+        OptimizerConfig(name="lars", learning_rate_per_256=0.1, fused=True)
 
 
 def test_layer_decay_of_1_has_the_groups_of_before() -> None:
