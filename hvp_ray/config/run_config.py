@@ -123,6 +123,9 @@ class RunConfig(Checked):
             {
                 "selection.reuse_student=False": not self.selection.reuse_student,
                 "training.compile=False": not self.training.compile,
+                "optimizer.fused=False with optimizer.name=sgd": not (
+                    self.optimizer.fused and self.optimizer.name == "sgd"
+                ),
             },
         )
         for allowed, holds in conditions.items():

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from hvp_ray.config import RunConfig, ViewGroupConfig
 from hvp_ray.costs.step_plans import draw_step_plans
 from hvp_ray.distributed.world import World
+from hvp_ray.methods.method import StepPosition
 from hvp_ray.records import ViewPlan, Views
 from hvp_ray.selection import hard_step
 from hvp_ray.stream.device import DeviceBatch
@@ -26,6 +27,10 @@ from hvp_ray.training.trainee import Trainee, build_trainee_of, build_untrained_
 
 _IMAGE_PX = 256
 """Size of the imaginary images. It has no effect on a step."""
+
+
+_LATE = StepPosition(step=9_999, num_steps=10_000, steps_per_epoch=1)
+"""Position of the step: the first epochs of a run may not train all parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +61,7 @@ def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
         _drop_content(method, fake_mode)
         trainee = build_trainee_of(method, alone, World(), torch.device("cpu"))
+        method.begin_step(_LATE)
         yield ImaginaryStep(
             config=alone,
             trainee=dataclasses.replace(trainee, optimizer=_UpdateWithoutContent(trainee.optimizer)),

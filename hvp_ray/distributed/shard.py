@@ -5,14 +5,14 @@ has a file with its parts; `join_parts` makes whole tensors of them, so a run ma
 unsharded.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
 
@@ -36,9 +36,7 @@ def shard_for_training(
         gathered: type in which the blocks' parameters are gathered; each rank keeps its part, and sums gradients, in
             float32.
     """
-    method.to(
-        memory_format=torch.contiguous_format
-    )  # the patch embedding may be channels-last, which cannot be sharded
+    method.to(memory_format=torch.contiguous_format)  # a patch embedding that is channels-last cannot be sharded
     mesh = init_device_mesh(device.type, (world.num_ranks,))
     policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -48,9 +46,8 @@ def shard_for_training(
     fully_shard(method, mesh=mesh)
     for name in _FORWARD_METHODS:
         register_fsdp_forward_method(method, name)
-    return WrappedMethod(
-        forward=method, reduce_gradients=lambda: None, without_reduction=lambda: _without_reduction(method)
-    )
+    # Gradients are reduced in every part of a step: until then each rank would hold those of the whole network.
+    return WrappedMethod(forward=method, reduce_gradients=lambda: None, without_reduction=nullcontext)
 
 
 def _fit_norms(block: nn.Module) -> None:
@@ -62,16 +59,6 @@ def _fit_norms(block: nn.Module) -> None:
     for module in block.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_pre_hook(cast_to_weight)
-
-
-@contextmanager
-def _without_reduction(method: nn.Module) -> Iterator[None]:
-    sharded = cast(FSDPModule, method)
-    sharded.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        sharded.set_requires_gradient_sync(True)
 
 
 def whole(value: Any) -> Any:

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 _MANIFEST = "manifest.json"
 _ALONE = World()
+_FAILED = -2
+"""Stands for the size of a part that could not be written."""
+_OF_STATE = re.compile(r"step-(\d{8,12})/state[^/]*\.pt")
 _COMMITTED = re.compile(rf"step-(\d{{8,12}})/{_MANIFEST}")
 
 
@@ -137,41 +140,49 @@ class CheckpointStore:
             CheckpointError: it is missing, damaged, of another run, or holds something else than tensors and plain values,
                 none of which is executed.
         """
-        folder = place_in(self._location, _folder(step))
+        folder = self.folder_of(step)
         digests, identity = _read_manifest(self._read(step, _MANIFEST), folder)
-        contents = {name: self._read(step, name) for name in sorted(digests)}
-        for name, content in contents.items():
+        parts = []
+        for name in sorted(digests):
+            content = self._read(step, name)
             if hashlib.sha256(content).hexdigest() != digests[name]:
                 raise _DamagedError(
                     f"the checkpoint {folder} is damaged: {name} does not have the digest of its manifest"
                 )
-        if self._run_identity not in (None, identity):
-            raise CheckpointError(f"the checkpoint {folder} belongs to a run of another identity")
+            if self._run_identity not in (None, identity):
+                raise CheckpointError(f"the checkpoint {folder} belongs to a run of another identity")
+            try:
+                parts.append(_unpack(content, step, map_location))
+            except Exception as error:
+                asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+                reason = f"it asks for {asked[1]}" if asked else first_line(error)
+                raise CheckpointError(
+                    f"the checkpoint {folder} is refused: {name} has the digest of its manifest, but holds something else "
+                    f"than tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote it; without "
+                    f"this folder the run resumes from the checkpoint before it"
+                ) from error
         try:
-            return join_checkpoints([_unpack(content, step, map_location) for content in contents.values()])
-        except Exception as error:
-            asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-            reason = f"it asks for {asked[1]}" if asked else first_line(error)
+            return join_checkpoints(parts)
+        except (ValueError, RuntimeError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint {folder} is refused: {', '.join(contents)} has the digest of its manifest, but holds "
-                f"something else than tensors and plain values ({reason}). Nothing in it was executed. Find out who wrote "
-                f"it; without this folder the run resumes from the checkpoint before it"
+                f"the checkpoint {folder} is refused: its parts do not fit together ({first_line(error)})"
             ) from error
 
-    def digest_of_newest(self) -> str | None:
-        """Return a digest of the newest checkpoint, without reading its tensors; None: there is none.
+    def folder_of(self, step: int) -> str:
+        """Return the folder of a checkpoint, a path or a URI."""
+        return place_in(self._location, _folder(step))
+
+    def digest(self, step: int) -> str:
+        """Return a digest of a checkpoint, from its manifest.
 
         Raises:
-            CheckpointError: it is damaged or cannot be read.
+            CheckpointError: it is missing or damaged, or cannot be read.
         """
-        steps = self.committed_steps()
-        if not steps:
-            return None
-        digests, _ = _read_manifest(self._read(steps[-1], _MANIFEST), place_in(self._location, _folder(steps[-1])))
+        digests, _ = _read_manifest(self._read(step, _MANIFEST), self.folder_of(step))
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     def _read(self, step: int, name: str) -> bytes:
-        folder = place_in(self._location, _folder(step))
+        folder = self.folder_of(step)
         try:
             content = self._files.read(f"{_folder(step)}/{name}")
         except OSError as error:
@@ -193,29 +204,26 @@ class CheckpointStore:
             except OSError as error:
                 logger.warning("the checkpoint of step %d could not be deleted: %s", step, error)
                 continue
-            delete_folder(place_in(self._location, _folder(step)))
+            delete_folder(self.folder_of(step))
+        for step in self._uncommitted_steps(before=newest):
+            delete_folder(self.folder_of(step))
+
+    def _uncommitted_steps(self, *, before: int) -> set[int]:
+        """Return the steps of folders without a manifest: of attempts that ended while they wrote."""
+        found = (_OF_STATE.fullmatch(name) for name in self._files.names())
+        steps = {int(of_state[1]) for of_state in found if of_state is not None}
+        return {step for step in steps if step < before}.difference(self.committed_steps())
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run in a thread, one at a time, while training continues.
 
-    A failure is raised by the next call, or by the next step through `check`. With more than one rank, the checkpoints are
-    sharded: every rank writes its part and calls the same methods at the same steps, and rank 0 commits once all have
-    written. The failure of one rank is raised on all.
+    A failure is raised by the next call, or by the next step through `check`.
     """
 
-    def __init__(self, store: CheckpointStore, world: World = _ALONE, device: torch.device | None = None) -> None:
-        """Start the thread.
-
-        Args:
-            store: the checkpoints.
-            world: the ranks that have parts of a checkpoint, and this one.
-            device: device of the tensors that ranks exchange.
-        """
-        self._store, self._world, self._device = store, world, device
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._step = 0
-        self._part: Future[WrittenFile] | None = None
         self._pending: Future[None] | None = None
         self.num_written = 0
         self.written_at = 0.0
@@ -228,11 +236,7 @@ class CheckpointWriter:
             CheckpointError: the checkpoint before could not be written.
         """
         self.wait()
-        self._step = checkpoint.step
-        self._part = self._thread.submit(self._store.write_part, checkpoint, self._world)
-        if self._world.num_ranks == 1:
-            part, self._part = self._part, None
-            self._pending = self._thread.submit(lambda: self._commit([part.result()]))
+        self._pending = self._thread.submit(self._write, checkpoint)
 
     def check(self) -> None:
         """Raise the error of a checkpoint that could not be written, without waiting.
@@ -240,17 +244,15 @@ class CheckpointWriter:
         Raises:
             CheckpointError: see `CheckpointStore.write`.
         """
-        self._commit_parts(wait=False)
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when every checkpoint is committed, on other ranks than 0 when their part is written.
+        """Return when every checkpoint is committed.
 
         Raises:
             CheckpointError: see `CheckpointStore.write`.
         """
-        self._commit_parts(wait=True)
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -265,38 +267,99 @@ class CheckpointWriter:
             CheckpointError: see `CheckpointStore.write`.
         """
         try:
-            if has_failed:
-                self._part = None
-            self.wait()
+            if not has_failed or self._commits_alone:
+                self.wait()
         finally:
             self._thread.shutdown()
 
-    def _commit_parts(self, *, wait: bool) -> None:
-        """Let rank 0 commit if all ranks have written their part."""
-        if self._part is None:
-            return
+    _commits_alone = True
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        self._store.write(checkpoint)
+        self._note_commit()
+
+    def _note_commit(self) -> None:
+        self.num_written += 1
+        self.written_at = time.time()
+
+
+class PartWriter(CheckpointWriter):
+    """Writes this rank's part of sharded checkpoints; rank 0 commits one when all ranks have written.
+
+    Every rank calls the same methods at the same steps. The failure of one rank is raised on all.
+    """
+
+    _commits_alone = False
+
+    def __init__(self, store: CheckpointStore, world: World, device: torch.device) -> None:
+        """Start the thread.
+
+        Args:
+            store: the checkpoints.
+            world: the ranks.
+            device: device of the tensors that ranks exchange.
+        """
+        super().__init__(store)
+        self._world, self._device = world, device
+        self._step = 0
+        self._part: Future[WrittenFile] | None = None
+        self._is_committing = False
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """As `CheckpointWriter.write`, for a part."""
+        self.wait()
+        self._step, self._is_committing = checkpoint.step, False
+        self._part = self._thread.submit(self._store.write_part, checkpoint, self._world)
+
+    def check(self) -> None:
+        """As `CheckpointWriter.check`; exchanges a few numbers while a checkpoint is not committed."""
+        self._advance(wait=False)
+
+    def wait(self) -> None:
+        """As `CheckpointWriter.wait`."""
+        self._advance(wait=True)
+
+    def _advance(self, *, wait: bool) -> None:
+        if self._part is not None and not self._is_committing:
+            self._commit_if_written(wait=wait)
+        if self._part is not None and self._is_committing:
+            self._end_if_committed(wait=wait)
+
+    def _commit_if_written(self, *, wait: bool) -> None:
+        assert self._part is not None
         failure, own = None, WrittenFile(num_bytes=-1, sha256="00" * 32)
         if wait or self._part.done():
             failure = self._part.exception()
-            own = self._part.result() if failure is None else dataclasses.replace(own, num_bytes=-2)
+            own = self._part.result() if failure is None else dataclasses.replace(own, num_bytes=_FAILED)
         numbers = torch.tensor([own.num_bytes, *bytes.fromhex(own.sha256)], device=self._device)
         of_ranks = gather_over_ranks(numbers).tolist()
-        if failure is not None:
-            self._part = None
-            raise failure
-        if any(size == -2 for size, *_ in of_ranks):
-            self._part = None
-            raise CheckpointError(f"another trainer could not write its part of the checkpoint of step {self._step}")
-        if all(size >= 0 for size, *_ in of_ranks):
-            self._part = None
-            if self._world.rank == 0:
-                written = [WrittenFile(num_bytes=size, sha256=bytes(digest).hex()) for size, *digest in of_ranks]
-                self._pending = self._thread.submit(self._commit, written)
+        self._raise_on_all(failure, [rank for rank, (size, *_) in enumerate(of_ranks) if size == _FAILED])
+        self._is_committing = all(size >= 0 for size, *_ in of_ranks)
+        if self._is_committing and self._world.rank == 0:
+            written = [WrittenFile(num_bytes=size, sha256=bytes(digest).hex()) for size, *digest in of_ranks]
+            self._pending = self._thread.submit(self._store.commit, self._step, written)
 
-    def _commit(self, written: Sequence[WrittenFile]) -> None:
-        self._store.commit(self._step, written)
-        self.num_written += 1
-        self.written_at = time.time()
+    def _end_if_committed(self, *, wait: bool) -> None:
+        failure, outcome = None, 0
+        if self._pending is not None and (wait or self._pending.done()):
+            failure = self._pending.exception()
+            outcome = 1 if failure is None else _FAILED
+        of_rank_0 = int(gather_over_ranks(torch.tensor(outcome, device=self._device))[0])
+        self._raise_on_all(failure, [0] if of_rank_0 == _FAILED else [])
+        if of_rank_0:
+            self._part = self._pending = None
+            self._note_commit()
+
+    def _raise_on_all(self, failure: BaseException | None, failed: list[int]) -> None:
+        if not failed:
+            return
+        self._part = self._pending = None
+        if failure is not None:
+            raise failure
+        named = ", ".join(map(str, failed))
+        raise CheckpointError(
+            f"trainer {named} could not write the checkpoint of step {self._step}; its log has the reason"
+        )
 
 
 def _read_manifest(content: bytes, folder: str) -> tuple[dict[str, str], str]:

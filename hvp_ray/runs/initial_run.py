@@ -1,44 +1,82 @@
 """The run that another one starts from with all its weights (`training.initial_run`)."""
 
 import dataclasses
+import re
+from pathlib import PurePosixPath
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError
 from hvp_ray.files import place_in
+from hvp_ray.local_cache import with_local_weights
+from hvp_ray.methods.initial_weights import load_initial_state
+from hvp_ray.methods.method import Method
 from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.training.trainee import Checkpoint
+from hvp_ray.training.trainee import Checkpoint, build_untrained_method
+
+_OF_A_STEP = re.compile(r"step-(\d{8,12})")
 
 
-def load_initial_run(config: RunConfig) -> Checkpoint | None:
-    """Return the newest weights of `training.initial_run`, as of step 0; None: it is not set.
+def pin_initial_run(config: RunConfig) -> RunConfig:
+    """Return the config with the folder of one checkpoint as `training.initial_run`: the run's newest.
+
+    All ranks and evaluations then read the same weights, even if that run goes on.
 
     Raises:
-        CheckpointError: it has no checkpoint, or none that can be used.
+        CheckpointError: it has no checkpoint, or cannot be reached.
     """
     run = config.training.initial_run
     if run is None:
+        return config
+    store, step = _find(run)
+    training = dataclasses.replace(config.training, initial_run=store.folder_of(step))
+    return dataclasses.replace(config, training=training)
+
+
+def load_initial_run(config: RunConfig) -> Checkpoint | None:
+    """Return the weights of `training.initial_run`, as of step 0; None: it is not set.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+    """
+    if config.training.initial_run is None:
         return None
-    newest = _store_of(run).load_newest()
-    if newest is None:
-        raise _absent(run)
-    return dataclasses.replace(newest, step=0, optimizer={}, predictor={})
+    store, step = _find(config.training.initial_run)
+    return dataclasses.replace(store.load(step), step=0, optimizer={}, predictor={})
 
 
 def digest_of_initial_run(run: str) -> str:
-    """Return the digest of its newest checkpoint.
+    """Return the digest of its checkpoint.
 
     Raises:
-        CheckpointError: it has no checkpoint, or it cannot be read.
+        CheckpointError: it has none, or it cannot be read.
     """
-    digest = _store_of(run).digest_of_newest()
-    if digest is None:
-        raise _absent(run)
-    return digest
+    store, step = _find(run)
+    return store.digest(step)
 
 
-def _store_of(run: str) -> CheckpointStore:
-    return CheckpointStore(place_in(run, "checkpoints"), run_identity=None, keep=1)
+def build_method_at_start(config: RunConfig) -> Method:
+    """Build the method with the weights that training starts from.
+
+    Raises:
+        CheckpointError: the initial weights are missing or fit another network.
+    """
+    method, start = build_untrained_method(with_local_weights(config)), load_initial_run(config)
+    if start is not None:
+        load_initial_state(method, start.method, str(config.training.initial_run))
+    return method
 
 
-def _absent(run: str) -> CheckpointError:
-    return CheckpointError(f"training.initial_run={run!r}: there is no checkpoint; give the folder of a run")
+def _find(run: str) -> tuple[CheckpointStore, int]:
+    """Return the checkpoints of a run, and the step of the one that is meant.
+
+    Args:
+        run: folder of a run, or of one of its checkpoints.
+    """
+    of_step = _OF_A_STEP.fullmatch(PurePosixPath(run).name)
+    if of_step is not None:
+        return CheckpointStore(run.rstrip("/").removesuffix(of_step[0]), run_identity=None, keep=1), int(of_step[1])
+    store = CheckpointStore(place_in(run, "checkpoints"), run_identity=None, keep=1)
+    steps = store.committed_steps()
+    if not steps:
+        raise CheckpointError(f"training.initial_run={run!r}: there is no checkpoint; give the folder of a run")
+    return store, steps[-1]

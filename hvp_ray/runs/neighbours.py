@@ -12,9 +12,9 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.source import Source
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
-from hvp_ray.local_cache import with_local_weights
+from hvp_ray.runs.initial_run import build_method_at_start
 from hvp_ray.tracking.neighbour_figure import Neighbours, draw_neighbours
-from hvp_ray.training.trainee import Trainee, build_untrained_method
+from hvp_ray.training.trainee import Trainee
 
 _MAX_QUERIES = 8
 _NUM_NEIGHBOURS = 5
@@ -43,7 +43,7 @@ def draw_nearest_neighbours(config: RunConfig, dataset: Dataset, trainee: Traine
     queries, query_ids = load_evaluation_pixels(query_source, query_ids, config.views, config.data)
     bank, bank_ids = load_evaluation_pixels(dataset.source, bank_ids, config.views, config.data)
     encoders = {
-        "nearest before training": build_untrained_method(with_local_weights(config)).encoder.to(trainee.device),
+        "nearest before training": build_method_at_start(config).encoder.to(trainee.device),
         "nearest after training": trainee.method.encoder,
     }
     bank_names = [_file_of(dataset.source, sample_id) for sample_id in bank_ids.tolist()]

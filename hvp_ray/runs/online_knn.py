@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from hvp_ray.distributed.shard import whole
 from hvp_ray.errors import first_line
 from hvp_ray.evaluation.snapshot import snapshot_encoder
 from hvp_ray.files import write_file
@@ -33,7 +34,8 @@ def _is_due(steps_done: int, interval: int, steps: RunSteps) -> bool:
 def join_snapshot(encoder: nn.Module, steps_done: int, interval: int, steps: RunSteps) -> None:
     """Take part in gathering a sharded encoder on another rank than 0, if a snapshot is due."""
     if _is_due(steps_done, interval, steps):
-        snapshot_encoder(encoder)
+        for tensor in encoder.state_dict().values():
+            whole(tensor)
 
 
 class KnnDuringTraining:

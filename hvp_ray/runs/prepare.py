@@ -33,12 +33,12 @@ from hvp_ray.identity import (
 )
 from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.methods.backbones import build_backbone
-from hvp_ray.methods.initial_weights import load_initial_state, load_initial_weights
+from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import Method
 from hvp_ray.resolved_run import ResolvedRun, names_left_to_auto, renderer_of
 from hvp_ray.runs.channel_statistics import check_channels
 from hvp_ray.runs.find import find_run, read_config
-from hvp_ray.runs.initial_run import digest_of_initial_run, load_initial_run
+from hvp_ray.runs.initial_run import build_method_at_start, digest_of_initial_run, pin_initial_run
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.storage import working_folder
@@ -47,7 +47,6 @@ from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.tracking.tensorboard import TensorboardRun
 from hvp_ray.tracking.trackers import TrackedRun, check_loggers
 from hvp_ray.tracking.wandb import WandbRun
-from hvp_ray.training.trainee import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
@@ -144,7 +143,7 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
     location = output_location(config)
     _check_trackers(config)
     dataset = _open_checked(config, dataset)
-    _check_view_sizes(config, build_untrained_method(with_local_weights(config)))
+    _check_view_sizes(config, build_method_at_start(config))
     if is_uri(location):
         check_writable(location, option="run.output")
         return dataset
@@ -163,10 +162,9 @@ def describe_initial_weights(config: RunConfig) -> tuple[str, ...]:
     Raises:
         CheckpointError: they do not fit.
     """
-    if (start := load_initial_run(config)) is not None:
-        run = str(config.training.initial_run)
-        load_initial_state(build_untrained_method(config), start.method, run)
-        return (f"initial run: all {len(start.method)} tensors of {run} are loaded",)
+    if config.training.initial_run is not None:
+        num_tensors = len(build_method_at_start(config).state_dict())
+        return (f"initial run: all {num_tensors} tensors of {config.training.initial_run} are loaded",)
     weights = with_local_weights(config).training.initial_weights
     if weights is None:
         return ()
@@ -310,6 +308,7 @@ def prepare_run(
     """
     _check_predictor_delay(config, resolved)
     _check_trackers(config)
+    config = pin_initial_run(config)
     dataset = _open_checked(config, dataset)
     result = resolve(config, dataset, renderer=resolved.renderer, device=resolved.device)
     fingerprint = result.training_data["training data"]

@@ -36,7 +36,7 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.tracking.run_log import ATTEMPTS, RunLog, export_records, next_attempt
 from hvp_ray.tracking.unreadable_log import UnreadableLog
 from hvp_ray.training.loop import LoopResult, run_loop
-from hvp_ray.training.trainee import build_trainee
+from hvp_ray.training.trainee import build_trainee, build_untrained_method
 
 logger = logging.getLogger(__name__)
 
@@ -145,12 +145,15 @@ def _train(rank: OpenedRank, restored: RestoredRank, recorder: RankRecorder) -> 
 
 
 def _with_whole_encoder(rank: OpenedRank, restored: RestoredRank) -> RestoredRank:
-    """Return a trainee that this rank can use alone: that of the last checkpoint, if this one is sharded."""
-    if not restored.trainee.is_sharded:
+    """Return a trainee whose encoder this rank can use alone: that of the last checkpoint, if this one is sharded."""
+    sharded = restored.trainee
+    if not sharded.is_sharded:
         return restored
-    checkpoint = rank.checkpoints.load_newest(map_location="cpu")
-    trainee = build_trainee(with_local_weights(rank.job.config), World(), rank.device, checkpoint)
-    return dataclasses.replace(restored, trainee=trainee)
+    sharded.optimizer.state.clear()  # makes room
+    sharded.optimizer.zero_grad(set_to_none=True)
+    method = build_untrained_method(with_local_weights(rank.job.config))
+    method.load_state_dict(rank.checkpoints.load(restored.steps.num_steps).method)
+    return dataclasses.replace(restored, trainee=dataclasses.replace(sharded, method=method.to(rank.device)))
 
 
 def _evaluate(

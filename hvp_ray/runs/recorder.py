@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from hvp_ray.config import RunConfig
-from hvp_ray.distributed.world import World, mean_over_ranks
+from hvp_ray.distributed.world import mean_over_ranks
 from hvp_ray.errors import CheckpointError
-from hvp_ray.runs.checkpoint import CheckpointWriter
+from hvp_ray.runs.checkpoint import CheckpointWriter, PartWriter
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining, join_snapshot
 from hvp_ray.runs.progress import Progress, RunSteps
@@ -40,8 +40,9 @@ class RankRecorder:
         self._num_steps = restored.steps.num_steps
         self._steps_done = 0
         self._has_state = restored.trainee.is_sharded or rank.world.rank == 0
-        sharing = rank.world if restored.trainee.is_sharded else World()
-        self._writer = CheckpointWriter(rank.checkpoints, sharing, rank.device)
+        self._writer = CheckpointWriter(rank.checkpoints)
+        if restored.trainee.is_sharded:
+            self._writer = PartWriter(rank.checkpoints, rank.world, rank.device)
         if restored.steps.first_step == 0:
             self._join_snapshot(0)
         services.watch_numbers(self.numbers)

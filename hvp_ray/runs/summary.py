@@ -10,15 +10,15 @@ import torch
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_knn_data
-from hvp_ray.local_cache import with_local_weights
 from hvp_ray.runs.after_training import AfterTraining
 from hvp_ray.runs.checkpoint import weights_digest
+from hvp_ray.runs.initial_run import build_method_at_start
 from hvp_ray.runs.job import OpenedRank, RestoredRank
 from hvp_ray.stream.quarantine import CRASHES_DECODER
 from hvp_ray.tracking.run_log import ATTEMPTS, METRICS, read_records
 from hvp_ray.tracking.unreadable_log import unreadable_images
 from hvp_ray.training.loop import LoopResult
-from hvp_ray.training.trainee import Trainee, build_untrained_method
+from hvp_ray.training.trainee import Trainee
 
 
 def summarize(rank: OpenedRank, restored: RestoredRank, result: LoopResult) -> dict[str, Any]:
@@ -94,9 +94,7 @@ def knn_results(config: RunConfig, dataset: Dataset, trainee: Trainee, after: Af
         return evaluate_encoder(trainee.method.encoder, knn_data, config, device)
 
     def untrained() -> dict[str, float]:
-        return evaluate_encoder(
-            build_untrained_method(with_local_weights(config)).encoder.to(device), knn_data, config, device
-        )
+        return evaluate_encoder(build_method_at_start(config).encoder.to(device), knn_data, config, device)
 
     found = {
         "": after.attempt("k-NN of the trained encoder", trained),

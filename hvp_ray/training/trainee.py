@@ -77,6 +77,8 @@ def join_checkpoints(parts: Sequence[Checkpoint]) -> Checkpoint:
         ValueError: the parts differ in form.
     """
     first = parts[0]
+    if any(part.are_parts != first.are_parts for part in parts) or (first.are_parts is None and len(parts) > 1):
+        raise ValueError("they are not of one checkpoint")
     if first.are_parts is None:
         return first
     of_method, of_optimizer = first.are_parts

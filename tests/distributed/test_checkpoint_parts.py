@@ -1,5 +1,6 @@
 """A sharded checkpoint: every rank writes its part, and it counts once all parts are there."""
 
+import dataclasses
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError
-from hvp_ray.runs.checkpoint import CheckpointStore, CheckpointWriter, WrittenFile
+from hvp_ray.runs.checkpoint import CheckpointStore, PartWriter, WrittenFile
 from hvp_ray.training.trainee import Checkpoint
 from tests.distributed.processes import run_ranks
 
@@ -29,6 +30,10 @@ class _GatedStore(CheckpointStore):
     def write_part(self, checkpoint: Checkpoint, world: World) -> WrittenFile:
         assert self.gate.wait(60.0)
         return super().write_part(checkpoint, world)
+
+
+def _writer(store: CheckpointStore, rank: int, num_ranks: int) -> PartWriter:
+    return PartWriter(store, World(rank=rank, num_ranks=num_ranks), torch.device("cpu"))
 
 
 def _part(rank: int, step: int) -> Checkpoint:
@@ -51,7 +56,7 @@ def _part(rank: int, step: int) -> Checkpoint:
 def _write(rank: int, num_ranks: int, location: str) -> list[int]:
     """Write step 1; return the committed steps seen while rank 1 is still writing."""
     store = _GatedStore(location)
-    writer = CheckpointWriter(store, World(rank=rank, num_ranks=num_ranks))
+    writer = _writer(store, rank, num_ranks)
     if rank == 0:
         store.gate.set()
     writer.write(_part(rank, 1))
@@ -81,11 +86,12 @@ def test_checkpoint_without_one_of_its_parts_is_damaged(tmp_path: Path) -> None:
         CheckpointStore(str(tmp_path), run_identity="a", keep=2).load(1)
 
 
-def _fail(rank: int, num_ranks: int, location: str) -> str:
-    place = Path(location) / "in the way" if rank == 1 else Path(location)
-    writer = CheckpointWriter(
-        CheckpointStore(str(place), run_identity="a", keep=2), World(rank=rank, num_ranks=num_ranks)
-    )
+def _fail(rank: int, num_ranks: int, location: str, at_writing: bool) -> str:
+    """Let rank 1 fail to write its part, or rank 0 to commit."""
+    place = Path(location) / "in the way" if rank == 1 and at_writing else Path(location)
+    if rank == 0 and not at_writing:
+        (place / "step-00000001" / "manifest.json").mkdir(parents=True)
+    writer = _writer(CheckpointStore(str(place), run_identity="a", keep=2), rank, num_ranks)
     writer.write(_part(rank, 1))
     try:
         while True:
@@ -96,23 +102,45 @@ def _fail(rank: int, num_ranks: int, location: str) -> str:
         writer.close(has_failed=True)
 
 
-def test_failure_of_one_rank_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_writing", [True, False])
+def test_failure_of_one_rank_ends_all(tmp_path: Path, at_writing: bool) -> None:
     (tmp_path / "in the way").write_text("a file")
-    first, second = run_ranks(_fail, 2, str(tmp_path))
-    assert first == "another trainer could not write its part of the checkpoint of step 1"
-    assert second.startswith("the checkpoint of step 1 could not be written to")
+    messages = run_ranks(_fail, 2, str(tmp_path), at_writing)
+    failed = int(at_writing)
+    assert messages[failed].startswith("the checkpoint of step 1 could not be written to")
+    expected = f"trainer {failed} could not write the checkpoint of step 1; its log has the reason"
+    assert messages[1 - failed] == expected
+    if not at_writing:
+        (tmp_path / "step-00000001" / "manifest.json").rmdir()
     assert CheckpointStore(str(tmp_path), run_identity="a", keep=2).committed_steps() == []
 
 
 def _leave(rank: int, num_ranks: int, location: str) -> Any:
-    writer = CheckpointWriter(
-        CheckpointStore(location, run_identity="a", keep=2), World(rank=rank, num_ranks=num_ranks)
-    )
+    writer = _writer(CheckpointStore(location, run_identity="a", keep=2), rank, num_ranks)
     writer.write(_part(rank, 1))
     writer.close(has_failed=True)  # waits for no other rank
     return writer.num_written
 
 
-def test_failed_run_commits_no_parts(tmp_path: Path) -> None:
+def _continue(rank: int, num_ranks: int, location: str) -> int:
+    writer = _writer(CheckpointStore(location, run_identity="a", keep=2), rank, num_ranks)
+    for step in (2, 3):
+        writer.write(_part(rank, step))
+    writer.close()
+    return writer.num_written
+
+
+def test_failed_run_commits_no_parts_and_the_next_attempt_removes_them(tmp_path: Path) -> None:
     assert run_ranks(_leave, 2, str(tmp_path)) == [0, 0]
-    assert CheckpointStore(str(tmp_path), run_identity="a", keep=2).load_newest() is None
+    store = CheckpointStore(str(tmp_path), run_identity="a", keep=2)
+    assert store.load_newest() is None and (tmp_path / "step-00000001").is_dir()
+    assert run_ranks(_continue, 2, str(tmp_path)) == [2, 2]
+    assert store.committed_steps() == [2, 3] and not (tmp_path / "step-00000001").exists()
+
+
+def test_files_that_are_not_parts_of_one_checkpoint_are_refused(tmp_path: Path) -> None:
+    store = CheckpointStore(str(tmp_path), run_identity="a", keep=2)
+    wholes = [dataclasses.replace(_part(rank, 1), are_parts=None) for rank in range(2)]
+    store.commit(1, [store.write_part(whole, World(rank=r, num_ranks=2)) for r, whole in enumerate(wholes)])
+    with pytest.raises(CheckpointError, match="its parts do not fit together"):
+        store.load(1)

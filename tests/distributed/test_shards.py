@@ -125,6 +125,15 @@ def test_parts_of_a_step_add_up_on_shards(tmp_path: Path) -> None:
     assert parted["norms"][0] == pytest.approx(whole["norms"][0], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "sections", [{"optimizer": {"fused": True}}, {"training": {"activation_checkpointing": True}}], ids=str
+)
+def test_other_ways_to_compute_the_same_step_on_shards(tmp_path: Path, sections: dict[str, Any]) -> None:
+    found = run_ranks(_train, 2, _config(tmp_path, "dinov2-digits", 2, **sections))[0]
+    expected = _train(0, 1, _config(tmp_path, "dinov2-digits", 1))
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+
+
 def test_checkpoint_of_two_shards_continues_on_one_and_on_four(tmp_path: Path) -> None:
     config = _config(tmp_path, "dinov2-digits", 2)
     checkpoint = _joined(run_ranks(_train, 2, config))

@@ -13,8 +13,9 @@ from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.runs.initial_run import load_initial_run
+from hvp_ray.runs.checkpoint import CheckpointStore, weights_digest
+from hvp_ray.runs.initial_run import load_initial_run, pin_initial_run
+from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 from hvp_ray.training.trainee import Trainee, build_trainee
 from tests.helpers import tiny_config
 
@@ -97,6 +98,25 @@ def test_what_does_not_fit_is_refused(first: Path, tmp_path: Path) -> None:
         pretrain_in_process(tiny_config(str(tmp_path), training={"initial_run": str(tmp_path)}))
     with pytest.raises(ConfigError, match="initial_run=.*None with training.initial_weights"):
         tiny_config(str(tmp_path), training={"initial_run": "a", "initial_weights": "b"})
+
+
+def test_encoder_before_training_is_that_of_the_first_run(first: Path) -> None:
+    config = _larger(first, "measured")
+    tracking = dataclasses.replace(config.tracking, knn_images=40, knn_every_epochs=1)
+    summary = pretrain_in_process(dataclasses.replace(config, tracking=tracking))
+    assert summary is not None
+    (before, *_) = read_records(first / "measured", EVALUATIONS)
+    assert before["step"] == 0 and before["metrics"]["eval/knn_top1"] == summary["knn_top1_untrained"]
+
+
+def test_run_keeps_to_one_checkpoint_of_the_first_run(first: Path) -> None:
+    pinned = pin_initial_run(_larger(first, "x"))
+    assert pinned.training.initial_run == str(first / "first" / "checkpoints" / "step-00000004")
+    assert pin_initial_run(pinned) == pinned
+    store = CheckpointStore(str(first / "first" / "checkpoints"), run_identity=None, keep=1)
+    start = load_initial_run(pinned)
+    assert start is not None and start.step == 0
+    assert weights_digest(start.method) == weights_digest(store.load(4).method) != weights_digest(store.load(2).method)
 
 
 def test_newer_weights_of_the_first_run_make_another_run(first: Path) -> None:
