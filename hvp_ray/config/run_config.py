@@ -111,7 +111,6 @@ class RunConfig(Checked):
             return
         conditions = {
             "training.accumulation_steps=1": self.training.accumulation_steps == 1,
-            "training.activation_checkpointing=False": not self.training.activation_checkpointing,
             "scoring at full resolution in the precision of training": self.scores_as_in_training,
         }
         for allowed, holds in conditions.items():

@@ -28,7 +28,8 @@ class TrainingConfig(Checked):
 
     activation_checkpointing: bool = False
     """Keep only the inputs of a Vision Transformer's blocks, and compute the rest again in the backward pass. This takes less
-    memory and one more forward pass of the trained views, and changes no bit."""
+    memory and one more forward pass of the trained views, and changes no bit. With `selection.reuse_student`, scoring keeps
+    these inputs for all views."""
 
     checkpoint_every_steps: AtLeast1 = 500
     """Steps between checkpoints. One more is written at the end."""

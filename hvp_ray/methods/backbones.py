@@ -7,6 +7,8 @@ them. docs/export.md: how other programs load an encoder.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -156,6 +158,28 @@ def checkpoint_activations(backbone: nn.Module) -> None:
         cast(Any, backbone).set_grad_checkpointing()
     except (AttributeError, AssertionError) as error:
         raise ConfigError(f"training.activation_checkpointing=True is not allowed with {name}: {error}") from error
+
+
+def checkpointed_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks of Vision Transformers in a module whose activations are computed again."""
+    return [block for transformer in _checkpointed(module) for block in transformer.blocks]
+
+
+@contextmanager
+def without_checkpointing(module: nn.Module) -> Iterator[None]:
+    """Let Vision Transformers in a module forward as if `checkpoint_activations` had not been called."""
+    transformers = _checkpointed(module)
+    for transformer in transformers:
+        transformer.set_grad_checkpointing(enable=False)
+    try:
+        yield
+    finally:
+        for transformer in transformers:
+            transformer.set_grad_checkpointing()
+
+
+def _checkpointed(module: nn.Module) -> list[VisionTransformer]:
+    return [part for part in module.modules() if isinstance(part, VisionTransformer) and part.grad_checkpointing]
 
 
 def feature_dim(backbone: nn.Module) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hvp_ray.config import MethodConfig
 from hvp_ray.errors import ConfigError
+from hvp_ray.methods.backbones import checkpointed_blocks, without_checkpointing
 from hvp_ray.row_reuse import RowReuse
 from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable
 from hvp_ray.selection.rescue import score_with_rescue
@@ -242,8 +243,10 @@ class Method(nn.Module):
         if not views.keep_rows:
             return encoder(*flat).unflatten(0, shape), {}
         if name not in self._row_reuse:
-            self._row_reuse[name] = RowReuse(encoder, compiled=self.compiles_rows)
-        outputs, kept = self._row_reuse[name].forward_all(*flat)
+            blocks = checkpointed_blocks(encoder)
+            self._row_reuse[name] = RowReuse(encoder, keep_inputs_of=blocks, compiled=self.compiles_rows)
+        with without_checkpointing(encoder):
+            outputs, kept = self._row_reuse[name].forward_all(*flat)
         return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
 
     @property

@@ -108,6 +108,11 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
             RowReuse(method.backbone)
         except RowReuseError as error:
             raise ConfigError(f"selection.reuse_student=True is not allowed with this encoder: {error}") from error
+        if config.training.activation_checkpointing and not isinstance(method.backbone, VisionTransformer):
+            raise ConfigError(
+                "selection.reuse_student=True is not allowed with training.activation_checkpointing=True, unless the encoder "
+                "is a Vision Transformer; set one of the two to False"
+            )
     if config.cluster.sharding == "fsdp" and not isinstance(method.backbone, VisionTransformer):
         raise ConfigError(
             f"cluster.sharding=fsdp is not allowed with {config.method.backbone.name}: only Vision Transformers are sharded"

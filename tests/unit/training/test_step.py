@@ -290,6 +290,34 @@ def test_reusing_the_students_rows_changes_no_bit(tmp_path: Path, recipe: str) -
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
+@pytest.mark.parametrize("recipe", ["ibot-digits", "simclr-digits"])
+def test_reuse_of_checkpointed_activations_keeps_inputs_of_blocks_and_changes_no_bit(
+    tmp_path: Path, recipe: str
+) -> None:
+    states, peaks = [], []
+    for reuse, checkpointing in ((True, True), (True, False), (False, False)):
+        config = tiny_config(
+            str(tmp_path),
+            recipe=recipe,
+            selection={"reuse_student": reuse},
+            training={"activation_checkpointing": checkpointing},
+            method={"backbone": dataclasses.replace(VIT, depth=4, drop_path=0.0)},
+            data={"num_images": 60},
+        )
+        if recipe in MULTI_CROP:
+            config = with_vit_views(config)
+        peaks.append(estimate_memory(config).peak)
+        trainee = build_trainee(config, World(), CPU, None)
+        trainee.method.train()
+        for step, batch in enumerate(_batches(config, 3)):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=3, steps_per_epoch=3))
+            train_step(trainee, batch, config, hard_step(config.selection))
+        states.append(trainee.method.state_dict())
+    assert peaks[0] < 0.9 * peaks[1]
+    for state in states[:2]:
+        assert all(torch.equal(value, state[key]) for key, value in states[2].items())
+
+
 def test_drop_path_of_reused_rows_is_that_of_scoring(tmp_path: Path) -> None:
     """Its numbers are drawn by (seed, step, rank), so a step that is run again gives the same bits."""
     digests = []
