@@ -109,7 +109,9 @@ def measure(rank: int, num_ranks: int, config: RunConfig, found: Any) -> None:
     batch = made_up_batch(of_rank, lambda shape, dtype: torch.randint(0, 255, shape, dtype=dtype))
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        trainee.method.begin_step(StepPosition(step=9_997 + step, num_steps=10_000, steps_per_epoch=1))  # all are trained
+        trainee.method.begin_step(
+            StepPosition(step=9_997 + step, num_steps=10_000, steps_per_epoch=1)
+        )  # all are trained
         train_step(trainee, batch, config, hard_step(config.selection))
     found[rank] = _resident("VmHWM") - before
     dist.destroy_process_group()
