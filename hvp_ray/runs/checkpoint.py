@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -110,8 +110,7 @@ class CheckpointStore:
 
     def committed_steps(self) -> list[int]:
         """Return the steps of all committed checkpoints, ascending."""
-        manifests = (_COMMITTED.fullmatch(name) for name in self._files.names())
-        return sorted(int(manifest[1]) for manifest in manifests if manifest is not None)
+        return _steps_of(self._files.names(), _COMMITTED)
 
     def load_newest(self, map_location: torch.device | str = "cpu") -> Checkpoint | None:
         """Return the newest intact checkpoint; None: there is none. A damaged one is skipped with a warning.
@@ -194,10 +193,11 @@ class CheckpointStore:
 
     def _drop_others(self, newest: int) -> None:
         try:
-            steps = self.committed_steps()
+            names = self._files.names()
         except OSError as error:
             logger.warning("the checkpoints before step %d could not be listed, so none was deleted: %s", newest, error)
             return
+        steps, with_state = _steps_of(names, _COMMITTED), _steps_of(names, _OF_STATE)
         for step in [s for s in steps if s <= newest][: -self._keep] + [s for s in steps if s > newest]:
             try:
                 self._files.delete(f"{_folder(step)}/{_MANIFEST}")  # uncommitted first, then removed
@@ -205,14 +205,8 @@ class CheckpointStore:
                 logger.warning("the checkpoint of step %d could not be deleted: %s", step, error)
                 continue
             delete_folder(self.folder_of(step))
-        for step in self._uncommitted_steps(before=newest):
+        for step in [s for s in with_state if s < newest and s not in steps]:  # of attempts that ended while they wrote
             delete_folder(self.folder_of(step))
-
-    def _uncommitted_steps(self, *, before: int) -> set[int]:
-        """Return the steps of folders without a manifest: of attempts that ended while they wrote."""
-        found = (_OF_STATE.fullmatch(name) for name in self._files.names())
-        steps = {int(of_state[1]) for of_state in found if of_state is not None}
-        return {step for step in steps if step < before}.difference(self.committed_steps())
 
 
 class CheckpointWriter:
@@ -421,6 +415,12 @@ def _check_tensors(state: object) -> None:
 
 class _DamagedError(CheckpointError):
     """A checkpoint is unusable; an older one may be intact."""
+
+
+def _steps_of(names: Iterable[str], of_step: re.Pattern[str]) -> list[int]:
+    """Return the steps in the names of files that match, ascending, each once."""
+    found = (of_step.fullmatch(name) for name in names)
+    return sorted({int(match[1]) for match in found if match is not None})
 
 
 def _folder(step: int) -> str:
