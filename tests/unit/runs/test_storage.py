@@ -479,7 +479,8 @@ def test_checkpoint_that_cannot_be_reached_is_not_passed_over(tmp_path: Path) ->
     uri = tmp_path.as_uri()
     store = CheckpointStore(uri, run_identity="a", keep=2)
     (tmp_path / "step-00000001").mkdir()
-    (tmp_path / "step-00000001" / "manifest.json").write_text("{}")
+    manifest = {"run_identity": "a", "files": {"state.pt": {"bytes": 1, "sha256": "0"}}}
+    (tmp_path / "step-00000001" / "manifest.json").write_text(json.dumps(manifest))
     os.mkdir(tmp_path / "step-00000001" / "state.pt")
     with pytest.raises(CheckpointError, match="cannot be read now"):
         store.load_newest()
