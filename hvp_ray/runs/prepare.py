@@ -47,6 +47,7 @@ from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.tracking.tensorboard import TensorboardRun
 from hvp_ray.tracking.trackers import TrackedRun, check_loggers
 from hvp_ray.tracking.wandb import WandbRun
+from hvp_ray.training.trainee import build_untrained_method
 
 SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
@@ -143,7 +144,7 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
     location = output_location(config)
     _check_trackers(config)
     dataset = _open_checked(config, dataset)
-    _check_view_sizes(config, build_method_at_start(config))
+    _check_view_sizes(config, build_untrained_method(with_local_weights(config)))
     if is_uri(location):
         check_writable(location, option="run.output")
         return dataset
