@@ -179,6 +179,23 @@ def test_loss_is_that_of_the_paper() -> None:
     assert result.statistics == {} and not {"center", "patch_center"} & set(method.state_dict())
 
 
+def test_loss_follows_the_slow_formulas_over_20_updates() -> None:
+    """New views each time, and a student and a teacher that have moved; the formulas in float64 on outputs in float32."""
+    method = _method(patch_weight=1.3, koleo_weight=0.2, freeze_last_layer_epochs=0)
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.01)
+    for step in range(20):
+        method.begin_step(StepPosition(step=step, num_steps=20, steps_per_epoch=5))
+        views = _views()
+        of_class, of_patches, of_koleo = _parts(method, views)
+        result = method(views)
+        expected = of_class + 1.3 * of_patches + 2 * 0.2 * of_koleo
+        assert float(result.loss.detach()) == pytest.approx(expected, rel=1e-4), step
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        method.after_update(result.statistics)
+
+
 @pytest.mark.parametrize("options", [{}, {"koleo_weight": 0.0}, {"patch_weight": 0.4, "class_weight": 0.8}])
 def test_score_of_one_candidate_is_the_loss_and_scoring_changes_no_bit_of_training(options: dict[str, float]) -> None:
     method, views = _method(**options), _views()
