@@ -93,7 +93,9 @@ _Columns = tuple[pa.LargeBinaryArray, _Load, str]
 def _read_csv(files: FileSet, name: str, config: DataConfig) -> _Columns:
     """Read paths and labels of a text file whose first line names the columns."""
     shown = files.shown(name)
-    content = files.read(name, max_bytes=_MAX_LIST_BYTES)
+    copy = pa.BufferOutputStream()  # Arrow's threads must not hold Python objects, see ParquetFile
+    copy.write(files.read(name, max_bytes=_MAX_LIST_BYTES))
+    content = copy.getvalue()
     parse = pc.ParseOptions(delimiter=_DELIMITERS[Path(name).suffix.lower()], newlines_in_values=True)
     try:
         header = pc.read_csv(pa.BufferReader(content), parse_options=parse).schema

@@ -203,7 +203,10 @@ class ParquetFile:
         try:
             with limited_memory(_FOOTER_MEMORY_BYTES + _ARROW_MEMORY_BYTES):
                 metadata = _parse(footer).metadata
-                self._arrow = pq.ParquetFile(pa.PythonFile(self._window, mode="r"), metadata=metadata)
+                # Without buffers of its own, Arrow reads in this thread. Its threads must not hold Python objects: one that
+                # releases its last while the interpreter ends aborts the process (apache/arrow#34314).
+                source = pa.PythonFile(self._window, mode="r")
+                self._arrow = pq.ParquetFile(source, metadata=metadata, pre_buffer=False)
                 self.schema = self._arrow.schema_arrow
         except _ARROW_ERRORS as error:
             raise DataError(f"{_refusal(self.path)}: {first_line(error)}") from error

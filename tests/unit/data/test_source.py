@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +146,29 @@ def test_parquet_cache_is_bounded_and_a_batch_reads_no_row_group_twice(tmp_path:
     twice = source.num_bytes_read - opened
     source.read([11])
     assert source.num_bytes_read - opened == pytest.approx(1.5 * twice, rel=0.3)
+
+
+_COUNT_THREADS = """
+import os, sys
+from hvp_ray.config import DataConfig
+from hvp_ray.data.source import open_source
+import pyarrow.parquet
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+source = open_source(sys.argv[1], DataConfig(source=sys.argv[1]))
+source.read([0, 15, 39])
+source.load_labels()
+print(count() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_parquet_is_read_without_threads_that_could_hold_python_objects_at_exit(tmp_path: Path) -> None:
+    """A thread of Arrow that releases a Python object while the interpreter ends aborts the process."""
+    pq.write_table(_table(40), tmp_path / "a.parquet", row_group_size=10)
+    command = [sys.executable, "-c", _COUNT_THREADS, str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert child.stdout.strip() == "0"
 
 
 def test_null_images_come_as_no_bytes(tmp_path: Path) -> None:
