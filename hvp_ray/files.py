@@ -54,6 +54,15 @@ def place_in(folder: str, *names: str) -> str:
     return join_uri(folder, *names) if is_uri(folder) else str(Path(folder).joinpath(*names))
 
 
+def split_location(location: str) -> tuple[str, str]:
+    """Return the folder of a file or folder, and its name: the opposite of `place_in`."""
+    if not is_uri(location):
+        return str(Path(location).parent), Path(location).name
+    path, mark, query = location.partition("?")
+    folder, _, name = path.rstrip("/").rpartition("/")
+    return folder + mark + query, name
+
+
 def is_inside(name: str) -> bool:
     """Tell whether a name stays in its folder on the local disk too; a bucket may hold any name."""
     return not name.startswith("/") and ".." not in name.split("/")
@@ -223,7 +232,7 @@ def read_file(location: str, *, option: str = "run.output", pauses: tuple[float,
         ConfigError: the URI cannot be used.
         OSError: it cannot be read.
     """
-    folder, name = _split(location)
+    folder, name = split_location(location)
     return Folder(folder, option=option, pauses=pauses).read(name)
 
 
@@ -236,7 +245,7 @@ def write_file(
         ConfigError: the URI cannot be used.
         OSError: it cannot be written.
     """
-    folder, name = _split(location)
+    folder, name = split_location(location)
     Folder(folder, option=option, pauses=pauses).write(name, content)
 
 
@@ -309,15 +318,6 @@ class OpenFile:
         with self._one_at_a_time:
             self._raw.seek(offset)
             return bytes(self._raw.read(num_bytes))
-
-
-def _split(location: str) -> tuple[str, str]:
-    """Return the folder of a file, and its name."""
-    if not is_uri(location):
-        return str(Path(location).parent), Path(location).name
-    path, mark, query = location.partition("?")
-    folder, _, name = path.rpartition("/")
-    return folder + mark + query, name
 
 
 def _no_answer(option: str, uri: str, error: Exception, rights: str) -> str:

@@ -31,6 +31,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest_plugins = ("tests.crash_report",)
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

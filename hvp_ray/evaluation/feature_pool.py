@@ -240,6 +240,8 @@ def _extract_by_tasks(
     workers: Workers,
     report_progress: ReportProgress,
 ) -> list[ImageFeatures]:
+    # After an error the others in flight end by themselves: Ray 2.60 aborts this process if `ray.cancel` meets a task that
+    # is just ending, and tasks that fail for one reason end together.
     task = ray.remote(num_cpus=1, num_gpus=workers.gpus_per_worker, max_retries=3)(_extract_in_task)
     weights_ref = ray.put(weights)
     parts: dict[int, ImageFeatures] = {}
@@ -262,9 +264,6 @@ def _extract_by_tasks(
             f"the worker processes that extract features died: {str(error).strip().splitlines()[0]}; "
             "see Ray's logs, or use fewer workers"
         ) from error
-    finally:
-        for reference in in_flight:
-            ray.cancel(reference, force=True)
     return [parts[index] for index in range(len(chunks))]
 
 

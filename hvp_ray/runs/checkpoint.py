@@ -31,8 +31,10 @@ _MANIFEST = "manifest.json"
 _ALONE = World()
 _FAILED = -2
 """Stands for the size of a part that could not be written."""
-_OF_STATE = re.compile(r"step-(\d{8,12})/state[^/]*\.pt")
-_COMMITTED = re.compile(rf"step-(\d{{8,12}})/{_MANIFEST}")
+STEP_FOLDER = r"step-(\d{8,12})"
+"""Pattern of a checkpoint's folder name."""
+_OF_STATE = re.compile(STEP_FOLDER + r"/state[^/]*\.pt")
+_COMMITTED = re.compile(f"{STEP_FOLDER}/{_MANIFEST}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,18 +257,15 @@ class CheckpointWriter:
         """Wait, and end the thread.
 
         Args:
-            has_failed: the run ends by an error, so other ranks may be gone: parts are not committed.
+            has_failed: the run ends by an error.
 
         Raises:
             CheckpointError: see `CheckpointStore.write`.
         """
         try:
-            if not has_failed or self._commits_alone:
-                self.wait()
+            self.wait()
         finally:
             self._thread.shutdown()
-
-    _commits_alone = True
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self._store.write(checkpoint)
@@ -282,8 +281,6 @@ class PartWriter(CheckpointWriter):
 
     Every rank calls the same methods at the same steps. The failure of one rank is raised on all.
     """
-
-    _commits_alone = False
 
     def __init__(self, store: CheckpointStore, world: World, device: torch.device) -> None:
         """Start the thread.
@@ -312,6 +309,13 @@ class PartWriter(CheckpointWriter):
     def wait(self) -> None:
         """As `CheckpointWriter.wait`."""
         self._advance(wait=True)
+
+    def close(self, *, has_failed: bool = False) -> None:
+        """As `CheckpointWriter.close`; after an error other ranks may be gone, so parts are not committed."""
+        if has_failed:
+            self._thread.shutdown()
+        else:
+            super().close()
 
     def _advance(self, *, wait: bool) -> None:
         if self._part is not None and not self._is_committing:

@@ -2,18 +2,15 @@
 
 import dataclasses
 import re
-from pathlib import PurePosixPath
 
 from hvp_ray.config import RunConfig
 from hvp_ray.errors import CheckpointError
-from hvp_ray.files import place_in
+from hvp_ray.files import place_in, split_location
 from hvp_ray.local_cache import with_local_weights
 from hvp_ray.methods.initial_weights import load_initial_state
-from hvp_ray.methods.method import Method
-from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.training.trainee import Checkpoint, build_untrained_method
-
-_OF_A_STEP = re.compile(r"step-(\d{8,12})")
+from hvp_ray.methods.method import ALONE, Method, Ranks
+from hvp_ray.runs.checkpoint import STEP_FOLDER, CheckpointStore
+from hvp_ray.training.trainee import build_untrained_method
 
 
 def pin_initial_run(config: RunConfig) -> RunConfig:
@@ -32,18 +29,6 @@ def pin_initial_run(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, training=training)
 
 
-def load_initial_run(config: RunConfig) -> Checkpoint | None:
-    """Return the weights of `training.initial_run`, as of step 0; None: it is not set.
-
-    Raises:
-        CheckpointError: the checkpoint is missing or damaged.
-    """
-    if config.training.initial_run is None:
-        return None
-    store, step = _find(config.training.initial_run)
-    return dataclasses.replace(store.load(step), step=0, optimizer={}, predictor={})
-
-
 def digest_of_initial_run(run: str) -> str:
     """Return the digest of its checkpoint.
 
@@ -54,15 +39,16 @@ def digest_of_initial_run(run: str) -> str:
     return store.digest(step)
 
 
-def build_method_at_start(config: RunConfig) -> Method:
+def build_method_at_start(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     """Build the method with the weights that training starts from.
 
     Raises:
-        CheckpointError: the initial weights are missing or fit another network.
+        CheckpointError: the initial weights are missing, damaged or fit another network.
     """
-    method, start = build_untrained_method(with_local_weights(config)), load_initial_run(config)
-    if start is not None:
-        load_initial_state(method, start.method, str(config.training.initial_run))
+    method, run = build_untrained_method(with_local_weights(config), ranks), config.training.initial_run
+    if run is not None:
+        store, step = _find(run)
+        load_initial_state(method, store.load(step).method, run)
     return method
 
 
@@ -72,9 +58,10 @@ def _find(run: str) -> tuple[CheckpointStore, int]:
     Args:
         run: folder of a run, or of one of its checkpoints.
     """
-    of_step = _OF_A_STEP.fullmatch(PurePosixPath(run).name)
+    checkpoints, name = split_location(run)
+    of_step = re.fullmatch(STEP_FOLDER, name)
     if of_step is not None:
-        return CheckpointStore(run.rstrip("/").removesuffix(of_step[0]), run_identity=None, keep=1), int(of_step[1])
+        return CheckpointStore(checkpoints, run_identity=None, keep=1), int(of_step[1])
     store = CheckpointStore(place_in(run, "checkpoints"), run_identity=None, keep=1)
     steps = store.committed_steps()
     if not steps:

@@ -17,7 +17,7 @@ from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import WrappedMethod, synchronize_batch_norm, wrap_for_training
 from hvp_ray.errors import ConfigError, RowReuseError
 from hvp_ray.methods.backbones import checkpoint_activations
-from hvp_ray.methods.initial_weights import load_initial_state, load_initial_weights
+from hvp_ray.methods.initial_weights import load_initial_weights
 from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors, build_method
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.row_reuse import RowReuse
@@ -54,10 +54,7 @@ class Trainee:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The state from which training continues bit for bit. It holds no random state, because a run has none.
-
-    That of `training.initial_run` is at step 0, without an optimizer's state.
-    """
+    """The state from which training continues bit for bit. It holds no random state, because a run has none."""
 
     step: int
     """Number of optimizer steps done."""
@@ -129,8 +126,6 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
 
 def build_trainee(config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None) -> Trainee:
     """Build everything a step needs, in the state of `checkpoint` or untrained."""
-    if config.training.compile and device.type != "cuda":
-        raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
     ranks = Ranks(rank=world.rank, gather=gather_over_ranks)
     return build_trainee_of(build_untrained_method(config, ranks), config, world, device, checkpoint)
 
@@ -138,27 +133,31 @@ def build_trainee(config: RunConfig, world: World, device: torch.device, checkpo
 def build_trainee_of(
     method: Method, config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None = None
 ) -> Trainee:
-    """Build everything that a step needs around a method; see `build_trainee`."""
+    """Build everything that a step needs around a method, in the state of `checkpoint` or as the method is.
+
+    Raises:
+        ConfigError: training.compile on a CPU.
+    """
+    if config.training.compile and device.type != "cuda":
+        raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
     synchronized = synchronize_batch_norm(method, world, device)
     assert isinstance(synchronized, Method)
     method = synchronized
     if device.type == "cuda":
         method = method.to(device)
-    if checkpoint is not None and checkpoint.optimizer:
+    if checkpoint is not None:
         method.load_state_dict(checkpoint.method)
-    elif checkpoint is not None:
-        load_initial_state(method, checkpoint.method, str(config.training.initial_run))
     is_sharded = config.cluster.sharding == "fsdp" and world.num_ranks > 1
     wrapped = _shard(method, config, world, device) if is_sharded else wrap_for_training(method, world, device)
     optimizer = build_optimizer(method, config.optimizer, images_per_step=config.training.images_per_step)
-    if checkpoint is not None and checkpoint.optimizer:
+    if checkpoint is not None:
         optimizer.load_state_dict(sharded_state(optimizer, checkpoint.optimizer))
     predictor = None
     if config.selection.rule == "predicted":
         predictor = HardnessPredictor(
             delay=config.selection.predictor_delay,
             steps_done=0 if checkpoint is None else checkpoint.step,
-            state=None if checkpoint is None else checkpoint.predictor or None,
+            state=None if checkpoint is None else checkpoint.predictor,
         )
     compiled = method.compiles_rows = config.training.compile
     return Trainee(

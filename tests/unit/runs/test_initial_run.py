@@ -14,10 +14,12 @@ from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.runs.checkpoint import CheckpointStore, weights_digest
-from hvp_ray.runs.initial_run import load_initial_run, pin_initial_run
+from hvp_ray.runs.initial_run import build_method_at_start, pin_initial_run
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
-from hvp_ray.training.trainee import Trainee, build_trainee
+from hvp_ray.training.trainee import Trainee, build_trainee_of
 from tests.helpers import tiny_config
+from tests.s3_server import s3_server
+from tests.unit.data.made import upload
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +53,16 @@ def _larger(folder: Path, name: str) -> RunConfig:
     return _config(folder, name, size_px=32, training={"initial_run": str(folder / "first")})
 
 
+def _checkpoints(folder: Path) -> CheckpointStore:
+    return CheckpointStore(str(folder / "first" / "checkpoints"), run_identity=None, keep=1)
+
+
 def _started(config: RunConfig) -> Trainee:
-    return build_trainee(config, World(), torch.device("cpu"), load_initial_run(config))
+    return build_trainee_of(build_method_at_start(config), config, World(), torch.device("cpu"))
 
 
 def test_starts_with_the_weights_of_student_teacher_and_heads_and_a_new_optimizer(first: Path) -> None:
-    newest = CheckpointStore(str(first / "first" / "checkpoints"), run_identity=None, keep=1).load_newest()
-    assert newest is not None
+    newest = _checkpoints(first).load(4)
     trainee = _started(_larger(first, "x"))
     for name, tensor in trainee.method.state_dict().items():
         assert torch.equal(tensor, newest.method[name]), name
@@ -69,11 +74,9 @@ def test_position_embeddings_of_another_image_size_are_interpolated(first: Path)
     config = _larger(first, "x")
     backbone = dataclasses.replace(config.method.backbone, image_px=32)
     trainee = _started(dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=backbone)))
-    start = load_initial_run(config)
-    assert start is not None
     own = trainee.method.state_dict()
     for name in ("backbone.pos_embed", "teacher_backbone.pos_embed"):
-        before = start.method[name]
+        before = _checkpoints(first).load(4).method[name]
         assert before.shape[1] == 16 and own[name].shape[1] == 64
         assert torch.equal(own[name], resample_abs_pos_embed(before, [8, 8], num_prefix_tokens=0))
 
@@ -113,10 +116,19 @@ def test_run_keeps_to_one_checkpoint_of_the_first_run(first: Path) -> None:
     pinned = pin_initial_run(_larger(first, "x"))
     assert pinned.training.initial_run == str(first / "first" / "checkpoints" / "step-00000004")
     assert pin_initial_run(pinned) == pinned
-    store = CheckpointStore(str(first / "first" / "checkpoints"), run_identity=None, keep=1)
-    start = load_initial_run(pinned)
-    assert start is not None and start.step == 0
-    assert weights_digest(start.method) == weights_digest(store.load(4).method) != weights_digest(store.load(2).method)
+    start, store = build_method_at_start(pinned).state_dict(), _checkpoints(first)
+    assert weights_digest(start) == weights_digest(store.load(4).method) != weights_digest(store.load(2).method)
+
+
+def test_run_on_a_bucket_gives_the_same_weights_and_keeps_to_its_checkpoint(first: Path) -> None:
+    here = weights_digest(build_method_at_start(_larger(first, "x")).state_dict())
+    with s3_server() as uri:
+        upload(first / "first", uri.format("/first"))
+        training = {"initial_run": uri.format("/first")}
+        pinned = pin_initial_run(_config(first, "x", size_px=32, training=training))
+        assert pinned.training.initial_run == uri.format("/first/checkpoints/step-00000004")
+        assert pin_initial_run(pinned) == pinned
+        assert weights_digest(build_method_at_start(pinned).state_dict()) == here
 
 
 def test_newer_weights_of_the_first_run_make_another_run(first: Path) -> None:
