@@ -15,7 +15,7 @@ from hvp_ray.data.source import open_source
 from hvp_ray.views import render_cpu
 
 PARTS = {
-    "decode": ("decode_rgb",),
+    "decode": ("decode_pixels",),
     "resize": ("resize",),
     "colour": ("_recolour",),
     "blur": ("blur", "gaussian_kernel"),

@@ -36,7 +36,7 @@ class ViewPlan:
     """Every random decision of V views of B images; all arrays are [V, B] unless said otherwise.
 
     A new augmentation takes a field here and three places: `views/plan.py` draws it, `views/render_cpu.py` and
-    `views/render_dali.py` apply it. Its settings are in `config/views.py`. The selection log and its analysis list
+    `views/color_batch.py` apply it. Its settings are in `config/views.py`. The selection log and its analysis list
     the fields by `per_view_types`.
     """
 

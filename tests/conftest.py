@@ -11,8 +11,9 @@ from jaxtyping import install_import_hook
 
 import hvp_ray
 
-# DALI reads the source of its graph functions, which the checker would replace.
-_CHECKED = [m.name for m in pkgutil.walk_packages(hvp_ray.__path__, "hvp_ray.") if not m.name.endswith("render_dali")]
+# DALI and torch.compile read the source of functions, which the checker would replace.
+_UNCHECKED = ("render_dali", "color_batch")
+_CHECKED = [m.name for m in pkgutil.walk_packages(hvp_ray.__path__, "hvp_ray.") if not m.name.endswith(_UNCHECKED)]
 _hook = install_import_hook(
     [name for name in _CHECKED if name.count(".") > 1 or "views" not in name], "beartype.beartype"
 )

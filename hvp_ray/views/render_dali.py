@@ -1,9 +1,8 @@
-"""The DALI renderer: two graphs for device cpu and gpu, with the plan as per-sample arguments.
+"""The DALI renderer, for device cpu and gpu: DALI decodes, crops and resizes, `color_batch` does the rest.
 
-The first graph decodes each image once. The second renders all views of a group as one batch of V x B samples that share
-the decoded images, so a graph runs once for a group instead of once for a view. Operations have the meaning and order of
-`render_cpu`; colour is computed in float32 with a clamp after each operation and rounded once. The crop is sliced before it
-is resized, because `resize(roi_*)` would read outside the crop.
+One graph decodes each image once. Another crops and resizes all views of a group as one batch of V x B samples that share
+the decoded images. Its result goes to torch without a copy. Operations have the meaning and order of `render_cpu`. The crop
+is sliced before it is resized, because `resize(roi_*)` would read outside the crop.
 
 DALI decodes only upright, complete JPEGs. `data.decode` decodes all others on the host and passes them as bitmaps. So odd
 images have equal pixels with every renderer, and one bad image never costs a batch.
@@ -21,18 +20,18 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from hvp_ray.config import DataConfig, RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
 from hvp_ray.errors import ConfigError, UnreadableImageError
 from hvp_ray.records import ViewPlan
-from hvp_ray.views import color
-from hvp_ray.views.blur_kernel import gaussian_kernel
+from hvp_ray.views.color_batch import PlannedOperations, compiled_finish, finish_views, largest_blur_radius_px
 from hvp_ray.views.renderer import RenderedBatch
 
 try:
-    from nvidia.dali import fn, math, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def, types
 except ImportError as error:  # pragma: no cover (the package is an extra)
     raise ConfigError(
         f"cluster.renderer=dali-* needs the package nvidia-dali-cuda130, which cannot be imported here ({error}): "
@@ -42,8 +41,6 @@ except ImportError as error:  # pragma: no cover (the package is an extra)
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_WEIGHTS = np.array(color.GREY_WEIGHTS, dtype=np.float32)
-_GREY_MATRIX = [float(weight) for _ in range(3) for weight in color.GREY_WEIGHTS]
 _TAIL_BYTES = 65_536
 _END_OF_JPEG = b"\xff\xd9"
 
@@ -83,8 +80,11 @@ class DaliRenderer:
         self._views = views
         self._data = data
         self._on_gpu = name == "dali-gpu"
-        if self._on_gpu and device_id is None:
-            device_id = torch.cuda.current_device()  # a trainer that renders inline may use any device
+        if self._on_gpu:
+            if device_id is None:
+                device_id = torch.cuda.current_device()  # a trainer that renders inline may use any device
+            for group in filter(None, (views.global_views, views.local_views)):  # here, not in the first batch
+                compiled_finish(torch.device("cuda", device_id), largest_blur_radius_px(group))
         self._execution = execution or (ON_A_GPU if self._on_gpu else ON_A_CPU)
         self._lanes = [
             _Lane(self._execution, device_id if self._on_gpu else None) for _ in range(self._execution.num_lanes)
@@ -152,12 +152,10 @@ class DaliRenderer:
     ) -> NDArray[np.uint8]:
         """Render all views of a group, [V, B, S, S, 3], from the result of `decode`; failed images are zeros."""
         host = _HostPixels((plan.num_views, len(decoded), group.size_px, group.size_px, 3), pinned=self._on_gpu)
-        arguments = _arguments(plan, group, failures or {})
+        crops, operations = _crops(plan, failures or {}), PlannedOperations.of(plan, group)
 
         def render(lane: "_Lane", images: slice) -> None:
-            lane.render(
-                decoded[images], {name: of_all[:, images] for name, of_all in arguments.items()}, group, images, host
-            )
+            lane.render(decoded[images], crops, operations, group, images, host)
 
         self._in_lanes(len(decoded), render)
         pixels = host.wait()
@@ -193,7 +191,8 @@ class _Lane:
     def render(
         self,
         decoded: list[Any],
-        arguments: dict[str, NDArray[Any]],
+        crops: dict[str, NDArray[np.int32]],
+        operations: PlannedOperations,
         group: ViewGroupConfig,
         images: slice,
         host: "_HostPixels",
@@ -201,22 +200,22 @@ class _Lane:
         """Render the views of some images of a batch and start their copy to the host.
 
         Args:
-            decoded: the images.
-            arguments: name -> [V, len(decoded), ...].
+            decoded: these images.
+            crops: start and shape of all views of all images, [V, B, 2].
+            operations: of all views of all images.
             group: group of the views.
             images: the indices of these images in the batch.
             host: receives the pixels.
         """
-        num_views = len(arguments["flip"])
-        for kind in _kinds_of_views(group, num_views):
+        for kind in _kinds_of_views(group, len(crops["start"])):
             samples = len(kind.view_indices) * len(decoded)
             key = (group.size_px, kind.interpolation, len(kind.view_indices))
-            define = partial(_define_views, group.size_px, kind.interpolation, tuple(arguments), on_gpu=self._on_gpu)
+            define = partial(_define_views, group.size_px, kind.interpolation, on_gpu=self._on_gpu)
+            flat = {name: of_all[kind.view_indices, images].reshape(samples, 2) for name, of_all in crops.items()}
             graph = self._graph(key, samples, define)
-            inputs = {name: of_views[kind.view_indices] for name, of_views in arguments.items()}
-            flat = {name: values.reshape(samples, *values.shape[2:]) for name, values in inputs.items()}
-            (rendered,) = graph.run({"images": decoded * len(kind.view_indices), **flat})
-            host.take(kind.view_indices, images, rendered)
+            (resized,) = graph.run({"images": decoded * len(kind.view_indices), **flat})
+            views = finish_views(from_dlpack(resized.as_tensor()), operations.of_samples(kind.view_indices, images))
+            host.take(kind.view_indices, images, views, keep=resized)
 
     @property
     def _on_gpu(self) -> bool:
@@ -276,15 +275,20 @@ class _HostPixels:
         self._device: torch.device | None = None
         self._copying: list[Any] = []
 
-    def take(self, view_indices: list[int], images: slice, rendered: Any) -> None:
-        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; a copy from a GPU is asynchronous."""
+    def take(self, view_indices: list[int], images: slice, rendered: Tensor, *, keep: Any) -> None:
+        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; a copy from a GPU is asynchronous.
+
+        `keep` is kept until all copies have ended: DALI reuses its memory as soon as no reference is left.
+        """
         num_views, num_images, *view_shape = self._pixels.shape
-        tensor = from_dlpack(rendered.as_tensor())
-        self._device = tensor.device
-        views = tensor.view(len(view_indices), -1, *view_shape)
-        self._copying.append(rendered)  # DALI reuses its memory as soon as no reference is left
+        self._device = rendered.device
+        views = rendered.view(len(view_indices), -1, *view_shape)
+        self._copying.append(keep)
         if len(view_indices) == num_views and views.shape[1] == num_images:
-            self._pixels.copy_(views, non_blocking=self._pinned)
+            if self._pinned:
+                self._pixels.copy_(views, non_blocking=True)
+            else:
+                self._pixels = views
             return
         for place, view_index in enumerate(view_indices):
             self._pixels[view_index, images].copy_(views[place], non_blocking=self._pinned)
@@ -310,128 +314,28 @@ def _define_decode(execution: DaliExecution, *, on_gpu: bool) -> Any:
     return graph
 
 
-def _define_views(size_px: int, interpolation: str, argument_names: Sequence[str], *, on_gpu: bool) -> Any:
-    """Return the pipeline function of the graph that renders views of one kind from decoded images."""
+def _define_views(size_px: int, interpolation: str, *, on_gpu: bool) -> Any:
+    """Return the pipeline function of the graph that crops and resizes views of one kind from decoded images."""
 
-    @pipeline_def(enable_conditionals=True)
+    @pipeline_def
     def graph() -> Any:
         device = "gpu" if on_gpu else "cpu"
         image = fn.external_source(name="images", device=device, layout="HWC", no_copy=True)
-        arguments = {name: fn.external_source(name=name, device="cpu") for name in argument_names}
-        crop = fn.slice(image, start=arguments["start"], shape=arguments["shape"], axes=(0, 1))
+        start, shape = (fn.external_source(name=name, device="cpu") for name in ("start", "shape"))
+        crop = fn.slice(image, start=start, shape=shape, axes=(0, 1))
         interp_type = types.INTERP_LINEAR if interpolation == "bilinear" else types.INTERP_CUBIC
-        view = fn.resize(crop, size=(size_px, size_px), interp_type=interp_type, antialias=True, dtype=types.UINT8)
-        view = _recolour(view, arguments)
-        view = _blur_and_solarize(view, arguments)
-        return fn.flip(view, horizontal=arguments["flip"])
+        return fn.resize(crop, size=(size_px, size_px), interp_type=interp_type, antialias=True, dtype=types.UINT8)
 
     return graph
 
 
-def _recolour(view: Any, arguments: dict[str, Any]) -> Any:
-    if arguments["is_jitter"]:
-        levels = fn.cast(view, dtype=types.FLOAT)
-        for place in range(4):
-            levels = _jitter_once(levels, arguments["order"][place], arguments)
-    else:
-        levels = fn.cast(view, dtype=types.FLOAT)
-    if arguments["is_grey"]:
-        levels = fn.coord_transform(levels, M=_GREY_MATRIX)
-    return fn.cast(levels, dtype=types.UINT8)
-
-
-def _jitter_once(levels: Any, operation: Any, arguments: dict[str, Any]) -> Any:
-    if operation == color.BRIGHTNESS:
-        out = math.min(levels * arguments["brightness"], color.LEVEL_MAX)
-    elif operation == color.CONTRAST:
-        mean = fn.reductions.sum(fn.reductions.mean(levels, axes=(0, 1)) * types.Constant(_WEIGHTS))
-        factor = arguments["contrast"]
-        out = _clamp(levels * factor + mean * (1.0 - factor))
-    elif operation == color.SATURATION:
-        out = _clamp(fn.coord_transform(levels, M=arguments["saturation_matrix"]))
-    else:
-        out = _shift_hue(levels, arguments["hue_of_channels"])
-    return out
-
-
-def _clamp(levels: Any) -> Any:
-    return math.max(math.min(levels, color.LEVEL_MAX), 0.0)  # takes two thirds of the time of math.clamp
-
-
-def _shift_hue(levels: Any, shifts: Any) -> Any:
-    """Shift the hue in HSV, in sextants from -3 to 3, without a case for each sextant.
-
-    With value v and chroma c of a pixel, |hue| = 2 + (green + blue - red - v) / c; the hue is negative if blue > green. A
-    channel at hue p (red 0, green 2, blue 4) is v - c x clamp(d - 1, 0, 1). Here d is the distance of the shifted hue from p
-    on the circle: |d'| up to 3 and 6 - |d'| beyond, with d' = hue + shift - p.
-
-    Args:
-        levels: [H, W, 3].
-        shifts: [3]: shift - p of each channel, -3 to 3.
-    """
-    red, green, blue = (levels[:, :, channel : channel + 1] for channel in range(3))
-    value = math.max(math.max(red, green), blue)
-    chroma = value - math.min(math.min(red, green), blue)
-    distance = (green + blue - red - value) / math.max(chroma, 1e-6) + 2.0
-    hue = distance * ((green >= blue) * 2.0 - 1.0)
-    channels = []
-    for channel in range(3):
-        way = math.abs(math.abs(hue + shifts[channel]) - 3.0)  # 3 - d
-        channels.append(value - chroma * math.max(math.min(2.0 - way, 1.0), 0.0))
-    return fn.cat(*channels, axis=2)
-
-
-def _blur_and_solarize(view: Any, arguments: dict[str, Any]) -> Any:
-    if arguments["is_blur"]:
-        view = fn.gaussian_blur(view, sigma=arguments["sigma"], window_size=arguments["kernel_px"])
-    if arguments["is_solarize"]:
-        is_bright = fn.cast(view >= 128, dtype=types.UINT8)
-        view = fn.cast(is_bright * (255 - view) + (1 - is_bright) * view, dtype=types.UINT8)
-    return view
-
-
-def _arguments(plan: ViewPlan, group: ViewGroupConfig, failures: dict[int, str]) -> dict[str, NDArray[Any]]:
-    """Return the per-sample arguments of all views, [V, B, ...]; failed images are placeholders of one pixel."""
+def _crops(plan: ViewPlan, failures: dict[int, str]) -> dict[str, NDArray[np.int32]]:
+    """Return start and shape of every crop, [V, B, 2]; failed images are placeholders of one pixel."""
     start = np.stack([plan.top, plan.left], axis=-1).astype(np.int32)
     shape = np.stack([plan.height, plan.width], axis=-1).astype(np.int32)
     start[:, list(failures)] = 0
     shape[:, list(failures)] = 1
-    saturation = plan.saturation[..., None, None]
-    matrix = saturation * np.eye(3, dtype=np.float32) + (1.0 - saturation) * _WEIGHTS[None, None, None, :]
-    kernel_px = _kernels_px(plan, group)
-    is_blur = kernel_px > 1
-    return {
-        "start": start,
-        "shape": shape,
-        "is_jitter": plan.jitter,
-        "order": plan.jitter_order.astype(np.int32),
-        "brightness": plan.brightness,
-        "contrast": plan.contrast,
-        "saturation_matrix": matrix.astype(np.float32),
-        "hue_of_channels": _hue_of_channels(plan.hue_turns),
-        "is_grey": plan.grayscale,
-        "is_blur": is_blur,
-        "sigma": np.where(is_blur, plan.blur_sigma_px, 1.0).astype(np.float32),
-        "kernel_px": kernel_px,
-        "is_solarize": plan.solarize,
-        "flip": plan.flip.astype(np.int32),
-    }
-
-
-def _kernels_px(plan: ViewPlan, group: ViewGroupConfig) -> NDArray[np.int32]:
-    """Return the width of every view's blur kernel, [V, B]; 1: no blur."""
-    kernels_px = np.ones(plan.blur_sigma_px.shape, np.int32)
-    for view_index, image_index in zip(*plan.blur_sigma_px.nonzero(), strict=True):
-        sigma_px = float(plan.blur_sigma_px[view_index, image_index])
-        widest_px = group.transform_of(int(view_index)).blur_kernel_px
-        kernels_px[view_index, image_index] = len(gaussian_kernel(sigma_px, widest_px))
-    return kernels_px
-
-
-def _hue_of_channels(turns: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the sextants from red, green and blue to the shifted hue, [V, B, 3], -3 to 3; see `_shift_hue`."""
-    beyond = 6.0 * turns[..., None].astype(np.float64) - np.array([0.0, 2.0, 4.0])
-    return ((beyond + 3.0) % 6.0 - 3.0).astype(np.float32)
+    return {"start": start, "shape": shape}
 
 
 def _bitmap(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

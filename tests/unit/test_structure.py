@@ -33,8 +33,9 @@ LEVELS = [
     ("records.py", "identity.py", "resolved_run.py", "methods/configs.py"),
     ("recipes/", "selection/candidates.py", "views/geometry.py"),
     ("views/plan.py", "views/masks.py", "views/blur_kernel.py", "data/"),
+    ("views/color.py",),
     (
-        "views/color.py",
+        "views/color_batch.py",
         "views/decoded.py",
         "views/downscale.py",
         "views/normalise.py",

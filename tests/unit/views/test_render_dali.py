@@ -171,12 +171,11 @@ def test_graphs_for_a_gpu_are_defined_without_one(recipe: str) -> None:
     """As far as DALI goes: every operation takes its inputs on the device; only the driver is missing."""
     views = get_recipe(recipe).views
     group = views.global_views
-    names = tuple(render_dali._arguments(_plan(views, np.full((1, 2), 300, np.int32)), group, {}))
     (kind,) = render_dali._kinds_of_views(group, 4)
     assert kind.view_indices == [0, 1, 2, 3]
     definitions = [
         render_dali._define_decode(render_dali.ON_A_GPU, on_gpu=True),
-        render_dali._define_views(group.size_px, kind.interpolation, names, on_gpu=True),
+        render_dali._define_views(group.size_px, kind.interpolation, on_gpu=True),
     ]
     for define in definitions:
         pipeline = define(batch_size=8, num_threads=1, device_id=0, prefetch_queue_depth=1, exec_dynamic=True)
