@@ -21,7 +21,6 @@ from hvp_ray.errors import CheckpointError
 from hvp_ray.files import place_in, write_file
 from hvp_ray.local_cache import BACKBONE, with_local_weights
 from hvp_ray.methods.backbones import export_backbone
-from hvp_ray.methods.method import Ranks
 from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopAskedError
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.final_figures import draw_figures
@@ -37,7 +36,7 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.tracking.run_log import ATTEMPTS, RunLog, export_records, next_attempt
 from hvp_ray.tracking.unreadable_log import UnreadableLog
 from hvp_ray.training.loop import LoopResult, run_loop
-from hvp_ray.training.trainee import build_trainee_of, build_untrained_method
+from hvp_ray.training.trainee import build_trainee, build_untrained_method
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +101,8 @@ def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
         num_steps=config.training.total_steps(rank.order.steps_per_epoch),
         steps_per_epoch=rank.order.steps_per_epoch,
     )
-    ranks = Ranks(rank=world.rank, gather=gather_over_ranks)
-    build = build_method_at_start if checkpoint is None else build_untrained_method
-    trainee = build_trainee_of(build(with_local_weights(config), ranks), config, world, rank.device, checkpoint)
+    build_method = build_method_at_start if checkpoint is None else build_untrained_method
+    trainee = build_trainee(with_local_weights(config), world, rank.device, checkpoint, build_method)
     log = RunLog(job.run_dir, attempt=attempt, first_step=first_step)
     if world.rank == 0:
         _warn_of_long_warmup(config, steps)

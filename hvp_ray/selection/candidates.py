@@ -8,6 +8,7 @@ Legend: V global views, L local views, B images, P pairs, k local views trained 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,10 +39,10 @@ def pair_table(num_views: int, *, alternating: bool = False) -> NDArray[np.int64
     """
     if num_views < 2:
         raise ShapeError(f"{num_views=}: a pair needs two views")
+    pairs = itertools.combinations(range(num_views), 2)
     if alternating:
-        pairs = [(even, odd) for even in range(0, num_views, 2) for odd in range(1, num_views, 2)]
-        return np.array(pairs, dtype=np.int64)
-    return np.argwhere(np.triu(np.ones((num_views, num_views), dtype=bool), k=1)).astype(np.int64)
+        pairs = itertools.product(range(0, num_views, 2), range(1, num_views, 2))
+    return np.array(list(pairs), dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +82,8 @@ class Candidates:
         return pair_table(self.num_views, alternating=self.alternating)
 
     def pairs_on(self, device: torch.device) -> Int64[Tensor, "pairs 2"]:
-        """Return `pairs` on a device; a GPU keeps its copy."""
-        return _kept_pairs(self, device) if device.type == "cuda" else torch.from_numpy(self.pairs).to(device)
+        """Return `pairs` on a device, which keeps its copy."""
+        return _pairs_on(self.num_views, device, alternating=self.alternating)
 
     def num_rescued(self, num_images: int) -> int:
         """Return how many images that are scored together have all candidates."""
@@ -94,9 +95,14 @@ class Candidates:
         return len(self.pairs) * math.comb(self.num_local_views, self.num_chosen_local_views)
 
 
+@torch.compiler.assume_constant_result
+def _pairs_on(num_views: int, device: torch.device, *, alternating: bool) -> Tensor:
+    return _kept_pairs(num_views, device, alternating=alternating)
+
+
 @functools.lru_cache(maxsize=64)
-def _kept_pairs(candidates: Candidates, device: torch.device) -> Tensor:
-    return torch.from_numpy(candidates.pairs).to(device)
+def _kept_pairs(num_views: int, device: torch.device, *, alternating: bool) -> Tensor:
+    return torch.from_numpy(pair_table(num_views, alternating=alternating)).to(device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,22 +124,28 @@ def build_untrained_method(config: RunConfig, ranks: Ranks = ALONE) -> Method:
     return channels_last
 
 
-def build_trainee(config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None) -> Trainee:
-    """Build everything a step needs, in the state of `checkpoint` or untrained."""
-    ranks = Ranks(rank=world.rank, gather=gather_over_ranks)
-    return build_trainee_of(build_untrained_method(config, ranks), config, world, device, checkpoint)
-
-
-def build_trainee_of(
-    method: Method, config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None = None
+def build_trainee(
+    config: RunConfig,
+    world: World,
+    device: torch.device,
+    checkpoint: Checkpoint | None,
+    build_method: Callable[[RunConfig, Ranks], Method] = build_untrained_method,
 ) -> Trainee:
-    """Build everything that a step needs around a method, in the state of `checkpoint` or as the method is.
+    """Build everything a step needs, in the state of `checkpoint`, or as `build_method` returns the method.
 
     Raises:
         ConfigError: training.compile on a CPU.
     """
     if config.training.compile and device.type != "cuda":
         raise ConfigError("training.compile=True works on GPUs only, and this run is on a CPU; set it to False")
+    method = build_method(config, Ranks(rank=world.rank, gather=gather_over_ranks))
+    return build_trainee_of(method, config, world, device, checkpoint)
+
+
+def build_trainee_of(
+    method: Method, config: RunConfig, world: World, device: torch.device, checkpoint: Checkpoint | None = None
+) -> Trainee:
+    """Build everything that a step needs around a method, in the state of `checkpoint` or as the method is."""
     synchronized = synchronize_batch_norm(method, world, device)
     assert isinstance(synchronized, Method)
     method = synchronized

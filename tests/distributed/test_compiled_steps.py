@@ -1,0 +1,62 @@
+"""Compiled steps without the breaks that make a GPU wait, in a process that checks no types at run time.
+
+The compiler captures graphs and keeps torch's kernels, so this shows nothing about speed.
+"""
+
+import functools
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from hvp_ray.costs.imaginary import made_up_batch
+from hvp_ray.distributed.world import World
+from hvp_ray.methods.method import StepPosition
+from hvp_ray.selection import selection_at
+from hvp_ray.training.step import train_step
+from hvp_ray.training.trainee import build_trainee_of, build_untrained_method
+from tests.distributed.processes import run_ranks
+from tests.helpers import tiny_config
+
+pytestmark = pytest.mark.distributed
+
+NUM_STEPS = 6
+
+
+def _graphs(_rank: int, _num_ranks: int, recipe: str, selection: dict[str, Any]) -> tuple[list[int], list[str]]:
+    """Return the number of graphs after each of some steps of several epochs, and the reasons of graph breaks."""
+    from torch._dynamo.utils import counters
+
+    config = tiny_config("unused", recipe=recipe, selection=selection, training={"compile": True})
+    batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype))
+    torch.compiler.reset()
+    counters.clear()
+    graphs = []
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
+        trainee = build_trainee_of(build_untrained_method(config), config, World(), torch.device("cpu"))
+        trainee.method.train()
+        for step in range(NUM_STEPS):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=NUM_STEPS, steps_per_epoch=2))
+            train_step(trainee, batch, config, selection_at(config.selection, step, NUM_STEPS))
+            graphs.append(counters["stats"]["unique_graphs"])
+    return graphs, list(counters["graph_break"])
+
+
+RECIPES = ("simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits", "dinov2-digits")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_hard_steps_are_a_graph_for_scoring_and_one_for_training(recipe: str) -> None:
+    assert run_ranks(_graphs, 1, recipe, {})[0] == ([2] * NUM_STEPS, [])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "selection"),
+    [
+        *((recipe, {"rule": "first"}) for recipe in RECIPES),
+        ("simclr-digits", {"rule": "all_pairs", "weighting": "softmax"}),
+    ],
+)
+def test_steps_without_scoring_are_one_graph(recipe: str, selection: dict[str, Any]) -> None:
+    assert run_ranks(_graphs, 1, recipe, selection)[0] == ([1] * NUM_STEPS, [])
