@@ -39,10 +39,9 @@ def pair_table(num_views: int, *, alternating: bool = False) -> NDArray[np.int64
     """
     if num_views < 2:
         raise ShapeError(f"{num_views=}: a pair needs two views")
-    pairs = itertools.combinations(range(num_views), 2)
-    if alternating:
-        pairs = itertools.product(range(0, num_views, 2), range(1, num_views, 2))
-    return np.array(list(pairs), dtype=np.int64)
+    views = range(num_views)
+    pairs = list(itertools.product(views[::2], views[1::2]) if alternating else itertools.combinations(views, 2))
+    return np.array(pairs, dtype=np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +94,7 @@ class Candidates:
         return len(self.pairs) * math.comb(self.num_local_views, self.num_chosen_local_views)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # a table that a compiled step does not make again
 def _pairs_on(num_views: int, device: torch.device, *, alternating: bool) -> Tensor:
     return _kept_pairs(num_views, device, alternating=alternating)
 
