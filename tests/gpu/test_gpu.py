@@ -13,6 +13,7 @@ from hvp_ray.costs.imaginary import made_up_batch
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.distributed.world import World
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.methods.method import StepPosition
 from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.records import ViewBatch
@@ -98,6 +99,29 @@ def test_pixels_depend_neither_on_lanes_nor_on_the_batch(generator: np.random.Ge
     assert np.array_equal(render(1, 7), expected[:, :7])
 
 
+def test_views_of_a_batch_are_few_kernels(generator: np.random.Generator) -> None:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
+
+    views = get_recipe("simsiam-imagenet-r50-100ep").views
+    sizes = np.array([(400, 500)] * 16, np.int32)
+    images = [np.frombuffer(encode(photograph_like(generator, 400, 500), "JPEG"), np.uint8) for _ in sizes]
+    plan = draw_plan(
+        seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(16),
+        image_sizes=(sizes[:, 0].copy(), sizes[:, 1].copy()), num_views=4, group=views.global_views,
+    )  # fmt: skip
+    renderer = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu", execution=DaliExecution())
+    decoded = renderer.decode(images)
+    renderer.render_decoded(decoded, plan, views.global_views)  # builds and compiles
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        renderer.render_decoded(decoded, plan, views.global_views)
+    of_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    kernels = [name for name in of_device if not name.startswith(("Memcpy", "Memset"))]
+    assert 0 < len(kernels) <= 40, kernels
+
+
 def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Path) -> None:
     from hvp_ray.config import config_to_dict
     from hvp_ray.data.dataset import open_dataset
@@ -158,6 +182,22 @@ def test_training_on_the_gpu_runs_and_learns(tmp_path: Path, recipe: str, option
     assert summary["device"] == "cuda"
     assert math.isfinite(summary["loss_last"])
     assert summary["knn_top1"] > summary["knn_top1_untrained"] - 0.1
+
+
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits", "dinov2-digits"])
+def test_host_does_not_wait_for_the_device_within_a_step(tmp_path: Path, recipe: str) -> None:
+    config = tiny_config(str(tmp_path), recipe=recipe, cluster={"device": "cuda"})
+    device = torch.device("cuda", 0)
+    trainee = build_trainee(config, World(), device, None)
+    trainee.method.train()
+    batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype, device=device))
+    try:
+        for step in range(4):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=4, steps_per_epoch=2))
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps may allocate
+            train_step(trainee, batch, config, hard_step(config.selection))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "imagenet" in name])
