@@ -118,7 +118,7 @@ class DaliRenderer:
         limit, intensity_range = self._data.max_image_pixels, self._data.intensity_range
         for index, image in enumerate(images):
             try:
-                if not on_host and is_plain_jpeg(image) and _END_OF_JPEG in image[-_TAIL_BYTES:]:
+                if not on_host and is_plain_jpeg(image) and image.rfind(_END_OF_JPEG, -_TAIL_BYTES) >= 0:
                     read_size(image, max_pixels=limit)  # DALI has no size limit
                     encoded.append(np.frombuffer(image, dtype=np.uint8))
                 else:
