@@ -81,7 +81,7 @@ class Candidates:
         return pair_table(self.num_views, alternating=self.alternating)
 
     def pairs_on(self, device: torch.device) -> Int64[Tensor, "pairs 2"]:
-        """Return `pairs` on a device, which keeps its copy."""
+        """Return `pairs` on a device; a GPU keeps its copy."""
         return _pairs_on(self.num_views, device, alternating=self.alternating)
 
     def num_rescued(self, num_images: int) -> int:
@@ -96,7 +96,10 @@ class Candidates:
 
 @torch.compiler.assume_constant_result  # a table that a compiled step does not make again
 def _pairs_on(num_views: int, device: torch.device, *, alternating: bool) -> Tensor:
-    return _kept_pairs(num_views, device, alternating=alternating)
+    if device.type == "cuda":
+        return _kept_pairs(num_views, device, alternating=alternating)
+    # Nothing is kept on a CPU: a step on tensors without content would leave such a tensor to real steps.
+    return torch.from_numpy(pair_table(num_views, alternating=alternating))
 
 
 @functools.lru_cache(maxsize=64)
