@@ -5,6 +5,7 @@ pytest captures what a process prints, so the reason of a crash would be lost wi
 
 import faulthandler
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 
 _LINES = 40
-_folder = Path(tempfile.mkdtemp(prefix="hvp_ray-tests-"))
+_folder: list[Path] = []
+"""Of the controlling process, from the first process of pytest-xdist on."""
 _crashed: list[str] = []
 
 
@@ -29,20 +31,29 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Any) -> None:
     """Tell a process where its traceback goes."""
-    node.workerinput["crash_folder"] = str(_folder)
+    if not _folder:
+        _folder.append(Path(tempfile.mkdtemp(prefix="hvp_ray-tests-")))
+    node.workerinput["crash_folder"] = str(_folder[0])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
     """Remember the processes that did not end by themselves."""
-    if error:
+    if error and error != "keyboard-interrupt":
         _crashed.append(node.gateway.id)
+
+
+def pytest_unconfigure() -> None:
+    """Remove the files."""
+    while _folder:
+        shutil.rmtree(_folder.pop(), ignore_errors=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what the dead have left."""
     for name in _crashed:
-        pid, *traceback = (_folder / name).read_text(errors="replace").splitlines()
+        left = _folder[0] / name
+        pid, *traceback = left.read_text(errors="replace").splitlines() if left.exists() else ["unknown"]
         terminalreporter.section(f"{name} crashed (process {pid})")
         terminalreporter.write_line("\n".join(traceback[:_LINES]) or "It left no traceback.")
         for log in Path(tempfile.gettempdir()).glob(f"ray/session_2*/logs/python-core-driver-*_{pid}.log"):

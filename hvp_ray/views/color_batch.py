@@ -83,7 +83,7 @@ class PlannedOperations:
         arrays = {
             "matrices": matrices,
             "mean_shares": mean_shares,
-            "is_hue": (plan.jitter_order == HUE) & (plan.hue_turns[..., None] != 0.0),
+            "is_hue": (plan.jitter_order == HUE) & (plan.jitter & (plan.hue_turns != 0.0))[..., None],
             "hue_shifts": _hue_shifts(plan.hue_turns),
             "grey": np.where(plan.grayscale[..., None, None], _GREY, _EYE),
             "half_kernels": _half_kernels(plan, group),
@@ -155,14 +155,14 @@ def finish(planes: Tensor, operations: Operations, positions: Tensor, kind: Kind
     for place in _PLACES:
         before = levels
         if kind is None or kind.matrices[place]:
-            levels = _multiply(operations.matrices[:, place], levels)
+            levels = _multiply(operations.matrices[:, place], levels, one_by_one=kind is not None)
             if kind is None or kind.contrasts[place]:
                 levels = levels + (operations.mean_shares[:, place] * _mean_grey(before))[:, None, None, None]
             levels = levels.clamp_(0.0, LEVEL_MAX)
         if kind is None or kind.hues[place]:
             levels = where(operations.is_hue[:, place], _shift_hue(before, operations.hue_shifts), levels)
     if kind is None or kind.grey:
-        levels = _multiply(operations.grey, levels)
+        levels = _multiply(operations.grey, levels, one_by_one=kind is not None)
     levels = levels.round_()
     if kind is None or kind.blur_radius_px:
         for axis in (-1, -2):
@@ -197,8 +197,14 @@ def finish_views(pixels: Tensor, planned: PlannedOperations) -> Tensor:
     device, size_px = pixels.device, pixels.shape[1]
     operations = planned.on(device)
     if device.type != "cpu":
-        radius_px = operations.half_kernels.shape[1] - 1
-        return compiled_finish(device, radius_px)(pixels, operations, reflected_positions(size_px, radius_px, device))
+        radius_px, num_views = operations.half_kernels.shape[1] - 1, len(pixels)
+        if num_views == 1:  # torch would compile anew for a single one
+            pixels, operations = (
+                torch.cat([pixels] * 2),
+                Operations(*(torch.cat([of_all] * 2) for of_all in operations)),
+            )
+        positions = reflected_positions(size_px, radius_px, device)
+        return compiled_finish(device, size_px, radius_px)(pixels, operations, positions)[:num_views]
     finished, planes = torch.empty_like(pixels), torch.empty(1, 3, size_px, size_px, dtype=torch.uint8)
     of_each = [of_all.split(1) for of_all in operations]
     for sample, kind in enumerate(planned.kinds()):  # one view stays in the cache
@@ -210,20 +216,27 @@ def finish_views(pixels: Tensor, planned: PlannedOperations) -> Tensor:
 
 
 @functools.cache
-def compiled_finish(device: torch.device, radius_px: int) -> Callable[[Tensor, Operations, Tensor], Tensor]:
-    """Return `finish_together`, compiled for any number and size of views; or as it is, if torch cannot compile here.
+def compiled_finish(
+    device: torch.device, size_px: int, radius_px: int
+) -> Callable[[Tensor, Operations, Tensor], Tensor]:
+    """Return `finish_together`, compiled for two and more views; or as it is, if torch cannot compile on this machine.
 
     Args:
         device: device of the views.
+        size_px: S.
         radius_px: R of `Operations`.
     """
-    compiled = torch.compile(finish_together, dynamic=True)
-    # Unlike each other, R + 1, 3 and 4: torch takes equal sizes for one that stays equal.
-    num_views, size_px = radius_px + 9, 3 * radius_px + 40
-    planned = PlannedOperations.none(num_views, radius_px)
+    num_views = 7  # of a trial
+    operations = PlannedOperations.none(num_views, radius_px).on(device)
     pixels = torch.zeros(num_views, size_px, size_px, 3, dtype=torch.uint8, device=device)
+    for of_views in (pixels, *operations):
+        torch._dynamo.mark_dynamic(of_views, 0)
     try:
-        compiled(pixels, planned.on(device), reflected_positions(size_px, radius_px, device))
+        # Without benchmarks of kernels, which might choose others in other processes, with other last bits.
+        compiled = torch.compile(finish_together, fullgraph=True, options={"deterministic": True})
+        compiled(pixels, operations, reflected_positions(size_px, radius_px, device))
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
     except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:  # such as: there is no C compiler
         logger.warning("colour is not compiled, so rendering is slower: torch.compile failed (%s)", first_line(error))
         return finish_together
@@ -240,9 +253,9 @@ def reflected_positions(size_px: int, radius_px: int, device: torch.device) -> T
     return torch.tensor(positions, device=device)
 
 
-def _multiply(matrices: Tensor, levels: Tensor) -> Tensor:
+def _multiply(matrices: Tensor, levels: Tensor, *, one_by_one: bool) -> Tensor:
     """Return the product of matrices [N, 3, 3] with the colours of levels [N, 3, S, S]."""
-    if len(levels) == 1:
+    if one_by_one:  # faster on a CPU; a GPU might round differently in batches of other sizes
         return torch.matmul(matrices, levels.flatten(2)).view_as(levels)
     products = [matrices[:, :, color, None, None] * levels[:, color, None] for color in range(3)]  # becomes one kernel
     return products[0] + products[1] + products[2]
@@ -289,6 +302,7 @@ def _blur(levels: Tensor, half_kernels: Tensor, positions: Tensor, axis: int) ->
 def _jitter(plan: ViewPlan) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return `Operations.matrices` and `Operations.mean_shares` of a plan, [V, B, ...]: factor x + (1 - factor) rest."""
     factors = np.stack([plan.brightness, plan.contrast, plan.saturation, np.ones_like(plan.brightness)], axis=-1)
+    factors = np.where(plan.jitter[..., None], factors, np.float32(1.0))
     factors = np.take_along_axis(factors, plan.jitter_order.astype(np.int64), axis=-1)
     rest_of_matrix = np.where((plan.jitter_order == SATURATION)[..., None, None], _GREY, np.float32(0.0))
     shares = np.float32(1.0) - factors

@@ -25,7 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from hvp_ray.config import DataConfig, RendererName, ViewGroupConfig, ViewsConfig
 from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
-from hvp_ray.errors import ConfigError, UnreadableImageError
+from hvp_ray.errors import ConfigError, UnreadableImageError, first_line
 from hvp_ray.records import ViewPlan
 from hvp_ray.views.color_batch import PlannedOperations, compiled_finish, finish_views, largest_blur_radius_px
 from hvp_ray.views.renderer import RenderedBatch
@@ -84,7 +84,7 @@ class DaliRenderer:
             if device_id is None:
                 device_id = torch.cuda.current_device()  # a trainer that renders inline may use any device
             for group in filter(None, (views.global_views, views.local_views)):  # here, not in the first batch
-                compiled_finish(torch.device("cuda", device_id), largest_blur_radius_px(group))
+                compiled_finish(torch.device("cuda", device_id), group.size_px, largest_blur_radius_px(group))
         self._execution = execution or (ON_A_GPU if self._on_gpu else ON_A_CPU)
         self._lanes = [
             _Lane(self._execution, device_id if self._on_gpu else None) for _ in range(self._execution.num_lanes)
@@ -98,8 +98,8 @@ class DaliRenderer:
         encoded, failures = self._prepare(images, on_host=False)
         try:
             outputs = self._run(encoded, global_plan, local_plan, failures)
-        except RuntimeError as error:
-            logger.warning("DALI rejected a batch (%s); decoding it on the host", str(error).splitlines()[0])
+        except _RejectedError as error:
+            logger.warning("DALI rejected a batch (%s); decoding it on the host", first_line(error))
             for lane in self._lanes:
                 lane.graphs.clear()  # a graph that raised cannot run again
             encoded, failures = self._prepare(images, on_host=True)
@@ -242,9 +242,16 @@ class _Graph:
     max_samples: int
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        for name, values in inputs.items():
-            self.pipeline.feed_input(name, values)
-        return self.pipeline.run()
+        try:
+            for name, values in inputs.items():
+                self.pipeline.feed_input(name, values)
+            return self.pipeline.run()
+        except RuntimeError as error:
+            raise _RejectedError(first_line(error)) from error
+
+
+class _RejectedError(Exception):
+    """DALI cannot render a batch; the graph cannot run again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -185,8 +185,10 @@ def test_training_on_the_gpu_runs_and_learns(tmp_path: Path, recipe: str, option
 
 
 @pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits", "dinov2-digits"])
-def test_host_does_not_wait_for_the_device_within_a_step(tmp_path: Path, recipe: str) -> None:
-    config = tiny_config(str(tmp_path), recipe=recipe, cluster={"device": "cuda"})
+@pytest.mark.parametrize("compiled", [False, True])
+def test_step_has_no_hidden_synchronisation(tmp_path: Path, recipe: str, *, compiled: bool) -> None:
+    """torch sees copies and other calls that wait, but not `_AsyncCopy.read`, which waits on purpose, for an event."""
+    config = tiny_config(str(tmp_path), recipe=recipe, cluster={"device": "cuda"}, training={"compile": compiled})
     device = torch.device("cuda", 0)
     trainee = build_trainee(config, World(), device, None)
     trainee.method.train()
@@ -194,7 +196,7 @@ def test_host_does_not_wait_for_the_device_within_a_step(tmp_path: Path, recipe:
     try:
         for step in range(4):
             trainee.method.begin_step(StepPosition(step=step, num_steps=4, steps_per_epoch=2))
-            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps may allocate
+            torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")  # the first steps allocate and compile
             train_step(trainee, batch, config, hard_step(config.selection))
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -18,7 +18,7 @@ from hvp_ray.selection import KeptViews, hard_step
 from hvp_ray.stream.batches import InlineBatches
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, DeviceBatch
 from hvp_ray.training.pixel_views import PixelViews
-from hvp_ray.training.step import score_candidates
+from hvp_ray.training.step import score_candidates, train_step
 from hvp_ray.training.trainee import build_trainee, build_untrained_method
 from tests.helpers import tiny_config
 
@@ -71,6 +71,17 @@ def test_shards_keep_their_part_and_gather_blocks() -> None:
     spared = whole.weights - two.weights + whole.optimizer_state - two.optimizer_state
     assert two.scoring_peak == whole.scoring_peak - spared + outside + 2 * block
     assert many.training_peak < two.training_peak
+
+
+def test_steps_without_content_leave_nothing_to_real_ones(tmp_path: Path) -> None:
+    for recipe in ("simclr-digits", "dino-digits"):
+        config = tiny_config(str(tmp_path), recipe=recipe)
+        estimate_memory(config)
+        trainee = build_trainee(config, World(), torch.device("cpu"), None)
+        batch = made_up_batch(config, lambda shape, dtype: torch.zeros(shape, dtype=dtype))
+        metrics = train_step(trainee, batch, config, hard_step(config.selection))
+        assert type(metrics.loss) is torch.Tensor
+        assert metrics.loss.isfinite()
 
 
 def test_trainer_drops_a_batch_before_it_takes_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

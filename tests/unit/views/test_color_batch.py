@@ -107,17 +107,21 @@ def test_all_views_at_once_equal_one_after_another(generator: np.random.Generato
     assert (difference > 0).mean() < 0.001
 
 
-def test_compiled_graph_has_few_kernels_and_serves_all_sizes(generator: np.random.Generator) -> None:
-    """What runs on a GPU, compiled for this CPU. A graph break or a compilation for each size would cost seconds."""
+@pytest.mark.parametrize("size_px", [40, 72])  # torch sums small and large views in other ways
+def test_compiled_graph_has_few_kernels_and_serves_any_number_of_views(
+    generator: np.random.Generator, size_px: int
+) -> None:
+    """What runs on a GPU, compiled for this CPU. A graph break or a compilation for each batch would cost seconds."""
     from torch._inductor import metrics
 
+    group = dataclasses.replace(GROUPS["simclr-imagenet-r50-100ep"], size_px=size_px)
+    torch.compiler.reset()
     metrics.reset()
     counters.clear()
-    compiled = compiled_finish(CPU, largest_blur_radius_px(GROUPS["simclr-imagenet-r50-100ep"]))
+    compiled = compiled_finish(CPU, size_px, largest_blur_radius_px(group))
     assert compiled is not finish_together, "torch.compile needs a C++ compiler"
     num_kernels = metrics.generated_kernel_count + counters["inductor"]["extern_calls"]
-    for size_px, num_images in ((40, 16), (24, 3)):
-        group = dataclasses.replace(GROUPS["simclr-imagenet-r50-100ep"], size_px=size_px)
+    for num_images in (16, 3):
         images, plan = _images(generator, size_px, num_images), _uncropped_plan(group, num_images)
         pixels, operations = _in_one_batch(images, plan, group)
         positions = _positions(pixels, operations)
@@ -125,8 +129,9 @@ def test_compiled_graph_has_few_kernels_and_serves_all_sizes(generator: np.rando
         difference = np.abs(finished.numpy().astype(int) - finish_together(pixels, operations, positions).numpy())
         assert difference.max() <= 1
         assert (difference > 0).mean() < 0.001
-        few = compiled(pixels[3:8], Operations(*(of_all[3:8] for of_all in operations)), positions)
-        assert torch.equal(few, finished[3:8])  # in any batch
+        for some in (slice(3, 8), slice(5, 7)):  # bits do not depend on the batch
+            few = compiled(pixels[some], Operations(*(of_all[some] for of_all in operations)), positions)
+            assert torch.equal(few, finished[some])
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
-    assert 0 < num_kernels <= 35
+    assert 0 < num_kernels <= 20, num_kernels
