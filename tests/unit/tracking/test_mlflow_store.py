@@ -63,6 +63,13 @@ def _wait(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # SQLite has just removed its journal
+        return 0
+
+
 def _query(path: Path, statement: str) -> None:
     connection = sqlite3.connect(path)
     connection.execute(statement)
@@ -77,7 +84,7 @@ def test_process_killed_while_it_makes_the_store_leaves_none_and_the_next_makes_
         "prepare_store(store_uri(Path(sys.argv[1])))"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stderr=subprocess.DEVNULL)
-    _wait(lambda: any(file.stat().st_size for file in tmp_path.iterdir()) or process.poll() is not None)
+    _wait(lambda: any(map(_size, tmp_path.iterdir())) or process.poll() is not None)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert process.returncode == -signal.SIGKILL
