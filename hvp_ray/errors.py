@@ -37,6 +37,13 @@ class CheckpointError(HvpRayError):
     """A checkpoint is missing, incomplete, damaged, or belongs to a run of another identity."""
 
 
+class LostRunError(HvpRayError):
+    """Another process has taken the run over, so this one must not train it any more."""
+
+    same_job: bool = False
+    """Whether the other process is a later attempt of the same job, which goes on."""
+
+
 class TrainingError(HvpRayError):
     """Training cannot continue, for instance because the loss is not finite."""
 

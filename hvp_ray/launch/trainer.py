@@ -11,7 +11,7 @@ import ray.train.torch
 import torch
 
 from hvp_ray.distributed.world import World, current_world
-from hvp_ray.errors import HvpRayError
+from hvp_ray.errors import HvpRayError, LostRunError
 from hvp_ray.launch.board import BoardLogHandler, ProgressPoster
 from hvp_ray.logs import set_up_logging
 from hvp_ray.resolved_run import ResolvedRun
@@ -72,6 +72,8 @@ def trainer_main(settings: dict[str, Any]) -> None:
             return  # another rank met an error that a restart does not fix
         summary = _train(setup, world)
     except HvpRayError as error:
+        if isinstance(error, LostRunError) and error.same_job:
+            raise  # the driver goes on with the later attempt
         # A restart would fail in the same way, so the driver ends the run.
         error.add_note(f"rank {world.rank} of {world.num_ranks}, run {run_name}")
         ray.get(board.post_fatal.remote("\n".join([str(error), *error.__notes__])))

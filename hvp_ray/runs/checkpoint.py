@@ -1,8 +1,9 @@
 """Checkpoints: files first, then a manifest with digests, which is the commit.
 
-`<run>/checkpoints/step-00000500/` holds `state.pt` (tensors and plain values only) and `manifest.json`. In sharded training
-each rank writes a file of its own, `state-00000-of-00002.pt` and so on. A folder without a manifest is ignored. Buckets
-cannot rename, so nothing relies on renaming.
+`<run>/checkpoints/step-00000500/` holds `state-attempt-0001.pt` (tensors and plain values only) and `manifest.json`. In
+sharded training each rank writes a file of its own, `state-00000-of-00002-attempt-0001.pt` and so on. The attempt is the one
+that wrote it, so a process that lost the run cannot damage what its successor wrote. A folder without a manifest is ignored.
+Buckets cannot rename, so nothing relies on renaming.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -33,7 +34,8 @@ _FAILED = -2
 """Stands for the size of a part that could not be written."""
 STEP_FOLDER = r"step-(\d{8,12})"
 """Pattern of a checkpoint's folder name."""
-_OF_STATE = re.compile(STEP_FOLDER + r"/state[^/]*\.pt")
+_STATE = r"state(?:-(\d{5})-of-(\d{5}))?(?:-attempt-\d{4,})?\.pt"
+_OF_STATE = re.compile(f"{STEP_FOLDER}/{_STATE}")
 _COMMITTED = re.compile(f"{STEP_FOLDER}/{_MANIFEST}")
 
 
@@ -48,25 +50,38 @@ class WrittenFile:
 class CheckpointStore:
     """The checkpoints of one run. Rank 0 commits, and writes unless they are sharded; all ranks read."""
 
-    def __init__(self, location: str, *, run_identity: str | None, keep: int) -> None:
+    def __init__(
+        self,
+        location: str,
+        *,
+        run_identity: str | None,
+        keep: int,
+        attempt: int | None = None,
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
         """Read nothing yet.
 
         Args:
             location: folder, path or URI.
             run_identity: of the run. None: of any run, only to read.
             keep: see `write`.
+            attempt: that writes, for the names of its files.
+            check_owner: raises if this process must not commit or delete; called before each.
         """
         self._location = location
         # Retries on a bucket only: a full disk stays full.
         self._files = Folder(location, pauses=None if is_uri(location) else ())
         self._run_identity = run_identity
         self._keep = keep
+        self._attempt = attempt
+        self._check_owner = check_owner
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write and commit the checkpoint. Then delete all but the newest `keep`, and damaged checkpoints of later steps.
 
         Raises:
             CheckpointError: the storage refused (disk full, no permission); earlier checkpoints stay usable.
+            LostRunError: another process has taken the run over; nothing is committed.
         """
         self.commit(checkpoint.step, [self.write_part(checkpoint, _ALONE)])
 
@@ -79,7 +94,7 @@ class CheckpointStore:
         buffer = io.BytesIO()
         torch.save({field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}, buffer)
         content = buffer.getvalue()
-        self._write(checkpoint.step, _state_name(world.rank, world.num_ranks), content)
+        self._write(checkpoint.step, self._state_name(world.rank, world.num_ranks), content)
         return WrittenFile(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def commit(self, step: int, written: Sequence[WrittenFile]) -> None:
@@ -87,6 +102,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: the storage refused.
+            LostRunError: another process has taken the run over; nothing is committed.
         """
         manifest = {
             "format": 1,
@@ -94,12 +110,17 @@ class CheckpointStore:
             "run_identity": self._run_identity,
             "written_at": time.time(),
             "files": {
-                _state_name(rank, len(written)): {"bytes": file.num_bytes, "sha256": file.sha256}
+                self._state_name(rank, len(written)): {"bytes": file.num_bytes, "sha256": file.sha256}
                 for rank, file in enumerate(written)
             },
         }
+        self._check_owner()
         self._write(step, _MANIFEST, json.dumps(manifest, indent=1).encode())
         self._drop_others(step)
+
+    def _state_name(self, rank: int, num_ranks: int) -> str:
+        of_rank = "" if num_ranks == 1 else f"-{rank:05d}-of-{num_ranks:05d}"
+        return f"state{of_rank}" + ("" if self._attempt is None else f"-attempt-{self._attempt:04d}") + ".pt"
 
     def _write(self, step: int, name: str, content: bytes) -> None:
         try:
@@ -199,6 +220,7 @@ class CheckpointStore:
         except OSError as error:
             logger.warning("the checkpoints before step %d could not be listed, so none was deleted: %s", newest, error)
             return
+        self._check_owner()
         steps, with_state = _steps_of(names, _COMMITTED), _steps_of(names, _OF_STATE)
         for step in [s for s in steps if s <= newest][: -self._keep] + [s for s in steps if s > newest]:
             try:
@@ -370,10 +392,11 @@ def _read_manifest(content: bytes, folder: str) -> tuple[dict[str, str], str]:
         manifest = json.loads(content)
         digests = {name: str(described["sha256"]) for name, described in manifest["files"].items()}
         identity = str(manifest["run_identity"])
-        expected = {_state_name(rank, len(digests)) for rank in range(len(digests))}
+        found = [re.fullmatch(_STATE, name) for name in digests]
+        ranks = sorted((int(match[1] or 0), int(match[2] or 1)) for match in found if match is not None)
     except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _DamagedError(f"the checkpoint {folder} is damaged: {_MANIFEST} is no manifest") from error
-    if not digests or set(digests) != expected:
+    if not digests or ranks != [(rank, len(digests)) for rank in range(len(digests))]:
         raise _DamagedError(
             f"the checkpoint {folder} is damaged: {_MANIFEST} names other files than those of all ranks"
         )
@@ -429,10 +452,6 @@ def _steps_of(names: Iterable[str], of_step: re.Pattern[str]) -> list[int]:
 
 def _folder(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _state_name(rank: int, num_ranks: int) -> str:
-    return "state.pt" if num_ranks == 1 else f"state-{rank:05d}-of-{num_ranks:05d}.pt"
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:

@@ -14,6 +14,7 @@ from hvp_ray.distributed.world import World
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.online_knn import AskKnn
+from hvp_ray.runs.ownership import RunClaim
 from hvp_ray.runs.progress import ReportProgress, RunSteps, StepClock
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.batches import BatchStream, RequestOf
@@ -33,6 +34,8 @@ class RunJob:
     """A run whose folder is prepared: everything that every rank must agree on."""
 
     config: RunConfig
+    token: str
+    """Random; tells attempts of this job from those of another job that got the same run."""
     run_name: str
     run_dir: Path
     """Folder of the run's files for this process: the run's folder, or a working copy of it on this machine."""
@@ -81,6 +84,8 @@ class OpenedRank:
     """One rank of a run whose files and data are open."""
 
     job: RunJob
+    claim: RunClaim | None
+    """None on other ranks than 0."""
     storage: RunStorage
     world: World
     device: torch.device

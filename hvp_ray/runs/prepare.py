@@ -334,6 +334,7 @@ def prepare_run(
         tags["git_commit"] = commit
     return RunJob(
         config=config,
+        token=secrets.token_hex(8),
         run_name=name,
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,

@@ -3,6 +3,7 @@
 `launch/driver.py` calls this inside Ray Train's workers, `launch/local.py` in a plain process or under torchrun.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -27,6 +28,7 @@ from hvp_ray.runs.final_figures import draw_figures
 from hvp_ray.runs.initial_run import build_method_at_start
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank, RunJob
 from hvp_ray.runs.neighbours import draw_nearest_neighbours
+from hvp_ray.runs.ownership import RunClaim
 from hvp_ray.runs.page import write_page
 from hvp_ray.runs.progress import RunSteps, StepClock
 from hvp_ray.runs.recorder import RankRecorder, RunRecorder
@@ -51,13 +53,18 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
         services: what the launcher provides.
 
     Raises:
-        CheckpointError: the run's folder or its checkpoints cannot be used.
+        CheckpointError: the run's folder or its checkpoints cannot be used, or another process is training the run.
+        LostRunError: another process has taken the run over.
         TrainingError: the loss is not finite, or a collapse has lasted for `training.max_collapsed_steps`.
         StageError, DataError: no batches come, or the data is too damaged.
     """
-    with RunStorage(job.run_dir, job.run_uri, rank=world.rank) as storage:
-        rank = _open(dataclasses.replace(job, run_dir=storage.folder), storage, world, device)
-        restored = _restore(rank, services)
+    with contextlib.ExitStack() as ends:
+        claim = ends.enter_context(RunClaim(job.location, job=job.token)) if world.rank == 0 else None
+        # No rank reads the run before it is claimed.
+        number = int(gather_over_ranks(torch.tensor(0 if claim is None else claim.number, device=device))[0])
+        storage = ends.enter_context(RunStorage(job.run_dir, job.run_uri, rank=world.rank))
+        rank = _open(dataclasses.replace(job, run_dir=storage.folder), claim, number, storage, world, device)
+        restored = _restore(rank, number, services)
         make_recorder = RunRecorder if world.rank == 0 else RankRecorder
         with make_recorder(rank, restored, services) as recorder:
             result = _train(rank, restored, recorder)
@@ -72,14 +79,21 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
             return _publish(rank, recorder, after, summary)
 
 
-def _open(job: RunJob, storage: RunStorage, world: World, device: torch.device) -> OpenedRank:
+def _open(
+    job: RunJob, claim: RunClaim | None, number: int, storage: RunStorage, world: World, device: torch.device
+) -> OpenedRank:
     config = job.config
     dataset = open_dataset(config.data, fingerprint=job.data_fingerprint, test_data=job.test_data)
     checkpoints = CheckpointStore(
-        place_in(job.location, "checkpoints"), run_identity=job.run_identity, keep=config.training.keep_checkpoints
+        place_in(job.location, "checkpoints"),
+        run_identity=job.run_identity,
+        keep=config.training.keep_checkpoints,
+        attempt=number,
+        check_owner=_no_check if claim is None else claim.check,
     )
     return OpenedRank(
         job=job,
+        claim=claim,
         storage=storage,
         world=world,
         device=device,
@@ -89,12 +103,16 @@ def _open(job: RunJob, storage: RunStorage, world: World, device: torch.device) 
     )
 
 
-def _restore(rank: OpenedRank, services: RankServices) -> RestoredRank:
+def _no_check() -> None:
+    """Other ranks than 0 commit nothing."""
+
+
+def _restore(rank: OpenedRank, number: int, services: RankServices) -> RestoredRank:
     """Load the newest checkpoint, begin an attempt in the log, and request the first batches."""
     job, config, world = rank.job, rank.job.config, rank.world
     checkpoint = rank.checkpoints.load_newest(map_location="cpu")
     first_step = checkpoint.step if checkpoint is not None else 0
-    attempt = agree_on_attempt(first_step, next_attempt(job.run_dir), rank.device)
+    attempt = agree_on_attempt(first_step, max(number, next_attempt(job.run_dir)), rank.device)
     check_folder_is_shared(job)  # after a collective: the process that prepares the run has done so
     steps = RunSteps(
         first_step=first_step,
@@ -166,6 +184,7 @@ def _evaluate(
         StopAskedError: the run was asked to stop.
     """
     job, config, trainee = rank.job, rank.job.config, restored.trainee
+    _check_owner(rank)
     rank.storage.pull_decisions()
     measured = summarize(rank, restored, result) | {"num_collapse_warnings": recorder.collapse.num_warnings}
     export_backbone(trainee.method.encoder, config.encoder, job.run_dir / BACKBONE)
@@ -198,12 +217,18 @@ def _evaluate(
 def _publish(rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]) -> dict[str, Any]:
     """End the run in all trackers and write `summary.json`, which says that the run has finished."""
     run_dir = rank.job.run_dir
+    _check_owner(rank)
     summary |= recorder.finish(summary) | {"problems": after.problems}
     export_records(run_dir)
     write_file(str(run_dir / "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     after.finish()
     rank.storage.push()
     return summary
+
+
+def _check_owner(rank: OpenedRank) -> None:
+    assert rank.claim is not None  # only rank 0 evaluates
+    rank.claim.check()
 
 
 def agree_on_attempt(first_step: int, attempt: int, device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import mean_over_ranks
-from hvp_ray.errors import CheckpointError
+from hvp_ray.errors import CheckpointError, LostRunError
 from hvp_ray.runs.checkpoint import CheckpointWriter, PartWriter
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining, join_snapshot
@@ -21,7 +21,14 @@ from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_s
 from hvp_ray.tracking.run_log import METRICS
 from hvp_ray.tracking.selection_log import SelectionLogWriter
 from hvp_ray.tracking.selection_metrics import describe_masks, describe_pairs, describe_scores
-from hvp_ray.tracking.trackers import FINISH_SECONDS, final_artifacts, final_values, finish_feeds, start_feeds
+from hvp_ray.tracking.trackers import (
+    FINISH_SECONDS,
+    abandon_feeds,
+    final_artifacts,
+    final_values,
+    finish_feeds,
+    start_feeds,
+)
 from hvp_ray.training.step import StepMetrics
 from hvp_ray.training.trainee import take_checkpoint
 
@@ -71,6 +78,8 @@ class RankRecorder:
         self._clock.end_step()
         self._steps_done = steps_done
         self._writer.check()
+        if self._rank.claim is not None:
+            self._rank.claim.raise_if_lost()
         self._join_snapshot(steps_done)
 
     def save_checkpoint(self, steps_done: int) -> None:
@@ -212,15 +221,29 @@ class RunRecorder(RankRecorder):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Commit the last checkpoint, and end a run that was stopped or failed in all trackers."""
+        """Commit the last checkpoint, and end the run in all trackers if it stopped or failed and goes on nowhere else."""
         has_failed = True
         try:
             super().__exit__(kind, error, traceback)
             has_failed = error is not None
         finally:
-            if not self._is_finished:
+            if self._is_finished:
+                pass
+            elif self._is_lost():
+                abandon_feeds(self._feeds)
+            else:
                 status, patience = ("FAILED", 5.0) if has_failed else ("KILLED", 1.0)
                 finish_feeds(self._feeds, status=status, timeout_seconds=patience)
+
+    def _is_lost(self) -> bool:
+        assert self._rank.claim is not None
+        try:
+            self._rank.claim.check()
+        except LostRunError:
+            return True
+        except CheckpointError:
+            return False
+        return False
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
         return Progress(

@@ -28,11 +28,12 @@ from typing import BinaryIO
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.files import Folder, join_uri
 from hvp_ray.local_cache import cache_folder, no_local_disk, write_local
+from hvp_ray.runs import ownership
 from hvp_ray.tracking import tensorboard, wandb
 from hvp_ray.tracking.unreadable_log import is_decision, is_decision_of
 
 _LAST = "summary.json"
-_NOT_MIRRORED = ("checkpoints/", "ray_train/")
+_NOT_MIRRORED = ("checkpoints/", "ray_train/", f"{ownership.FOLDER}/")
 _AT_THE_END = (f"{tensorboard.FOLDER}/", f"{wandb.FOLDER}/")
 _REQUESTS_AT_ONCE = 8
 _LOCK_PATIENCE_SECONDS = 60.0

@@ -97,6 +97,7 @@ class Feed(ABC):
         self._is_connected = False
         self._wake = threading.Event()
         self._closing = False
+        self._is_abandoned = False
         self._deadline = float("inf")
         self._num_refusals = 0
         self._failure = "no answer"
@@ -121,6 +122,9 @@ class Feed(ABC):
 
     def tend(self) -> None:  # noqa: B027 (most trackers need nothing)
         """Do what else is due while the run trains."""
+
+    def leave(self) -> None:  # noqa: B027 (most trackers need nothing)
+        """Stop what `tend` started, without ending the run in the tracker."""
 
     def is_refusal(self, error: Exception) -> bool:
         """Tell whether an error is an answer that a retry does not change."""
@@ -164,12 +168,17 @@ class Feed(ABC):
             )
         return done
 
+    def abandon(self) -> None:
+        """Stop without ending the run in the tracker."""
+        self._is_abandoned = True
+        self._wake.set()
+
     def num_waiting(self) -> int:
         """Return how many records of the log are not sent; one thread may call this."""
         return sum(cursor.num_waiting() for cursor in self._cursors)
 
     def _work(self) -> None:
-        while True:
+        while not self._is_abandoned:
             try:
                 self._send_all()
                 self.is_away = False
@@ -194,6 +203,7 @@ class Feed(ABC):
                     return
             self._wake.wait(timeout=_PAUSE_SECONDS)
             self._wake.clear()
+        self.leave()
 
     def _send_all(self) -> None:
         if not self._is_connected:

@@ -151,13 +151,17 @@ class MlflowFeed(Feed):
         )
         self._monitor.start()
 
+    def leave(self) -> None:
+        """End MLflow's monitor, which sends its rest."""
+        if self._monitor is not None:
+            self._monitor.finish()
+            self._monitor = None
+
     def end(self, ending: Ending) -> None:
         """Send the rest of the monitor, final values and artifacts, and end the run."""
         from mlflow.entities import Metric
 
-        if self._monitor is not None:
-            self._monitor.finish()
-            self._monitor = None
+        self.leave()
         metrics = [Metric(key, value, int(ending.time * 1000), 0) for key, value in ending.values.items()]
         if metrics:
             self._client.log_batch(self.run_id, metrics=metrics)

@@ -63,6 +63,12 @@ def finish_feeds(
     return all(ends)
 
 
+def abandon_feeds(feeds: Sequence[Feed]) -> None:
+    """Stop all feeds of a run that goes on in another process, whose feeds send the rest."""
+    for feed in feeds:
+        feed.abandon()
+
+
 def final_values(summary: dict[str, Any]) -> dict[str, float]:
     """Return the metrics of a summary under their names in trackers."""
     return {

@@ -36,7 +36,7 @@ def test_run_on_a_full_disk_keeps_its_checkpoint_and_goes_on_to_the_same_weights
 ) -> None:
     undisturbed = pretrain_in_process(_config(tmp_path / "roomy"))
     assert undisturbed is not None
-    size = (tmp_path / "roomy" / "run" / "checkpoints" / "step-00000016" / "state.pt").stat().st_size
+    size = (tmp_path / "roomy" / "run" / "checkpoints" / "step-00000016" / "state-attempt-0001.pt").stat().st_size
 
     filling = small_disk / "somebody-elses-file"
     with filling.open("wb") as file:  # room for one checkpoint and a half

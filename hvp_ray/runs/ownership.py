@@ -1,0 +1,288 @@
+"""One owner per run: the claim of an attempt, as a file in the run's folder or bucket.
+
+`<run>/owner/00000003-<16 hex digits>.json` is the claim of attempt 3. Its owner, which is trainer 0, rewrites it every few
+seconds. Whoever wants the run waits until the newest claim may be succeeded (`_may_succeed`), and claims the next number.
+
+Two that claim at once: each writes a claim, then lists all. Whoever sees another claim of this number or a higher one
+withdraws and tries again. The one that wrote last sees the other, so at most one owns a number, and nothing but a store that
+lists what was written is needed (local disks, S3, GCS, Azure).
+
+An owner that was paused or cut off, and was succeeded, finds the higher number: within seconds by its thread, and before
+whatever it commits (`check`). A request that is under way at that moment may still arrive. It harms nobody: segments of the
+log and files of checkpoints carry the attempt's number (`run_log.py`, `checkpoint.py`), and a manifest that comes late names
+whole files of the same step. No clock is compared with another machine's.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from hvp_ray.errors import CheckpointError, LostRunError, first_line
+from hvp_ray.files import Folder
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "owner"
+_BEAT_SECONDS = 5.0
+_STALE_SECONDS = 30.0
+"""A claim that stays unchanged for so long is of an owner that died, is paused or is cut off."""
+_PATIENCE_SECONDS = 60.0
+"""Until an owner that lives is believed to go on. One that was killed may take a while to exit."""
+
+_POLL_SECONDS = 0.5
+
+_NAME = re.compile(rf"{FOLDER}/(\d{{8}})-[0-9a-f]{{16}}\.json")
+
+
+class RunClaim:
+    """The claim of this process on a run. A context manager; leaving it lets the next owner in at once."""
+
+    def __init__(self, location: str, *, job: str) -> None:
+        """Wait for the run to be free, and claim it.
+
+        Args:
+            location: the run's folder, path or URI.
+            job: token of the job of this process. A later attempt of one job succeeds the earlier one without waiting.
+
+        Raises:
+            CheckpointError: another process is training the run, or the storage failed.
+        """
+        self._folder = Folder(location)
+        self._job = job
+        self._loss: LostRunError | None = None
+        self._beats = 0
+        self._has_ended = threading.Event()
+        try:
+            self.number, self._name = self._claim()
+        except OSError as error:
+            raise _cannot_be(location, "claimed", error) from error
+        self._thread = threading.Thread(target=self._keep, name="claim on the run", daemon=True)
+        self._thread.start()
+
+    def raise_if_lost(self) -> None:
+        """Raise if the thread has found a successor; costs nothing.
+
+        Raises:
+            LostRunError: see `check`.
+        """
+        if self._loss is not None:
+            raise self._loss
+
+    def check(self) -> None:
+        """Ask the storage whether this process still owns the run. Several threads may call this.
+
+        Raises:
+            LostRunError: another process has taken the run over.
+            CheckpointError: the storage failed.
+        """
+        self.raise_if_lost()
+        try:
+            self._look_for_successor()
+        except OSError as error:
+            raise _cannot_be(self._folder.location, "checked for another owner", error) from error
+        self.raise_if_lost()
+
+    def __enter__(self) -> "RunClaim":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the claim. Its file stays, so that an owner that was paused finds it."""
+        self._has_ended.set()
+        self._thread.join(timeout=_BEAT_SECONDS)
+        if self._loss is None:
+            try:
+                self._write()
+            except OSError as failure:
+                logger.warning("the claim on %s could not be ended: %s", self._folder.location, first_line(failure))
+
+    def _claim(self) -> tuple[int, str]:
+        waiting = _Waiting(self._folder.location)
+        while True:
+            claims = self._claims()
+            highest = max(claims.values(), default=0)
+            newest = [name for name, number in claims.items() if number == highest]
+            contents = [self._folder.read(name) for name in newest]
+            if not waiting.may_succeed([c for c in contents if c is not None], job=self._job):
+                time.sleep(_POLL_SECONDS)
+                continue
+            name = f"{FOLDER}/{highest + 1:08d}-{secrets.token_hex(8)}.json"
+            self._write(name)
+            claims = self._claims()
+            if any(number > highest for other, number in claims.items() if other != name):
+                self._folder.delete(name)
+                time.sleep(random.uniform(0.0, 2.0 * _POLL_SECONDS))
+                continue
+            for old in claims:
+                if old != name:
+                    self._folder.delete(old)
+            return highest + 1, name
+
+    def _claims(self) -> dict[str, int]:
+        """Return the number of each claim by its name."""
+        found = ((name, _NAME.fullmatch(name)) for name in self._folder.names(FOLDER))
+        return {name: int(match[1]) for name, match in found if match is not None}
+
+    def _write(self, name: str | None = None) -> None:
+        claim = {
+            "job": self._job,
+            "host": socket.gethostname(),
+            "process": _Process.this().to_dict(),
+            "beat": self._beats,
+            "ended": self._has_ended.is_set(),
+        }
+        self._folder.write(name or self._name, (json.dumps(claim) + "\n").encode())
+
+    def _keep(self) -> None:
+        """Renew the claim until it ends or is lost."""
+        is_failing = False
+        while not self._has_ended.wait(_BEAT_SECONDS):
+            try:
+                self._look_for_successor()
+                if self._loss is not None:
+                    return
+                self._beats += 1
+                if not self._has_ended.is_set():
+                    self._write()
+                is_failing = False
+            except OSError as error:
+                if not is_failing:
+                    logger.warning(
+                        "the claim on %s could not be renewed: %s; retrying", self._folder.location, first_line(error)
+                    )
+                is_failing = True
+
+    def _look_for_successor(self) -> None:
+        higher = [(number, name) for name, number in self._claims().items() if number > self.number]
+        if higher and self._loss is None:
+            number, name = max(higher)
+            successor = _parse(self._folder.read(name))
+            loss = LostRunError(
+                f"{_describe(successor)} has taken over the run {self._folder.location} as attempt {number}, because this "
+                f"process, attempt {self.number}, was paused, cut off or replaced. The run goes on there from its newest "
+                f"checkpoint, and this process ends. Nothing has to be done"
+            )
+            loss.same_job = successor.get("job") == self._job
+            self._loss = loss
+
+
+class _Waiting:
+    """Watches the newest claims of a run while another process may own it."""
+
+    def __init__(self, location: str) -> None:
+        self._location = location
+        self._started_at = time.monotonic()
+        self._seen: list[bytes] = []
+        self._seen_at = self._started_at
+        self._was_shown = False
+
+    def may_succeed(self, newest: list[bytes], *, job: str) -> bool:
+        """Tell whether a process of `job` may claim the next number after the claims of these contents.
+
+        Raises:
+            CheckpointError: the owner lives and has gone on for long enough.
+        """
+        now = time.monotonic()
+        if newest != self._seen:
+            self._seen, self._seen_at = newest, now
+        owners = [_parse(content) for content in newest]
+        blocking = [owner for owner in owners if not _is_free(owner, job)]
+        if not blocking or now - self._seen_at >= _STALE_SECONDS:
+            return True
+        owner = _describe(blocking[0])
+        if now - self._started_at >= _PATIENCE_SECONDS:
+            raise CheckpointError(
+                f"{owner} is training the run {self._location}. Two processes must not train one run. Wait until it ends or "
+                f"end it, or take another --run.name"
+            )
+        if not self._was_shown:
+            logger.warning(
+                "%s may still be training the run %s; waiting %.0f s to see whether it lives",
+                owner,
+                self._location,
+                _STALE_SECONDS,
+            )
+            self._was_shown = True
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """A process, so that a later one on the same machine can tell whether it lives."""
+
+    machine: str
+    """Boot of the machine and namespace of process ids; empty where /proc does not tell."""
+    id: int
+    start: str
+    """Time of its start in clock ticks since the boot."""
+
+    @staticmethod
+    def this() -> "_Process":
+        return _Process(_machine(), os.getpid(), _start_of(os.getpid()) or "")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"machine": self.machine, "id": self.id, "start": self.start}
+
+    def is_dead(self) -> bool:
+        """Tell whether it is known that the process has ended."""
+        return bool(self.machine) and self.machine == _machine() and _start_of(self.id) != self.start
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_of(process_id: int) -> str | None:
+    """Return when a process started; None: there is none, or it has ended and its parent has not noticed."""
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _parse(content: bytes | None) -> dict[str, Any]:
+    """Return a claim; empty: it is none."""
+    try:
+        claim = json.loads(content or b"")
+    except ValueError:
+        return {}
+    return claim if isinstance(claim, dict) else {}
+
+
+def _is_free(claim: dict[str, Any], job: str) -> bool:
+    """Tell whether the owner has ended, or gives way because it is of the same job."""
+    if claim.get("ended") is True or claim.get("job") == job:
+        return True
+    try:
+        return _Process(**claim["process"]).is_dead()
+    except (KeyError, TypeError):
+        return False
+
+
+def _describe(claim: dict[str, Any]) -> str:
+    process = claim.get("process")
+    number = process.get("id") if isinstance(process, dict) else None
+    return f"process {number} on {claim.get('host')}" if number is not None else "another process"
+
+
+def _cannot_be(location: str, done: str, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"the run {location} could not be {done}: {first_line(error)}. Its checkpoints are untouched. Repair the storage or "
+        f"make room, then start the run again with its name to resume it"
+    )
