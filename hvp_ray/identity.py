@@ -38,6 +38,7 @@ _EFFECTS: dict[str, Effect] = {
     "run.output": Effect.NOTHING,  # places a folder
     "run.seed": Effect.WEIGHTS,
     "run.resume": Effect.NOTHING,  # False refuses a folder that exists
+    "run.accept_versions": Effect.NOTHING,  # the versions are in the identity; the summary says if others were used
     "data.source": Effect.RESULT,
     "data.num_images": Effect.RESULT,
     "data.test_source": Effect.RESULT,
@@ -121,6 +122,9 @@ VERSIONS = (
     "nvidia-dali-cuda130",
 )
 """Parts of the identity that are versions of libraries."""
+
+ACCEPTED_VERSIONS = "accepted_versions"
+"""Entry of config.json: other versions that the run may be resumed with (`runs/versions.py`). Comparisons refuse it."""
 
 
 def effect_of(name: str) -> Effect:
@@ -219,6 +223,8 @@ def recorded_difference(
     try:
         record = json.loads(content)
         before = {**record["identity"], **record["evaluation"]}
+        if accepted := [entry["versions"] for entry in record.get(ACCEPTED_VERSIONS, [])]:
+            before[ACCEPTED_VERSIONS] = accepted
         values = flatten(record["config"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(

@@ -108,6 +108,7 @@ def describe_result(summary: dict[str, Any], config: RunConfig, location: str, t
         tracking_uri: URI of MLflow. None: MLflow is off.
     """
     from hvp_ray.files import place_in
+    from hvp_ray.runs.versions import describe_versions
 
     lines = [
         "",
@@ -131,6 +132,8 @@ def describe_result(summary: dict[str, Any], config: RunConfig, location: str, t
             "",
             f"{summary['num_unreadable_images']} image(s) were unreadable and replaced: see log/*/unreadable-rank-*.jsonl",
         ]
+    if (versions := describe_versions(summary.get("other_versions"))) is not None:
+        lines += ["", f"versions {versions}"]
     problems = summary.get("problems", [])
     lines += [*([""] if problems else []), *(f"problem  {problem}" for problem in problems)]
     lines += [""]

@@ -138,6 +138,10 @@ def open_study(
         ConfigError: arms or seeds are unknown or repeated, or the comparison or one of its runs has other settings.
         CheckpointError: config.json of one of its runs is damaged, or an earlier version wrote it.
     """
+    if base.run.accept_versions:
+        raise ConfigError(
+            "run.accept_versions=True is not allowed: the runs of a comparison share all versions of libraries; leave it out"
+        )
     arms = check_arms_and_seeds(arm_names, seeds)
     if budget == "compute" and VANILLA_LONG in arm_names:
         raise ConfigError(f"--budget compute gives all arms equal compute, so leave out {VANILLA_LONG}")

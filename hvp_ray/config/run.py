@@ -27,6 +27,10 @@ class RunSettings(Checked):
     resume: bool = True
     """Continue an existing run of this name. False: an existing run of this name is an error."""
 
+    accept_versions: bool = False
+    """Resume the run although versions of libraries differ from its own. The summary says from which step they do; equal bits
+    are no longer promised from there. Give it once: later resumes with these versions are allowed."""
+
     def check_together(self, prefix: str) -> None:
         """Check that the name can be a folder's."""
         if self.name is not None:

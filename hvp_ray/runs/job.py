@@ -17,6 +17,7 @@ from hvp_ray.runs.online_knn import AskKnn
 from hvp_ray.runs.ownership import RunClaim
 from hvp_ray.runs.progress import ReportProgress, RunSteps, StepClock
 from hvp_ray.runs.storage import RunStorage
+from hvp_ray.runs.versions import OtherVersions
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.metrics import WatchNumbers
 from hvp_ray.tracking.mlflow import MlflowRun
@@ -50,6 +51,8 @@ class RunJob:
     """With `data_fingerprint`, what `open_dataset` checks in a process that opens the data later."""
     inventory: DataInventory | None
     """None on ranks that only read what another one prepared."""
+    other_versions: OtherVersions | None = None
+    """Versions of libraries that differ from those of the run's identity. None: none does."""
 
     @property
     def location(self) -> str:

@@ -9,6 +9,7 @@ from hvp_ray.files import write_file
 from hvp_ray.identity import flat_values
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.job import RunJob
+from hvp_ray.runs.versions import describe_versions
 from hvp_ray.tracking.figures import draw_knn_curve
 from hvp_ray.tracking.page import render_page
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
@@ -55,6 +56,7 @@ def write_page(job: RunJob, summary: dict[str, Any], problems: list[str]) -> Non
         job=job,
         config=job.config,
         summary=summary,
+        versions=describe_versions(summary.get("other_versions")),
         problems=problems,
         sections=_sections(figures),
         commands=next_commands(job.config, job.location, has_labels=summary.get("knn_top1") is not None),

@@ -3,11 +3,14 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import secrets
 import subprocess
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from hvp_ray.errors import CheckpointError, ConfigError, DataError
 from hvp_ray.extras import require_extra
 from hvp_ray.files import check_writable, is_uri, place_in, read_file, write_file
 from hvp_ray.identity import (
+    ACCEPTED_VERSIONS,
     VERSIONS,
     Identity,
     Resolved,
@@ -41,13 +45,17 @@ from hvp_ray.runs.find import find_run, read_config
 from hvp_ray.runs.initial_run import build_method_at_start, digest_of_initial_run, pin_initial_run
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.rank import build_order
+from hvp_ray.runs.render_sample import RenderedSample, render_sample
 from hvp_ray.runs.storage import working_folder
+from hvp_ray.runs.versions import OtherVersions, check_versions, with_recorded_versions
 from hvp_ray.tracking.mlflow import MlflowRun, mlflow_is_installed
 from hvp_ray.tracking.mlflow_store import store_uri
 from hvp_ray.tracking.tensorboard import TensorboardRun
 from hvp_ray.tracking.trackers import TrackedRun, check_loggers
 from hvp_ray.tracking.wandb import WandbRun
 from hvp_ray.training.trainee import build_untrained_method
+
+logger = logging.getLogger(__name__)
 
 SHIPPED_CODE_MARK = "working_dir_files"
 """Part of the path of the temporary copy that `ray job submit --working-dir` makes."""
@@ -102,7 +110,8 @@ def recorded_settings(config: RunConfig) -> RunConfig | None:
         recorded = read_config(find_run(place_in(output_location(config), config.run.name)))
     except CheckpointError:
         return None
-    place = dataclasses.replace(recorded.run, name=config.run.name, output=config.run.output, resume=config.run.resume)
+    now = {name: getattr(config.run, name) for name in ("name", "output", "resume", "accept_versions")}
+    place = dataclasses.replace(recorded.run, **now)
     return dataclasses.replace(recorded, run=place)
 
 
@@ -229,7 +238,8 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
         config, open_dataset(config.data), renderer=renderer_of(config.cluster), device=config.cluster.device
     )
     chosen = names_left_to_auto(config.cluster)
-    difference = difference_from_record(run, config, identity_of(config, resolved), ignored=(*VERSIONS, *chosen))
+    ignored = (*VERSIONS, ACCEPTED_VERSIONS, *chosen)
+    difference = difference_from_record(run, config, identity_of(config, resolved), ignored=ignored)
     if difference:
         raise CheckpointError(
             f"the run {run} has finished with other settings. What differs (its value -> yours):\n  "
@@ -298,7 +308,7 @@ def prepare_run(
         config: the run.
         resolved: values in place of its `auto` settings.
         is_writer: False on ranks that only read what another one prepared.
-        planned: the identity that the run must have. None: any.
+        planned: the identity that the run must have, versions of libraries included. None: any.
         dataset: the opened data of the run. None: it is opened.
 
     Raises:
@@ -320,14 +330,23 @@ def prepare_run(
     name = config.run.name or draw_run_name(config)
     location = place_in(output, name)
     commit = git_commit(Path(__file__))
+    render = partial(
+        render_sample,
+        config,
+        dataset,
+        build_order(config, dataset),
+        resolved.renderer,
+        search_crashing=resolved.num_view_workers > 0,  # without view workers trainers decode unprotected anyway
+    )
+    known = _check_record(location, config, identity, render, is_writer=is_writer, may_accept=planned is None)
     if is_writer:
-        _write_or_check(location, config, identity, commit)
+        _write_record(location, config, known, render, commit)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
     tags = {
         "renderer": resolved.renderer,
         "device": resolved.device,
         "data_fingerprint": fingerprint,
-        "run_identity": identity.digest,
+        "run_identity": known.identity.digest,
         "mlflow.note.content": f"{config.recipe}, rule {config.selection.rule}, seed {config.run.seed}. Folder: {location}",
     }
     if commit is not None:
@@ -338,12 +357,13 @@ def prepare_run(
         run_name=name,
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
-        run_identity=identity.digest,
+        run_identity=known.identity.digest,
         resolved=resolved,
         trackers=_describe_for_trackers(config, name, location, fingerprint, tags),
         data_fingerprint=fingerprint,
         test_data=result.test_data["test data"],
         inventory=take_inventory(dataset, config.data) if is_writer else None,
+        other_versions=known.others,
     )
 
 
@@ -446,26 +466,88 @@ def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | 
             return uri, None
 
 
-def _write_or_check(run: str, config: RunConfig, identity: Identity, commit: str | None) -> None:
-    """Compare the run with config.json in its folder (path or URI), and write that."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _KnownRun:
+    """What config.json in a run's folder says of the run."""
+
+    identity: Identity
+    """The identity that the run keeps: that of its start."""
+    record: Mapping[str, Any]
+    """Content of config.json. Empty: the run is new."""
+    others: OtherVersions | None
+    """Versions of libraries that differ from those of its start. None: none does."""
+
+
+def _check_record(
+    run: str,
+    config: RunConfig,
+    identity: Identity,
+    render: Callable[[], RenderedSample],
+    *,
+    is_writer: bool,
+    may_accept: bool,
+) -> _KnownRun:
+    """Compare the run with config.json in its folder (path or URI). Only the writer refuses it."""
     path = place_in(run, "config.json")
-    has_record = _read(path) is not None
-    if not has_record and _read(place_in(run, "summary.json")) is not None:
+    content = _read(path)
+    if is_writer and content is None and _read(place_in(run, "summary.json")) is not None:
         raise _no_record(run)
-    if has_record and not config.run.resume:
+    if is_writer and content is not None and not config.run.resume:
         raise ConfigError(f"the run {run} exists, and run.resume=False; choose another run.name, or resume it")
-    difference = difference_from_record(run, config, identity)
-    if difference:
-        advice = "Take its settings, or another --run.name"
-        if any(line.startswith("training data:") for line in difference):
-            advice += ". If data.source names the same place, restore missing files and remove new ones"
-        raise CheckpointError(
-            f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
-            f"What differs (its value -> yours):\n  {_lines(difference)}\n{advice}"
+    if content is None:
+        return _KnownRun(identity=identity, record={}, others=None)
+    difference = recorded_difference(content, config, identity, path=path)
+    record, others = json.loads(content), None
+    versions = (*VERSIONS, ACCEPTED_VERSIONS)
+    if difference and may_accept and not recorded_difference(content, config, identity, path=path, ignored=versions):
+        others = check_versions(record, identity, accepts=config.run.accept_versions, render=render)
+        if others.is_allowed:
+            if is_writer and others.versions:
+                logger.warning(
+                    "the run %s continues with other versions of libraries (its version -> yours): %s. %s",
+                    run,
+                    "; ".join(line for line in difference if not line.startswith(ACCEPTED_VERSIONS)),
+                    others.finding or "They were accepted before.",
+                )
+            return _KnownRun(identity=with_recorded_versions(identity, record), record=record, others=others)
+    if difference and is_writer:
+        raise _refusal(run, difference, others)
+    return _KnownRun(identity=identity, record=record, others=None)
+
+
+def _refusal(run: str, difference: Sequence[str], others: OtherVersions | None) -> CheckpointError:
+    if others is not None:
+        return CheckpointError(
+            f"the run {run} cannot be resumed with other versions of libraries; its result might not be that of one run. "
+            f"What differs (its value -> yours):\n  {_lines(difference)}\n{others.finding} Install its versions; or give "
+            f"--run.accept_versions True to resume it with yours, and equal bits are no longer promised"
         )
-    content = run_record(config, identity) | {"git_commit": commit}
+    advice = "Take its settings, or another --run.name"
+    if any(line.startswith("training data:") for line in difference):
+        advice += ". If data.source names the same place, restore missing files and remove new ones"
+    return CheckpointError(
+        f"the run {run} cannot be resumed with other settings; its result would not be that of one run. "
+        f"What differs (its value -> yours):\n  {_lines(difference)}\n{advice}"
+    )
+
+
+def _write_record(
+    run: str, config: RunConfig, known: _KnownRun, render: Callable[[], RenderedSample], commit: str | None
+) -> None:
+    """Write config.json. It keeps the identity and the sample of views that the run began with."""
+    rendering = known.record.get("rendering")
+    if known.others is None and (rendering is None or rendering["sha256"] is None):
+        rendering = render().to_dict()
+    accepted = list(known.record.get(ACCEPTED_VERSIONS, []))
+    if known.others is not None and known.others.finding:
+        accepted.append(known.others.to_dict())
+    content = run_record(config, known.identity) | {"git_commit": commit, "rendering": rendering}
+    if accepted:
+        content[ACCEPTED_VERSIONS] = accepted
     try:
-        write_file(path, (json.dumps(content, indent=1) + "\n").encode(), pauses=_PAUSES_SECONDS)
+        write_file(
+            place_in(run, "config.json"), (json.dumps(content, indent=1) + "\n").encode(), pauses=_PAUSES_SECONDS
+        )
     except OSError as error:
         raise ConfigError(
             f"the run's folder {run} cannot be written: {error.strerror or error}; give another --run.output"

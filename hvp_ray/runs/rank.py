@@ -124,7 +124,7 @@ def _restore(rank: OpenedRank, number: int, services: RankServices) -> RestoredR
     log = RunLog(job.run_dir, attempt=attempt, first_step=first_step)
     if world.rank == 0:
         _warn_of_long_warmup(config, steps)
-        log.write(ATTEMPTS, _describe_attempt(first_step, world))
+        log.write(ATTEMPTS, _describe_attempt(job, first_step, world))
         rank.storage.push()
     unreadable = UnreadableLog(
         log,
@@ -197,7 +197,7 @@ def _evaluate(
         keep=lambda: rank.storage.push_file(TRAINED),
         is_stop_asked=services.is_stop_asked,
     )
-    after.summary["num_resumes"] = measured["num_resumes"]
+    after.summary |= {name: measured[name] for name in ("num_resumes", "other_versions")}
     summary = after.summary | {"spilled_bytes": None, "num_worker_restarts": None}
     summary |= after.attempt("the cluster's metrics", services.cluster_facts) or {}
     if config.tracking.num_figure_images:
@@ -291,6 +291,7 @@ def _warn_of_long_warmup(config: RunConfig, steps: RunSteps) -> None:
         )
 
 
-def _describe_attempt(first_step: int, world: World) -> dict[str, Any]:
+def _describe_attempt(job: RunJob, first_step: int, world: World) -> dict[str, Any]:
     process = {"process_id": os.getpid(), "host": socket.gethostname(), "num_trainers": world.num_ranks}
-    return {"step": first_step, "time": time.time(), **process}
+    others = {} if job.other_versions is None else {"other_versions": job.other_versions.to_dict()}
+    return {"step": first_step, "time": time.time(), **process, **others}

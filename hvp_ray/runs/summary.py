@@ -14,6 +14,7 @@ from hvp_ray.runs.after_training import AfterTraining
 from hvp_ray.runs.checkpoint import weights_digest
 from hvp_ray.runs.initial_run import build_method_at_start
 from hvp_ray.runs.job import OpenedRank, RestoredRank
+from hvp_ray.runs.versions import versions_by_step
 from hvp_ray.stream.quarantine import CRASHES_DECODER
 from hvp_ray.tracking.run_log import ATTEMPTS, METRICS, read_records
 from hvp_ray.tracking.unreadable_log import unreadable_images
@@ -60,6 +61,7 @@ def summarize(rank: OpenedRank, restored: RestoredRank, result: LoopResult) -> d
 def _summarize_log(rank: OpenedRank) -> dict[str, Any]:
     run_dir = rank.job.run_dir
     metrics = [record["metrics"] for record in read_records(run_dir, METRICS)]
+    attempts = list(read_records(run_dir, ATTEMPTS, dropped=True))
     reasons = unreadable_images(run_dir).values()
 
     def mean_of(name: str) -> float | None:
@@ -67,7 +69,8 @@ def _summarize_log(rank: OpenedRank) -> dict[str, Any]:
         return float(np.mean(values)) if values else None
 
     return {
-        "num_resumes": sum(1 for _ in read_records(run_dir, ATTEMPTS, dropped=True)) - 1,
+        "num_resumes": len(attempts) - 1,
+        "other_versions": versions_by_step(attempts),
         "loss_first": metrics[0]["train/loss"] if metrics else None,
         "loss_last": metrics[-1]["train/loss"] if metrics else None,
         "chosen_iou_mean": mean_of("selection/chosen_iou"),

@@ -39,6 +39,7 @@ CHANGES: dict[str, Any] = {
     "run.name": "another",
     "run.output": "ELSEWHERE",
     "run.resume": False,
+    "run.accept_versions": True,
     "data.source": "MOVED",
     "data.num_images": 40,
     "data.test_source": "OTHERS",

@@ -104,7 +104,7 @@ def test_name_of_a_run_without_a_recipe_takes_the_settings_that_it_began_with(
     )
     (tmp_path / "one").mkdir()
     recorded = with_settings(
-        begun, {"run.name": None, "run.output": "/gone", "run.resume": False}
+        begun, {"run.name": None, "run.output": "/gone", "run.resume": False, "run.accept_versions": True}
     )  # its name was drawn
     (tmp_path / "one" / "config.json").write_text(json.dumps({"config": config_to_dict(recorded)}))
     words = ["--run.name", "one", "--run.output", str(tmp_path)]
@@ -117,6 +117,8 @@ def test_name_of_a_run_without_a_recipe_takes_the_settings_that_it_began_with(
     assert copied == with_settings(
         begun, {"run.name": "copy", "run.output": tmp_path / "elsewhere", "run.resume": True}
     )
+    accepting = parse_run([*words, "--run.accept_versions", "true"], program="test", description="")
+    assert accepting == with_settings(begun, {"run.accept_versions": True})
     more = parse_run([*words, "--cluster.num_trainers", "2"], program="test", description="")
     assert more == with_settings(begun, {"cluster.num_trainers": 2})
     assert parse_run(["simsiam-digits", *words], program="test", description="").recipe == "simsiam-digits"
