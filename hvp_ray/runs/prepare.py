@@ -536,7 +536,7 @@ def _write_record(
 ) -> None:
     """Write config.json. It keeps the identity and the sample of views that the run began with."""
     rendering = known.record.get("rendering")
-    if known.others is None and (rendering is None or rendering["sha256"] is None):
+    if known.others is None and (rendering is None or rendering.get("sha256") is None):
         rendering = render().to_dict()
     accepted = list(known.record.get(ACCEPTED_VERSIONS, []))
     if known.others is not None and known.others.finding:

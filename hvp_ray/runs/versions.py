@@ -67,8 +67,8 @@ def check_versions(
 def _compare(recorded: Mapping[str, Any] | None, render: Callable[[], RenderedSample]) -> tuple[bool | None, str]:
     if recorded is None:
         return None, "Pixels were not compared: the run was started by a version of hvp_ray that recorded no sample."
-    if recorded["sha256"] is None:
-        return None, f"Pixels were not compared: the run has no sample of them ({recorded['reason']})."
+    if recorded.get("sha256") is None:
+        return None, f"Pixels were not compared: the run has no sample of them ({recorded.get('reason')})."
     sample = render()
     if sample.sha256 is None:
         return None, f"Pixels were not compared: the sample cannot be rendered ({sample.reason})."
