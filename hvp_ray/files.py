@@ -142,13 +142,18 @@ class Folder:
             self._filesystem, self._root = pafs.LocalFileSystem(), str(Path(location).absolute())
             self._pauses = ()
 
-    def names(self, below: str = "") -> list[str]:
-        """Return the names of all files, however deep, relative to the folder; only those of `below`, if given."""
+    def names(self, below: str = "", *, unfinished: bool = False) -> list[str]:
+        """Return the names of all files, however deep, relative to the folder.
+
+        Args:
+            below: a folder in it, for the names of its files alone.
+            unfinished: also those that a process began to write on a disk and did not finish (`.part`).
+        """
         root = f"{self._root}/{below}".rstrip("/")
         selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
         found = self._retried(lambda: self._filesystem.get_file_info(selector), f"listing {self.location}")
         start = len(self._root) + 1
-        names = (f.path[start:] for f in found if f.is_file and not f.path.endswith(".part"))
+        names = (f.path[start:] for f in found if f.is_file and (unfinished or not f.path.endswith(".part")))
         return sorted(name for name in names if is_inside(name))
 
     def read(self, name: str) -> bytes | None:

@@ -57,6 +57,7 @@ class AfterTraining:
         may_continue: bool,
         keep: Callable[[], None] = lambda: None,
         is_stop_asked: Callable[[], bool] = lambda: False,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         """Mark the run as trained.
 
@@ -68,10 +69,12 @@ class AfterTraining:
             may_continue: this attempt trained no step, so `trained.json` of an earlier attempt holds.
             keep: uploads `trained.json`; called after each change.
             is_stop_asked: called before each part.
+            check_owner: raises if another process has taken the run over; called before each part and after it.
         """
         self._path = run_dir / TRAINED
         self._keep = keep
         self._is_stop_asked = is_stop_asked
+        self._check_owner = check_owner
         known: dict[str, Any] = {}
         if may_continue and self._path.exists():
             known = json.loads(self._path.read_text())
@@ -124,6 +127,7 @@ class AfterTraining:
             self.problems.append(problem)
 
     def _write(self, *, begun: str | None) -> None:
+        self._check_owner()
         content = {
             "summary": self.summary,
             "problems": self.problems,

@@ -35,7 +35,8 @@ _FAILED = -2
 STEP_FOLDER = r"step-(\d{8,12})"
 """Pattern of a checkpoint's folder name."""
 _STATE = r"state(?:-(\d{5})-of-(\d{5}))?(?:-attempt-\d{4,})?\.pt"
-_OF_STATE = re.compile(f"{STEP_FOLDER}/{_STATE}")
+_OF_STATE = re.compile(rf"{STEP_FOLDER}/{_STATE}(?:\.part)?")
+_OF_ATTEMPT = re.compile(r"-attempt-(\d+)")
 _COMMITTED = re.compile(f"{STEP_FOLDER}/{_MANIFEST}")
 
 
@@ -74,7 +75,7 @@ class CheckpointStore:
         self._run_identity = run_identity
         self._keep = keep
         self._attempt = attempt
-        self._check_owner = check_owner
+        self.check_owner = check_owner
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write and commit the checkpoint. Then delete all but the newest `keep`, and damaged checkpoints of later steps.
@@ -86,14 +87,16 @@ class CheckpointStore:
         self.commit(checkpoint.step, [self.write_part(checkpoint, _ALONE)])
 
     def write_part(self, checkpoint: Checkpoint, world: World) -> WrittenFile:
-        """Write the file of one rank, without committing it.
+        """Write the file of one rank, without committing it. Files of earlier attempts at the same one are deleted first.
 
         Raises:
             CheckpointError: the storage refused.
+            LostRunError: another process has taken the run over.
         """
         buffer = io.BytesIO()
         torch.save({field.name: getattr(checkpoint, field.name) for field in fields(checkpoint)}, buffer)
         content = buffer.getvalue()
+        self._drop_attempts_before(checkpoint.step, world)
         self._write(checkpoint.step, self._state_name(world.rank, world.num_ranks), content)
         return WrittenFile(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
@@ -114,9 +117,25 @@ class CheckpointStore:
                 for rank, file in enumerate(written)
             },
         }
-        self._check_owner()
+        self.check_owner()
         self._write(step, _MANIFEST, json.dumps(manifest, indent=1).encode())
         self._drop_others(step)
+
+    def _drop_attempts_before(self, step: int, world: World) -> None:
+        """Make room, if this process may write. What earlier attempts left and cannot be deleted stays."""
+        self.check_owner()
+        if self._attempt is None:
+            return
+        own = _OF_ATTEMPT.sub("", self._state_name(world.rank, world.num_ranks))
+        try:
+            for name in self._files.names(_folder(step), unfinished=True):
+                file = name.rpartition("/")[2]
+                attempt = _OF_ATTEMPT.search(file)
+                is_earlier = attempt is None or int(attempt[1]) < self._attempt
+                if is_earlier and _OF_ATTEMPT.sub("", file.removesuffix(".part")) == own:
+                    self._files.delete(name)
+        except OSError as error:
+            logger.warning("files of earlier attempts at step %d could not be deleted: %s", step, error)
 
     def _state_name(self, rank: int, num_ranks: int) -> str:
         of_rank = "" if num_ranks == 1 else f"-{rank:05d}-of-{num_ranks:05d}"
@@ -201,6 +220,7 @@ class CheckpointStore:
             CheckpointError: it is missing or damaged, or cannot be read.
         """
         digests, _ = _read_manifest(self._read(step, _MANIFEST), self.folder_of(step))
+        digests = {_OF_ATTEMPT.sub("", name): digest for name, digest in digests.items()}  # any attempt writes the same
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
     def _read(self, step: int, name: str) -> bytes:
@@ -216,11 +236,11 @@ class CheckpointStore:
 
     def _drop_others(self, newest: int) -> None:
         try:
-            names = self._files.names()
-        except OSError as error:
+            names = self._files.names(unfinished=True)
+            self.check_owner()
+        except (OSError, CheckpointError) as error:
             logger.warning("the checkpoints before step %d could not be listed, so none was deleted: %s", newest, error)
             return
-        self._check_owner()
         steps, with_state = _steps_of(names, _COMMITTED), _steps_of(names, _OF_STATE)
         for step in [s for s in steps if s <= newest][: -self._keep] + [s for s in steps if s > newest]:
             try:

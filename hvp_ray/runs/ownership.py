@@ -10,7 +10,7 @@ lists what was written is needed (local disks, S3, GCS, Azure).
 An owner that was paused or cut off, and was succeeded, finds the higher number: within seconds by its thread, and before
 whatever it commits (`check`). A request that is under way at that moment may still arrive. It harms nobody: segments of the
 log and files of checkpoints carry the attempt's number (`run_log.py`, `checkpoint.py`), and a manifest that comes late names
-whole files of the same step. No clock is compared with another machine's.
+files of its own attempt at the same step. No clock is compared with another machine's.
 """
 
 import json
@@ -40,6 +40,8 @@ _PATIENCE_SECONDS = 60.0
 """Until an owner that lives is believed to go on. One that was killed may take a while to exit."""
 
 _POLL_SECONDS = 0.5
+_LONGEST_PAUSE_SECONDS = 5.0
+"""Between two tries of processes that claim at once."""
 
 _NAME = re.compile(rf"{FOLDER}/(\d{{8}})-[0-9a-f]{{16}}\.json")
 
@@ -58,6 +60,7 @@ class RunClaim:
             CheckpointError: another process is training the run, or the storage failed.
         """
         self._folder = Folder(location)
+        self._once = Folder(location, pauses=())  # without retries
         self._job = job
         self._loss: LostRunError | None = None
         self._beats = 0
@@ -87,10 +90,18 @@ class RunClaim:
         """
         self.raise_if_lost()
         try:
-            self._look_for_successor()
+            self._look_for_successor(self._folder)
         except OSError as error:
             raise _cannot_be(self._folder.location, "checked for another owner", error) from error
         self.raise_if_lost()
+
+    def is_lost(self) -> bool:
+        """Tell whether another process is known to have taken the run over; a storage that fails does not tell."""
+        try:
+            self._look_for_successor(self._once)
+        except OSError:
+            return self._loss is not None
+        return self._loss is not None
 
     def __enter__(self) -> "RunClaim":
         return self
@@ -103,38 +114,42 @@ class RunClaim:
         self._thread.join(timeout=_BEAT_SECONDS)
         if self._loss is None:
             try:
-                self._write()
+                self._write(self._once, self._name)
             except OSError as failure:
                 logger.warning("the claim on %s could not be ended: %s", self._folder.location, first_line(failure))
 
     def _claim(self) -> tuple[int, str]:
-        waiting = _Waiting(self._folder.location)
+        waiting, longest_pause = _Waiting(self._folder.location), _POLL_SECONDS
         while True:
-            claims = self._claims()
+            claims = self._claims(self._folder)
             highest = max(claims.values(), default=0)
             newest = [name for name, number in claims.items() if number == highest]
-            contents = [self._folder.read(name) for name in newest]
-            if not waiting.may_succeed([c for c in contents if c is not None], job=self._job):
+            contents = [content for name in newest if (content := self._folder.read(name)) is not None]
+            if len(contents) < len(newest):
+                continue  # one was withdrawn since it was listed, and the list may have grown
+            if not waiting.may_succeed(contents, job=self._job):
                 time.sleep(_POLL_SECONDS)
                 continue
             name = f"{FOLDER}/{highest + 1:08d}-{secrets.token_hex(8)}.json"
-            self._write(name)
-            claims = self._claims()
+            self._write(self._folder, name)
+            claims = self._claims(self._folder)
             if any(number > highest for other, number in claims.items() if other != name):
                 self._folder.delete(name)
-                time.sleep(random.uniform(0.0, 2.0 * _POLL_SECONDS))
+                longest_pause = min(2.0 * longest_pause, _LONGEST_PAUSE_SECONDS)
+                time.sleep(random.uniform(0.0, longest_pause))
                 continue
             for old in claims:
                 if old != name:
                     self._folder.delete(old)
             return highest + 1, name
 
-    def _claims(self) -> dict[str, int]:
+    @staticmethod
+    def _claims(folder: Folder) -> dict[str, int]:
         """Return the number of each claim by its name."""
-        found = ((name, _NAME.fullmatch(name)) for name in self._folder.names(FOLDER))
+        found = ((name, _NAME.fullmatch(name)) for name in folder.names(FOLDER))
         return {name: int(match[1]) for name, match in found if match is not None}
 
-    def _write(self, name: str | None = None) -> None:
+    def _write(self, folder: Folder, name: str) -> None:
         claim = {
             "job": self._job,
             "host": socket.gethostname(),
@@ -142,19 +157,19 @@ class RunClaim:
             "beat": self._beats,
             "ended": self._has_ended.is_set(),
         }
-        self._folder.write(name or self._name, (json.dumps(claim) + "\n").encode())
+        folder.write(name, (json.dumps(claim) + "\n").encode())
 
     def _keep(self) -> None:
         """Renew the claim until it ends or is lost."""
         is_failing = False
         while not self._has_ended.wait(_BEAT_SECONDS):
             try:
-                self._look_for_successor()
+                self._look_for_successor(self._once)
                 if self._loss is not None:
                     return
                 self._beats += 1
                 if not self._has_ended.is_set():
-                    self._write()
+                    self._write(self._once, self._name)
                 is_failing = False
             except OSError as error:
                 if not is_failing:
@@ -163,11 +178,11 @@ class RunClaim:
                     )
                 is_failing = True
 
-    def _look_for_successor(self) -> None:
-        higher = [(number, name) for name, number in self._claims().items() if number > self.number]
+    def _look_for_successor(self, folder: Folder) -> None:
+        higher = [(number, name) for name, number in self._claims(folder).items() if number > self.number]
         if higher and self._loss is None:
             number, name = max(higher)
-            successor = _parse(self._folder.read(name))
+            successor = _parse(folder.read(name))
             loss = LostRunError(
                 f"{_describe(successor)} has taken over the run {self._folder.location} as attempt {number}, because this "
                 f"process, attempt {self.number}, was paused, cut off or replaced. The run goes on there from its newest "
@@ -183,8 +198,9 @@ class _Waiting:
     def __init__(self, location: str) -> None:
         self._location = location
         self._started_at = time.monotonic()
+        self._polled_at = self._started_at
         self._seen: list[bytes] = []
-        self._seen_at = self._started_at
+        self._unchanged_seconds = 0.0
         self._was_shown = False
 
     def may_succeed(self, newest: list[bytes], *, job: str) -> bool:
@@ -194,14 +210,17 @@ class _Waiting:
             CheckpointError: the owner lives and has gone on for long enough.
         """
         now = time.monotonic()
+        # Of a request that took long, an outage for instance, only a part counts: the owner could not write either.
+        self._unchanged_seconds += min(now - self._polled_at, 4.0 * _POLL_SECONDS)
+        self._polled_at = now
         if newest != self._seen:
-            self._seen, self._seen_at = newest, now
+            self._seen, self._unchanged_seconds = newest, 0.0
         owners = [_parse(content) for content in newest]
         blocking = [owner for owner in owners if not _is_free(owner, job)]
-        if not blocking or now - self._seen_at >= _STALE_SECONDS:
+        if not blocking or self._unchanged_seconds >= _STALE_SECONDS:
             return True
         owner = _describe(blocking[0])
-        if now - self._started_at >= _PATIENCE_SECONDS:
+        if now - self._started_at >= _PATIENCE_SECONDS and self._unchanged_seconds < _STALE_SECONDS / 2.0:
             raise CheckpointError(
                 f"{owner} is training the run {self._location}. Two processes must not train one run. Wait until it ends or "
                 f"end it, or take another --run.name"
@@ -236,7 +255,12 @@ class _Process:
 
     def is_dead(self) -> bool:
         """Tell whether it is known that the process has ended."""
-        return bool(self.machine) and self.machine == _machine() and _start_of(self.id) != self.start
+        if not self.machine or self.machine != _machine():
+            return False
+        try:
+            return _start_of(self.id) != self.start
+        except PermissionError:
+            return False  # a process of another user, which /proc does not show
 
 
 def _machine() -> str:
@@ -248,11 +272,19 @@ def _machine() -> str:
 
 
 def _start_of(process_id: int) -> str | None:
-    """Return when a process started; None: there is none, or it has ended and its parent has not noticed."""
+    """Return when a process started; None: there is none, or it has ended and its parent has not noticed.
+
+    Raises:
+        PermissionError: it lives, and its start is hidden.
+    """
     try:
         fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        try:
+            os.kill(process_id, 0)
+        except ProcessLookupError:
+            return None
+        raise PermissionError(f"/proc/{process_id} is hidden") from None
     return None if fields[0] in "ZX" else fields[19]
 
 

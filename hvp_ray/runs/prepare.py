@@ -522,6 +522,7 @@ def _refusal(run: str, difference: Sequence[str], others: OtherVersions | None) 
             f"What differs (its value -> yours):\n  {_lines(difference)}\n{others.finding} Install its versions; or give "
             f"--run.accept_versions True to resume it with yours, and equal bits are no longer promised"
         )
+    difference = [line for line in difference if not line.startswith(f"{ACCEPTED_VERSIONS}:")] or difference
     advice = "Take its settings, or another --run.name"
     if any(line.startswith("training data:") for line in difference):
         advice += ". If data.source names the same place, restore missing files and remove new ones"
@@ -538,9 +539,7 @@ def _write_record(
     rendering = known.record.get("rendering")
     if known.others is None and (rendering is None or rendering.get("sha256") is None):
         rendering = render().to_dict()
-    accepted = list(known.record.get(ACCEPTED_VERSIONS, []))
-    if known.others is not None and known.others.finding:
-        accepted.append(known.others.to_dict())
+    accepted = known.record.get(ACCEPTED_VERSIONS, [])
     content = run_record(config, known.identity) | {"git_commit": commit, "rendering": rendering}
     if accepted:
         content[ACCEPTED_VERSIONS] = accepted

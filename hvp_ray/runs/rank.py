@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from hvp_ray.runs.progress import RunSteps, StepClock
 from hvp_ray.runs.recorder import RankRecorder, RunRecorder
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.runs.summary import knn_results, summarize
+from hvp_ray.runs.versions import record_versions
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.tracking.run_log import ATTEMPTS, RunLog, export_records, next_attempt
 from hvp_ray.tracking.unreadable_log import UnreadableLog
@@ -60,9 +62,10 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
     """
     with contextlib.ExitStack() as ends:
         claim = ends.enter_context(RunClaim(job.location, job=job.token)) if world.rank == 0 else None
-        # No rank reads the run before it is claimed.
-        number = int(gather_over_ranks(torch.tensor(0 if claim is None else claim.number, device=device))[0])
-        storage = ends.enter_context(RunStorage(job.run_dir, job.run_uri, rank=world.rank))
+        number = agree_on_claim(job, claim, device)  # no rank reads the run before it is claimed
+        if claim is not None:
+            record_versions(job.location, job.other_versions)
+        storage = ends.enter_context(RunStorage(job.run_dir, job.run_uri, rank=world.rank, attempt=number))
         rank = _open(dataclasses.replace(job, run_dir=storage.folder), claim, number, storage, world, device)
         restored = _restore(rank, number, services)
         make_recorder = RunRecorder if world.rank == 0 else RankRecorder
@@ -77,6 +80,25 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
                 storage.push()
                 return None
             return _publish(rank, recorder, after, summary)
+
+
+def agree_on_claim(job: RunJob, claim: RunClaim | None, device: torch.device) -> int:
+    """Return the number of rank 0's claim, on all ranks.
+
+    Raises:
+        CheckpointError: on all ranks: they have different versions of libraries.
+    """
+    versions = {} if job.other_versions is None else dict(job.other_versions.versions)
+    digest = int(hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:15], 16)
+    own = torch.tensor([0 if claim is None else claim.number, digest], device=device)
+    numbers, digests = gather_over_ranks(own).T.tolist()
+    if len(set(digests)) > 1:
+        raise CheckpointError(
+            f"the trainers have different versions of libraries. Different from those that the run began with are, for the "
+            f"trainer on {socket.gethostname()}: {versions or 'none'}. Install equal versions on all nodes, then start the "
+            f"run again with its name"
+        )
+    return int(numbers[0])
 
 
 def _open(
@@ -184,7 +206,7 @@ def _evaluate(
         StopAskedError: the run was asked to stop.
     """
     job, config, trainee = rank.job, rank.job.config, restored.trainee
-    _check_owner(rank)
+    rank.checkpoints.check_owner()
     rank.storage.pull_decisions()
     measured = summarize(rank, restored, result) | {"num_collapse_warnings": recorder.collapse.num_warnings}
     export_backbone(trainee.method.encoder, config.encoder, job.run_dir / BACKBONE)
@@ -196,6 +218,7 @@ def _evaluate(
         may_continue=not result.step_seconds,
         keep=lambda: rank.storage.push_file(TRAINED),
         is_stop_asked=services.is_stop_asked,
+        check_owner=rank.checkpoints.check_owner,
     )
     after.summary |= {name: measured[name] for name in ("num_resumes", "other_versions")}
     summary = after.summary | {"spilled_bytes": None, "num_worker_restarts": None}
@@ -217,18 +240,14 @@ def _evaluate(
 def _publish(rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]) -> dict[str, Any]:
     """End the run in all trackers and write `summary.json`, which says that the run has finished."""
     run_dir = rank.job.run_dir
-    _check_owner(rank)
+    rank.checkpoints.check_owner()
     summary |= recorder.finish(summary) | {"problems": after.problems}
+    rank.checkpoints.check_owner()
     export_records(run_dir)
     write_file(str(run_dir / "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     after.finish()
     rank.storage.push()
     return summary
-
-
-def _check_owner(rank: OpenedRank) -> None:
-    assert rank.claim is not None  # only rank 0 evaluates
-    rank.claim.check()
 
 
 def agree_on_attempt(first_step: int, attempt: int, device: torch.device) -> int:

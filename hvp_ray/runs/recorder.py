@@ -10,7 +10,7 @@ import torch
 
 from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import mean_over_ranks
-from hvp_ray.errors import CheckpointError, LostRunError
+from hvp_ray.errors import CheckpointError
 from hvp_ray.runs.checkpoint import CheckpointWriter, PartWriter
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining, join_snapshot
@@ -229,21 +229,11 @@ class RunRecorder(RankRecorder):
         finally:
             if self._is_finished:
                 pass
-            elif self._is_lost():
+            elif self._rank.claim is not None and self._rank.claim.is_lost():
                 abandon_feeds(self._feeds)
             else:
                 status, patience = ("FAILED", 5.0) if has_failed else ("KILLED", 1.0)
                 finish_feeds(self._feeds, status=status, timeout_seconds=patience)
-
-    def _is_lost(self) -> bool:
-        assert self._rank.claim is not None
-        try:
-            self._rank.claim.check()
-        except LostRunError:
-            return True
-        except CheckpointError:
-            return False
-        return False
 
     def _progress(self, steps_done: int, loss: float) -> Progress:
         return Progress(

@@ -13,6 +13,7 @@ A push uploads each file that is new or changed as a whole. Files of the log nev
 from the log, so they are uploaded when the run has finished.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import shutil
@@ -45,13 +46,15 @@ _State = tuple[int, int, int]
 class RunStorage:
     """A run's folder as one rank sees it; a context manager. It does nothing for a run in a local folder."""
 
-    def __init__(self, run_dir: Path, run_uri: str | None, *, rank: int) -> None:
+    def __init__(self, run_dir: Path, run_uri: str | None, *, rank: int, attempt: int | None = None) -> None:
         """Claim the working copy for this process and pull from the bucket.
 
         Args:
             run_dir: the run's folder if `run_uri` is None.
             run_uri: the run's folder on a bucket.
             rank: rank of this process.
+            attempt: has a working copy of its own, so that the process of an earlier one that is paused need not give its
+                up. None: there are no attempts.
 
         Raises:
             ConfigError: the bucket or the local disk cannot be used, or another process works on the run.
@@ -64,10 +67,12 @@ class RunStorage:
         if run_uri is None:
             return
         self._remote = Folder(run_uri)
-        self.folder = working_folder(run_uri) / f"rank-{rank}"
+        of_attempt = "" if attempt is None else f"-attempt-{attempt:04d}"
+        self.folder = working_folder(run_uri) / f"rank-{rank}{of_attempt}"
         self._pushed: dict[str, _State] = {}
         self._busy = threading.Lock()
         self._claim = _claim(self.folder)
+        _sweep(self.folder.parent, f"rank-{rank}-attempt-*.lock", but=self.folder)
         try:
             self._pull(lambda name: self._is_ours(name) or is_decision(name))
         except BaseException:
@@ -236,6 +241,16 @@ def _claim(folder: Path) -> BinaryIO:
     except OSError as error:
         raise no_local_disk(folder, error) from error
     return lock
+
+
+def _sweep(folder: Path, locks: str, *, but: Path) -> None:
+    """Delete the working copies of attempts that have ended, as far as possible."""
+    for path in folder.glob(locks):
+        if path.with_suffix("") != but:
+            with contextlib.suppress(OSError), path.open("ab") as lock:
+                if _lock(lock):
+                    shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+                    path.unlink()
 
 
 def _lock(file: BinaryIO) -> bool:

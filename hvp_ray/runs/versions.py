@@ -4,10 +4,13 @@ A run keeps the identity that it was started with. Its config.json holds which o
 (`accepted_versions`). Each attempt records the versions that it runs with, so the log says from which step they were used.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hvp_ray.errors import CheckpointError, first_line
+from hvp_ray.files import place_in, read_file, write_file
 from hvp_ray.identity import ACCEPTED_VERSIONS, VERSIONS, Identity
 from hvp_ray.runs.render_sample import RenderedSample
 
@@ -78,6 +81,30 @@ def _compare(recorded: Mapping[str, Any] | None, render: Callable[[], RenderedSa
     return False, f"{what} pixels changed."
 
 
+def record_versions(run: str, others: OtherVersions | None) -> None:
+    """Add versions that a run is resumed with to its config.json, once this process owns the run.
+
+    Args:
+        run: the run's folder, path or URI.
+        others: the versions.
+
+    Raises:
+        CheckpointError: config.json cannot be read or written.
+    """
+    if others is None or not others.finding:
+        return
+    path = place_in(run, "config.json")
+    try:
+        record = json.loads(read_file(path) or b"")
+        record[ACCEPTED_VERSIONS] = [*record.get(ACCEPTED_VERSIONS, []), others.to_dict()]
+        write_file(path, (json.dumps(record, indent=1) + "\n").encode())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read and written: {first_line(error)}. Repair the storage, then start the run again with "
+            f"its name"
+        ) from error
+
+
 def with_recorded_versions(identity: Identity, record: Mapping[str, Any]) -> Identity:
     """Return the identity that the recorded run was started with; it differs from `identity` in nothing but versions."""
     others = {name: value for name, value in identity.weights.items() if name not in VERSIONS}
@@ -115,6 +142,6 @@ def describe_versions(changes: Sequence[Mapping[str, Any]] | None) -> str | None
     used = "; ".join(f"from step {change['step']}: {names(change['versions'])}" for change in changes)
     text = f"Other versions of libraries than at the start were used {used}."
     for change in changes:
-        if not (change["pixels_equal"] is True and change["versions"].keys() <= PIXEL_LIBRARIES):
+        if change["versions"] and not (change["pixels_equal"] is True and change["versions"].keys() <= PIXEL_LIBRARIES):
             return f"{text} Equal bits are no longer promised from step {change['step']}."
     return f"{text} No pixel of a sample of views changed; equal bits are promised as far as this sample shows."

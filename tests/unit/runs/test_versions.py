@@ -18,14 +18,14 @@ from hvp_ray.cli.pretrain import describe_result
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import CheckpointError, ConfigError
-from hvp_ray.identity import identity_of
+from hvp_ray.identity import ACCEPTED_VERSIONS, identity_of
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.prepare import finished_summary, is_finished, prepare_run
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.render_sample import RenderedSample, render_sample
-from hvp_ray.runs.versions import describe_versions, versions_by_step
+from hvp_ray.runs.versions import describe_versions, record_versions, versions_by_step
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_folder, write_parquet
 
@@ -55,6 +55,13 @@ def _config(folder: Path, *, accept: bool = False, name: str = "r", **sections: 
 
 def _prepare(config: RunConfig, **options: Any) -> RunJob:
     return prepare_run(config, resolve_inline(config.cluster), **options)
+
+
+def _start(config: RunConfig) -> RunJob:
+    """Prepare a run, and do what its first trainer does once it owns the run."""
+    job = _prepare(config)
+    record_versions(job.location, job.other_versions)
+    return job
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -162,7 +169,7 @@ def test_changed_pixels_are_refused_and_recorded_if_accepted(tmp_path: Path, ins
     install(pillow="0.1")
     with pytest.raises(CheckpointError, match=r"(?s)pillow: .*pixels changed\..*--run\.accept_versions"):
         _prepare(_config(tmp_path))
-    accepted = _prepare(_config(tmp_path, accept=True))
+    accepted = _start(_config(tmp_path, accept=True))
     assert accepted.run_identity == job.run_identity
     assert accepted.other_versions is not None and accepted.other_versions.pixels_equal is False
     later = _prepare(_config(tmp_path))
@@ -174,9 +181,9 @@ def test_pixels_after_accepted_versions_are_compared_with_the_start(tmp_path: Pa
     """An accepted torch and then a patch of Pillow that changes no pixel."""
     _prepare(_config(tmp_path))
     install(timm="0.1")
-    _prepare(_config(tmp_path, accept=True))
+    _start(_config(tmp_path, accept=True))
     install(timm="0.1", pillow="0.1")
-    job = _prepare(_config(tmp_path))
+    job = _start(_config(tmp_path))
     assert job.other_versions is not None and job.other_versions.versions == {"timm": "0.1", "pillow": "0.1"}
     install(timm="0.2", pillow="0.1")
     with pytest.raises(CheckpointError, match="timm"):
@@ -228,7 +235,9 @@ def test_runs_of_a_comparison_accept_no_other_version(tmp_path: Path, install: I
     install(pillow="0.1")
     with pytest.raises(CheckpointError, match="pillow"):
         _prepare(config, planned=identity_of(config, resolved_of(config)))
-    _prepare(config)  # alone it may: no pixel changed
+    _prepare(config)  # alone it may, because no pixel changed; until it owns the run it changes nothing
+    assert ACCEPTED_VERSIONS not in _record(tmp_path)
+    _start(config)
     install()
     (tmp_path / "r" / "summary.json").write_text("{}")
     assert not is_finished(config, own)
@@ -306,6 +315,9 @@ def test_changes_of_versions_are_those_of_steps_that_count() -> None:
     assert describe_versions(None) is None
     changes = versions_by_step([{"step": 4, "other_versions": new}, {"step": 8}])
     assert "from step 4: torch 2; from step 8: those of its start again." in str(describe_versions(changes))
+    pixels = {"versions": {"pillow": "2"}, "pixels_equal": True}
+    changes = versions_by_step([{"step": 4, "other_versions": pixels}, {"step": 8}])
+    assert "equal bits are promised as far as this sample shows" in str(describe_versions(changes))
 
 
 def test_setting_is_refused_in_a_comparison(tmp_path: Path) -> None:
