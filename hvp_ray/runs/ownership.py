@@ -1,7 +1,7 @@
 """One owner per run: the claim of an attempt, as a file in the run's folder or bucket.
 
 `<run>/owner/00000003-<16 hex digits>.json` is the claim of attempt 3. Its owner, which is trainer 0, rewrites it every few
-seconds. Whoever wants the run waits until the newest claim may be succeeded (`_may_succeed`), and claims the next number.
+seconds. Whoever wants the run waits until the newest claim may be succeeded (`_Waiting`), and claims the next number.
 
 Two that claim at once: each writes a claim, then lists all. Whoever sees another claim of this number or a higher one
 withdraws and tries again. The one that wrote last sees the other, so at most one owns a number, and nothing but a store that

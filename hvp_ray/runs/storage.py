@@ -53,8 +53,8 @@ class RunStorage:
             run_dir: the run's folder if `run_uri` is None.
             run_uri: the run's folder on a bucket.
             rank: rank of this process.
-            attempt: has a working copy of its own, so that the process of an earlier one that is paused need not give its
-                up. None: there are no attempts.
+            attempt: number of this attempt. Each has its own working copy, because a paused process of an earlier attempt
+                keeps its copy locked. None: no attempt at the run; the copy is shared.
 
         Raises:
             ConfigError: the bucket or the local disk cannot be used, or another process works on the run.
