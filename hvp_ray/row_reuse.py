@@ -25,8 +25,6 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor, fx, nn
-from torch._functorch import config as functorch_config
-from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import _disable_current_modes
@@ -69,9 +67,9 @@ class RowReuse:
         self._blocks = tuple(keep_inputs_of)
         self._compiled = compiled
         self._splits: dict[Any, _Split | None] = {}
+        # Not as a decorator, because it imports Dynamo, which takes seconds.
+        self._forward = torch.compiler.disable(self._forward_all, reason="the halves are compiled by themselves")
 
-    @torch.compiler.disable(reason="the halves are compiled by themselves")
-    @torch.no_grad()
     def forward_all(self, *inputs: Tensor | None) -> tuple[Tensor, "Kept"]:
         """Return the outputs of all rows without gradient, and what the backward of any of them needs.
 
@@ -83,6 +81,10 @@ class RowReuse:
         Raises:
             RowReuseError: the result of a row depends on the other rows.
         """
+        return self._forward(*inputs)
+
+    @torch.no_grad()
+    def _forward_all(self, *inputs: Tensor | None) -> tuple[Tensor, "Kept"]:
         states = _states_of(self._module)
         rows = next(value.shape[0] for value in inputs if value is not None)
         split = self._split_of(states, inputs)
@@ -527,6 +529,8 @@ def _trace(
         RowReuseError: the module mixes rows.
         Exception: of any kind, if torch cannot trace the module.
     """
+    from torch._functorch import config as functorch_config  # takes seconds: Dynamo and Inductor
+    from torch._functorch.aot_autograd import aot_export_joint_simple
 
     def compute(*flat: Tensor) -> tuple[Tensor]:
         given = iter(flat[len(states) :])

@@ -25,12 +25,9 @@ from hvp_ray.local_cache import BACKBONE, with_local_weights
 from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopAskedError
 from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.runs.final_figures import draw_figures
 from hvp_ray.runs.initial_run import build_method_at_start
 from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank, RunJob
-from hvp_ray.runs.neighbours import draw_nearest_neighbours
 from hvp_ray.runs.ownership import RunClaim
-from hvp_ray.runs.page import write_page
 from hvp_ray.runs.progress import RunSteps, StepClock
 from hvp_ray.runs.recorder import RankRecorder, RunRecorder
 from hvp_ray.runs.storage import RunStorage
@@ -205,6 +202,11 @@ def _evaluate(
     Raises:
         StopAskedError: the run was asked to stop.
     """
+    # Here, because Matplotlib would delay the first step.
+    from hvp_ray.runs.final_figures import draw_figures
+    from hvp_ray.runs.neighbours import draw_nearest_neighbours
+    from hvp_ray.runs.page import write_page
+
     job, config, trainee = rank.job, rank.job.config, restored.trainee
     rank.checkpoints.check_owner()
     rank.storage.pull_decisions()

@@ -82,7 +82,7 @@ class Candidates:
 
     def pairs_on(self, device: torch.device) -> Int64[Tensor, "pairs 2"]:
         """Return `pairs` on a device; a GPU keeps its copy."""
-        return _pairs_on(self.num_views, device, alternating=self.alternating)
+        return pair_table_on(self.num_views, device, alternating=self.alternating)
 
     def num_rescued(self, num_images: int) -> int:
         """Return how many images that are scored together have all candidates."""
@@ -94,8 +94,8 @@ class Candidates:
         return len(self.pairs) * math.comb(self.num_local_views, self.num_chosen_local_views)
 
 
-@torch.compiler.assume_constant_result  # a table that a compiled step does not make again
-def _pairs_on(num_views: int, device: torch.device, *, alternating: bool) -> Tensor:
+def pair_table_on(num_views: int, device: torch.device, *, alternating: bool) -> Int64[Tensor, "pairs 2"]:
+    """Return `pair_table` on a device. Compiled steps take it as a constant, which they do not make again."""
     if device.type == "cuda":
         return _kept_pairs(num_views, device, alternating=alternating)
     # Nothing is kept on a CPU: a step on tensors without content would leave such a tensor to real steps.

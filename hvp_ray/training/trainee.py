@@ -22,6 +22,7 @@ from hvp_ray.methods.method import ALONE, Method, MethodLoss, Ranks, ViewTensors
 from hvp_ray.randomness import Purpose, draw_torch_seed
 from hvp_ray.row_reuse import RowReuse
 from hvp_ray.selection import Candidates, CandidateScores
+from hvp_ray.selection.candidates import pair_table_on
 from hvp_ray.selection.proposals import HardnessPredictor
 from hvp_ray.training.optimizers import build_optimizer
 from hvp_ray.training.stages import Stage, name_for_profiler
@@ -166,6 +167,8 @@ def build_trainee_of(
             state=None if checkpoint is None else checkpoint.predictor,
         )
     compiled = method.compiles_rows = config.training.compile
+    if compiled:
+        torch.compiler.assume_constant_result(pair_table_on)
     return Trainee(
         method=method,
         training_forward=torch.compile(wrapped.forward) if compiled else wrapped.forward,

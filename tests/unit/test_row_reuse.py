@@ -12,6 +12,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch._functorch import aot_autograd
 
 from hvp_ray import row_reuse
 from hvp_ray.errors import RowReuseError
@@ -200,13 +201,13 @@ def test_compiled_halves_equal_ordinary_autograd(backend: str, monkeypatch: pyte
 
 def test_parameters_are_read_at_each_step_and_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     traces: list[int] = []
-    trace = row_reuse.aot_export_joint_simple
+    trace = aot_autograd.aot_export_joint_simple
 
     def counted(*arguments: Any, **options: Any) -> Any:
         traces.append(1)
         return trace(*arguments, **options)
 
-    monkeypatch.setattr(row_reuse, "aot_export_joint_simple", counted)
+    monkeypatch.setattr(aot_autograd, "aot_export_joint_simple", counted)
     network = vit()
     twin, reuse = copy.deepcopy(network), RowReuse(network)
     optimizers = [torch.optim.SGD(of.parameters(), lr=0.1, momentum=0.9) for of in (network, twin)]

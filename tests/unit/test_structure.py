@@ -111,6 +111,21 @@ def test_core_imports_neither_torch_nor_ray_nor_dali_nor_mlflow() -> None:
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("hvp_ray.stream.view_worker", {"torch._dynamo", "timm", "torchvision", "matplotlib", "pandas", "mlflow"}),
+        ("hvp_ray.launch.driver", {"matplotlib", "mlflow", "sklearn"}),
+        ("hvp_ray.launch.trainer", {"matplotlib", "mlflow", "sklearn"}),
+    ],
+)
+def test_processes_import_what_they_need_at_the_start(module: str, absent: set[str]) -> None:
+    """Each would delay the first batch by a second or more, and take memory in every view worker."""
+    program = f"import sys, {module}; print(sorted({absent!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
 def test_only_programs_print() -> None:
     for path in _modules():
         if path.parent.name == "cli":
