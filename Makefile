@@ -9,7 +9,7 @@ UI_STORE ?= runs/mlflow.db
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: setup pretrain compare test test-long test-all check cluster-check bench soak ui gpu-check lock
+.PHONY: setup pretrain compare test test-long test-all check cluster-check bench soak chaos ui gpu-check lock
 
 setup: $(STAMP)
 
@@ -47,6 +47,7 @@ check: setup
 cluster-check: setup
 	cluster/validate.sh
 	cluster/netns_cluster.sh
+	$(BIN)/python benchmarks/chaos.py --minutes 10
 	cluster/compose_check.sh
 
 bench: setup
@@ -59,6 +60,9 @@ bench: setup
 
 soak: setup
 	$(BIN)/python benchmarks/soak.py $(if $(KILLS),--kills $(KILLS)) $(if $(STEPS),--steps $(STEPS))
+
+chaos: setup
+	$(BIN)/python benchmarks/chaos.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(RUN),--run $(RUN))
 
 ui: setup
 	$(BIN)/hvp-ray ui --store "$(UI_STORE)" --port $(UI_PORT)
