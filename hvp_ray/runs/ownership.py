@@ -1,4 +1,4 @@
-"""One owner per run: the claim of an attempt, as a file in the run's folder or bucket.
+"""One owner per run: the claim of an attempt, as a file in the run's folder or bucket. A comparison is owned likewise.
 
 `<run>/owner/00000003-<16 hex digits>.json` is the claim of attempt 3. Its owner, which is trainer 0, rewrites it every few
 seconds. Whoever wants the run waits until the newest claim may be succeeded (`_Waiting`), and claims the next number.
@@ -46,19 +46,40 @@ _LONGEST_PAUSE_SECONDS = 5.0
 _NAME = re.compile(rf"{FOLDER}/(\d{{8}})-[0-9a-f]{{16}}\.json")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Owned:
+    """Words for what is owned, in messages."""
+
+    noun: str
+    work: str
+    """What its owner does, `is ...ing`."""
+    other: str
+    """Option that names another one."""
+    again: str
+    """How it is continued."""
+
+
+A_RUN = Owned(noun="run", work="training", other="--run.name", again="start the run again with its name to resume it")
+A_COMPARISON = Owned(
+    noun="comparison", work="doing", other="--comparison NAME", again="start the comparison again to continue it"
+)
+
+
 class RunClaim:
     """The claim of this process on a run. A context manager; leaving it lets the next owner in at once."""
 
-    def __init__(self, location: str, *, job: str) -> None:
+    def __init__(self, location: str, *, job: str, owned: Owned = A_RUN) -> None:
         """Wait for the run to be free, and claim it.
 
         Args:
             location: the run's folder, path or URI.
             job: token of the job of this process. A later attempt of one job succeeds the earlier one without waiting.
+            owned: what is claimed.
 
         Raises:
             CheckpointError: another process is training the run, or the storage failed.
         """
+        self._owned = owned
         self._folder = Folder(location)
         self._once = Folder(location, pauses=())  # without retries
         self._job = job
@@ -68,7 +89,7 @@ class RunClaim:
         try:
             self.number, self._name = self._claim()
         except OSError as error:
-            raise _cannot_be(location, "claimed", error) from error
+            raise self._cannot_be("claimed", error) from error
         self._thread = threading.Thread(target=self._keep, name="claim on the run", daemon=True)
         self._thread.start()
 
@@ -92,7 +113,7 @@ class RunClaim:
         try:
             self._look_for_successor(self._folder)
         except OSError as error:
-            raise _cannot_be(self._folder.location, "checked for another owner", error) from error
+            raise self._cannot_be("checked for another owner", error) from error
         self.raise_if_lost()
 
     def is_lost(self) -> bool:
@@ -119,7 +140,7 @@ class RunClaim:
                 logger.warning("the claim on %s could not be ended: %s", self._folder.location, first_line(failure))
 
     def _claim(self) -> tuple[int, str]:
-        waiting, longest_pause = _Waiting(self._folder.location), _POLL_SECONDS
+        waiting, longest_pause = _Waiting(self._folder.location, self._owned), _POLL_SECONDS
         while True:
             claims = self._claims(self._folder)
             highest = max(claims.values(), default=0)
@@ -184,19 +205,26 @@ class RunClaim:
             number, name = max(higher)
             successor = _parse(folder.read(name))
             loss = LostRunError(
-                f"{_describe(successor)} has taken over the run {self._folder.location} as attempt {number}, because this "
-                f"process, attempt {self.number}, was paused, cut off or replaced. The run goes on there from its newest "
-                f"checkpoint, and this process ends. Nothing has to be done"
+                f"{_describe(successor)} has taken over the {self._owned.noun} {self._folder.location} as attempt {number}, "
+                f"because this process, attempt {self.number}, was paused, cut off or replaced. The {self._owned.noun} goes "
+                f"on there from its newest checkpoint, and this process ends. Nothing has to be done"
             )
             loss.same_job = successor.get("job") == self._job
             self._loss = loss
+
+    def _cannot_be(self, done: str, error: OSError) -> CheckpointError:
+        return CheckpointError(
+            f"the {self._owned.noun} {self._folder.location} could not be {done}: {first_line(error)}. Its checkpoints are "
+            f"untouched. Repair the storage or make room, then {self._owned.again}"
+        )
 
 
 class _Waiting:
     """Watches the newest claims of a run while another process may own it."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, owned: Owned) -> None:
         self._location = location
+        self._owned = owned
         self._started_at = time.monotonic()
         self._polled_at = self._started_at
         self._seen: list[bytes] = []
@@ -222,13 +250,15 @@ class _Waiting:
         owner = _describe(blocking[0])
         if now - self._started_at >= _PATIENCE_SECONDS and self._unchanged_seconds < _STALE_SECONDS / 2.0:
             raise CheckpointError(
-                f"{owner} is training the run {self._location}. Two processes must not train one run. Wait until it ends or "
-                f"end it, or take another --run.name"
+                f"{owner} is {self._owned.work} the {self._owned.noun} {self._location}. A {self._owned.noun} has one owner "
+                f"at a time. Wait until it ends or end it, or take another {self._owned.other}"
             )
         if not self._was_shown:
             logger.warning(
-                "%s may still be training the run %s; waiting %.0f s to see whether it lives",
+                "%s may still be %s the %s %s; waiting %.0f s to see whether it lives",
                 owner,
+                self._owned.work,
+                self._owned.noun,
                 self._location,
                 _STALE_SECONDS,
             )
@@ -311,10 +341,3 @@ def _describe(claim: dict[str, Any]) -> str:
     process = claim.get("process")
     number = process.get("id") if isinstance(process, dict) else None
     return f"process {number} on {claim.get('host')}" if number is not None else "another process"
-
-
-def _cannot_be(location: str, done: str, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"the run {location} could not be {done}: {first_line(error)}. Its checkpoints are untouched. Repair the storage or "
-        f"make room, then start the run again with its name to resume it"
-    )

@@ -303,7 +303,7 @@ def test_time_in_which_the_storage_did_not_answer_hardly_counts(monkeypatch: pyt
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     claim = json.dumps({"job": "x", "host": "far", "process": {"machine": "other", "id": 1, "start": "7"}}).encode()
-    waiting = ownership._Waiting("place")
+    waiting = ownership._Waiting("place", ownership.A_RUN)
     for seconds in (0.5, 0.5, 35.0, 0.5):  # an outage while the owner lives
         now += seconds
         assert not waiting.may_succeed([claim], job="mine")
