@@ -91,7 +91,7 @@ class Comparison:
     """A comparison that has ended."""
 
     path: Path
-    """Its folder."""
+    """Its folder; of a comparison on a bucket, the copy of its report on this machine."""
     sentence: str
     """The result."""
     report: Path
@@ -208,7 +208,7 @@ def compare(
         test_source: labelled images for the evaluation.
         epochs: passes over the images.
         name: folder of the comparison; the same name continues it.
-        output: folder of all runs.
+        output: folder or URI of all runs.
         budget: what all arms get alike.
         metric: what is compared first.
         settings: further settings.
@@ -236,7 +236,7 @@ def compare(
     finally:
         bar.close()
         end_ray()
-    return Comparison(path=planned.study.folder, sentence=report.sentence, report=report.html_path)
+    return Comparison(path=report.html_path.parent, sentence=report.sentence, report=report.html_path)
 
 
 def load_encoder(location: str | Path) -> "Encoder":

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pyarrow.fs as pafs
 import pytest
+from werkzeug.serving import WSGIRequestHandler
 
 
 @contextmanager
@@ -31,3 +32,16 @@ def s3_server() -> Iterator[str]:
         filesystem.create_dir("bucket")
         yield f"s3://bucket/prefix{{}}?{query}"
         server.stop()
+
+
+@contextmanager
+def recorded_requests() -> Iterator[list[str]]:
+    """Yield a list that gets method and path of each request which a server of this process answers."""
+    requests: list[str] = []
+
+    def note(handler: WSGIRequestHandler, *_answer: object) -> None:
+        requests.append(f"{handler.command} {handler.path}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WSGIRequestHandler, "log_request", note)
+        yield requests

@@ -5,11 +5,11 @@ hvp-ray compare [RECIPE] [--arms NAME ...] [--seeds N ...] [--section.field VALU
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from hvp_ray.cli.command_line import RunOptions, exit_status, parse_run_options, say
-from hvp_ray.config.checks import AtLeast1
+from hvp_ray.config.checks import AtLeast1, PathOrUri
+from hvp_ray.files import is_uri, place_in
 from hvp_ray.launch.environment import prepare_ray_environment
 
 _LINE_SECONDS = 20.0
@@ -32,8 +32,8 @@ class Options(RunOptions):
     budget: Literal["steps", "compute"] = "steps"
     """What all arms get alike: steps, or the compute of the vanilla arm (leave out vanilla-long)."""
 
-    costs: Path | None = None
-    """comparison.json of another comparison whose costs are used."""
+    costs: PathOrUri | None = None
+    """comparison.json of another comparison whose costs are used, a path or URI."""
 
     accounting: Literal["measured", "counted"] = "measured"
     """Equal compute by the measured cost of a trainer's step, or by counted operations."""
@@ -91,7 +91,7 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
     width = max(14, *(len(arm.name) + 2 for arm in study.arms))
     lines = [
         f"comparison {study.name}: {len(study.arms)} arms x {len(study.seeds)} seeds of {study.base.recipe}",
-        f"folder     {study.folder}",
+        f"folder     {study.location}",
         "",
         f"{'arm':<{width}}{'steps':>8}{'epochs':>8}{'a step costs':>14}{'the run costs':>15}   what it trains on",
     ]
@@ -129,7 +129,11 @@ def describe_report(report: Any) -> str:
     lines += [f"  {arm.arm:<{width}} {100 * arm.mean:6.2f} %   {arm.title}" for arm in arms]
     lines += [f"  {name:<{width}} {100 * value:6.2f} %" for name, value in references.items()]
     lines += [*([""] if report.problems else []), *(f"problem  {problem}" for problem in report.problems)]
-    return "\n".join([*lines, "", f"report   {report.html_path}", f"numbers  {report.json_path}"])
+    files = {"report": report.html_path, "numbers": report.json_path}
+    lines += ["", *(f"{what:<9}{place_in(report.location, path.name)}" for what, path in files.items())]
+    if is_uri(report.location):
+        lines.append(f"copy     {report.html_path}")
+    return "\n".join(lines)
 
 
 def compare(options: Options) -> None:

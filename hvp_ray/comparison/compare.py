@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from hvp_ray.comparison.progress import ShowProgress
 from hvp_ray.comparison.publish import publish_report
 from hvp_ray.comparison.report import Report, write_report
 from hvp_ray.comparison.runner import (
     Mode,
-    ShowProgress,
     choose_mode,
     connect,
     do_runs,
@@ -23,6 +22,7 @@ from hvp_ray.comparison.study import (
     Study,
     check_arms_and_seeds,
     check_labels,
+    claim_comparison,
     open_study,
     read_costs,
 )
@@ -32,7 +32,7 @@ from hvp_ray.data.inventory import take_inventory
 from hvp_ray.errors import ConfigError
 from hvp_ray.runs.channel_statistics import describe_channels
 from hvp_ray.runs.intensity_check import check_intensities
-from hvp_ray.runs.prepare import check_before_start, output_folder, with_absolute_paths
+from hvp_ray.runs.prepare import check_before_start, for_all_nodes, with_absolute_paths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,7 +53,7 @@ def plan_comparison(
     name: str | None = None,
     budget: Budget = "steps",
     accounting: Accounting = "measured",
-    costs: Path | None = None,
+    costs: str | None = None,
     mode: Mode | None = None,
     parallel: int | None = None,
     show: Callable[[str], None] = lambda _line: None,
@@ -67,7 +67,7 @@ def plan_comparison(
         name: folder of the comparison under run.output; the same name continues it. None: a new one.
         budget: what all arms get alike.
         accounting: how equal compute is counted.
-        costs: comparison.json of another comparison whose costs are used. None: they are measured.
+        costs: comparison.json of another comparison whose costs are used, path or URI. None: they are measured.
         mode: how the runs render. None: `choose_mode` decides.
         parallel: runs side by side. None: as many as fit.
         show: called with lines about the data and about what is done.
@@ -75,8 +75,7 @@ def plan_comparison(
     Raises:
         HvpRayError: the message tells the user what to do.
     """
-    base = with_absolute_paths(base)
-    output_folder(base)  # refuses a bucket before the data is opened
+    base = for_all_nodes(with_absolute_paths(base))
     chosen, dataset = check_arms_and_seeds(list(arms), list(seeds)), open_dataset(base.data)
     for arm in chosen:
         check_before_start(arm.configure(base), dataset)
@@ -125,6 +124,8 @@ def run_comparison(planned: PlannedComparison, *, metric: str, show: ShowProgres
         HvpRayError: the message tells the user what to do.
     """
     study = planned.study
-    do_runs(study.runs(), study.folder.parent, mode=planned.mode, parallel=planned.parallel, show=show)
-    report = write_report(study, metric=metric)
-    return report, publish_report(study, report)
+    with claim_comparison(study.location) as claim:
+        do_runs(study, mode=planned.mode, parallel=planned.parallel, show=show, check_owner=claim.raise_if_lost)
+        claim.check()
+        report = write_report(study, metric=metric)
+        return report, publish_report(study, report)

@@ -3,7 +3,7 @@
 from hvp_ray.comparison.arms import get_arm
 from hvp_ray.comparison.report import Report
 from hvp_ray.comparison.study import Study
-from hvp_ray.runs.prepare import mlflow_location
+from hvp_ray.runs.prepare import local_output, mlflow_location
 from hvp_ray.tracking.mlflow_report import PublishedReport, publish
 from hvp_ray.tracking.mlflow_store import ui_command
 
@@ -13,7 +13,7 @@ def publish_report(study: Study, report: Report) -> str | None:
 
     The report stays in its folder. If the server is unreachable, the next start of the comparison publishes it.
     """
-    uri, artifact_root = mlflow_location(study.base, study.folder.parent)
+    uri, artifact_root = mlflow_location(study.base, local_output(study.base))
     if uri is None:
         return None
     differences = {

@@ -1,11 +1,11 @@
 """The report of a comparison: one HTML page without links to other files, PNG figures, and all values as JSON.
 
-It is a function of the runs' folders and `comparison.json`, so a second call writes the same report.
+It is a function of the runs' folders and `comparison.json`, so a second call writes the same report. A report on a bucket is
+written to a copy on this machine first.
 """
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any
 from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG
 from hvp_ray.comparison.figures import draw_comparison
 from hvp_ray.comparison.results import (
+    CANDIDATES,
     METRIC_TITLES,
     MetricResult,
     RunResult,
@@ -26,7 +27,10 @@ from hvp_ray.comparison.results import (
 )
 from hvp_ray.comparison.study import Study
 from hvp_ray.config import config_to_dict, flatten
-from hvp_ray.errors import DataError
+from hvp_ray.errors import ConfigError, DataError
+from hvp_ray.files import Folder, is_uri
+from hvp_ray.local_cache import write_local
+from hvp_ray.runs.storage import working_folder
 from hvp_ray.tracking.logged_pairs import read_selection_log
 from hvp_ray.tracking.page import render_page
 from hvp_ray.tracking.selection_analysis import SelectionAnalysis, analyse_selection
@@ -62,7 +66,10 @@ class Report:
     sentence: str
     warning: str | None
     """No arm is better than an untrained encoder or raw pixels."""
+    location: str
+    """Folder of the comparison, path or URI."""
     html_path: Path
+    """The page on this machine; of a comparison on a bucket, a copy."""
     json_path: Path
     figures: tuple[Path, ...]
     primary: MetricResult
@@ -79,15 +86,16 @@ def write_report(study: Study, *, metric: str) -> Report:
 
     Raises:
         DataError: some run has not ended.
-        ConfigError: the runs do not have this metric.
+        ConfigError: the runs do not have this metric, or the report cannot be written.
+        CheckpointError: a run on a bucket could not be read.
     """
     results = [read_run(study, run) for run in study.runs()]
     metrics = [metric, *(name for name in METRIC_TITLES if name != metric and results[0].summary.get(name) is not None)]
     summaries = [summarize_metric(study, results, name) for name in metrics]
     analyses = _analyse(study, results)
-    figures = _draw_figures(study, results, summaries[0], analyses)
+    folder = working_folder(study.location) / "copy" if is_uri(study.location) else Path(study.location)
     sentence = describe_result(study, summaries[0])
-    json_path, html_path = study.folder / "report.json", study.folder / "report.html"
+    json_path, html_path = folder / "report.json", folder / "report.html"
     content = {
         "comparison": study.name,
         "result": sentence,
@@ -102,11 +110,21 @@ def write_report(study: Study, *, metric: str) -> Report:
         "selection": {arm: analysis.to_dict() for arm, analysis in analyses.items()},
         "settings": flatten(config_to_dict(study.base)),
     }
-    _write(json_path, json.dumps(content, indent=1) + "\n")
-    _write(html_path, render_report(study, results, summaries, analyses, figures))
+    try:
+        figures = _draw_figures(folder / "figures", study, results, summaries[0], analyses)
+        write_local(json_path, (json.dumps(content, indent=1) + "\n").encode())
+        write_local(html_path, render_report(study, results, summaries, analyses, figures).encode())
+    except OSError as error:
+        raise ConfigError(
+            f"the report in {folder} cannot be written: {error.strerror or error}. Make room or repair the disk, then start "
+            f"the comparison again"
+        ) from error
+    if is_uri(study.location):
+        _upload(study.location, folder, [*figures, json_path, html_path])
     return Report(
         sentence=sentence,
         warning=describe_shortfall(summaries[0]),
+        location=study.location,
         html_path=html_path,
         json_path=json_path,
         figures=tuple(figures),
@@ -142,7 +160,7 @@ def render_report(
         summaries=summaries,
         sentences=[describe_result(study, summary) for summary in summaries],
         warnings=[warning for summary in summaries if (warning := describe_shortfall(summary)) is not None],
-        collapsed=[result.folder.name for result in results if result.summary.get("num_collapse_warnings")],
+        collapsed=[result.name for result in results if result.summary.get("num_collapse_warnings")],
         problems=_problems_of(results),
         analyses=analyses,
         figures=figures,
@@ -151,7 +169,7 @@ def render_report(
 
 
 def _problems_of(results: Sequence[RunResult]) -> tuple[str, ...]:
-    return tuple(f"{r.folder.name}: {problem}" for r in results for problem in r.summary.get("problems", ()))
+    return tuple(f"{r.name}: {problem}" for r in results for problem in r.summary.get("problems", ()))
 
 
 def _analyse(study: Study, results: Sequence[RunResult]) -> dict[str, SelectionAnalysis]:
@@ -167,15 +185,18 @@ def _analyse(study: Study, results: Sequence[RunResult]) -> dict[str, SelectionA
 
 
 def _draw_figures(
-    study: Study, results: Sequence[RunResult], metric: MetricResult, analyses: dict[str, SelectionAnalysis]
+    folder: Path,
+    study: Study,
+    results: Sequence[RunResult],
+    metric: MetricResult,
+    analyses: dict[str, SelectionAnalysis],
 ) -> list[Path]:
-    folder = study.folder / "figures"
     shutil.rmtree(folder, ignore_errors=True)
     figures = draw_comparison(folder, study, results, metric)
     if analyses:
         figures += draw_selection_figures(folder, next(iter(analyses.values())))
     chooses = next((r for r in results if r.arm not in (VANILLA, VANILLA_LONG)), None)
-    if chooses is not None and (candidates := chooses.folder / "figures" / "candidate_views.png").exists():
+    if chooses is not None and (candidates := chooses.folder / CANDIDATES).exists():
         figures.append(Path(shutil.copyfile(candidates, folder / candidates.name)))
     return figures
 
@@ -183,7 +204,7 @@ def _draw_figures(
 def _run_to_dict(result: RunResult) -> dict[str, Any]:
     values = {name: result.summary.get(name) for name in _RUN_VALUES}
     return {
-        "name": result.folder.name,
+        "name": result.name,
         "arm": result.arm,
         "seed": result.seed,
         **values,
@@ -192,7 +213,16 @@ def _run_to_dict(result: RunResult) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+def _upload(uri: str, folder: Path, paths: Sequence[Path]) -> None:
+    """Copy the report to the bucket, the page last, and delete figures of an earlier report that it does not have."""
+    remote, names = Folder(uri), [path.relative_to(folder).as_posix() for path in paths]
+    try:
+        for name in names:
+            remote.write(name, (folder / name).read_bytes())
+        for name in set(remote.names("figures")) - set(names):
+            remote.delete(name)
+    except OSError as error:
+        raise ConfigError(
+            f"the report could not be copied to {uri}: {error}. It is in {folder}. Repair the storage, then start the "
+            f"comparison again"
+        ) from error

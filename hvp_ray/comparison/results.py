@@ -1,6 +1,5 @@
 """Results of a comparison: values by arm and seed, paired differences with intervals, and the summary sentence."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,17 @@ from hvp_ray.comparison.study import PlannedRun, Study
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
 from hvp_ray.evaluation.report import title_of_pixels
-from hvp_ray.runs.prepare import is_finished
+from hvp_ray.files import is_uri
+from hvp_ray.runs.prepare import summary_of
+from hvp_ray.runs.storage import fetch_run
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 
 METRIC_TITLES = {
     "knn_top1": "k-NN accuracy, all labels",
     "knn5shot_top1": "k-NN accuracy, 5 labels per class",
 }
+CANDIDATES = "figures/candidate_views.png"
+"""Figure of a run that the report shows."""
 _LEAST_SEEDS = 3
 """For a claim."""
 _JUDGEMENTS = {
@@ -48,7 +51,11 @@ class RunResult:
 
     arm: str
     seed: int
+    name: str
+    location: str
+    """The run's folder, path or URI."""
     folder: Path
+    """It, or a copy of what the report needs of it on this machine."""
     summary: dict[str, Any]
     curve: tuple[CurvePoint, ...]
 
@@ -138,11 +145,15 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
 
     Raises:
         DataError: it has not finished, or is another run than the planned one.
-        CheckpointError: its config.json is damaged, or an earlier version wrote it.
+        CheckpointError: its config.json is damaged, or an earlier version wrote it. Or the bucket failed.
+        ConfigError: the storage cannot be read, or the local disk cannot take copies from a bucket.
     """
-    folder = study.folder.parent / run.name
-    if not is_finished(run.config, run.identity):
-        raise DataError(f"{folder} does not hold the finished run of this comparison; start the comparison again")
+    summary = summary_of(run.config, run.identity)
+    if summary is None:
+        raise DataError(f"{run.location} does not hold the finished run of this comparison; start the comparison again")
+    folder = Path(run.location)
+    if is_uri(run.location):
+        folder = fetch_run(run.location, files=(CANDIDATES,), folders=("log",), option="run.output")
     per_epoch, ratio = study.steps_per_epoch(run.config), study.ratio_of(run.arm)
     points = {}
     for record in read_records(folder, EVALUATIONS):
@@ -152,8 +163,15 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
             step=record["step"], epoch=record["step"] / per_epoch, compute=compute, values=values
         )
     curve = tuple(points[step] for step in sorted(points))
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return RunResult(arm=run.arm.name, seed=run.seed, folder=folder, summary=summary, curve=curve)
+    return RunResult(
+        arm=run.arm.name,
+        seed=run.seed,
+        name=run.name,
+        location=run.location,
+        folder=folder,
+        summary=summary,
+        curve=curve,
+    )
 
 
 def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) -> MetricResult:
@@ -196,7 +214,7 @@ def _value_of(result: RunResult, metric: str) -> float:
         return float(value)
     if problems := result.summary.get("problems"):
         raise DataError(
-            f"{result.folder} finished without {metric}: {'; '.join(problems)}. Repair the cause and "
+            f"{result.location} finished without {metric}: {'; '.join(problems)}. Repair the cause and "
             f"start the comparison again: it repeats the evaluation and trains nothing"
         )
     known = [name for name, value in result.summary.items() if isinstance(value, float)]

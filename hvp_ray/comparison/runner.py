@@ -1,64 +1,44 @@
 """Do the runs of a comparison on Ray, side by side if resources allow. A finished run is not repeated.
 
-There are two modes, which give the same bits. `inline`: each run is one Ray task that renders its own views. Most runs of
-one trainer fit few CPUs in this way. `workers`: each run has view workers and trainers, as hvp-ray pretrain starts them.
+There are two modes, which give the same bits. `inline`: each run is one Ray task that renders its own views
+(`inline_runs.py`). Most runs of one trainer fit few CPUs in this way. `workers`: each run has view workers and trainers, as
+hvp-ray pretrain starts them.
 """
 
 import dataclasses
-import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import torch
 
 from hvp_ray.comparison.arms import get_arm
+from hvp_ray.comparison.inline_runs import check_nodes, do_inline, record_digest
+from hvp_ray.comparison.progress import ProgressReader, ShowProgress
 from hvp_ray.comparison.results import METRIC_TITLES
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
-from hvp_ray.comparison.study import PlannedRun
+from hvp_ray.comparison.study import PlannedRun, Study
 from hvp_ray.config import ClusterConfig, RunConfig, config_from_dict, config_to_dict
 from hvp_ray.costs.prefetch import step_bytes
 from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import ConfigError, StageError
-from hvp_ray.identity import Identity
 from hvp_ray.launch.driver import launch, num_side_by_side, read_cluster
-from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.launch.local_cluster import plan_local_ray
 from hvp_ray.launch.placement import resolve_device, room_for
-from hvp_ray.launch.stop import RayProcesses, StopRequest, stop_on_signals
+from hvp_ray.launch.stop import StopRequest, stop_on_signals
 from hvp_ray.launch.watch import Watchers
 from hvp_ray.resolved_run import Device
-from hvp_ray.runs.after_training import MAX_DEATHS, forgive_death
-from hvp_ray.runs.prepare import is_finished, output_folder
+from hvp_ray.runs.prepare import summary_of
 from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
 from hvp_ray.stream.machine import num_processes_that_fit, this_machine
-from hvp_ray.tracking.run_log import last_recorded_step
 
 Mode = Literal["inline", "workers"]
 
 _POLL_SECONDS = 1.0
 _STOP_PATIENCE_SECONDS = 15.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ComparisonProgress:
-    """Progress of a comparison."""
-
-    num_done: int
-    num_runs: int
-    steps_done: int
-    num_steps: int
-    running: dict[str, float]
-    """Name of a run in progress -> share of its steps that are done."""
-
-
-ShowProgress = Callable[[ComparisonProgress], None]
 
 
 def connect(base: RunConfig, dataset: Dataset, mode: Mode | None) -> None:
@@ -148,18 +128,37 @@ def _num_inline(threads: int) -> int:
     return fits if joins_cluster() else max(1, min(fits, num_processes_that_fit(this_machine())))
 
 
-def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: int, show: ShowProgress) -> None:
+def do_runs(
+    study: Study, *, mode: Mode, parallel: int, show: ShowProgress, check_owner: Callable[[], None] = lambda: None
+) -> None:
     """Do the missing runs in order, `parallel` at once.
 
     SIGTERM and the first Ctrl-C stop the runs in progress after a checkpoint. A second Ctrl-C stops them at once.
 
+    Args:
+        study: the comparison.
+        mode: how the runs render.
+        parallel: runs side by side.
+        show: called with the progress, each second.
+        check_owner: raises if another process has taken the comparison over; called each second.
+
     Raises:
+        ConfigError: a node that may do runs does not see the comparison's folder.
+        LostRunError: see `check_owner`.
         StageError: some run failed. All others were done, and a new start does only what is missing.
         KeyboardInterrupt: the runs were stopped.
     """
+    runs = study.runs()
     missing = [run for run in runs if not is_done(run)]
+    if not missing:
+        return
     stop = StopRequest()
-    work = _work_inline if mode == "inline" else partial(_work_with_workers, num_sharing=parallel)
+    work = partial(_work_with_workers, num_sharing=parallel)
+    if mode == "inline":
+        digest = record_digest(study)
+        check_nodes(study, digest)
+        work = partial(do_inline, digest=digest)
+    progress = ProgressReader(runs, {run.name for run in runs} - {run.name for run in missing})
     failures: dict[str, BaseException] = {}
     with (
         ThreadPoolExecutor(max_workers=max(1, min(parallel, len(missing)))) as pool,
@@ -168,11 +167,16 @@ def do_runs(runs: Sequence[PlannedRun], output: Path, *, mode: Mode, parallel: i
         futures: dict[Future[None], PlannedRun] = {pool.submit(work, run, stop): run for run in missing}
         try:
             while futures:
+                check_owner()
                 for future in [future for future in futures if future.done()]:
                     run = futures.pop(future)
-                    if not future.cancelled() and (error := future.exception()) is not None:
+                    if future.cancelled():
+                        continue
+                    if (error := future.exception()) is not None:
                         failures[run.name] = error
-                show(_progress(runs, output))
+                    elif not stop.is_asked:
+                        progress.note_end(run.name)
+                show(progress.read([run.name for future, run in futures.items() if future.running()]))
                 if stop.is_asked:
                     pool.shutdown(wait=False, cancel_futures=True)
                 time.sleep(_POLL_SECONDS)
@@ -192,10 +196,8 @@ def is_done(run: PlannedRun) -> bool:
 
     A run whose evaluation failed is not done: started again, it trains no step and evaluates.
     """
-    if not is_finished(run.config, run.identity):
-        return False
-    summary = json.loads((output_folder(run.config) / run.name / "summary.json").read_text())
-    return all(isinstance(summary.get(metric), float) for metric in METRIC_TITLES)
+    summary = summary_of(run.config, run.identity)
+    return summary is not None and all(isinstance(summary.get(metric), float) for metric in METRIC_TITLES)
 
 
 def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: Device) -> dict[str, StepCost]:
@@ -217,58 +219,8 @@ def _measure_task(config: dict[str, Any], arm_names: list[str], device: str) -> 
     return measure_step_costs(base, arms, open_dataset(base.data), device=torch.device(device))
 
 
-@ray.remote(max_retries=MAX_DEATHS)
-def _pretrain_task(config: dict[str, Any], planned: Identity) -> None:
-    """Do one run in this process. `ray.cancel` arrives as SIGINT and stops it after a checkpoint."""
-    logging.getLogger("hvp_ray").setLevel(logging.ERROR)
-    stop = StopRequest()
-    with stop_on_signals(stop):
-        pretrain_in_process(
-            config_from_dict(config),
-            report_progress=lambda _progress: stop.is_asked,
-            is_stop_asked=lambda: stop.is_asked,
-            planned=planned,
-        )
-
-
-def _work_inline(run: PlannedRun, stop: StopRequest) -> None:
-    task = _pretrain_task.options(num_cpus=run.config.training.torch_threads, name=run.name).remote(
-        config_to_dict(run.config), run.identity
-    )
-    was_cancelled, was_forced, ray_processes = False, False, RayProcesses(stop)
-    while not ray.wait([task], timeout=_POLL_SECONDS)[0]:
-        ray_processes.check()
-        if stop.is_asked and not was_cancelled:
-            ray.cancel(task)
-            was_cancelled = True
-        if stop.is_overdue:
-            ray.cancel(task, force=True)
-            was_forced = True
-    try:
-        ray.get(task)
-    finally:
-        if was_forced:
-            forgive_death(str(output_folder(run.config) / run.name))
-
-
 def _work_with_workers(run: PlannedRun, stop: StopRequest, *, num_sharing: int) -> None:
     launch(run.config, Watchers(), num_sharing=num_sharing, stop=stop, planned=run.identity)
-
-
-def _progress(runs: Sequence[PlannedRun], output: Path) -> ComparisonProgress:
-    steps = {run.name: run.num_steps if is_done(run) else 0 for run in runs}
-    done = {name for name, count in steps.items() if count}
-    running = {}
-    for run in runs:
-        if run.name not in done and (step := last_recorded_step(output / run.name)):
-            steps[run.name], running[run.name] = step, step / run.num_steps
-    return ComparisonProgress(
-        num_done=len(done),
-        num_runs=len(runs),
-        steps_done=sum(steps.values()),
-        num_steps=sum(run.num_steps for run in runs),
-        running=running,
-    )
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,14 +1,13 @@
-"""A comparison on disk: its settings, the cost of a step (measured once), and the runs that belong to it.
+"""A comparison on a disk or bucket: its settings, the cost of a step (measured once), and the runs that belong to it.
 
 `<run.output>/<comparison>/` holds `comparison.json`, the report and its figures. The runs' folders are beside it.
 """
 
 import dataclasses
 import json
-import os
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from hvp_ray.comparison.arms import VANILLA, VANILLA_LONG, Arm, get_arm, hard_arm_of
@@ -17,16 +16,18 @@ from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.labels import match_labels
 from hvp_ray.errors import ConfigError, LabelError
+from hvp_ray.files import place_in, read_file, write_file
 from hvp_ray.identity import Identity, Resolved, describe_difference, flat_values, identity_of
 from hvp_ray.randomness import check_seed
 from hvp_ray.resolved_run import resolve_inline
-from hvp_ray.runs.prepare import difference_from_record, output_folder, resolve
+from hvp_ray.runs.ownership import A_COMPARISON, RunClaim
+from hvp_ray.runs.prepare import difference_from_record, output_location, resolve
 
 Accounting = Literal["measured", "counted"]
 Budget = Literal["steps", "compute"]
 """What all arms of a comparison get alike: optimizer steps, or compute. `vanilla-long` has the compute of `hardest`."""
 
-_FILE = "comparison.json"
+RECORD = "comparison.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,13 +46,19 @@ class PlannedRun:
         """Name of the run's folder."""
         return str(self.config.run.name)
 
+    @property
+    def location(self) -> str:
+        """The run's folder, path or URI."""
+        return place_in(output_location(self.config), self.name)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """Everything that determines the runs and the report of a comparison."""
 
     name: str
-    folder: Path
+    location: str
+    """Folder of the comparison, path or URI."""
     base: RunConfig
     resolved: Resolved
     """Data and device that the settings of all runs result in."""
@@ -124,6 +131,9 @@ def open_study(
 ) -> Study:
     """Make the folder of a new comparison, or continue one. Only arms and seeds may be added.
 
+    Costs are measured and comparison.json is written by one process at a time, the owner of the comparison. Others wait for
+    it, and take its costs.
+
     Args:
         base: recipe and overrides, with absolute paths and a decided device.
         dataset: its data.
@@ -136,7 +146,8 @@ def open_study(
 
     Raises:
         ConfigError: arms or seeds are unknown or repeated, or the comparison or one of its runs has other settings.
-        CheckpointError: config.json of one of its runs is damaged, or an earlier version wrote it.
+        CheckpointError: config.json of one of its runs is damaged, or an earlier version wrote it. Or another process is
+            doing the comparison.
     """
     if base.run.accept_versions:
         raise ConfigError(
@@ -147,49 +158,79 @@ def open_study(
         raise ConfigError(f"--budget compute gives all arms equal compute, so leave out {VANILLA_LONG}")
     _check_schedule(base, arms, budget)
     name = name or f"compare-{base.recipe.replace(':', '-')}"
-    path = output_folder(base) / name / _FILE
+    location = place_in(output_location(base), name)
     inline = resolve_inline(base.cluster)
     resolved = resolve(base, dataset, renderer=inline.renderer, device=inline.device)
     settings = settings_of(base, resolved, budget, accounting)
-    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if known:
-        _check_settings(path.parent, known, settings, flat_values(base))
-    costs = {arm: StepCost(**cost) for arm, cost in known.get("costs", {}).items()}
     study = Study(
         name=name,
-        folder=path.parent,
+        location=location,
         base=base,
         resolved=resolved,
         arms=tuple(arms),
         seeds=tuple(seeds),
         budget=budget,
         accounting=accounting,
-        costs=costs,
+        costs=_known_costs(location, settings, base),
         num_images=len(dataset.training_ids),
     )
-    is_new = _add_costs(study, measure)
+    if _unknown_costs(study):
+        # Check before anything is written or measured. Runs whose length follows from the costs are checked later.
+        lengths_follow = {VANILLA_LONG} if budget == "steps" else set(arm_names) - {VANILLA}
+        of_known_length = tuple(arm for arm in study.arms if arm.name not in lengths_follow)
+        _check_runs(dataclasses.replace(study, arms=of_known_length, budget="steps"))
+        with claim_comparison(location):
+            study = dataclasses.replace(
+                study, costs=_known_costs(location, settings, base)
+            )  # another may have measured
+            unknown = _unknown_costs(study)
+            if unknown:
+                study = dataclasses.replace(study, costs=study.costs | _measure(study, unknown, measure))
+            _check_runs(study)
+            if unknown:
+                _write_record(study, settings)
+        return study
     _check_runs(study)
-    if is_new:
-        content = {"settings": settings, "config": flat_values(base)}
-        _write(path, content | {"costs": {arm: dataclasses.asdict(cost) for arm, cost in study.costs.items()}})
     return study
 
 
-def _add_costs(study: Study, measure: Callable[[list[str]], dict[str, StepCost]]) -> bool:
-    """Measure the arms whose costs are unknown; tell whether there are any."""
-    costs, names = study.costs, [arm.name for arm in study.arms]
-    new = [name for name in dict.fromkeys([VANILLA, *(arm.priced_as for arm in study.arms)]) if name not in costs]
-    if not new:
-        return False
-    # Check before time is spent on costs. Runs whose length follows from the costs are checked later.
-    lengths_follow = {VANILLA_LONG} if study.budget == "steps" else set(names) - {VANILLA}
-    of_known_length = tuple(arm for arm in study.arms if arm.name not in lengths_follow)
-    _check_runs(dataclasses.replace(study, arms=of_known_length, budget="steps"))
-    # Costs are ratios of one measurement: known ones stay, and new ones are scaled to them.
-    measured = measure(list(dict.fromkeys([VANILLA, *new])))
-    scale = costs[VANILLA].step_seconds / measured[VANILLA].step_seconds if VANILLA in costs else 1.0
-    costs.update((name, measured[name].scaled(scale)) for name in new)
-    return True
+def claim_comparison(location: str) -> RunClaim:
+    """Return a claim on a comparison, a context manager: one process at a time does it.
+
+    Raises:
+        CheckpointError: another process is doing it, or the storage failed.
+    """
+    return RunClaim(location, job=secrets.token_hex(8), owned=A_COMPARISON)
+
+
+def _known_costs(location: str, settings: dict[str, Any], base: RunConfig) -> dict[str, StepCost]:
+    """Return the costs in comparison.json of a comparison with these settings; empty: it is new."""
+    path = place_in(location, RECORD)
+    try:
+        content = read_file(path)
+        known: dict[str, Any] = {} if content is None else json.loads(content)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}; repair the file or the storage, or give another --comparison NAME"
+        ) from error
+    if known:
+        _check_settings(location, known, settings, flat_values(base))
+    return {arm: StepCost(**cost) for arm, cost in known.get("costs", {}).items()}
+
+
+def _unknown_costs(study: Study) -> list[str]:
+    names = dict.fromkeys([VANILLA, *(arm.priced_as for arm in study.arms)])
+    return [name for name in names if name not in study.costs]
+
+
+def _measure(
+    study: Study, names: list[str], measure: Callable[[list[str]], dict[str, StepCost]]
+) -> dict[str, StepCost]:
+    """Costs are ratios of one measurement, so new ones are scaled to the known ones."""
+    measured = measure(list(dict.fromkeys([VANILLA, *names])))
+    known = study.costs.get(VANILLA)
+    scale = 1.0 if known is None else known.step_seconds / measured[VANILLA].step_seconds
+    return {name: measured[name].scaled(scale) for name in names}
 
 
 def settings_of(base: RunConfig, resolved: Resolved, budget: Budget, accounting: Accounting) -> dict[str, Any]:
@@ -214,18 +255,18 @@ _COST_SETTINGS = (
 """Settings that the cost of a step depends on."""
 
 
-def read_costs(path: Path, base: RunConfig) -> dict[str, StepCost]:
+def read_costs(path: str, base: RunConfig) -> dict[str, StepCost]:
     """Return the costs of a step that another comparison measured.
 
     Args:
-        path: its comparison.json.
+        path: its comparison.json, path or URI.
         base: recipe and overrides of the new comparison.
 
     Raises:
         ConfigError: the file cannot be read, or its steps are of other settings.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_file(path, option="--costs") or b"")
         known, costs = content["config"], {arm: StepCost(**cost) for arm, cost in content["costs"].items()}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--costs {path} is no comparison.json of this version ({error})") from error
@@ -241,7 +282,7 @@ def read_costs(path: Path, base: RunConfig) -> dict[str, StepCost]:
     return costs
 
 
-def _check_settings(folder: Path, known: dict[str, Any], settings: dict[str, Any], values: dict[str, Any]) -> None:
+def _check_settings(folder: str, known: dict[str, Any], settings: dict[str, Any], values: dict[str, Any]) -> None:
     if "config" not in known:
         raise ConfigError(
             f"the comparison {folder} was started by an earlier version of hvp_ray, which did not record all settings; "
@@ -259,12 +300,11 @@ def _check_settings(folder: Path, known: dict[str, Any], settings: dict[str, Any
 def _check_runs(study: Study) -> None:
     """Check that each folder with the name of a planned run is empty or holds this run."""
     for run in study.runs():
-        folder = study.folder.parent / run.name
-        difference = difference_from_record(str(folder), run.config, run.identity)
+        difference = difference_from_record(run.location, run.config, run.identity)
         if difference:
             lines = "\n  ".join(difference)
             raise ConfigError(
-                f"{folder} holds another run than this comparison plans (its value -> planned):\n  {lines}\n"
+                f"{run.location} holds another run than this comparison plans (its value -> planned):\n  {lines}\n"
                 f"Use its settings and versions, choose another --comparison NAME, or move the folder away"
             )
 
@@ -317,11 +357,11 @@ def check_arms_and_seeds(arm_names: Sequence[str], seeds: Sequence[int]) -> list
     return arms
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_record(study: Study, settings: dict[str, Any]) -> None:
+    costs = {arm: dataclasses.asdict(cost) for arm, cost in study.costs.items()}
+    content = {"settings": settings, "config": flat_values(study.base), "costs": costs}
+    path = place_in(study.location, RECORD)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_file(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}; give another --run.output") from error

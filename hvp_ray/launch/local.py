@@ -38,6 +38,7 @@ def pretrain_in_process(
     report_progress: ReportProgress = lambda _progress: False,
     is_stop_asked: Callable[[], bool] = lambda: False,
     planned: Identity | None = None,
+    token: str | None = None,
 ) -> dict[str, Any] | None:
     """Train without Ray; return the summary on rank 0, and None on other ranks or after a stop.
 
@@ -47,7 +48,7 @@ def pretrain_in_process(
         config: the run.
         report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
         is_stop_asked: called on rank 0 between the parts of the evaluation; returns whether the run shall stop.
-        planned: see `prepare_run`.
+        planned: see `prepare_run`, as for token.
 
     Raises:
         ConfigError: the number of processes differs from `cluster.num_trainers`, or the run cannot be prepared.
@@ -74,7 +75,7 @@ def pretrain_in_process(
         )
         for remark in remarks:
             logger.warning("%s", remark)
-    job = prepare_run(config, resolved, is_writer=world.rank == 0, planned=planned, dataset=dataset)
+    job = prepare_run(config, resolved, is_writer=world.rank == 0, planned=planned, dataset=dataset, token=token)
     context = open_render_context(config_to_dict(config), resolved.renderer, job.data_fingerprint)
     hand_over = CopyToDevice(device)
     evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)

@@ -70,32 +70,25 @@ def output_location(config: RunConfig) -> str:
     Raises:
         ConfigError: a relative path, and the working folder is temporary.
     """
-    if config.run.output is not None and is_uri(config.run.output):
-        return config.run.output
-    return str(output_folder(config))
-
-
-def output_folder(config: RunConfig) -> Path:
-    """Return the folder that holds runs, absolute.
-
-    Raises:
-        ConfigError: a URI; or a relative path, and the working folder is temporary.
-    """
-    is_shipped = SHIPPED_CODE_MARK in Path.cwd().parts
     if config.run.output is None:
-        return Path.home() / "hvp_runs" if is_shipped else Path.cwd() / "runs"
+        return str(_default_output())
     if is_uri(config.run.output):
-        raise ConfigError(
-            f"run.output={config.run.output!r}: a comparison needs a folder, which all its runs see; single runs "
-            f"(hvp-ray pretrain) can go to a bucket"
-        )
+        return config.run.output
     path = Path(config.run.output).expanduser()
-    if is_shipped and not path.is_absolute():
+    if _is_shipped() and not path.is_absolute():
         raise ConfigError(
             f"run.output={config.run.output!r} is relative, but under `ray job submit --working-dir` the working folder "
             f"is a temporary copy ({Path.cwd()}); give an absolute path"
         )
-    return path.absolute()
+    return str(path.absolute())
+
+
+def _default_output() -> Path:
+    return Path.home() / "hvp_runs" if _is_shipped() else Path.cwd() / "runs"
+
+
+def _is_shipped() -> bool:
+    return SHIPPED_CODE_MARK in Path.cwd().parts
 
 
 def recorded_settings(config: RunConfig) -> RunConfig | None:
@@ -139,6 +132,16 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         initial_run=absolute(config.training.initial_run),
     )
     return dataclasses.replace(config, data=data, training=training)
+
+
+def for_all_nodes(config: RunConfig) -> RunConfig:
+    """Return the config with the output, and the server of MLflow, that this process's folder and environment name."""
+    server, tracking = os.environ.get("MLFLOW_TRACKING_URI"), config.tracking
+    if tracking.uri == "auto" and server:
+        refuse_credentials("MLFLOW_TRACKING_URI", server)
+        tracking = dataclasses.replace(tracking, uri=server)
+    run = dataclasses.replace(config.run, output=output_location(config))
+    return dataclasses.replace(config, run=run, tracking=tracking)
 
 
 def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dataset:
@@ -249,15 +252,20 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
     return summary
 
 
-def is_finished(config: RunConfig, identity: Identity) -> bool:
-    """Tell whether the run of this name has finished with this identity; without config.json its identity is unknown.
+def summary_of(config: RunConfig, identity: Identity) -> dict[str, Any] | None:
+    """Return the summary of the run of this name if it has finished with this identity, which config.json tells; else None.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
+        CheckpointError: config.json is damaged, or of a version that recorded less.
     """
     assert config.run.name is not None
     run = place_in(output_location(config), config.run.name)
-    return _read(place_in(run, "summary.json")) is not None and difference_from_record(run, config, identity) == []
+    content = _read(place_in(run, "summary.json"))
+    if content is None or difference_from_record(run, config, identity) != []:
+        return None
+    summary: dict[str, Any] = json.loads(content)
+    return summary
 
 
 def difference_from_record(
@@ -301,6 +309,7 @@ def prepare_run(
     is_writer: bool = True,
     planned: Identity | None = None,
     dataset: Dataset | None = None,
+    token: str | None = None,
 ) -> RunJob:
     """Create the folder of a new run, or check that an existing one may be resumed.
 
@@ -310,6 +319,7 @@ def prepare_run(
         is_writer: False on ranks that only read what another one prepared.
         planned: the identity that the run must have, versions of libraries included. None: any.
         dataset: the opened data of the run. None: it is opened.
+        token: of the job that this is an attempt of, see `RunJob.token`. None: a new job.
 
     Raises:
         ConfigError: the folder cannot be written, a tracker's package is missing, or the run exists and may not be resumed.
@@ -353,7 +363,7 @@ def prepare_run(
         tags["git_commit"] = commit
     return RunJob(
         config=config,
-        token=secrets.token_hex(8),
+        token=token or secrets.token_hex(8),
         run_name=name,
         run_dir=working_folder(location) if is_uri(location) else Path(location),
         run_uri=location if is_uri(location) else None,
@@ -445,9 +455,8 @@ def draw_run_name(config: RunConfig) -> str:
 
 def local_output(config: RunConfig) -> Path:
     """Return the default folder of MLflow's SQLite file; for a run on a bucket, that of runs without `run.output`."""
-    if config.run.output is not None and is_uri(config.run.output):
-        return output_folder(dataclasses.replace(config, run=dataclasses.replace(config.run, output=None)))
-    return output_folder(config)
+    location = output_location(config)
+    return _default_output() if is_uri(location) else Path(location)
 
 
 def mlflow_location(config: RunConfig, output: Path) -> tuple[str | None, str | None]:

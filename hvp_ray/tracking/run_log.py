@@ -21,16 +21,17 @@ A finished run also has `metrics.jsonl` and `evaluations.jsonl` at its top, for 
 these copies.
 """
 
+import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hvp_ray.errors import CheckpointError
-from hvp_ray.files import write_file
+from hvp_ray.files import Folder, write_file
 
 FOLDER = "log"
 METRICS, EVALUATIONS, ATTEMPTS = "metrics", "evaluations", "attempts"
@@ -135,10 +136,25 @@ def live_files(run_dir: Path, pattern: str) -> list[Path]:
     ]
 
 
-def last_recorded_step(run_dir: Path) -> int:
-    """Return the step of the newest record of metrics; 0: there is none."""
-    for segment, _ in reversed(_segments(run_dir)):
-        steps = [record["step"] for _, record in _read_lines(segment.folder(run_dir) / f"{METRICS}.jsonl", 0)]
+def last_recorded_step(run: str | Path) -> int:
+    """Return the step of the newest record of metrics; 0: there is none. A list and a read, without retries.
+
+    Args:
+        run: the run's folder, path or URI. A bucket has the log up to the newest checkpoint.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    folder = Folder(str(run), pauses=())
+    found = {}
+    for name in folder.names(FOLDER):
+        parent, _, file = name.rpartition("/")
+        match = _SEGMENT.fullmatch(parent.removeprefix(f"{FOLDER}/"))
+        if match and file == f"{METRICS}.jsonl":
+            found[Segment(*map(int, match.groups()))] = name
+    for segment in sorted(found, reverse=True):
+        lines = io.BytesIO(folder.read(found[segment]) or b"")
+        steps = [record["step"] for _, record in _complete_lines(lines, 0)]
         if steps:
             return int(steps[-1])
     return 0
@@ -177,14 +193,18 @@ def _read_lines(path: Path, offset: int) -> Iterator[tuple[int, dict[str, Any]]]
         return
     with path.open("rb") as lines:
         lines.seek(offset)
-        for line in lines:
-            if line.endswith(b"\n"):
-                offset += len(line)
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue
-                yield offset, record
+        yield from _complete_lines(lines, offset)
+
+
+def _complete_lines(lines: Iterable[bytes], offset: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line in lines:
+        if line.endswith(b"\n"):
+            offset += len(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            yield offset, record
 
 
 def _cannot_write(path: Path, why: object) -> CheckpointError:

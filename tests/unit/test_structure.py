@@ -17,6 +17,7 @@ MAY_IMPORT = {
         "launch/",
         "evaluation/feature_pool.py",
         "comparison/runner.py",
+        "comparison/inline_runs.py",
     ),
     "nvidia": ("views/render_dali.py",),
     "mlflow": ("tracking/mlflow.py", "tracking/mlflow_report.py", "tracking/mlflow_store.py"),

@@ -1,7 +1,6 @@
 """Arms change only the choice of views; the long arm changes the length instead."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -110,7 +109,7 @@ def test_plan_has_whole_seeds_first_and_only_the_long_arm_is_longer() -> None:
     }
     runs = Study(
         name="c",
-        folder=Path("unused"),
+        location="unused",
         base=base,
         resolved=resolved_of(base),
         arms=tuple(get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")),

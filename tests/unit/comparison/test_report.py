@@ -27,7 +27,7 @@ def study(tmp_path: Path) -> Study:
     base = tiny_config(str(tmp_path))
     return Study(
         name="c",
-        folder=tmp_path / "c",
+        location=str(tmp_path / "c"),
         base=base,
         resolved=resolved_of(base),
         arms=tuple(get_arm(name) for name in ("vanilla", "hardest", "vanilla-long")),
@@ -44,7 +44,9 @@ def _page(study: Study, figures: list[Path], **summary: object) -> str:
         RunResult(
             arm=run.arm.name,
             seed=run.seed,
-            folder=study.folder.parent / run.name,
+            name=run.name,
+            location=run.location,
+            folder=Path(run.location),
             summary={"knn_top1": 0.5, "num_steps": run.num_steps, "weights_digest": 64 * "d"} | summary,
             curve=(),
         )

@@ -114,14 +114,14 @@ def test_arms_that_train_on_all_views_take_fewer_images_in_as_many_steps(tmp_pat
 
 def test_costs_of_another_comparison_are_read(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
-    path = study.folder / "comparison.json"
+    path = Path(study.location) / "comparison.json"
     longer = tiny_config(str(tmp_path), training={"epochs": 7}, data={"num_images": 100})
-    assert read_costs(path, longer) == study.costs, "a step costs as much in a longer run and on fewer images"
+    assert read_costs(str(path), longer) == study.costs, "a step costs as much in a longer run and on fewer images"
     larger = tiny_config(str(tmp_path), training={"images_per_step": 32})
     with pytest.raises(ConfigError, match=r"(?s)costs of other steps.*training.images_per_step: 16 -> 32"):
-        read_costs(path, larger)
+        read_costs(str(path), larger)
     with pytest.raises(ConfigError, match="is no comparison.json"):
-        read_costs(tmp_path / "nothing.json", study.base)
+        read_costs(str(tmp_path / "nothing.json"), study.base)
 
 
 def test_arms_whose_schedules_would_end_elsewhere_are_refused(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_two_protocols_in_one_comparison_are_refused(
 
 def test_comparison_of_an_earlier_version_is_refused(tmp_path: Path) -> None:
     study = _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
-    path = study.folder / "comparison.json"
+    path = Path(study.location) / "comparison.json"
     path.write_text(json.dumps({"settings": {"training.epochs": 2}, "costs": json.loads(path.read_text())["costs"]}))
     with pytest.raises(ConfigError, match="earlier version of hvp_ray.*--comparison NAME"):
         _open(tiny_config(str(tmp_path)), _Stopwatch(1.0))
@@ -198,10 +198,10 @@ def test_a_run_is_not_reused_by_its_name_alone(tmp_path: Path) -> None:
     other = tiny_config(str(tmp_path), training={"num_steps": 2}, optimizer={"learning_rate_per_256": 0.01})
     with pytest.raises(ConfigError, match=r"comparison .* other settings.*\n.*learning_rate_per_256: .* -> 0.01"):
         _open(other, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
-    shutil.rmtree(study.folder)
+    shutil.rmtree(study.location)
     with pytest.raises(ConfigError, match=r"study-vanilla-s0 holds another run.*\n.*learning_rate_per_256: .* -> 0.01"):
         _open(other, _Stopwatch(1.0), "vanilla", "hardest", seeds=(0,))
-    assert not study.folder.exists(), "a refused comparison writes nothing"
+    assert not Path(study.location).exists(), "a refused comparison writes nothing"
     planned = dataclasses.replace(study, base=other).runs()[0]
     assert not is_done(planned)
     with pytest.raises(DataError, match="does not hold the finished run"):
@@ -246,7 +246,9 @@ def test_measured_cost_of_a_hard_step_is_between_one_and_the_counted_ratio(tmp_p
 
 
 def _result(study: Study, arm: str, seed: int, value: float) -> Result:
-    return Result(arm=arm, seed=seed, folder=study.folder, summary={"knn_top1": value}, curve=())
+    folder = Path(study.location)
+    summary = {"knn_top1": value}
+    return Result(arm=arm, seed=seed, name=arm, location=str(folder), folder=folder, summary=summary, curve=())
 
 
 def _compared(tmp_path: Path, gains: list[float]) -> tuple[Study, Difference]:
@@ -282,7 +284,7 @@ def test_no_claim_is_made_if_chance_explains_the_difference(tmp_path: Path) -> N
     assert difference.verdict == "no difference shown"
     one = dataclasses.replace(difference, test=None)
     assert one.verdict == "not known" and "no interval" in describe_difference(one)
-    assert json.loads((study.folder / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
+    assert json.loads((Path(study.location) / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
 
 
 def test_the_sentence_names_the_arm_whose_compute_is_equalled(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
-from hvp_ray.errors import CheckpointError
+from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.identity import identity_of
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import resolve_inline
-from hvp_ray.runs.prepare import finished_summary, is_finished, prepare_run
+from hvp_ray.runs.prepare import finished_summary, for_all_nodes, prepare_run, summary_of
 from hvp_ray.runs.rank import RunJob
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_folder
@@ -51,7 +51,7 @@ def test_summary_without_a_record_is_of_no_known_run(tmp_path: Path) -> None:
     config = _config(tmp_path)
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "summary.json").write_text("{}")
-    assert not is_finished(config, identity_of(config, resolved_of(config)))
+    assert summary_of(config, identity_of(config, resolved_of(config))) is None
     for use in (finished_summary, _prepare):
         with pytest.raises(CheckpointError, match=r"no config\.json.*--run\.name"):
             use(config)
@@ -190,3 +190,17 @@ def test_data_that_is_open_is_not_opened_again_and_only_the_writer_counts_it(tmp
     assert job.inventory is not None and job.inventory.source.num_images == 12
     reader = prepare_run(config, resolve_inline(config.cluster), dataset=dataset, is_writer=False)
     assert reader.inventory is None and reader.run_identity == job.run_identity
+
+
+def test_folder_and_server_that_the_environment_names_are_settled_for_all_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    config = for_all_nodes(tiny_config("runs", tracking={"uri": "auto"}))
+    assert (config.run.output, config.tracking.uri) == (str(tmp_path / "runs"), "http://127.0.0.1:1")
+    config = for_all_nodes(tiny_config("s3://bucket/prefix"))
+    assert (config.run.output, config.tracking.uri) == ("s3://bucket/prefix", "none")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:cret@127.0.0.1:1")
+    with pytest.raises(ConfigError):
+        for_all_nodes(tiny_config("runs", tracking={"uri": "auto"}))

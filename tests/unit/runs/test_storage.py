@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.config import RunConfig
 from hvp_ray.credentials import refuse_credentials
-from hvp_ray.distributed.world import World
 from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.files import Folder, check_writable, is_inside, join_uri
 from hvp_ray.launch.local import pretrain_in_process
@@ -29,18 +27,14 @@ from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs import storage as run_storage
 from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.runs.job import RankServices
-from hvp_ray.runs.prepare import check_before_start, finished_summary, output_folder, prepare_run
-from hvp_ray.runs.rank import train_rank
+from hvp_ray.runs.prepare import check_before_start, finished_summary, prepare_run
 from hvp_ray.runs.storage import RunStorage, fetch_run
-from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf
-from hvp_ray.stream.device import CopyToDevice, DeviceBatch
-from hvp_ray.stream.render_batch import open_render_context
 from hvp_ray.tracking.run_log import ATTEMPTS, EVALUATIONS, METRICS, RunLog, next_attempt, read_records
 from hvp_ray.tracking.selection_log import selection_files
 from hvp_ray.training.trainee import build_untrained_method
 from tests.helpers import tiny_config
 from tests.s3_server import s3_server
+from tests.unit.runs.dying_run import PowerCutError, train_and_die
 
 LOGS = ("metrics", "evaluations", "unreadable-rank-0")
 OTHERS = ("config.json", "mlflow.json", "knn_pending/step-4", "knn_pending/step-8")
@@ -141,7 +135,7 @@ def _attempt(storage: RunStorage, bucket: _Bucket, generator: np.random.Generato
             break
         pushed.clear()
         pushed.update(here)
-    raise _PowerCutError
+    raise PowerCutError
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -153,12 +147,8 @@ def test_what_is_pulled_is_what_was_pushed_whatever_died_between(
     pushed: dict[str, bytes] = {}
     for _ in range(8):
         _on_machine(monkeypatch, tmp_path, str(generator.integers(2)))  # with what earlier attempts left there
-        with pytest.raises(_PowerCutError), RunStorage(tmp_path, bucket.uri, rank=0) as storage:
+        with pytest.raises(PowerCutError), RunStorage(tmp_path, bucket.uri, rank=0) as storage:
             _attempt(storage, bucket, generator, pushed)
-
-
-class _PowerCutError(Exception):
-    """The machine dies."""
 
 
 def test_each_byte_of_the_log_is_uploaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,9 +270,6 @@ def test_uris_that_cannot_be_used_are_refused_and_secrets_not_repeated(uri: str,
     with pytest.raises(ConfigError, match=message) as refusal:
         check_before_start(tiny_config(uri))
     assert "cret" not in str(refusal.value).replace("secret", "")
-    if "cret" in uri or "@" in uri:
-        with pytest.raises(ConfigError):
-            output_folder(tiny_config(uri))
 
 
 def test_containers_and_anonymous_access_are_no_credentials() -> None:
@@ -298,49 +285,6 @@ def test_a_bucket_that_is_not_there_is_said_before_anything_starts(s3: str, tmp_
         check_writable((tmp_path / "file" / "runs").as_uri(), option="run.output")
     check_writable(s3.format("/probed"), option="run.output")
     assert Folder(s3.format("/probed")).names() == []
-
-
-def test_a_comparison_is_refused_with_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="a comparison needs a folder.*hvp-ray pretrain"):
-        output_folder(tiny_config("s3://bucket/runs"))
-
-
-class _StreamThatDies:
-    """A trainer's stream, until the machine dies."""
-
-    def __init__(self, stream: InlineBatches, batches_left: int) -> None:
-        self._stream = stream
-        self._batches_left = batches_left
-        self.stats = stream.stats
-
-    def next_batch(self) -> DeviceBatch:
-        if not self._batches_left:
-            raise _PowerCutError
-        self._batches_left -= 1
-        return self._stream.next_batch()
-
-    def close(self) -> None:
-        self._stream.close()
-
-
-def _train_and_die(config: RunConfig, *, at_step: int) -> None:
-    """Train as `pretrain_in_process` does, until the batch of step `at_step` (from 0) is asked for."""
-    job = prepare_run(config, resolve_inline(config.cluster))
-    device = torch.device("cpu")
-    context = open_render_context(config_to_dict(config), "cpu")
-
-    def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
-        stream = InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
-        return _StreamThatDies(stream, at_step - first_step)
-
-    services = RankServices(
-        open_stream=open_stream,
-        report_progress=lambda _progress: False,
-        ask_knn=lambda snapshot: Future(),  # takes longer than the machine lives
-        cluster_facts=lambda: {},
-    )
-    with pytest.raises(_PowerCutError):
-        train_rank(job, World(), device, services)
 
 
 def _config(output: str) -> RunConfig:
@@ -365,9 +309,9 @@ def both_runs(s3: str, tmp_path_factory: pytest.TempPathFactory) -> _BothRuns:
     config = _config(s3.format(""))
     with pytest.MonkeyPatch.context() as monkeypatch:
         _on_machine(monkeypatch, tmp_path, "a")
-        _train_and_die(config, at_step=7)
+        train_and_die(config, at_step=7)
         _on_machine(monkeypatch, tmp_path, "b")
-        _train_and_die(config, at_step=9)
+        train_and_die(config, at_step=9)
         _on_machine(monkeypatch, tmp_path, "a")  # which still has what it had at step 7
         summary = pretrain_in_process(config)
     assert summary is not None

@@ -22,7 +22,7 @@ from hvp_ray.identity import ACCEPTED_VERSIONS, identity_of
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.job import RunJob
-from hvp_ray.runs.prepare import finished_summary, is_finished, prepare_run
+from hvp_ray.runs.prepare import finished_summary, prepare_run, summary_of
 from hvp_ray.runs.rank import build_order
 from hvp_ray.runs.render_sample import RenderedSample, render_sample
 from hvp_ray.runs.versions import describe_versions, record_versions, versions_by_step
@@ -240,7 +240,7 @@ def test_runs_of_a_comparison_accept_no_other_version(tmp_path: Path, install: I
     _start(config)
     install()
     (tmp_path / "r" / "summary.json").write_text("{}")
-    assert not is_finished(config, own)
+    assert summary_of(config, own) is None
     with pytest.raises(CheckpointError, match=r"accepted_versions: \[\{'pillow': '0\.1'\}\] -> None"):
         _prepare(config, planned=own)
     _prepare(config)
