@@ -9,11 +9,13 @@ of the wall time and of their number; below 1 the machine was short of cores, so
 which they ran. MiB: memory that the largest of them has for itself. The first batches are not counted.
 
 paper: waiting of 64 trainers for 256 view workers, and of one trainer for 1 to 16, by `pool_simulation.py`: rendering times
-vary by 10 %, whom a trainer asks is decided by the product's own code.
+vary by 10 %, whom a trainer asks is decided by the product's own code. Then a pool for 64 trainers that sizes itself, while
+batches become twice as dear and cheap again: workers, and waiting in each part of the run.
 """
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
 import tempfile
@@ -36,7 +38,7 @@ import ray
 import torch
 
 from benchmarks.photographs import load_photographs
-from benchmarks.pool_simulation import Pool, simulate
+from benchmarks.pool_simulation import Pool, Sizing, simulate, simulate_sizing
 from benchmarks.results_file import Result, describe_machine, open_results
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.prefetch import batches_for_workers
@@ -86,7 +88,7 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
     order = build_order(config, dataset)
     pool = start_pool(config, "cpu", workers, {"CPU": 1.0})
     beside = start_finishers(config, rank=0)
-    process_ids = ray.get([actor.process_id.remote() for actor in [*pool.workers, *beside]])
+    process_ids = ray.get([actor.process_id.remote() for actor in [*pool.workers.values(), *beside]])
     batches_in_flight = batches_for_workers(config.cluster, workers)
     warm_up = batches_in_flight + 2
     stream = ViewStream(
@@ -187,6 +189,25 @@ def paper() -> Iterator[Result]:
         for workers in (1, 2, 4, 8, 16)
     ]
     yield from table("waiting of one trainer, capacity 1.2; columns: batches in flight", "one", rows, ahead, 2000)
+    yield from sizing_on_paper()
+
+
+def sizing_on_paper() -> Iterator[Result]:
+    """Simulate a pool that sizes itself: a demand of 102 workers, of 205 from 300 to 700 s, and of 102 again."""
+    sizing = Sizing(num_trainers=64, num_workers=64, render_seconds=lambda now: 3.2 if 300.0 <= now < 700.0 else 1.6)
+    history = simulate_sizing(sizing, seconds=1200.0)
+    print("\n64 trainers, a pool that sizes itself\n     from      to  demand  view workers  waiting")
+    edges = (0.0, 100.0, 300.0, 400.0, 500.0, 700.0, 900.0, 1200.0)
+    for begin, end in itertools.pairwise(edges):
+        wait, size = history.wait_fraction(begin, end), history.sizes_within(begin, end)[-1]
+        print(f"{begin:>7.0f} s{end:>6.0f} s{sizing.demand(begin):>8.0f}{size:>14}{100 * wait:>8.1f}%")
+        yield {
+            "name": "sizing.paper.self.wait_fraction",
+            "value": wait,
+            "unit": "1",
+            "begin_seconds": begin,
+            "workers": size,
+        }
 
 
 def main() -> int:

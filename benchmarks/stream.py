@@ -124,14 +124,14 @@ def measure_loops(setting: Setting, workers: int, capacity_ratio: float, subject
     """Measure all subjects with so many workers; the pool comes first, because its capacity sets the step."""
     started = time.perf_counter()
     pool = start_pool(setting.config, "cpu", workers, {"CPU": 1.0})
-    process_ids = ray.get([worker.process_id.remote() for worker in pool.workers])
+    process_ids = ray.get([worker.process_id.remote() for worker in pool.workers.values()])
     start_seconds = time.perf_counter() - started
     try:
         before = read_cpu_times()
         time.sleep(IDLE_SECONDS)
         idle_cpu = cpu_spent(before, read_cpu_times(), workers=process_ids).times(1 / IDLE_SECONDS)
         cold, cold_cpu_seconds, cold_cpu = _with_pool(pool, process_ids, setting, steps=1 + workers, step_seconds=0.0)
-        touched = ray.get([worker.__ray_call__.remote(touch_store) for worker in pool.workers])
+        touched = ray.get([worker.__ray_call__.remote(touch_store) for worker in pool.workers.values()])
         free, _, _ = _with_pool(pool, process_ids, setting, steps=4 + 2 * workers, step_seconds=0.0)
         # Batches are in hand one after the other without a step, so waits are the time between them.
         capacity = setting.images_per_step * (len(free.waits) - workers) / sum(free.waits[workers:])

@@ -83,6 +83,7 @@ _EFFECTS: dict[str, Effect] = {
     "cluster.sharding": Effect.WEIGHTS,  # another order of sums
     "cluster.placement": Effect.NOTHING,  # nodes, not numbers
     "cluster.num_view_workers": Effect.NOTHING,  # views are a function of the plan, on any worker
+    "cluster.max_view_workers": Effect.NOTHING,  # see num_view_workers
     "cluster.renderer": Effect.RESULT,
     "cluster.device": Effect.RESULT,
     "cluster.batches_in_flight": Effect.NOTHING,  # batches are used in step order

@@ -227,6 +227,8 @@ class ViewBatch(BatchFacts):
     """Views of the first images that are only scored, for rule predicted to learn from; None: there are none."""
     decoded_bytes: int = 0
     """Bytes of decoded pixels that were shipped instead of views; 0: the views were shipped."""
+    finish_seconds: float = 0.0
+    """Part of `render_seconds` that a view finisher took."""
 
     @property
     def groups(self) -> dict[str, Views]:

@@ -194,7 +194,7 @@ def _pool(config: RunConfig, renderer: RendererName, workers: int) -> Iterator[A
     pool = start_pool(config, renderer, workers, resources)
     import ray
 
-    ray.get([worker.process_id.remote() for worker in pool.workers])
+    ray.get([worker.process_id.remote() for worker in pool.workers.values()])
     try:
         yield pool
     finally:
@@ -295,7 +295,9 @@ def _rendering(pool: Any, request_of: Callable[[int], BatchRequest]) -> Iterator
     stop = threading.Event()
 
     def work() -> None:
-        under_way = {worker.render.remote(request_of(turn)): worker for turn in (0, 1) for worker in pool.workers}
+        under_way = {
+            worker.render.remote(request_of(turn)): worker for turn in (0, 1) for worker in pool.workers.values()
+        }
         turn = 2
         while not stop.is_set():
             done, _ = ray.wait(list(under_way), num_returns=1, timeout=1.0, fetch_local=False)

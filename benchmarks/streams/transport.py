@@ -98,7 +98,7 @@ def _copy_cpu_seconds(pixels: Any) -> float:
 @contextmanager
 def _stream(workers: list[Any], setting: Setting, steps: int) -> Iterator[ViewStream]:
     stream = ViewStream(
-        workers,
+        dict(enumerate(workers)),
         requests_of(setting.config),
         range(steps),
         cluster=setting.config.cluster,

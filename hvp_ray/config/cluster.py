@@ -35,7 +35,11 @@ class ClusterConfig(Checked):
     them."""
 
     num_view_workers: AtLeast1 | Literal["auto"] = "auto"
-    """Ray actors that render views. auto: one for each CPU that the trainers leave, 1 to 64."""
+    """Ray actors that render views. A number: that many, and those on a node that is drained are replaced. auto: one for each
+    CPU that the trainers leave at the start, then as many as keep the trainers' waiting below 2 %."""
+
+    max_view_workers: AtLeast1 = 256
+    """Most view workers that `num_view_workers` auto starts."""
 
     renderer: RendererName | Literal["auto"] = "auto"
     """Renderer of the view workers: cpu, dali-cpu or dali-gpu. auto: cpu."""

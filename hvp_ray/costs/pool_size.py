@@ -18,9 +18,7 @@ from typing import Literal
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.prefetch import batches_for_workers
 from hvp_ray.costs.service_times import ServiceTimes
-
-CAPACITY_FACTOR = 1.2
-"""Rendering capacity / demand at which trainers hardly wait (benchmarks/stream.py)."""
+from hvp_ray.stream.pool_control import CAPACITY_FACTOR
 
 USABLE_LINK_FRACTION = 0.8
 

@@ -1,13 +1,22 @@
-"""The board of a run: a small Ray actor between driver and trainers. Progress and warnings go up, a stop comes down."""
+"""The board of a run: a small Ray actor between driver and trainers.
+
+Progress, warnings and reports of the streams go up. A stop and the roster of view workers come down.
+"""
 
 import dataclasses
 import logging
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 
 from hvp_ray.runs.progress import Progress
+from hvp_ray.stream.roster import Roster, StreamReport
+
+_MOST_REPORTS = 10_000
+"""Reports that are kept if the driver takes none."""
 
 
 @dataclass(slots=True)
@@ -27,11 +36,13 @@ class BoardContent:
 
 
 class RunBoard:
-    """Keep the content of the board, and the driver's wish to stop."""
+    """Keep the content of the board, the driver's wish to stop, and what the driver and the streams exchange."""
 
     def __init__(self) -> None:
         self._content = BoardContent()
         self._stop = False
+        self._roster: Roster | None = None
+        self._reports: deque[StreamReport] = deque(maxlen=_MOST_REPORTS)
 
     def post(self, **fields: Any) -> bool:
         """Set fields of the content; return whether the run shall stop."""
@@ -59,6 +70,26 @@ class RunBoard:
         content = self._content
         self._content = dataclasses.replace(content, messages=[])
         return content
+
+    def publish_roster(self, roster: Roster) -> None:
+        """Set the view workers that get requests."""
+        self._roster = roster
+
+    def read_roster(self) -> Roster | None:
+        """Return the newest roster."""
+        return self._roster
+
+    def exchange(self, report: StreamReport) -> Roster | None:
+        """Take a stream's report; return the roster if it is newer than the one that the stream follows."""
+        self._reports.append(report)
+        roster = self._roster
+        return None if roster is None or roster.version <= report.version else roster
+
+    def take_reports(self) -> list[StreamReport]:
+        """Return the reports since the last call."""
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
 
 
 RunBoardActor: Any = ray.remote(num_cpus=0, max_restarts=0, enable_task_events=False)(RunBoard)
@@ -98,6 +129,27 @@ class ProgressPoster:
             stop = ray.get(self._answer)
         self._answer = self._board.post.remote(progress=progress)
         return stop
+
+
+class RosterPoster:
+    """Exchanges a stream's reports for rosters without waiting; an `Exchange`. An answer is read by a later call."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+
+    def __call__(self, make_report: Callable[[], StreamReport] | None) -> Roster | None:
+        """Return a newer roster, or hand in a report if there is one and the last one was answered."""
+        if self._answer is not None:
+            if not ray.wait([self._answer], timeout=0)[0]:
+                return None
+            answer, self._answer = self._answer, None
+            roster: Roster | None = ray.get(answer)
+            if roster is not None:
+                return roster
+        if make_report is not None:
+            self._answer = self._board.exchange.remote(make_report())
+        return None
 
 
 class BoardLogHandler(logging.Handler):

@@ -23,6 +23,7 @@ from hvp_ray.launch.board import RunBoardActor
 from hvp_ray.launch.knn_actor import start_knn
 from hvp_ray.launch.local_cluster import plan_local_ray
 from hvp_ray.launch.placement import ClusterState, PrefetchError, lacks_a_label, resolve_on_cluster
+from hvp_ray.launch.pool_supervisor import PoolSupervisor
 from hvp_ray.launch.ray_train import TrainersThread
 from hvp_ray.launch.stop import StoppedError, StopRequest
 from hvp_ray.launch.trainer import TrainerSetup
@@ -86,7 +87,7 @@ def launch(
         job = prepare_run(config, resolved, planned=planned, dataset=dataset)
         in_flight = prefetch_bytes(resolved.batches_in_flight, bytes_per_step)
         watchers.announce(Announcement(job=job, joined_cluster=joined, prefetch_bytes=in_flight))
-        return _run(job, watchers, stop), job
+        return _run(job, watchers, stop, bytes_per_step=bytes_per_step, num_sharing=num_sharing), job
     except RayError as error:
         raise StageError(
             f"Ray failed during the run: {first_line(error)}; start the run again with its name to continue from the last "
@@ -94,7 +95,8 @@ def launch(
         ) from error
     finally:
         if is_ours:
-            end_ray(threads_have_ended=not any(isinstance(thread, TrainersThread) for thread in threading.enumerate()))
+            of_ray = (TrainersThread, PoolSupervisor)
+            end_ray(threads_have_ended=not any(isinstance(thread, of_ray) for thread in threading.enumerate()))
 
 
 def num_side_by_side(config: RunConfig, dataset: Dataset, limit: int) -> int:
@@ -164,7 +166,9 @@ def _show_idle_workers(config: RunConfig, resolved: ResolvedRun, show: Callable[
         )
 
 
-def _run(job: RunJob, watchers: Watchers, stop: StopRequest) -> dict[str, Any]:
+def _run(
+    job: RunJob, watchers: Watchers, stop: StopRequest, *, bytes_per_step: int, num_sharing: int
+) -> dict[str, Any]:
     """Start the processes of a run, watch them, and end them."""
     with contextlib.ExitStack() as ends:
         # The board runs on the driver's node, because the run ends with this node anyway.
@@ -183,9 +187,10 @@ def _run(job: RunJob, watchers: Watchers, stop: StopRequest) -> dict[str, Any]:
             must_stop=lambda: stop.is_asked,
         )
         ends.callback(_unless_lost, pool.close)
-        trainers = TrainersThread(
-            TrainerSetup(job=job, pool=pool, board=board, knn=knn, spilled_before=spilled_bytes())
-        )
+        supervisor = PoolSupervisor(pool, board, job, bytes_per_step=bytes_per_step, num_sharing=num_sharing)
+        supervisor.start()
+        ends.callback(supervisor.end)
+        trainers = TrainersThread(TrainerSetup(job=job, board=board, knn=knn, spilled_before=spilled_bytes()))
         trainers.start()
         try:
             return watch(board, trainers, job, watchers, stop)

@@ -8,7 +8,7 @@ from hvp_ray.config import ClusterConfig
 from hvp_ray.costs.prefetch import USABLE_STORE_FRACTION, batches_for_workers, batches_that_fit, prefetch_bytes
 from hvp_ray.errors import ConfigError
 from hvp_ray.stream.connect import LocalRay
-from hvp_ray.stream.machine import MAX_AUTO_WORKERS, PROCESS_BYTES, Machine, num_processes_that_fit
+from hvp_ray.stream.machine import PROCESS_BYTES, Machine, num_processes_that_fit
 
 _LEAST_STORE_BYTES = 80 * 2**20
 _USUAL_STORE_BYTES = 2**28
@@ -62,8 +62,8 @@ def _num_workers_and_cpus(cluster: ClusterConfig, machine: Machine) -> tuple[int
         workers = cluster.num_view_workers
     else:
         by_memory = num_processes_that_fit(machine) - cluster.num_trainers * (1 + cluster.num_finishers)
-        by_cpus = int((machine.num_cpus - of_trainers) / share) if share else MAX_AUTO_WORKERS
-        by_cpus = min(MAX_AUTO_WORKERS, by_cpus)
+        by_cpus = int((machine.num_cpus - of_trainers) / share) if share else cluster.max_view_workers
+        by_cpus = min(cluster.max_view_workers, by_cpus)
         workers = max(1, min(by_cpus, by_memory))
         if by_memory < by_cpus:
             least_cpus = 0  # placement gives every free CPU a view worker

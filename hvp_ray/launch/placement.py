@@ -12,7 +12,6 @@ from hvp_ray.config import ClusterConfig, RunConfig
 from hvp_ray.costs.prefetch import USABLE_STORE_FRACTION, batches_for_workers, batches_that_fit, prefetch_bytes
 from hvp_ray.errors import ConfigError
 from hvp_ray.resolved_run import Device, ResolvedRun, renderer_of
-from hvp_ray.stream.machine import MAX_AUTO_WORKERS
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 AUTO_DALI_WORKERS_PER_GPU = 1
@@ -118,6 +117,34 @@ def room_for(node: Resources, needed: Resources) -> int:
     return min((int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needed.items() if amount > 0.0), default=1)
 
 
+def room_for_view_workers(
+    total: Resources, free: Resources, view_worker: Resources, *, num_workers: int, most: int
+) -> int:
+    """Return how many more view workers a node has room for.
+
+    Args:
+        total: resources of the node.
+        free: those that no process has reserved.
+        view_worker: reservations of a view worker.
+        num_workers: view workers of this run that the node has.
+        most: the answer if they reserve nothing.
+    """
+    if not any(view_worker.values()):
+        return most
+    room = room_for(free, view_worker)
+    if "GPU" in view_worker:
+        room = min(room, AUTO_DALI_WORKERS_PER_GPU * int(total.get("GPU", 0.0)) - num_workers)
+    return max(0, room)
+
+
+def view_workers_of_part(cluster: ClusterConfig, state: ClusterState, view_worker: Resources) -> int:
+    """Return how many view workers the equal part of one run holds, of the runs that share the cluster."""
+    try:
+        return _decide_num_view_workers(cluster, state.part[0], view_worker)
+    except ConfigError:
+        return 0
+
+
 def lacks_a_label(cluster: ClusterConfig, total: Resources) -> bool:
     """Return whether nodes of only one label are there. Nodes of the other label may be about to join."""
     there = [total.get(label, 0.0) > 0.0 for label in (VIEW_LABEL, TRAINER_LABEL)]
@@ -149,14 +176,26 @@ def decide_batches_in_flight(
 
 
 def store_for_prefetch(
-    cluster: ClusterConfig, nodes: Sequence[Resources], trainer: Resources, view_worker: Resources
+    cluster: ClusterConfig,
+    nodes: Sequence[Resources],
+    trainer: Resources,
+    view_worker: Resources,
+    *,
+    view_nodes: Sequence[Resources] = (),
 ) -> float:
     """Return the bytes of object store that the prefetched batches of all trainers can use.
 
     A batch is stored on the node that rendered it and copied to the node of its trainer. So the nodes of view workers
     must hold all batches together. A node of trainers must hold those of as many trainers as it takes.
+
+    Args:
+        cluster: the run's settings.
+        nodes: all nodes that are alive.
+        trainer: reservations of a trainer.
+        view_worker: reservations of a view worker.
+        view_nodes: nodes that have view workers. Empty: they may be placed on every node with room.
     """
-    of_views = [_store_of(node) for node in nodes if room_for(node, view_worker) >= 1]
+    of_views = [_store_of(node) for node in view_nodes or nodes if view_nodes or room_for(node, view_worker) >= 1]
     counts = {index: min(room_for(node, trainer), cluster.num_trainers) for index, node in enumerate(nodes)}
     of_trainers = [
         _store_of(nodes[index]) / count * cluster.num_trainers for index, count in counts.items() if count >= 1
@@ -243,7 +282,7 @@ def _decide_num_view_workers(cluster: ClusterConfig, resources: Resources, worke
         return wanted  # nodes may be added for them (autoscaling)
     cpus = resources.get("CPU", 0.0)
     left = cpus - cluster.num_trainers * cluster.cpus_with_finishers
-    room = int(left / per_worker) if per_worker > 0 else MAX_AUTO_WORKERS
+    room = int(left / per_worker) if per_worker > 0 else cluster.max_view_workers
     if VIEW_LABEL in worker:
         room = min(room, int(resources.get(VIEW_LABEL, 0.0)))
     if wanted == "auto" and "GPU" in worker:
@@ -256,4 +295,4 @@ def _decide_num_view_workers(cluster: ClusterConfig, resources: Resources, worke
             f"{per_worker:g}, but cluster.num_view_workers={wanted}; ask for fewer, lower "
             f"cluster.cpus_per_view_worker or cluster.cpus_per_trainer, or add nodes"
         )
-    return min(room, MAX_AUTO_WORKERS) if wanted == "auto" else wanted
+    return min(room, cluster.max_view_workers) if wanted == "auto" else wanted

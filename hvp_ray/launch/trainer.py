@@ -12,7 +12,7 @@ import torch
 
 from hvp_ray.distributed.world import World, current_world
 from hvp_ray.errors import HvpRayError, LostRunError
-from hvp_ray.launch.board import BoardLogHandler, ProgressPoster
+from hvp_ray.launch.board import BoardLogHandler, ProgressPoster, RosterPoster
 from hvp_ray.logs import set_up_logging
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.job import RankServices, RunJob
@@ -20,7 +20,8 @@ from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.metrics import MetricsPublisher
-from hvp_ray.stream.pool import ViewWorkerPool
+from hvp_ray.stream.pool import num_restarts
+from hvp_ray.stream.roster import Roster
 from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import start_finishers
@@ -36,7 +37,6 @@ class TrainerSetup:
     """Values and handles that the driver passes to every trainer."""
 
     job: RunJob
-    pool: ViewWorkerPool
     board: Any
     """Handle of `RunBoard`."""
     knn: Any
@@ -44,11 +44,16 @@ class TrainerSetup:
     spilled_before: int
     """Bytes that the object stores had spilled before the run."""
 
+    def roster(self) -> Roster:
+        """Return the view workers that get requests now."""
+        roster: Roster = ray.get(self.board.read_roster.remote())
+        return roster
+
     def cluster_facts(self) -> dict[str, float]:
         """Return the cluster's spilled bytes and worker restarts of this run so far."""
         return {
             "spilled_bytes": spilled_bytes() - self.spilled_before,
-            "num_worker_restarts": self.pool.num_restarts(),
+            "num_worker_restarts": num_restarts(self.roster().actor_ids),
         }
 
     def cluster_metrics(self) -> dict[str, float]:
@@ -89,8 +94,8 @@ def trainer_main(settings: dict[str, Any]) -> None:
 
 def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     """Train this rank; return the summary on rank 0 of a finished run."""
-    job, pool, board = setup.job, setup.pool, setup.board
-    cluster = dataclasses.replace(job.config.cluster, batches_in_flight=job.resolved.batches_in_flight)
+    job, board = setup.job, setup.board
+    cluster = job.config.cluster
     torch.set_num_threads(job.config.training.torch_threads)
     cv2.setNumThreads(1)
     device = _take_device(job.resolved)
@@ -99,15 +104,17 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     finishers = start_finishers(job.config, rank=world.rank)
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
-        logger.info("steps %d to %d, views from %d workers", first_step, end_step, len(pool.workers))
+        roster = setup.roster()
+        logger.info("steps %d to %d, views from %d workers", first_step, end_step, len(roster.workers))
         stream = ViewStream(
-            pool.workers,
+            roster.workers,
             request_of,
             range(first_step, end_step),
-            cluster=cluster,
+            cluster=dataclasses.replace(cluster, batches_in_flight=roster.batches_in_flight),
             hand_over=hand_over,
             world=world,
             finishers=finishers,
+            exchange=RosterPoster(board),
         )
         publisher.watch(stream.numbers)
         return stream

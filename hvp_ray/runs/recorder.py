@@ -271,6 +271,8 @@ class RunRecorder(RankRecorder):
             "stream/bytes": float(self._stats.num_bytes),
             "stream/retries": float(self._stats.num_retries),
         }
+        if self._stats.num_workers:
+            values["stream/view_workers"] = float(self._stats.num_workers)
         speeds = self._stats.views_per_second_by_worker()
         if speeds:
             values["stream/views_per_second_per_worker"] = float(np.mean(list(speeds.values())))

@@ -1,9 +1,8 @@
-"""Start the pool of view workers. The driver owns it, so it survives a restart of the trainers."""
+"""The pool of view workers. The driver owns it, so it survives a restart of the trainers."""
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import ray
@@ -20,21 +19,74 @@ _RETRY_SECONDS = 0.5
 _POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True, slots=True)
 class ViewWorkerPool:
-    """Handles of the workers. Ray restarts a dead worker; `view_stream` retries its requests."""
+    """Starts and ends workers. Ray restarts a dead worker; `view_stream` retries its requests.
 
-    workers: list[ActorHandle[Any]]
+    Args:
+        config: the run.
+        renderer: its resolved renderer.
+        resources: Ray resource -> amount that one worker reserves.
+        data_fingerprint: expected fingerprint; a worker that opens other data fails. None: no check.
+    """
 
-    def num_restarts(self) -> int:
-        """Return how often Ray restarted workers since the pool was made."""
-        records = [ray._private.state.actors(worker._actor_id.hex()) for worker in self.workers]
-        return sum(int(record.get("NumRestarts", 0)) for record in records)
+    def __init__(
+        self,
+        config: RunConfig,
+        renderer: RendererName,
+        resources: Mapping[str, float],
+        data_fingerprint: str | None = None,
+    ) -> None:
+        from hvp_ray.stream.view_worker import ViewWorkerActor
+
+        self.workers: dict[int, ActorHandle[Any]] = {}
+        """Number of a worker -> its handle; all that have not been ended. A number is never used twice."""
+        self.actor_ids: list[str] = []
+        """Ray's ids of all workers ever started."""
+        labels = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
+        self._actor = ViewWorkerActor.options(
+            num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
+        )
+        self._arguments = (config_to_dict(config), renderer)
+        self._data_fingerprint = data_fingerprint
+
+    def start(self, count: int) -> dict[int, Any]:
+        """Start workers without waiting for them.
+
+        Returns:
+            Number of a worker -> reference of its process id, which is ready when the worker is up.
+        """
+        calls = {}
+        for number in range(len(self.actor_ids), len(self.actor_ids) + count):
+            worker = self._actor.remote(*self._arguments, f"view-worker-{number}", self._data_fingerprint)
+            self.workers[number] = worker
+            self.actor_ids.append(worker._actor_id.hex())
+            calls[number] = worker.process_id.remote()
+        return calls
+
+    def end(self, numbers: Collection[int]) -> None:
+        """End these workers at once."""
+        for number in numbers:
+            ray.kill(self.workers.pop(number), no_restart=True)
+
+    def node_ids(self) -> dict[int, str]:
+        """Return the number of each worker that has been placed -> Ray's id of its node."""
+        places = {number: _actor_record(worker._actor_id.hex()) for number, worker in self.workers.items()}
+        nodes = {number: record.get("Address", {}).get("NodeID", "") for number, record in places.items()}
+        return {number: node for number, node in nodes.items() if node}
 
     def close(self) -> None:
-        """End the workers."""
-        for worker in self.workers:
-            ray.kill(worker, no_restart=True)
+        """End all workers."""
+        self.end(list(self.workers))
+
+
+def num_restarts(actor_ids: Collection[str]) -> int:
+    """Return how often Ray restarted these actors."""
+    return sum(int(_actor_record(actor_id).get("NumRestarts", 0)) for actor_id in actor_ids)
+
+
+def _actor_record(actor_id: str) -> dict[str, Any]:
+    record: dict[str, Any] = ray._private.state.actors(actor_id)
+    return record
 
 
 def start_pool(
@@ -63,33 +115,29 @@ def start_pool(
         ConfigError: no worker could open the data or make its renderer, or none was up in time.
         StageError: `must_stop` returned True.
     """
-    from hvp_ray.stream.view_worker import ViewWorkerActor
-
-    values = config_to_dict(config)
-    labels = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
-    actor = ViewWorkerActor.options(
-        num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
-    )
-    workers = [actor.remote(values, renderer, f"view-worker-{index}", data_fingerprint) for index in range(num_workers)]
+    pool = ViewWorkerPool(config, renderer, resources, data_fingerprint)
     try:
-        reasons = _wait_for_one(workers, resources, must_stop)
+        reasons = _wait_for_one(pool.start(num_workers), pool.workers, resources, must_stop)
     except BaseException:
-        ViewWorkerPool(workers).close()
+        pool.close()
         raise
-    for index, reason in reasons.items():
-        logger.warning("view worker %d could not start and is left out: %s", index, reason)
-        ray.kill(workers[index])
-    return ViewWorkerPool([worker for index, worker in enumerate(workers) if index not in reasons])
+    for number, reason in reasons.items():
+        logger.warning("view worker %d could not start and is left out: %s", number, reason)
+    pool.end(reasons)
+    return pool
 
 
 def _wait_for_one(
-    workers: list[ActorHandle[Any]], resources: Mapping[str, float], must_stop: Callable[[], bool]
+    started: Mapping[int, Any],
+    workers: Mapping[int, ActorHandle[Any]],
+    resources: Mapping[str, float],
+    must_stop: Callable[[], bool],
 ) -> dict[int, str]:
-    """Wait until a worker is up; return index -> reason for those that are known by then to have failed."""
+    """Wait until a worker is up; return number -> reason for those that are known by then to have failed."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     reasons: dict[int, str] = {}
     dying: dict[int, str] = {}
-    calls = {worker.process_id.remote(): index for index, worker in enumerate(workers)}
+    calls = {reference: index for index, reference in started.items()}
     while calls:
         seconds_left = deadline - time.monotonic()
         ready, _ = ray.wait(list(calls), num_returns=1, timeout=min(_POLL_SECONDS, max(0.0, seconds_left)))
@@ -114,5 +162,10 @@ def _wait_for_one(
             time.sleep(_RETRY_SECONDS)
             calls[workers[index].process_id.remote()] = index
         except RayError as error:
-            reasons[index] = str(error).strip().splitlines()[-1]
+            reasons[index] = why_not_started(error)
     raise ConfigError(f"a view worker could not start: {'; '.join(dict.fromkeys(reasons.values()))}")
+
+
+def why_not_started(error: RayError) -> str:
+    """Return the reason of a worker whose constructor raised, in a line."""
+    return str(error).strip().splitlines()[-1]

@@ -12,6 +12,9 @@ _RECENT_BATCHES = 32
 class StreamStats:
     """Counters of one trainer's stream. Only the stream updates them."""
 
+    num_workers: int = 0
+    """View workers that get requests; 0: the trainer renders."""
+
     num_batches: int = 0
     """Batches that the trainer took."""
 
@@ -37,6 +40,9 @@ class StreamStats:
     render_cpu_seconds: float = 0.0
     """CPU seconds that workers spent on the batches that arrived."""
 
+    worker_seconds: float = 0.0
+    """Wall time that view workers spent on the batches that arrived, without view finishers."""
+
     views: int = 0
     """Views that arrived."""
 
@@ -55,6 +61,7 @@ class StreamStats:
         self.views += num_views
         self.num_bytes += batch.shipped_bytes
         self.render_cpu_seconds += batch.render_cpu_seconds
+        self.worker_seconds += batch.render_seconds - batch.finish_seconds
         self.views_by_worker[worker] = self.views_by_worker.get(worker, 0) + num_views
         seconds_before = self.render_seconds_by_worker.get(worker, 0.0)
         self.render_seconds_by_worker[worker] = seconds_before + batch.render_seconds

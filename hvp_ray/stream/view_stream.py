@@ -14,6 +14,8 @@ Guarantees:
 - Errors of the data or of the program are raised by `next_batch` and not retried.
 - Quarantine: a request that was in flight at three deaths of workers is submitted as a search for images that crash the
   decoder (`quarantine.py`). The images found are never decoded again. A worker whose machine cannot search is passed over.
+- Members: the stream polls the driver for a new roster (`roster.py`) and reports what it measures. A worker that has left it
+  gets no new request, and its answers count. A worker that joined gets requests in its turn.
 - Stall: if no batch arrives for `stall_seconds`, `next_batch` raises `StageError` with the numbers.
 - `close` returns at once; results of calls in flight are dropped.
 """
@@ -21,7 +23,8 @@ Guarantees:
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+import uuid
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +38,7 @@ from hvp_ray.errors import HvpRayError, StageError
 from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.stream.batches import RequestOf
 from hvp_ray.stream.device import BATCHES_ON_DEVICE, CopyToDevice, DeviceBatch
+from hvp_ray.stream.roster import REPORT_SECONDS, Exchange, Roster, StreamReport
 from hvp_ray.stream.stats import StreamStats
 from hvp_ray.stream.team import Member, Team
 
@@ -45,6 +49,8 @@ _POLL_SECONDS = 0.25
 """Time between two checks for late batches and dead workers. (Every 0.05 s they took 0.6 % of a CPU.) Results are received at
 once, except for requests submitted during the wait, which are for later steps."""
 _PROBE_SECONDS = 0.5
+_SHORTEST_WAIT_SECONDS = 1e-4
+"""Taking a batch that is there takes less."""
 _ONE_RANK = World()
 _RETRIED = (RayActorError, ObjectLostError, GetTimeoutError, WorkerCrashedError)
 
@@ -80,7 +86,7 @@ class ViewStream:
 
     def __init__(
         self,
-        workers: list[ActorHandle[Any]],
+        workers: Mapping[int, ActorHandle[Any]],
         request_of: RequestOf,
         steps: range,
         *,
@@ -88,11 +94,26 @@ class ViewStream:
         hand_over: CopyToDevice,
         world: World = _ONE_RANK,
         finishers: Sequence[ActorHandle[Any]] = (),
+        exchange: Exchange | None = None,
     ) -> None:
-        self.stats = StreamStats()
+        """Request the first batches.
+
+        Args:
+            workers: number of a view worker -> its handle.
+            request_of: the request of any step.
+            steps: steps to take.
+            cluster: settings; `batches_in_flight` is resolved.
+            hand_over: copies a batch to the device.
+            world: this trainer.
+            finishers: handles of the view finishers beside this trainer.
+            exchange: receives reports and returns new rosters. None: `workers` stay.
+        """
+        self.stats = StreamStats(num_workers=len(workers))
         self._teams = [Team("view worker", workers, rank=world.rank, num_ranks=world.num_ranks)]
         if finishers:
-            self._teams.append(Team("view finisher", finishers))
+            self._teams.append(Team("view finisher", dict(enumerate(finishers))))
+        self._world = world
+        self._exchange = exchange
         self._request_of = request_of
         self._end_step = steps.stop
         self._cluster = cluster
@@ -109,6 +130,13 @@ class ViewStream:
         self._cannot_search: list[Member] = []
         self._ready: dict[int, DeviceBatch] = {}
         self._next_to_request = self._next_to_copy = self._next_to_take = steps.start
+        self._name = uuid.uuid4().hex
+        self._version = 0
+        self._waits: dict[int, float] = {}
+        """Step -> seconds of waiting, since the last report."""
+        self._waiting_since: float | None = None
+        """The trainer waits now. None: it does not, or for the first batch."""
+        self._report_at = 0.0
         self._error: BaseException | None = None
         self._is_closed = False
         self._started_at = time.perf_counter()
@@ -135,6 +163,7 @@ class ViewStream:
         deadline = start + self._cluster.stall_seconds
         self._hand_over.release()
         with self._changed:
+            self._waiting_since = start if self.stats.num_batches else None
             while self._next_to_take not in self._ready:
                 if self._error is not None:
                     raise self._error
@@ -142,11 +171,13 @@ class ViewStream:
                     raise StageError(self._describe_stall())
                 self._changed.wait(timeout=0.5)
             batch = self._ready.pop(self._next_to_take)
+            now = time.perf_counter()
+            self._note_wait(now)
+            self._waiting_since = None
+            self.stats.record_wait(now - start, since_start=now - self._started_at)
             self._next_to_take += 1
             self._request_ahead()
             self._changed.notify_all()  # the next one may be copied
-        now = time.perf_counter()
-        self.stats.record_wait(now - start, since_start=now - self._started_at)
         return batch
 
     def numbers(self) -> dict[str, float]:
@@ -195,6 +226,7 @@ class ViewStream:
         while not self._is_closed:
             self._receive_one()
             with self._changed:
+                self._exchange_if_due()
                 self._probe_down()
                 self._retry_late()
                 self._submit_waiting()
@@ -239,6 +271,50 @@ class ViewStream:
                     self._arrive(self._end_call(reference), batch)
 
     # Everything below holds the lock.
+
+    def _note_wait(self, now: float) -> None:
+        if self._exchange is None or self._waiting_since is None:
+            return
+        seconds = now - self._waiting_since
+        if seconds > _SHORTEST_WAIT_SECONDS:
+            self._waits[self._next_to_take] = seconds
+
+    def _exchange_if_due(self) -> None:
+        """Report, and follow the driver's newest roster."""
+        if self._exchange is None:
+            return
+        roster = self._exchange(self._report if time.perf_counter() >= self._report_at else None)
+        if roster is not None:
+            self._follow(roster)
+
+    def _report(self) -> StreamReport:
+        now, workers = time.perf_counter(), self._teams[0]
+        self._report_at = now + REPORT_SECONDS
+        self._note_wait(now)
+        waits, self._waits = self._waits, {}
+        return StreamReport(
+            stream=self._name,
+            rank=self._world.rank,
+            num_ranks=self._world.num_ranks,
+            node_id=ray.get_runtime_context().get_node_id(),
+            version=self._version,
+            at_seconds=now,
+            num_batches=self.stats.num_batches,
+            worker_seconds=self.stats.worker_seconds,
+            waits=waits,
+            in_use=workers.in_use(),
+            down=frozenset(member.number for member in workers.members if not member.is_up),
+            lost=frozenset(member.number for member in workers.members if member.lost is not None),
+        )
+
+    def _follow(self, roster: Roster) -> None:
+        self._version = roster.version
+        self._teams[0].follow(roster.workers)
+        self.stats.num_workers = len(roster.workers)
+        self._max_in_flight = roster.batches_in_flight
+        self._report_at = 0.0  # the driver waits for it before it ends a worker
+        logger.info("views from %d workers, %d batches in flight", len(roster.workers), roster.batches_in_flight)
+        self._request_ahead()
 
     def _batch_to_copy(self) -> ViewBatch | None:
         pending = self._pending.get(self._next_to_copy)

@@ -98,10 +98,11 @@ class ViewFinisher(_RenderingActor):
         draft, images = decoded
         note_step(draft.step)
         batch = finish_batch(self._renderer, draft, images)
+        batch = dataclasses.replace(batch, finish_seconds=batch.render_seconds - draft.render_seconds)
         here = dataclasses.replace(
             batch,
             replacements=(),  # counted by the view worker
-            render_seconds=batch.render_seconds - draft.render_seconds,
+            render_seconds=batch.finish_seconds,
             render_cpu_seconds=batch.render_cpu_seconds - draft.render_cpu_seconds,
         )
         self._rendered.take(here)

@@ -23,7 +23,7 @@ from hvp_ray.records import BatchRequest, ViewBatch
 from hvp_ray.runs.rank import build_order
 from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.device import CopyToDevice, DeviceBatch
-from hvp_ray.stream.pool import start_pool
+from hvp_ray.stream.pool import num_restarts, start_pool
 from hvp_ray.stream.render_batch import open_render_context, render_batch
 from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_stream import ViewStream
@@ -61,7 +61,7 @@ def _requests(config: Any = CONFIG) -> Any:
 
 
 def _stream(
-    workers: list[Any],
+    workers: list[Any] | dict[int, Any],
     *,
     end_step: int,
     request_of: Any = None,
@@ -71,7 +71,7 @@ def _stream(
 ) -> ViewStream:
     settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
     return ViewStream(
-        workers,
+        dict(enumerate(workers)) if isinstance(workers, list) else workers,
         request_of or _requests(),
         range(end_step),
         cluster=settings,
@@ -252,7 +252,7 @@ def test_random_kills_of_workers_quarantine_no_image() -> None:
         assert batch.step == step
         assert not batch.replacements
     assert stream.stats.num_retries >= 1
-    assert pool.num_restarts() >= 2
+    assert num_restarts(pool.actor_ids) >= 2
     stream.close()
     pool.close()
 
@@ -296,7 +296,7 @@ def test_worker_that_fails_to_restart_is_restarted_until_it_succeeds(tmp_path: P
     (tmp_path / "images").rename(tmp_path / "away")
     for process in processes_titled("ray::ViewWorker"):
         process.kill()
-    wait_until(lambda: pool.num_restarts() >= 2, "a restart that fails")
+    wait_until(lambda: num_restarts(pool.actor_ids) >= 2, "a restart that fails")
     (tmp_path / "away").rename(tmp_path / "images")
     assert [stream.next_batch().step for _ in range(7)] == list(range(1, 8))
     stream.close()

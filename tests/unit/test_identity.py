@@ -64,6 +64,7 @@ CHANGES: dict[str, Any] = {
     "cluster.resize_check_seconds": 1.0,
     "cluster.placement": "anywhere",
     "cluster.num_view_workers": 3,
+    "cluster.max_view_workers": 3,
     "cluster.renderer": "dali-cpu",
     "cluster.device": "cuda",
     "cluster.batches_in_flight": 9,

@@ -70,7 +70,7 @@ def test_last_worker_that_cannot_start_again_ends_the_stream_with_its_reason(
     monkeypatch.setattr(ray, "get", _raise)
     monkeypatch.setattr(ray, "wait", lambda references, **_options: (references[:1], references[1:]))
     stream = ViewStream(
-        [_worker(), _worker()],
+        {0: _worker(), 1: _worker()},
         lambda step: BatchRequest(step=step, epoch=0, first_position=0, sample_ids=np.arange(4), num_views=2),
         range(2),
         cluster=ClusterConfig(batches_in_flight=2),
