@@ -63,19 +63,24 @@ refused() { # what, command...: must fail
     if "$@" > /tmp/compose_check.door 2>&1; then fail "not refused: $what"; fi
     say "refused: $what"
 }
-status() { curl --silent --output /dev/null --write-out '%{http_code}' --max-time 10 "$@" || true; }
-mlflow=http://127.0.0.1:$HVP_MLFLOW_PORT
+status() { curl --cacert cluster/secrets/ca.crt --silent --output /dev/null --write-out '%{http_code}' --max-time 10 "$@" || true; }
+mlflow=https://127.0.0.1:$HVP_MLFLOW_PORT
 password=$(cat cluster/secrets/mlflow_password)
 refused "a job without a token" "${compose[@]}" run --rm -T -e RAY_AUTH_MODE=disabled client ray job submit -- true
 refused "a job with a wrong token" \
     "${compose[@]}" run --rm -T -e RAY_AUTH_TOKEN=wrong -e RAY_AUTH_TOKEN_PATH= --entrypoint env client \
     ray job submit --address http://head:8265 -- true
+refused "a driver with the token and without a certificate" \
+    "${compose[@]}" run --rm -T -e RAY_ADDRESS=head:6379 client python -c \
+    "from hvp_ray.launch.environment import prepare_ray_environment as prepare; prepare(); import hvp_ray.stream.connect as c; c.connect_ray(None)"
+grep --quiet "it uses TLS and this program does not" /tmp/compose_check.door || fail "the refusal does not name TLS"
+refused "MLflow without TLS" curl --fail --silent --max-time 10 "http://127.0.0.1:$HVP_MLFLOW_PORT/health"
 [ "$(status "http://127.0.0.1:$HVP_DASHBOARD_PORT/api/jobs/")" = 401 ] || fail "the dashboard answers without a token"
 say "refused: the dashboard's API without a token (401)"
 foreign=$(hostname -I 2> /dev/null | tr ' ' '\n' | grep -v '^127\.' | head -1 || true)
 if [ -n "$foreign" ]; then
     refused "the dashboard from a foreign address" curl --silent --max-time 5 "http://$foreign:$HVP_DASHBOARD_PORT/"
-    refused "MLflow from a foreign address" curl --silent --max-time 5 "http://$foreign:$HVP_MLFLOW_PORT/health"
+    refused "MLflow from a foreign address" curl --insecure --silent --max-time 5 "https://$foreign:$HVP_MLFLOW_PORT/health"
 fi
 search="api/2.0/mlflow/experiments/search?max_results=1"
 [ "$(status "$mlflow/$search")" = 401 ] || fail "MLflow answers without credentials"

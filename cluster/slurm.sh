@@ -36,6 +36,9 @@ mkdir -p runs
 state=$(mktemp --directory --tmpdir="$PWD/runs" .slurm-XXXXXXXX) # mode 0700
 (umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$state/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
+# An authority for this job too. Each node makes its certificate in its own /tmp.
+cluster/make_certificate.sh "$state"
+export RAY_USE_TLS=1 RAY_TLS_CA_CERT=$state/ca.crt RAY_TLS_SERVER_CERT=/tmp/hvp_ray_$SLURM_JOB_ID/tls/node.crt
 export RAY_USAGE_STATS_ENABLED=0 RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/
 export RAY_TMPDIR=/tmp/hvp_ray_$SLURM_JOB_ID # short: Ray makes sockets in it
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=5
@@ -46,7 +49,7 @@ driver=
 finish() {
     for process in "${nodes[@]}"; do kill "$process" 2> /dev/null || true; done
     wait || true
-    rm -rf "$state"
+    rm -rf "$state" "$(dirname "$RAY_TLS_SERVER_CERT")"
 }
 trap finish EXIT
 # Slurm's warning before the time limit goes to the driver, which lets the trainers write a checkpoint.
@@ -60,10 +63,10 @@ resources="{\"trainer\": $trainers_per_node, \"view\": $views_per_train_node}"
 
 # Neither srun nor Ray reads the number of CPUs from the allocation, so set it for both.
 srun --het-group=0 --nodes=1 --ntasks=1 --nodelist="$head_node" --cpus-per-task="$train_cpus" \
-    ray start --head --port="$port" --node-ip-address="$head_ip" --include-dashboard=false \
+    env RAY_NODE_IP="$head_ip" cluster/with_tls.sh ray start --head --port="$port" --node-ip-address="$head_ip" --include-dashboard=false \
     --num-cpus="$train_cpus" --resources="$resources" "${common[@]}" &
 nodes+=($!)
-until ray health-check --address "$head_ip:$port" > /dev/null 2>&1; do
+until RAY_NODE_IP=$head_ip cluster/with_tls.sh ray health-check --address "$head_ip:$port" > /dev/null 2>&1; do
     kill -0 "${nodes[0]}" || { echo "the head did not start" >&2; exit 1; }
     sleep 2
 done
@@ -71,18 +74,18 @@ others=$((${#train_nodes[@]} - 1))
 if [ "$others" -gt 0 ]; then
     srun --het-group=0 --nodes="$others" --ntasks="$others" --exclude="$head_node" \
         --cpus-per-task="$train_cpus" bash -c "$keep_running" node \
-        ray start --address="$head_ip:$port" --num-cpus="$train_cpus" --resources="$resources" "${common[@]}" &
+        cluster/with_tls.sh ray start --address="$head_ip:$port" --num-cpus="$train_cpus" --resources="$resources" "${common[@]}" &
     nodes+=($!)
 fi
 srun --het-group=1 --cpus-per-task="$view_cpus" bash -c "$keep_running" node \
-    ray start --address="$head_ip:$port" --num-cpus="$view_cpus" --resources="{\"view\": $view_cpus}" "${common[@]}" &
+    cluster/with_tls.sh ray start --address="$head_ip:$port" --num-cpus="$view_cpus" --resources="{\"view\": $view_cpus}" "${common[@]}" &
 nodes+=($!)
 
 # The driver runs on the head's node, in this script. With explicit numbers and device it waits for nodes that will join.
 # Arguments override these options: the last value of an option counts.
 recipe=${1:?usage: sbatch cluster/slurm.sh RECIPE [--section.field VALUE ...]}
 shift
-RAY_ADDRESS=$head_ip:$port python pipelines/pretrain.py "$recipe" --cluster.placement labels \
+RAY_ADDRESS=$head_ip:$port RAY_NODE_IP=$head_ip cluster/with_tls.sh python pipelines/pretrain.py "$recipe" --cluster.placement labels \
     --cluster.device "${HVP_DEVICE:-cuda}" --cluster.num_trainers $((trainers_per_node * ${#train_nodes[@]})) \
     --cluster.num_view_workers $((view_cpus * ${#view_nodes[@]} + views_per_train_node * ${#train_nodes[@]})) "$@" &
 driver=$!

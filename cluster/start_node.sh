@@ -7,10 +7,13 @@
 #   HVP_STORE_BYTES     its object store (default: 500 MB; must fit into /dev/shm)
 #   HVP_METRICS_PORT    where Prometheus reads (default: 8080; no authentication, see docs/operations.md)
 #   RAY_NODE_IP         the node's own address, if it has several
-#   HVP_DASHBOARD_HOST  address on which the head accepts `ray job submit` (default: 127.0.0.1)
+#   HVP_DASHBOARD_HOST  address on which the head accepts `ray job submit` (default: 127.0.0.1). To any other one, nodes and
+#                       clients send the token in clear text: Ray has no TLS for it
 #   RAY_AUTH_TOKEN_PATH file with the token, the same on all nodes (default: ~/.ray/auth_token)
+#   RAY_USE_TLS         0: no encryption between nodes; the variables of certificates are in with_tls.sh (default: 1)
 #
-# Further arguments go to `ray start`. Without a token nothing starts: Ray would accept jobs from any host.
+# Further arguments go to `ray start`. Without a token nothing starts: Ray would accept jobs from any host. Without
+# certificates nothing starts either: the token and all pixels would cross the network in clear text.
 #
 # A node that loses the head ends. Its supervisor (compose, Kubernetes, systemd) starts it again, and it joins again.
 set -euo pipefail
@@ -31,6 +34,9 @@ if [ "$RAY_AUTH_MODE" = token ] && [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -s "$toke
     exit 2
 fi
 
+export HVP_TLS_NAMES=${HVP_TLS_NAMES:-}
+[ "$role" != head ] || HVP_TLS_NAMES+=" $head" # the others call it by this name
+with_tls=$(dirname "$0")/with_tls.sh
 common=(--block --disable-usage-stats --object-store-memory="$store" --metrics-export-port="${HVP_METRICS_PORT:-8080}")
 if [ -n "${RAY_NODE_IP:-}" ]; then common+=(--node-ip-address="$RAY_NODE_IP"); fi
 case $role in
@@ -39,7 +45,7 @@ head)
     export RAY_health_check_period_ms=${RAY_health_check_period_ms:-1000}
     export RAY_health_check_timeout_ms=${RAY_health_check_timeout_ms:-3000}
     export RAY_health_check_failure_threshold=${RAY_health_check_failure_threshold:-5}
-    exec ray start --head --port=6379 --dashboard-host="${HVP_DASHBOARD_HOST:-127.0.0.1}" --num-cpus=0 "${common[@]}" "$@"
+    exec "$with_tls" ray start --head --port=6379 --dashboard-host="${HVP_DASHBOARD_HOST:-127.0.0.1}" --num-cpus=0 "${common[@]}" "$@"
     ;;
 views)    resources="{\"view\": $slots}" ;;
 trainers) resources="{\"trainer\": $slots}" ;;
@@ -52,4 +58,4 @@ both)
     exit 2
     ;;
 esac
-exec ray start --address="$head:6379" --num-cpus="$cpus" --resources="$resources" "${common[@]}" "$@"
+exec "$with_tls" ray start --address="$head:6379" --num-cpus="$cpus" --resources="$resources" "${common[@]}" "$@"

@@ -147,7 +147,7 @@ def parse_run_options(
 def _recorded_settings(default: RunConfig, words: list[str]) -> RunConfig:
     """Return the settings of the existing run that the words name, or else `default`; say which."""
     given: dict[str, str] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         if option in ("--run.name", "--run.output"):
             given[option.removeprefix("--")] = value if equals else following

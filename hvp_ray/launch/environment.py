@@ -1,4 +1,4 @@
-"""Environment of Ray, set before Ray is imported: explicit authentication, no telemetry, usable folders.
+"""Environment of Ray, set before Ray is imported: explicit authentication and encryption, no telemetry, usable folders.
 
 Ray 2.60 has three different defaults for token authentication, so it is always set here. Libraries fail with tracebacks if
 the user id of a container has no account or home folder, or if TMPDIR is too long for Ray's sockets.
@@ -8,6 +8,7 @@ import contextlib
 import os
 import pwd
 import secrets
+import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 from hvp_ray.errors import ConfigError
 
 _TOKEN_PATH = Path("~/.ray/auth_token")
+_TLS_FOLDER = Path("~/.ray/tls")
+"""Where cluster/with_tls.sh looks for the certificates of this machine too."""
 _LONGEST_TEMPORARY_FOLDER = 41
 """Characters; Ray appends up to 66 for a socket, and the system allows 107."""
 
@@ -34,6 +37,10 @@ def prepare_ray_environment() -> None:
         os.environ["RAY_AUTH_MODE"] = "token" if not joins or _has_token() else "disabled"
     if not joins and os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
         _write_token()
+    if joins:
+        _use_certificates()
+    else:  # a local Ray stays on this machine
+        os.environ["RAY_USE_TLS"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9/")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
@@ -100,6 +107,20 @@ def _has_token() -> bool:
         return True
     path = _TOKEN_PATH.expanduser()
     return path.is_file() and path.stat().st_size > 0
+
+
+def _use_certificates() -> None:
+    """Switch TLS on if this machine has certificates of a cluster, as a token switches authentication on."""
+    folder, host = _TLS_FOLDER.expanduser(), socket.gethostname()
+    files = {
+        "RAY_TLS_CA_CERT": folder / "ca.crt",
+        "RAY_TLS_SERVER_CERT": folder / f"{host}.crt",
+        "RAY_TLS_SERVER_KEY": folder / f"{host}.key",
+    }
+    if "RAY_USE_TLS" not in os.environ and all(path.is_file() for path in files.values()):
+        os.environ["RAY_USE_TLS"] = "1"
+        for name, path in files.items():
+            os.environ.setdefault(name, str(path))
 
 
 def _write_token() -> None:

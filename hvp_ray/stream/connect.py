@@ -18,6 +18,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray.exceptions import RayError
 
 from hvp_ray.errors import ConfigError, first_line
+from hvp_ray.stream.tls import check_tls_files, explain_silence
 
 _VITAL_PROCESSES = {"gcs_server", "raylet"}
 _HEAD_SECONDS = 30.0
@@ -60,13 +61,14 @@ def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
         Whether a cluster existed already.
 
     Raises:
-        ConfigError: the cluster does not answer, or the local Ray does not start.
+        ConfigError: the cluster does not answer, its certificates are missing, or the local Ray does not start.
     """
     if ray.is_initialized():
         return True
     quiet = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if joins_cluster():
         address = os.environ["RAY_ADDRESS"]
+        check_tls_files()
         try:
             _wait_for_head(address)
             ray.init(**quiet)
@@ -146,4 +148,5 @@ def _wait_for_head(address: str) -> None:
         try:
             grpc.channel_ready_future(channel).result(timeout=_HEAD_SECONDS)
         except grpc.FutureTimeoutError as error:
-            raise ConnectionError(f"no answer from {head} within {_HEAD_SECONDS:.0f} s") from error
+            reason = explain_silence(head) or f"no answer from {head} within {_HEAD_SECONDS:.0f} s"
+            raise ConnectionError(reason) from error

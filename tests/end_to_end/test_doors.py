@@ -1,7 +1,8 @@
-"""A head started in the checkout takes `ray job submit -- python pipelines/pretrain.py` with its token only."""
+"""A head started in the checkout takes `ray job submit -- python pipelines/pretrain.py` with its token only, over TLS."""
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -28,14 +29,19 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _make_authority(home: Path) -> None:
+    subprocess.run([str(ROOT / "cluster" / "make_certificate.sh"), str(home / ".ray" / "tls")], check=True)
+
+
 class Head:
-    """`cluster/start_node.sh head` on loopback, with its own token. A Ray of its own, because it requires a token."""
+    """`cluster/start_node.sh head` on loopback, with its own token and authority. A Ray of its own, as it requires both."""
 
     def __init__(self, folder: Path) -> None:
         self.port = _free_port()
         self._token = folder / "token"
         self._token.write_text("0123456789abcdef" * 4)
         self._token.chmod(0o600)
+        _make_authority(folder)
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "HOME": str(folder),  # no token of this account
@@ -48,10 +54,10 @@ class Head:
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
         start = [ROOT / "cluster" / "start_node.sh", "head", "--num-cpus=3", "--node-ip-address=127.0.0.1"]
-        self._agent_port = _free_port()
+        self._agent_port, self.gcs_port = _free_port(), _free_port()
         start += [
             f"--dashboard-agent-listen-port={self._agent_port}",
-            f"--port={_free_port()}",
+            f"--port={self.gcs_port}",
             f"--dashboard-port={self.port}",
             f"--metrics-export-port={_free_port()}",
             "--object-store-memory=200000000",
@@ -140,10 +146,31 @@ def test_dashboard_refuses_requests_without_a_token_and_listens_on_one_address(h
     assert head.status("/api/jobs/", with_token=True, host="127.0.0.2") is None  # it listens on 127.0.0.1 only
 
 
-def test_node_without_a_token_is_not_started(tmp_path: Path) -> None:
+def test_driver_without_a_certificate_is_refused(head: Head, tmp_path: Path) -> None:
+    program = (
+        "from hvp_ray.launch.environment import prepare_ray_environment as p; p(); import hvp_ray.stream.connect as c; "
+    )
+    environment = head.environment | {"RAY_ADDRESS": f"127.0.0.1:{head.gcs_port}"}
+    for home, status in ((head.environment["HOME"], 0), (str(tmp_path), 1)):  # the head's folder has a certificate
+        done = subprocess.run(
+            [sys.executable, "-c", f"{program} c.connect_ray(None)"],
+            cwd=ROOT, env=environment | {"HOME": home}, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr[-3000:]
+    assert "it uses TLS and this program does not" in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["no token in", "the authority's certificate .* cannot be read", "names none of"])
+def test_node_without_a_token_or_a_certificate_is_not_started(missing: str, tmp_path: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    if missing != "no token in":
+        environment["RAY_AUTH_TOKEN"] = "f" * 64
+    if missing == "names none of":
+        make = [str(ROOT / "cluster" / "make_certificate.sh"), str(tmp_path / ".ray" / "tls")]
+        subprocess.run([*make, socket.gethostname(), "192.0.2.99"], check=True)
+        (tmp_path / ".ray" / "tls" / "ca.key").unlink()
     for role in ("head", "views"):
         command = [str(ROOT / "cluster" / "start_node.sh"), role]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 2
-        assert "no token in" in done.stderr
+        assert re.search(missing, done.stderr), done.stderr

@@ -1,9 +1,10 @@
-"""How a program ends: an error of ours is one sentence, Ctrl-C is told apart, and other errors keep their traceback."""
+"""How a program begins and ends: no arguments; an error of ours is one sentence, Ctrl-C differs, others have tracebacks."""
 
 import pytest
 
-from hvp_ray.cli.command_line import exit_status
+from hvp_ray.cli.command_line import exit_status, parse_run
 from hvp_ray.errors import ConfigError
+from hvp_ray.recipes import DEFAULT_RECIPE
 
 
 def _raise(error: BaseException) -> None:
@@ -30,3 +31,7 @@ def test_interrupt_has_its_own_status_and_message(capsys: pytest.CaptureFixture[
 def test_error_of_the_program_is_not_hidden() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         exit_status(lambda: _raise(RuntimeError("a bug")))
+
+
+def test_no_arguments_are_the_default_recipe() -> None:
+    assert parse_run([], program="test", description="").recipe == DEFAULT_RECIPE

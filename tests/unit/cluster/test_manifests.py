@@ -30,7 +30,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 DOCUMENTS = [document for path in FILES for document in load_documents(path)]
 IMAGES = {"hvp_ray:latest", "hvp_ray_database:latest"}
 # Made by hand, by KubeRay, by Kubernetes: README.md tells of each.
-SECRETS_OUTSIDE = {"hvp-ray-database", "hvp-ray-mlflow"}
+SECRETS_OUTSIDE = {"hvp-ray-ca", "hvp-ray-database", "hvp-ray-mlflow"}
 CONFIG_MAPS_OUTSIDE = {"kube-root-ca.crt"}
 
 
@@ -222,6 +222,27 @@ def test_containers_can_gain_nothing_and_write_only_where_told() -> None:
         assert {"requests", "limits"} <= set(container["resources"]), name
 
 
+@pytest.mark.parametrize("name", [name for name in _pods() if "submitter" not in name])
+def test_certificate_is_made_for_the_pod_and_its_authority_is_seen_nowhere_else(name: str) -> None:
+    spec = _pods()[name]["spec"]
+    (maker,) = spec["initContainers"]
+    folder, certificate = maker["command"][1:3]
+    assert maker["command"][0] == "/opt/hvp_ray/cluster/make_certificate.sh"
+    made = {f"{folder}/ca.crt", f"{folder}/{certificate}.crt", f"{folder}/{certificate}.key"}
+    for container in spec["containers"]:
+        assert not any(mount["name"] == "authority" for mount in container["volumeMounts"])
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        read = {value for key, value in variables.items() if key.startswith("RAY_TLS_")}
+        if read:
+            assert read == made
+            assert variables["RAY_USE_TLS"] == "1"
+            assert maker["args"][0] == "$(POD_IP)"
+        else:
+            assert variables["HVP_TLS"] == folder
+            script = (ROOT / "cluster" / Path(container["command"][0]).name).read_text()
+            assert {f"{folder}/{file}" for file in re.findall(r"\$tls/([\w.]+)", script)} <= made
+
+
 def test_only_the_autoscaler_may_ask_kubernetes() -> None:
     users = [name for name, c in _containers() if any(m["name"] == "kubernetes-api" for m in c["volumeMounts"])]
     assert users == ["hvp-ray: autoscaler"]
@@ -240,7 +261,8 @@ def test_mounts_have_volumes_and_volumes_have_sources() -> None:
             if document["spec"]["template"] is pod
             for claim in document["spec"]["volumeClaimTemplates"]
         ]
-        mounted = {mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]}
+        containers = [*spec["containers"], *spec.get("initContainers", [])]
+        mounted = {mount["name"] for container in containers for mount in container["volumeMounts"]}
         if "kubernetes-api" in volumes:
             mounted |= {"kubernetes-api"}  # in the container that KubeRay adds
         assert mounted == set(volumes) | set(templates), name
@@ -320,7 +342,9 @@ def test_ray_containers_have_the_environment_and_folders(name: str) -> None:
         wanted = {
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+            "MLFLOW_TRACKING_URI": "https://mlflow:5000",
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": "/run/tls/ca.crt",
+            "RAY_USE_TLS": "1",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "HOME": "/tmp",
         }
@@ -332,7 +356,13 @@ def test_ray_containers_have_the_environment_and_folders(name: str) -> None:
             }
         assert variables.items() >= wanted.items()
         mounts = {mount["mountPath"]: mount.get("readOnly", False) for mount in container["volumeMounts"]}
-        assert mounts == {"/tmp": False, "/dev/shm": False, "/opt/hvp_ray/runs": False, "/data": True}
+        assert mounts == {
+            "/tmp": False,
+            "/dev/shm": False,
+            "/opt/hvp_ray/runs": False,
+            "/data": True,
+            "/run/tls": True,
+        }
         assert container["workingDir"] == "/opt/hvp_ray"
         assert {"readinessProbe", "livenessProbe"} <= set(container)
     assert _cluster_specs()[name]["authOptions"]["mode"] == "token"
@@ -385,7 +415,7 @@ def test_services_select_one_pod_and_its_port() -> None:
     services = {service["metadata"]["name"] for service in _of_kind("Service")}
     variables = {v["name"]: v.get("value", "") for _, container in _containers() for v in container.get("env", [])}
     assert variables["DATABASE_HOST"] in services
-    assert re.fullmatch(r"http://(\w+):5000", variables["MLFLOW_TRACKING_URI"])[1] in services  # type: ignore[index]
+    assert re.fullmatch(r"https://(\w+):5000", variables["MLFLOW_TRACKING_URI"])[1] in services  # type: ignore[index]
     assert "mlflow:5000" in variables["MLFLOW_ALLOWED_HOSTS"].split(",")
 
 
@@ -448,10 +478,11 @@ def test_ray_up_is_what_ray_expects() -> None:
     config = prepare_config(_ray_up())
     validate_config(config)
     assert config["provider"]["type"] == "local"
-    assert "~/.ray/auth_token" in config["file_mounts"]
+    assert {"~/.ray/auth_token", "~/.ray/tls/ca.crt", "~/.ray/tls/ca.key"} <= set(config["file_mounts"])
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         (start,) = [command for command in commands if "ray start" in command]
         assert "RAY_AUTH_MODE=token" in start
+        assert "cluster/with_tls.sh ray start" in start
     labels = json.loads(re.search(r"--resources='(.*?)'", start)[1])  # type: ignore[index]
     assert set(labels) == {VIEW_LABEL, TRAINER_LABEL}
 
@@ -469,10 +500,12 @@ def test_what_was_never_run_says_so_first(file: str) -> None:
 
 _FAKES = {
     "srun": 'echo "srun $*" >> "$LOG"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
-    "ray": 'echo "ray $* mode=$(stat -c %a "$RAY_AUTH_TOKEN_PATH")" >> "$LOG"\n'
+    "ray": 'echo "ray $* mode=$(stat -c %a "$RAY_AUTH_TOKEN_PATH") tls=$RAY_USE_TLS key=$(stat -c %a "$RAY_TLS_SERVER_KEY")" '
+    '>> "$LOG"\n'
     '[ "$1" = health-check ] || exec sleep 3\n',
     "scontrol": "printf 'first\\nsecond\\n'\n",
-    "python": 'echo "python $RAY_ADDRESS $*" >> "$LOG"\nsleep 0.5\nexit 3\n',
+    "python": 'echo "python $RAY_ADDRESS $*" >> "$LOG"\n'
+    'until [ "$(grep -c "^ray start" "$LOG")" = 3 ]; do sleep 0.1; done\nexit 3\n',
 }
 
 
@@ -485,6 +518,7 @@ def test_slurm_script_starts_every_group_and_passes_the_exit_status_on(tmp_path:
         program.chmod(0o755)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
+    (tmp_path / "cluster").symlink_to(ROOT / "cluster")
     log = tmp_path / "log"
     environment = {
         "PATH": f"{tmp_path / 'fakes'}:{os.environ['PATH']}",
@@ -507,7 +541,7 @@ def test_slurm_script_starts_every_group_and_passes_the_exit_status_on(tmp_path:
     lines = log.read_text().splitlines()
     starts = [line for line in lines if line.startswith("ray start")]
     assert len(starts) == 3
-    assert all(line.endswith("mode=600") for line in starts)
+    assert all(line.endswith("mode=600 tls=1 key=600") for line in starts)
     assert sum("--head" in line for line in starts) == 1
     assert sum('"view": 8' in line for line in starts) == 1
     (driver,) = [line for line in lines if line.startswith("python")]
@@ -516,4 +550,4 @@ def test_slurm_script_starts_every_group_and_passes_the_exit_status_on(tmp_path:
         "--cluster.num_trainers 2 --cluster.num_view_workers 16 --run.name x"
     )
     assert not any("mode=600" not in line and "token" in line for line in lines)
-    assert list((tmp_path / "runs").iterdir()) == []  # the token is gone
+    assert list((tmp_path / "runs").iterdir()) == []  # the token and the authority are gone

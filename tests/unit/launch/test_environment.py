@@ -3,6 +3,7 @@
 import getpass
 import os
 import pwd
+import socket
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def _no_account(_user: int) -> None:
 def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Let each test change a copy of the environment, with temporary files in `tmp_path`."""
     monkeypatch.setattr(os, "environ", os.environ.copy())
-    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+    for name in ("RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR", "RAY_USE_TLS"):
         os.environ.pop(name, None)
     monkeypatch.setattr(environment.tempfile, "tempdir", str(tmp_path))
 
@@ -76,6 +77,25 @@ def test_local_address_names_no_cluster(tmp_path: Path) -> None:
     assert "RAY_ADDRESS" not in os.environ
     assert os.environ["RAY_AUTH_MODE"] == "token"
     assert (tmp_path / ".ray" / "auth_token").stat().st_size > 0
+
+
+def test_joining_encrypts_if_this_machine_has_certificates_and_a_local_ray_does_not(tmp_path: Path) -> None:
+    os.environ |= {"HOME": str(tmp_path), "RAY_ADDRESS": "192.0.2.1:6379"}
+    prepare_ray_environment()
+    assert "RAY_USE_TLS" not in os.environ
+    (tmp_path / ".ray" / "tls").mkdir(parents=True)
+    host = socket.gethostname()
+    for name in ("ca.crt", f"{host}.crt", f"{host}.key"):
+        (tmp_path / ".ray" / "tls" / name).touch()
+    prepare_ray_environment()
+    assert os.environ["RAY_USE_TLS"] == "1"
+    assert os.environ["RAY_TLS_SERVER_KEY"] == str(tmp_path / ".ray" / "tls" / f"{host}.key")
+    os.environ["RAY_USE_TLS"] = "0"
+    prepare_ray_environment()
+    assert os.environ["RAY_USE_TLS"] == "0"
+    os.environ |= {"RAY_USE_TLS": "1", "RAY_ADDRESS": "local"}
+    prepare_ray_environment()
+    assert os.environ["RAY_USE_TLS"] == "0"
 
 
 @pytest.mark.parametrize("taken", [".ray", ".ray/auth_token"])
