@@ -191,6 +191,7 @@ def chaos_cluster(folder: Path) -> Iterator[ChaosCluster]:
     write_images(folder / "images")
     runs = folder / "runs"
     runs.mkdir()
+    run(str(ROOT / "cluster" / "make_certificate.sh"), str(folder / "tls"))
     (folder / "token").touch(mode=0o600)
     (folder / "token").write_text(os.urandom(32).hex())
     environment = {
@@ -198,11 +199,12 @@ def chaos_cluster(folder: Path) -> Iterator[ChaosCluster]:
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_CA_CERT": str(folder / "tls" / "ca.crt"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "HVP_HEAD": "10.77.0.1",
         "HVP_CPUS": "2",
         "HVP_STORE_BYTES": str(STORE_BYTES),
         "AWS_ACCESS_KEY_ID": "of-moto",

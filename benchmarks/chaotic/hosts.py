@@ -132,6 +132,7 @@ def hosts(names: list[str], folder: Path, environment: Mapping[str, str]) -> Ite
     """Make hosts that reach each other and nothing else; end everything on them afterwards."""
     prefix = f"c{os.getpid()}"
     switch = f"{prefix}-sw"
+    network = f"10.78.{os.getpid() % 256}"  # of its own: a starting head takes a GCS with its address for its own
     made: dict[str, Host] = {}
     spaces: list[str] = []
     try:
@@ -140,7 +141,7 @@ def hosts(names: list[str], folder: Path, environment: Mapping[str, str]) -> Ite
         run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
         run("ip", "-n", switch, "link", "set", "br0", "up")
         for number, name in enumerate(names, start=1):
-            space, address = f"{prefix}-{name}", f"10.77.0.{number}"
+            space, address = f"{prefix}-{name}", f"{network}.{number}"
             run("ip", "netns", "add", space)
             spaces.append(space)
             run("ip", "-n", space, "link", "set", "lo", "up")
@@ -167,8 +168,11 @@ def hosts(names: list[str], folder: Path, environment: Mapping[str, str]) -> Ite
             (settings / "resolv.conf").write_text("")
             (settings / "hosts").write_text(f"127.0.0.1 localhost\n{address} {socket.gethostname()}\n")
             own = {
-                "RAY_TMPDIR": str(folder / name),
+                "HVP_HEAD": f"{network}.1",  # the first host
                 "RAY_NODE_IP": address,
+                "RAY_TMPDIR": str(folder / name),
+                "RAY_TLS_SERVER_CERT": str(folder / "tls" / f"{name}.crt"),
+                "RAY_TLS_SERVER_KEY": str(folder / "tls" / f"{name}.key"),
                 "XDG_CACHE_HOME": str(folder / name / "cache"),
             }
             made[name] = Host(name, address, space, folder / name, {**environment, **own})
