@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this checkout, wherever it is started from
 
-from benchmarks.chaotic.cluster import ChaosCluster, chaos_cluster
+from benchmarks.chaotic.cluster import CALM, ChaosCluster, chaos_cluster
 from benchmarks.chaotic.faults import NoTargetError, Undo, begin, impossible_kinds
 from benchmarks.chaotic.hosts import is_possible
 from benchmarks.chaotic.plan import KINDS, Event, draw_plan
@@ -43,7 +43,6 @@ PATIENCE_SECONDS = 600.0
 PAUSE_WINDOW_SECONDS = 90.0
 POLL_SECONDS = 0.2
 RESTART_SECONDS = 5.0
-CALM = "calm"
 
 
 @dataclass(slots=True)
@@ -69,11 +68,14 @@ class Outcome:
     """Last lines of starts that ended with an error."""
     broken: str | None = None
 
-    def pause_after(self, happened: Happened) -> float:
-        """Return the longest time without a new step, s, from the fault's begin to `PAUSE_WINDOW_SECONDS` after its end."""
+    def pause_after(self, happened: Happened) -> float | None:
+        """Return the longest time without a new step, s, from the fault's begin to `PAUSE_WINDOW_SECONDS` after its end.
+
+        None: no step came after it.
+        """
         end = happened.began_at + happened.event.seconds + PAUSE_WINDOW_SECONDS
         times = [happened.began_at, *(moment for moment, _ in self.steps if happened.began_at < moment)]
-        return max((after - before for before, after in itertools.pairwise(times) if before < end), default=0.0)
+        return max((after - before for before, after in itertools.pairwise(times) if before < end), default=None)
 
 
 def say(text: str) -> None:
@@ -98,6 +100,8 @@ def do_run(cluster: ChaosCluster, name: str, plan: list[Event], *, where: str) -
                 outcome.num_starts += 1
             if job is not None and (status := job.poll()) is not None:
                 if status == 0:
+                    if waiting:
+                        say(f"{name}: {len(waiting)} of {len(plan)} faults did not begin")
                     if waiting and not outcome.happened:
                         outcome.broken = "no fault began, because no step of the run was seen"
                     return outcome
@@ -119,7 +123,7 @@ def do_run(cluster: ChaosCluster, name: str, plan: list[Event], *, where: str) -
                 with contextlib.suppress(NoTargetError):
                     undo = begin(cluster, waiting[0])
                     event = waiting.pop(0)
-                    outcome.happened.append(Happened(event, now, undo))
+                    outcome.happened.append(Happened(event, time.monotonic(), undo))
                     duration = f" for {event.seconds:.0f} s" if event.seconds else ""
                     say(f"{name}: step {step}: {event.kind}{duration}")
             if now > last_progress + PATIENCE_SECONDS:
@@ -138,11 +142,13 @@ def do_run(cluster: ChaosCluster, name: str, plan: list[Event], *, where: str) -
 def judge(cluster: ChaosCluster, outcome: Outcome, *, where: str) -> None:
     """Compare a run with the calm one; record what is wrong, and remove it if nothing is."""
     if outcome.broken is None:
-        same, words = cluster.judge(CALM, outcome.name, where=where)
+        same, words = cluster.judge(outcome.name, where=where)
         outcome.broken = None if same else words
         say(words)
     if outcome.broken is None:
         shutil.rmtree(cluster.runs / outcome.name, ignore_errors=True)
+    else:
+        cluster.keep_broken(outcome.name)
 
 
 def run_numbers(options: argparse.Namespace, *, end: float) -> Iterator[int]:
@@ -161,12 +167,13 @@ def table_of(outcomes: list[Outcome]) -> list[dict[str, object]]:
     """Return for each kind of fault how often it happened and the pauses after it."""
     rows = []
     for kind in KINDS:
-        pauses = [o.pause_after(h) for o in outcomes for h in o.happened if h.event.kind == kind.title]
+        of_kind = [o.pause_after(h) for o in outcomes for h in o.happened if h.event.kind == kind.title]
+        pauses = [pause for pause in of_kind if pause is not None]
+        row = {"name": f"chaos.{kind.title.replace(' ', '_')}", "value": len(of_kind), "unit": "times"}
         if pauses:
-            row = {"name": f"chaos.{kind.title.replace(' ', '_')}", "value": len(pauses), "unit": "times"}
-            rows.append(
-                row | {"median_pause_s": round(statistics.median(pauses), 1), "longest_pause_s": round(max(pauses), 1)}
-            )
+            row |= {"median_pause_s": round(statistics.median(pauses), 1), "longest_pause_s": round(max(pauses), 1)}
+        if of_kind:
+            rows.append(row)
     return rows
 
 
@@ -213,7 +220,8 @@ def main() -> int:
     say(f"{'fault':38} {'times':>5} {'median pause, s':>16} {'longest, s':>11}")
     for row in rows:
         kind = str(row["name"]).removeprefix("chaos.").replace("_", " ")
-        say(f"{kind:38} {row['value']:5} {row['median_pause_s']:16} {row['longest_pause_s']:11}")
+        pauses = (str(row.get(name, "-")) for name in ("median_pause_s", "longest_pause_s"))
+        say("{:38} {:5} {:>16} {:>11}".format(kind, row["value"], *pauses))
     broken = [f"{outcome.name}: {outcome.broken}" for outcome in outcomes if outcome.broken is not None]
     path = options.output / f"chaos-{time.strftime('%Y-%m-%d')}.jsonl" if options.output else None
     with open_results(path, describe_machine("torch", "ray") | {"seed": options.seed}) as keep:

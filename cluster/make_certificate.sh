@@ -27,13 +27,18 @@ if ! command -v openssl > /dev/null; then
 fi
 exec 9> "$folder/.lock" # processes of a machine may start together, and key and certificate must be of one pair
 flock 9
-work=$(mktemp --directory)
+work=$(mktemp --directory "$folder/.XXXXXXXX") # here, so that files are moved at once
 trap 'rm -rf "$work"' EXIT
 new_key() { openssl ecparam -name prime256v1 -genkey -noout; }
 
 if [ ! -s "$key" ] || [ ! -s "$certificate" ]; then
     if [ -n "${HVP_CA_KEY:-}" ]; then
         echo "make_certificate.sh: no authority in $key and $certificate; make one: cluster/make_certificate.sh FOLDER" >&2
+        exit 2
+    fi
+    if [ -e "$key" ] || [ -e "$certificate" ]; then
+        echo "make_certificate.sh: of $key and $certificate only one is there, and a node needs no new authority: restore the" \
+            "other one, or delete both for a new authority of the whole cluster" >&2
         exit 2
     fi
     new_key > "$work/ca.key"
@@ -56,7 +61,10 @@ serves() { # whether the certificate that is there names all these addresses
         openssl x509 -in "$folder/$name.crt" -noout "$@" | grep --quiet 'does match' || return 1
     done
 }
-if [ -s "$folder/$name.crt" ] && [ -s "$folder/$name.key" ] &&
+is_pair() {
+    [ "$(openssl x509 -in "$folder/$name.crt" -noout -pubkey)" = "$(openssl pkey -in "$folder/$name.key" -pubout)" ]
+}
+if [ -s "$folder/$name.crt" ] && [ -s "$folder/$name.key" ] && is_pair 2> /dev/null &&
     openssl x509 -in "$folder/$name.crt" -noout -checkend $((90 * 86400)) > /dev/null 2>&1 &&
     openssl verify -CAfile "$certificate" "$folder/$name.crt" > /dev/null 2>&1 && serves "$@"; then
     exit 0
@@ -64,10 +72,11 @@ fi
 names=
 for address in "$@"; do names+=${names:+,}$(option "$address"):$address; done
 new_key > "$work/$name.key"
-openssl req -new -key "$work/$name.key" -subj "/CN=hvp_ray $name" -out "$work/request"
+openssl req -new -key "$work/$name.key" -subj "/CN=hvp_ray ${name:0:50}" -out "$work/request"
 printf 'subjectAltName=%s\nextendedKeyUsage=serverAuth,clientAuth\nbasicConstraints=critical,CA:FALSE\n' "$names" \
     > "$work/extensions"
 openssl x509 -req -in "$work/request" -CA "$certificate" -CAkey "$key" -set_serial "0x$(openssl rand -hex 16)" \
-    -days "${HVP_TLS_DAYS:-397}" -extfile "$work/extensions" -out "$work/$name.crt" 2> /dev/null
+    -days "${HVP_TLS_DAYS:-397}" -extfile "$work/extensions" -out "$work/$name.crt" 2> "$work/output" ||
+    { echo "make_certificate.sh: $key and $certificate do not sign: $(tail -1 "$work/output")" >&2; exit 2; }
 mv "$work/$name.key" "$folder/$name.key"
 mv "$work/$name.crt" "$folder/$name.crt"

@@ -36,9 +36,9 @@ mkdir -p runs
 state=$(mktemp --directory --tmpdir="$PWD/runs" .slurm-XXXXXXXX) # mode 0700
 (umask 077; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' > "$state/token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token
-# An authority for this job too. Each node makes its certificate in its own /tmp.
+# An authority for this job too. Each node makes its certificate in this folder.
 cluster/make_certificate.sh "$state"
-export RAY_USE_TLS=1 RAY_TLS_CA_CERT=$state/ca.crt RAY_TLS_SERVER_CERT=/tmp/hvp_ray_$SLURM_JOB_ID/tls/node.crt
+export RAY_USE_TLS=1 RAY_TLS_CA_CERT=$state/ca.crt
 export RAY_USAGE_STATS_ENABLED=0 RAY_USAGE_STATS_REPORT_URL=http://127.0.0.1:9/
 export RAY_TMPDIR=/tmp/hvp_ray_$SLURM_JOB_ID # short: Ray makes sockets in it
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=3000 RAY_health_check_failure_threshold=5
@@ -49,7 +49,7 @@ driver=
 finish() {
     for process in "${nodes[@]}"; do kill "$process" 2> /dev/null || true; done
     wait || true
-    rm -rf "$state" "$(dirname "$RAY_TLS_SERVER_CERT")"
+    rm -rf "$state"
 }
 trap finish EXIT
 # Slurm's warning before the time limit goes to the driver, which lets the trainers write a checkpoint.

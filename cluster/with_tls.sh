@@ -7,7 +7,7 @@
 #   RAY_USE_TLS          0: run the command without TLS (default: 1)
 #   RAY_TLS_CA_CERT      certificate of the cluster's authority (default: ~/.ray/tls/ca.crt)
 #   HVP_CA_KEY           its key. If it exists, this machine makes its own certificate (default: ca.key beside RAY_TLS_CA_CERT)
-#   RAY_TLS_SERVER_CERT  certificate of this machine (default: ~/.ray/tls/HOST.crt)
+#   RAY_TLS_SERVER_CERT  certificate of this machine (default: HOST.crt beside RAY_TLS_CA_CERT)
 #   RAY_TLS_SERVER_KEY   its key (default: the same with .key)
 #   RAY_NODE_IP          the address that the certificate must name (default: all addresses of this machine)
 #   HVP_TLS_NAMES        further names and addresses under which others call this machine
@@ -16,7 +16,7 @@ export RAY_USE_TLS=${RAY_USE_TLS:-1}
 case $RAY_USE_TLS in 0 | false) exec "$@" ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
 export RAY_TLS_CA_CERT=${RAY_TLS_CA_CERT:-${HOME:-}/.ray/tls/ca.crt}
-export RAY_TLS_SERVER_CERT=${RAY_TLS_SERVER_CERT:-${HOME:-}/.ray/tls/$(hostname).crt}
+export RAY_TLS_SERVER_CERT=${RAY_TLS_SERVER_CERT:-$(dirname "$RAY_TLS_CA_CERT")/$(hostname).crt}
 export RAY_TLS_SERVER_KEY=${RAY_TLS_SERVER_KEY:-${RAY_TLS_SERVER_CERT%.crt}.key}
 authority=${HVP_CA_KEY:-$(dirname "$RAY_TLS_CA_CERT")/ca.key}
 remedy="copy ~/.ray/tls of the machine where cluster/make_certificate.sh made the authority (or ca.crt and a certificate of \
@@ -31,7 +31,8 @@ read -r -a names <<< "${HVP_TLS_NAMES:-}"
 [ -r "$RAY_TLS_CA_CERT" ] || refuse "the authority's certificate $RAY_TLS_CA_CERT cannot be read"
 if [ -r "$authority" ]; then
     HVP_CA_KEY=$authority HVP_CA_CERT=$RAY_TLS_CA_CERT "$here/make_certificate.sh" "$(dirname "$RAY_TLS_SERVER_CERT")" \
-        "$(basename "$RAY_TLS_SERVER_CERT" .crt)" "${addresses[@]}" 127.0.0.1 localhost "${names[@]}"
+        "$(basename "$RAY_TLS_SERVER_CERT" .crt)" "${addresses[@]}" 127.0.0.1 localhost "${names[@]}" ||
+        refuse "no certificate could be made with $authority"
 fi
 for file in "$RAY_TLS_SERVER_CERT" "$RAY_TLS_SERVER_KEY"; do
     [ -r "$file" ] || refuse "$file cannot be read"

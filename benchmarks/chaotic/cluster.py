@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,16 +16,20 @@ from PIL import Image
 from benchmarks.chaotic.hosts import ROOT, Host, hosts, run
 from hvp_ray.data.digits import DigitsSource
 
+CALM = "calm"
+"""Name of the undisturbed run."""
 NUM_IMAGES = 400
 STORE_BYTES = 150_000_000
 _DISK_BYTES = 256 * 2**20
 _FIRST_PATIENCE_SECONDS = 180.0
+_FULL_SECONDS = 30.0
 _TRAINER_TITLE = "ray::RayTrainWorker"
 _VIEW_WORKER_TITLE = "ray::ViewWorker"
 _PUT_OBJECTS = """
 import sys, time, numpy, ray
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
 held = [ray.put(numpy.ones(10_000_000, numpy.uint8)) for _ in range(25)]
+print("full", flush=True)
 time.sleep(3600)
 """
 _MAKE_BUCKET = """
@@ -114,7 +119,7 @@ class ChaosCluster:
                         last = max(last, int(whole[-1].split(b":")[1].split(b",")[0]))
         return last
 
-    def judge(self, calm: str, name: str, *, where: str) -> tuple[bool, str]:
+    def judge(self, name: str, *, where: str) -> tuple[bool, str]:
         """Compare a finished run with the calm one, in its records and in MLflow; return the verdict and the words."""
         if where == "bucket":
             (self.runs / name).mkdir()
@@ -123,9 +128,14 @@ class ChaosCluster:
                 [sys.executable, "-c", _DOWNLOAD, uri, str(self.runs / name)], self.folder / "s3.log"
             ).wait()
         log = self.folder / f"{name}.verdict"
-        command = [sys.executable, "cluster/check_runs.py", str(self.runs), f"{calm}={name}"]
+        command = [sys.executable, "cluster/check_runs.py", str(self.runs), f"{CALM}={name}"]
         status = self.services.start(command, log, MLFLOW_TRACKING_URI=f"http://{self.services.address}:5000").wait()
         return status == 0, log.read_text().strip()
+
+    def keep_broken(self, name: str) -> None:
+        """Copy a run from its disk, which ends with the cluster, into the folder of the logs."""
+        shutil.copytree(self.runs / name, self.folder / "broken" / name, ignore_dangling_symlinks=True)
+        shutil.copytree(self.runs / CALM, self.folder / "broken" / CALM)
 
     def view_workers(self) -> list[psutil.Process]:
         """Return the view workers of all hosts."""
@@ -135,10 +145,19 @@ class ChaosCluster:
         """Return the trainer, if it is there."""
         return self.trainer.processes(_TRAINER_TITLE)
 
-    def fill_store(self) -> subprocess.Popen[bytes]:
-        """Put more objects into the store of the view host than it holds, until the process is killed."""
-        command = [sys.executable, "-c", _PUT_OBJECTS, f"{self.head.address}:6379"]
-        return self.views.start(command, self.folder / "put.log")
+    def fill_store(self) -> subprocess.Popen[bytes] | None:
+        """Put more objects into the store of the view host than it holds, until the process is killed. None: it failed."""
+        log = self.folder / "put.log"
+        log.write_bytes(b"")
+        process = self.views.start([sys.executable, "-c", _PUT_OBJECTS, f"{self.head.address}:6379"], log)
+        deadline = time.monotonic() + _FULL_SECONDS
+        while b"full" not in log.read_bytes():
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                process.wait()
+                return None
+            time.sleep(0.1)
+        return process
 
     def fill_disk(self) -> Path:
         """Fill the disk of the runs; return the file that does it."""
@@ -220,4 +239,4 @@ def chaos_cluster(folder: Path) -> Iterator[ChaosCluster]:
             cluster.start()
             yield cluster
     finally:
-        run("umount", str(runs))
+        run("umount", "--lazy", str(runs))

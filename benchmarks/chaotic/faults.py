@@ -58,7 +58,12 @@ def _pause(processes: list[psutil.Process], choice: float) -> Undo:
 
 
 def _pause_all(processes: list[psutil.Process]) -> Undo:
-    return partial(_resume, [_signal([process], 0.0, signal.SIGSTOP) for process in processes])
+    if not processes:
+        raise NoTargetError
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+    return partial(_resume, processes)
 
 
 def _resume(processes: list[psutil.Process]) -> None:
@@ -89,6 +94,8 @@ def _shift_clock(host: Host, choice: float) -> Undo:
 
 def _fill_store(cluster: ChaosCluster) -> Undo:
     process = cluster.fill_store()
+    if process is None:
+        raise NoTargetError
 
     def end() -> None:
         process.kill()
@@ -102,6 +109,8 @@ def _fill_disk(cluster: ChaosCluster) -> Undo:
 
 
 def _kill_mlflow(cluster: ChaosCluster) -> Undo:
+    if not cluster.services.processes("mlflow"):
+        raise NoTargetError
     cluster.services.kill("mlflow")
     return cluster.start_mlflow
 

@@ -112,8 +112,8 @@ class Host:
         return any(subprocess.run([*shape, *kind.split()], capture_output=True).returncode == 0 for kind in kinds)
 
     def normal_link(self) -> None:
-        """Undo `slow_link`."""
-        run("tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root")
+        """Undo `slow_link`; safe to repeat."""
+        subprocess.run(["tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root"], capture_output=True)
 
 
 def run(*command: str) -> None:

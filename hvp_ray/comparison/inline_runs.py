@@ -6,7 +6,6 @@ as long as the run records no new step: nodes may come and go during a long run,
 
 import hashlib
 import logging
-import secrets
 import socket
 import time
 from typing import Any
@@ -53,10 +52,11 @@ def check_nodes(study: Study, digest: str) -> None:
     """
     threads = study.base.training.torch_threads
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) >= threads]
-    if len(nodes) < 2:
-        return  # the task itself checks
+    nodes = [node for node in nodes if node["NodeID"] != ray.get_runtime_context().get_node_id()]
     here = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     checks = [_check_task.options(scheduling_strategy=node).remote(study.location, digest) for node in here]
+    if not checks:
+        return
     answered, silent = ray.wait(checks, num_returns=len(checks), timeout=_CHECK_SECONDS)
     if silent:
         logger.warning("%d of %d nodes have not answered; every run checks its own node", len(silent), len(checks))
@@ -95,7 +95,8 @@ def do_inline(run: PlannedRun, stop: StopRequest, *, digest: str) -> None:
         RayError: the run failed, or was stopped at once.
         StageError: it died too often without a new step.
     """
-    token = secrets.token_hex(8)  # one job, so that a new task succeeds a lost one without waiting
+    # One job, whoever starts it: a new task succeeds a lost one, and those of a starter that lost the comparison.
+    token = hashlib.sha256(run.location.encode()).hexdigest()[:16]
     deaths = Deaths()
     while True:
         try:

@@ -10,6 +10,7 @@ import pwd
 import secrets
 import socket
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def prepare_ray_environment() -> None:
         _write_token()
     if joins:
         _use_certificates()
-    else:  # a local Ray stays on this machine
+    elif not _has_joined():  # a local Ray stays on this machine
         os.environ["RAY_USE_TLS"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_USAGE_STATS_REPORT_URL", "http://127.0.0.1:9/")
@@ -107,6 +108,12 @@ def _has_token() -> bool:
         return True
     path = _TOKEN_PATH.expanduser()
     return path.is_file() and path.stat().st_size > 0
+
+
+def _has_joined() -> bool:
+    """Return whether this program has started or joined Ray by itself, without RAY_ADDRESS."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 def _use_certificates() -> None:

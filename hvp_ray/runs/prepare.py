@@ -257,14 +257,19 @@ def summary_of(config: RunConfig, identity: Identity) -> dict[str, Any] | None:
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
-        CheckpointError: config.json is damaged, or of a version that recorded less.
+        CheckpointError: summary.json or config.json is damaged, or config.json is of a version that recorded less.
     """
     assert config.run.name is not None
     run = place_in(output_location(config), config.run.name)
     content = _read(place_in(run, "summary.json"))
     if content is None or difference_from_record(run, config, identity) != []:
         return None
-    summary: dict[str, Any] = json.loads(content)
+    try:
+        summary: dict[str, Any] = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{place_in(run, 'summary.json')} is damaged ({error}); delete it, and start again to evaluate the run again"
+        ) from error
     return summary
 
 

@@ -37,7 +37,7 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.tracking.run_log import ATTEMPTS, RunLog, export_records, next_attempt
 from hvp_ray.tracking.unreadable_log import UnreadableLog
 from hvp_ray.training.loop import LoopResult, run_loop
-from hvp_ray.training.trainee import build_trainee, build_untrained_method
+from hvp_ray.training.trainee import Trainee, build_trainee, build_untrained_method
 
 logger = logging.getLogger(__name__)
 
@@ -202,11 +202,6 @@ def _evaluate(
     Raises:
         StopAskedError: the run was asked to stop.
     """
-    # Here, because Matplotlib would delay the first step.
-    from hvp_ray.runs.final_figures import draw_figures
-    from hvp_ray.runs.neighbours import draw_nearest_neighbours
-    from hvp_ray.runs.page import write_page
-
     job, config, trainee = rank.job, rank.job.config, restored.trainee
     rank.checkpoints.check_owner()
     rank.storage.pull_decisions()
@@ -226,17 +221,35 @@ def _evaluate(
     summary = after.summary | {"spilled_bytes": None, "num_worker_restarts": None}
     summary |= after.attempt("the cluster's metrics", services.cluster_facts) or {}
     if config.tracking.num_figure_images:
-        after.attempt("figures", lambda: draw_figures(config, rank.dataset, trainee, job.run_dir))
-        neighbours = job.run_dir / "figures" / "neighbours.png"
-        after.attempt(
-            "figure of nearest neighbours",
-            lambda: draw_nearest_neighbours(config, rank.dataset, trainee, neighbours),
-        )
+        after.attempt("figures", lambda: _draw_figures(rank, trainee))
+        after.attempt("figure of nearest neighbours", lambda: _draw_neighbours(rank, trainee))
     summary |= knn_results(config, rank.dataset, trainee, after)  # after the figures, because it takes the most memory
     recorder.complete_log(summary)
     if config.tracking.num_figure_images:
-        after.attempt("the page", lambda: write_page(job, summary, after.problems))
+        after.attempt("the page", lambda: _write_page(job, summary, after.problems))
     return after, summary
+
+
+# These import what they need when they are called, because Matplotlib would delay the first step.
+
+
+def _draw_figures(rank: OpenedRank, trainee: Trainee) -> None:
+    from hvp_ray.runs.final_figures import draw_figures
+
+    draw_figures(rank.job.config, rank.dataset, trainee, rank.job.run_dir)
+
+
+def _draw_neighbours(rank: OpenedRank, trainee: Trainee) -> None:
+    from hvp_ray.runs.neighbours import draw_nearest_neighbours
+
+    path = rank.job.run_dir / "figures" / "neighbours.png"
+    draw_nearest_neighbours(rank.job.config, rank.dataset, trainee, path)
+
+
+def _write_page(job: RunJob, summary: dict[str, Any], problems: list[str]) -> None:
+    from hvp_ray.runs.page import write_page
+
+    write_page(job, summary, problems)
 
 
 def _publish(rank: OpenedRank, recorder: RunRecorder, after: AfterTraining, summary: dict[str, Any]) -> dict[str, Any]:

@@ -43,12 +43,33 @@ def test_certificate_is_made_again(change: str, tmp_path: Path) -> None:
     before = _contents(tmp_path)
     if change == "a new authority":
         (tmp_path / "ca.crt").unlink()
+        (tmp_path / "ca.key").unlink()
     _make(tmp_path, "node", "10.0.0.2" if change == "another address" else "10.0.0.1")
     after = _contents(tmp_path)
     assert after["node.crt"] != before["node.crt"]
     assert (after["ca.key"] == before["ca.key"]) == (change != "a new authority")
     subprocess.run(["openssl", "verify", "-CAfile", tmp_path / "ca.crt", tmp_path / "node.crt"], check=True)
     assert _key_fits(tmp_path, "node")
+
+
+@pytest.mark.parametrize("missing", ["ca.crt", "ca.key"])
+def test_half_an_authority_is_never_replaced(missing: str, tmp_path: Path) -> None:
+    _make(tmp_path, "node", "10.0.0.1")
+    (tmp_path / missing).unlink()
+    before = _contents(tmp_path)
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        _make(tmp_path, "node", "10.0.0.2")
+    assert b"only one is there" in refused.value.stderr
+    assert _contents(tmp_path) == before
+
+
+def test_unequal_pair_and_long_host_names_get_a_certificate(tmp_path: Path) -> None:
+    name = "node." + "x" * 60
+    _make(tmp_path, name, "10.0.0.1")
+    _make(tmp_path, "other", "10.0.0.1")
+    shutil.copy(tmp_path / "other.key", tmp_path / f"{name}.key")
+    _make(tmp_path, name, "10.0.0.1")
+    assert _key_fits(tmp_path, name)
 
 
 def test_processes_that_start_together_agree_on_a_pair(tmp_path: Path) -> None:
