@@ -39,7 +39,7 @@ class ClusterConfig(Checked):
     CPU that the trainers leave at the start, then as many as keep the trainers' waiting below 2 %."""
 
     max_view_workers: AtLeast1 = 256
-    """Most view workers that `num_view_workers` auto starts."""
+    """Most view workers that `num_view_workers` auto starts. With `cpus_per_view_worker` 0 a run begins with 64 at most."""
 
     renderer: RendererName | Literal["auto"] = "auto"
     """Renderer of the view workers: cpu, dali-cpu or dali-gpu. auto: cpu."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from hvp_ray.runs.progress import Progress
 from hvp_ray.stream.roster import Roster, StreamReport
@@ -144,7 +145,10 @@ class RosterPoster:
             if not ray.wait([self._answer], timeout=0)[0]:
                 return None
             answer, self._answer = self._answer, None
-            roster: Roster | None = ray.get(answer)
+            try:
+                roster: Roster | None = ray.get(answer)
+            except RayError:  # the link was cut; the next answer has the roster
+                return None
             if roster is not None:
                 return roster
         if make_report is not None:

@@ -12,6 +12,7 @@ from hvp_ray.config import ClusterConfig, RunConfig
 from hvp_ray.costs.prefetch import USABLE_STORE_FRACTION, batches_for_workers, batches_that_fit, prefetch_bytes
 from hvp_ray.errors import ConfigError
 from hvp_ray.resolved_run import Device, ResolvedRun, renderer_of
+from hvp_ray.stream.machine import MAX_AUTO_WORKERS
 
 VIEW_LABEL, TRAINER_LABEL = "view", "trainer"
 AUTO_DALI_WORKERS_PER_GPU = 1
@@ -127,10 +128,10 @@ def room_for_view_workers(
         free: those that no process has reserved.
         view_worker: reservations of a view worker.
         num_workers: view workers of this run that the node has.
-        most: the answer if they reserve nothing.
+        most: upper bound if they reserve nothing. Such a node gets 64 at most.
     """
     if not any(view_worker.values()):
-        return most
+        return max(0, min(most, MAX_AUTO_WORKERS - num_workers))
     room = room_for(free, view_worker)
     if "GPU" in view_worker:
         room = min(room, AUTO_DALI_WORKERS_PER_GPU * int(total.get("GPU", 0.0)) - num_workers)
@@ -282,7 +283,7 @@ def _decide_num_view_workers(cluster: ClusterConfig, resources: Resources, worke
         return wanted  # nodes may be added for them (autoscaling)
     cpus = resources.get("CPU", 0.0)
     left = cpus - cluster.num_trainers * cluster.cpus_with_finishers
-    room = int(left / per_worker) if per_worker > 0 else cluster.max_view_workers
+    room = int(left / per_worker) if per_worker > 0 else MAX_AUTO_WORKERS if wanted == "auto" else wanted
     if VIEW_LABEL in worker:
         room = min(room, int(resources.get(VIEW_LABEL, 0.0)))
     if wanted == "auto" and "GPU" in worker:

@@ -51,9 +51,10 @@ class TrainerSetup:
 
     def cluster_facts(self) -> dict[str, float]:
         """Return the cluster's spilled bytes and worker restarts of this run so far."""
+        roster = self.roster()
         return {
             "spilled_bytes": spilled_bytes() - self.spilled_before,
-            "num_worker_restarts": num_restarts(self.roster().actor_ids),
+            "num_worker_restarts": num_restarts(roster.actor_ids) + roster.num_restarts_of_ended,
         }
 
     def cluster_metrics(self) -> dict[str, float]:

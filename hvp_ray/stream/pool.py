@@ -1,6 +1,7 @@
 """The pool of view workers. The driver owns it, so it survives a restart of the trainers."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -40,8 +41,12 @@ class ViewWorkerPool:
 
         self.workers: dict[int, ActorHandle[Any]] = {}
         """Number of a worker -> its handle; all that have not been ended. A number is never used twice."""
-        self.actor_ids: list[str] = []
-        """Ray's ids of all workers ever started."""
+        self.num_restarts_of_ended = 0
+        """How often Ray restarted the workers that have been ended."""
+        self._num_started = 0
+        self._is_closed = False
+        self._lock = threading.Lock()
+        """A run may close the pool while the supervisor still changes it."""
         labels = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
         self._actor = ViewWorkerActor.options(
             num_cpus=resources.get("CPU", 0.0), num_gpus=resources.get("GPU", 0.0), resources=labels
@@ -53,30 +58,45 @@ class ViewWorkerPool:
         """Start workers without waiting for them.
 
         Returns:
-            Number of a worker -> reference of its process id, which is ready when the worker is up.
+            Number of a worker -> reference of its process id, which is ready when the worker is up. A closed pool starts
+            none.
         """
-        calls = {}
-        for number in range(len(self.actor_ids), len(self.actor_ids) + count):
-            worker = self._actor.remote(*self._arguments, f"view-worker-{number}", self._data_fingerprint)
-            self.workers[number] = worker
-            self.actor_ids.append(worker._actor_id.hex())
-            calls[number] = worker.process_id.remote()
+        calls: dict[int, Any] = {}
+        with self._lock:
+            for number in range(self._num_started, self._num_started + (0 if self._is_closed else count)):
+                worker = self._actor.remote(*self._arguments, f"view-worker-{number}", self._data_fingerprint)
+                self.workers[number] = worker
+                self._num_started += 1
+                calls[number] = worker.process_id.remote()
         return calls
 
     def end(self, numbers: Collection[int]) -> None:
-        """End these workers at once."""
-        for number in numbers:
-            ray.kill(self.workers.pop(number), no_restart=True)
+        """End these workers at once, unless they have been ended."""
+        ids = [worker._actor_id.hex() for number in numbers if (worker := self.workers.get(number)) is not None]
+        self.num_restarts_of_ended += num_restarts(ids)
+        self._kill(numbers)
+
+    def actor_ids(self) -> tuple[str, ...]:
+        """Return Ray's ids of the workers that have not been ended."""
+        return tuple(worker._actor_id.hex() for worker in list(self.workers.values()))
 
     def node_ids(self) -> dict[int, str]:
         """Return the number of each worker that has been placed -> Ray's id of its node."""
-        places = {number: _actor_record(worker._actor_id.hex()) for number, worker in self.workers.items()}
+        places = {number: _actor_record(worker._actor_id.hex()) for number, worker in list(self.workers.items())}
         nodes = {number: record.get("Address", {}).get("NodeID", "") for number, record in places.items()}
         return {number: node for number, node in nodes.items() if node}
 
     def close(self) -> None:
-        """End all workers."""
-        self.end(list(self.workers))
+        """End all workers. No more are started."""
+        with self._lock:
+            self._is_closed = True
+            self._kill(list(self.workers))
+
+    def _kill(self, numbers: Collection[int]) -> None:
+        for number in numbers:
+            worker = self.workers.pop(number, None)
+            if worker is not None:
+                ray.kill(worker, no_restart=True)
 
 
 def num_restarts(actor_ids: Collection[str]) -> int:

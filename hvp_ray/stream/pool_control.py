@@ -33,7 +33,7 @@ _MOST_WAITING_COUNTED = 0.99
 _LEAST_EFFECT = 0.3
 """Growth has helped if it had this share of the effect that it has if only workers are missing."""
 _SMALL_GROWTH = 1.1
-"""Growth by less than this factor is not judged, because loads vary as much."""
+"""Growth is judged from this factor on, because loads vary as much."""
 _REMEMBERED_SECONDS = 1800.0
 """Time for which a size at which trainers waited is avoided."""
 _FIRST_PAUSE_SECONDS = 300.0
@@ -74,6 +74,8 @@ class LoadMeter:
         self._version = 0
         self._num_settling = 0
         self._num_ranks = 0
+        self._streams: dict[int, str] = {}
+        """Rank -> its stream. Batches of one stream do not compare with those of another."""
         self._first_batches: dict[int, int] = {}
         """Rank -> batches taken when it began to follow the present roster."""
         self._reports: dict[int, list[StreamReport]] = {}
@@ -93,13 +95,13 @@ class LoadMeter:
         """Take a report into account, unless it is of an older roster."""
         if report.version < self._version:
             return
-        of_rank = self._reports.setdefault(report.rank, [])
-        if report.num_ranks != self._num_ranks or (of_rank and of_rank[-1].stream != report.stream):
+        stream = self._streams.setdefault(report.rank, report.stream)
+        if report.num_ranks != self._num_ranks or report.stream != stream:
             # Other trainers, which begin with an empty pipeline.
             self._first_batches.clear()
             self._reports.clear()
-            of_rank = self._reports.setdefault(report.rank, [])
-        self._num_ranks = report.num_ranks
+        self._num_ranks, self._streams[report.rank] = report.num_ranks, report.stream
+        of_rank = self._reports.setdefault(report.rank, [])
         first = self._first_batches.setdefault(report.rank, report.num_batches)
         if report.num_batches < first + self._num_settling:
             return
@@ -147,7 +149,7 @@ class LoadMeter:
 
 @dataclass(frozen=True, slots=True)
 class _Growth:
-    """The last growth, until its effect is known."""
+    """The pool before it grew, until the effect is known. Small growths in a row are judged together."""
 
     size: int
     load: Load
@@ -159,10 +161,14 @@ class PoolController:
     Args:
         most: upper bound.
         window_seconds: the meter's.
+        has_finishers: whether view finishers beside the trainers render what view workers decode.
     """
 
-    def __init__(self, most: int, *, window_seconds: float = WINDOW_SECONDS) -> None:
+    def __init__(self, most: int, *, window_seconds: float = WINDOW_SECONDS, has_finishers: bool = False) -> None:
         self._most = most
+        self._suspects = "The link, the trainers or the prefetch may be slow"
+        if has_finishers:
+            self._suspects = f"The view finishers may be too few (cluster.finishers_per_trainer). {self._suspects}"
         self._window_seconds = window_seconds
         self._growth: _Growth | None = None
         self._paused_until = -math.inf
@@ -176,7 +182,9 @@ class PoolController:
         self._paused_until = now + self._pause_seconds
         self._pause_seconds = min(2.0 * self._pause_seconds, _REMEMBERED_SECONDS)
 
-    def decide(self, *, size: int, room: int, loads: Sequence[Load], now: float) -> Decision | None:
+    def decide(
+        self, *, size: int, room: int, loads: Sequence[Load], now: float, of: str = "the cluster"
+    ) -> Decision | None:
         """Return the size that the pool shall have. None: it stays.
 
         Args:
@@ -184,35 +192,38 @@ class PoolController:
             room: how many more the cluster has free resources for.
             loads: of the last windows, newest first.
             now: seconds, on any clock.
+            of: what has this room, for the reason.
         """
         if not loads or loads[0].busy_workers <= 0.0:
             return None
         if loads[0].wait_fraction > MOST_WAITING:
-            return self._grow(size, room, loads[0], now)
+            return self._grow(size, room, loads[0], now, of)
         if self._growth is not None:
             self._growth, self._pause_seconds = None, _FIRST_PAUSE_SECONDS
         if len(loads) < _WINDOWS_TO_SHRINK or max(load.wait_fraction for load in loads) > LITTLE_WAITING:
             return None
         return self._shrink(size, max(load.demand for load in loads), now)
 
-    def _grow(self, size: int, room: int, load: Load, now: float) -> Decision | None:
+    def _grow(self, size: int, room: int, load: Load, now: float, of: str) -> Decision | None:
         self._too_small = (size / load.demand, now)
         waited = f"trainers waited {load.wait_fraction:.1%} of the last {self._window_seconds:.0f} s"
-        growth, self._growth = self._growth, None
-        if growth is not None and not _has_helped(growth, size, load):
+        growth = self._growth
+        if growth is not None and not growth.size <= size < _SMALL_GROWTH * growth.size:
+            self._growth = None
+        if growth is not None and size >= _SMALL_GROWTH * growth.size and not _has_helped(growth, size, load):
             self.pause(now)
             return Decision(
                 size=growth.size,
                 reason=f"{waited} with {size}, and {growth.load.wait_fraction:.1%} with {growth.size}, so more do not help. "
-                f"The link, the trainers or the prefetch may be slow",
+                f"{self._suspects}",
             )
         if now < self._paused_until:
             return None
         wanted = max(size + 1, math.ceil(CAPACITY_FACTOR * load.demand))
         new_size = max(size, min(wanted, 2 * size, self._most, size + room))
-        if new_size > size:
+        if new_size > size and self._growth is None:
             self._growth = _Growth(size, load)
-        bound = f"the cluster has room for {room} more" if room < self._most - size else f"the limit is {self._most}"
+        bound = f"{of} has room for {room} more" if room < self._most - size else f"the limit is {self._most}"
         return Decision(size=new_size, reason=f"{waited}, {load.busy_workers:.1f} rendered on average, {bound}")
 
     def _shrink(self, size: int, demand: float, now: float) -> Decision | None:
@@ -233,8 +244,6 @@ class PoolController:
 def _has_helped(growth: _Growth, size: int, load: Load) -> bool:
     """Return whether more workers rendered, or trainers waited less. The demand may have changed in between."""
     factor, before = size / growth.size, growth.load
-    if factor < _SMALL_GROWTH:
-        return True
     expected = max(0.0, 1.0 - (1.0 - before.wait_fraction) * factor)
     waits_less = load.wait_fraction <= before.wait_fraction - _LEAST_EFFECT * (before.wait_fraction - expected)
     return waits_less or load.busy_workers >= before.busy_workers * (1.0 + _LEAST_EFFECT * (factor - 1.0))

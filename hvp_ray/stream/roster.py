@@ -23,7 +23,9 @@ class Roster:
     batches_in_flight: int
     """Batches that each trainer prefetches."""
     actor_ids: tuple[str, ...]
-    """Ray's ids of all workers that the run has started, also of those that have ended."""
+    """Ray's ids of the workers that have not been ended, also of those that start or leave."""
+    num_restarts_of_ended: int
+    """How often Ray restarted the workers that have been ended."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -308,12 +308,18 @@ class ViewStream:
         )
 
     def _follow(self, roster: Roster) -> None:
+        """Send requests to the workers of this roster.
+
+        Raises:
+            StageError: all of them are lost.
+        """
         self._version = roster.version
         self._teams[0].follow(roster.workers)
         self.stats.num_workers = len(roster.workers)
         self._max_in_flight = roster.batches_in_flight
         self._report_at = 0.0  # the driver waits for it before it ends a worker
         logger.info("views from %d workers, %d batches in flight", len(roster.workers), roster.batches_in_flight)
+        self._check_some_left()
         self._request_ahead()
 
     def _batch_to_copy(self) -> ViewBatch | None:
@@ -394,10 +400,12 @@ class ViewStream:
             member = last if cause is error else worker
             self.stats.num_worker_deaths += 1
             pending = self._pending.get(call.request.step)
-            if pending is not None and member is worker and not cause.actor_init_failed:
+            has_left = not any(member in team.members for team in self._teams)
+            if pending is not None and member is worker and not cause.actor_init_failed and not has_left:
                 pending.num_deaths += 1  # an image may have caused it
             if member.is_up:
-                logger.warning("%s died (%s); its requests are reassigned", member.name, _line(cause))
+                what = "has left the pool and ended" if has_left else "died"
+                logger.warning("%s %s (%s); its requests are reassigned", member.name, what, _line(cause))
             member.is_up = False
             member.probe_after = time.perf_counter() + _PROBE_SECONDS
         elif isinstance(cause, StageError) and call.request.search_crashing:
@@ -436,9 +444,13 @@ class ViewStream:
         """
         member.lost = _line(error)
         logger.warning("%s is lost for the run: %s", member.name, member.lost)
+        self._check_some_left()
+
+    def _check_some_left(self) -> None:
         for team in self._teams:
-            if all(other.lost is not None for other in team.members):
-                raise StageError(f"no {team.title} is left: {member.lost}")
+            reasons = [member.lost for member in team.members]
+            if reasons and all(reasons):
+                raise StageError(f"no {team.title} is left: {reasons[-1]}")
 
     def _retry_late(self) -> None:
         """Retry a request if its newest call takes much longer than usual."""

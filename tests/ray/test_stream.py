@@ -252,7 +252,7 @@ def test_random_kills_of_workers_quarantine_no_image() -> None:
         assert batch.step == step
         assert not batch.replacements
     assert stream.stats.num_retries >= 1
-    assert num_restarts(pool.actor_ids) >= 2
+    assert num_restarts(pool.actor_ids()) >= 2
     stream.close()
     pool.close()
 
@@ -296,7 +296,7 @@ def test_worker_that_fails_to_restart_is_restarted_until_it_succeeds(tmp_path: P
     (tmp_path / "images").rename(tmp_path / "away")
     for process in processes_titled("ray::ViewWorker"):
         process.kill()
-    wait_until(lambda: num_restarts(pool.actor_ids) >= 2, "a restart that fails")
+    wait_until(lambda: num_restarts(pool.actor_ids()) >= 2, "a restart that fails")
     (tmp_path / "away").rename(tmp_path / "images")
     assert [stream.next_batch().step for _ in range(7)] == list(range(1, 8))
     stream.close()

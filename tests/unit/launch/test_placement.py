@@ -146,6 +146,11 @@ def test_run_that_does_not_fit_is_refused_with_the_numbers(
         _place(_config(**cluster), **total)
 
 
+def test_workers_that_reserve_nothing_are_64_at_most_unless_a_number_is_asked_for() -> None:
+    assert _place(_config(num_view_workers="auto", cpus_per_view_worker=0.0), CPU=8).num_view_workers == 64
+    assert _place(_config(num_view_workers=100, cpus_per_view_worker=0.0), CPU=8).num_view_workers == 100
+
+
 def test_auto_counts_free_resources_and_a_number_all_resources() -> None:
     assert _place(_config(num_view_workers="auto"), free={"CPU": 3}, CPU=8).num_view_workers == 2
     assert _place(_config(num_view_workers=5), free={"CPU": 3}, CPU=8).num_view_workers == 5

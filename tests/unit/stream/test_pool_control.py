@@ -179,3 +179,30 @@ def test_pool_grows_when_a_node_joins_and_not_behind_a_slow_link() -> None:
     history = simulate_sizing(linked, seconds=2000.0)
     assert max(size for _, size in history.sizes) <= 6
     assert history.sizes[-1][1] <= 3
+
+
+def test_a_trainer_that_restarts_while_a_roster_settles_delays_the_load_and_does_not_stop_it() -> None:
+    meter = LoadMeter(window_seconds=10.0)
+    meter.restart(2, num_settling=4)
+    for rank in (0, 1):
+        meter.add(_report(rank, 0.0, version=2, num_batches=9000))
+    for at_seconds, num_batches in ((5.0, 0), (10.0, 4), (15.0, 8), (25.0, 12)):
+        for rank in (0, 1):
+            meter.add(_report(rank, at_seconds, stream="b", version=2, num_batches=num_batches))
+    assert meter.loads() == [_load(0.0, 0.0)]
+
+
+def test_small_growths_in_a_row_are_judged_together() -> None:
+    """Behind a slow link 16 workers grow to 18 at most, and return to 16."""
+    linked = Sizing(num_trainers=1, num_workers=16, render_seconds=lambda _: 1.0, bottleneck_seconds=1.3)
+    history = simulate_sizing(linked, seconds=3000.0)
+    assert max(size for _, size in history.sizes) <= 18
+    assert history.sizes_within(1000.0, 3000.0).count(16) >= 1
+
+
+def test_view_finishers_are_the_first_suspect_if_there_are_any() -> None:
+    controller = PoolController(100, has_finishers=True)
+    assert _size(controller, 4, 50, [_load(0.3, 3.0)]) == 6
+    undone = controller.decide(size=6, room=50, loads=[_load(0.3, 3.0)], now=50.0)
+    assert undone is not None
+    assert "more do not help. The view finishers may be too few (cluster.finishers_per_trainer)" in undone.reason
