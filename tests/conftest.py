@@ -22,6 +22,7 @@ from hvp_ray.launch.environment import prepare_ray_environment
 
 prepare_ray_environment()
 
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_session" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """End the session's Ray before a test that starts none; those come last in a process."""
+    ray = sys.modules.get("ray")
+    if item.nodeid.startswith("tests/unit/") and ray is not None and ray.is_initialized():
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

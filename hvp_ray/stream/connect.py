@@ -15,7 +15,6 @@ from ray._common.utils import get_default_ray_temp_dir
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
 from ray._private.services import canonicalize_bootstrap_address
-from ray.exceptions import RayError
 
 from hvp_ray.errors import ConfigError, first_line
 from hvp_ray.stream.tls import check_tls_files, explain_silence
@@ -72,7 +71,7 @@ def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
         try:
             _wait_for_head(address)
             ray.init(**quiet)
-        except (RayError, ValueError, OSError) as error:
+        except Exception as error:  # Ray raises bare ones too, if a node does not start in time
             raise ConfigError(
                 f"no Ray cluster answers at RAY_ADDRESS={address} ({first_line(error)}); start its head, correct the "
                 f"address, or unset RAY_ADDRESS to start a Ray on this machine"
@@ -88,7 +87,7 @@ def connect_ray(size_of_local: Callable[[], LocalRay]) -> bool:
             include_dashboard=False,
             **quiet,
         )
-    except (RayError, ValueError, OSError) as error:
+    except Exception as error:
         raise ConfigError(
             f"Ray could not be started on this machine: {first_line(error)}; see its logs in "
             f"{get_default_ray_temp_dir()}/session_latest/logs"
