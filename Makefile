@@ -47,7 +47,7 @@ check: setup
 cluster-check: setup
 	cluster/validate.sh
 	cluster/netns_cluster.sh
-	$(BIN)/python benchmarks/chaos.py --minutes 10
+	$(BIN)/python benchmarks/chaos.py --minutes $(or $(CHAOS_MINUTES),10)
 	cluster/compose_check.sh
 
 bench: setup
