@@ -187,7 +187,7 @@ def measure_start(config: RunConfig, num_workers: int) -> Results:
     started_at = time.perf_counter()
     pool = start_pool(config, "cpu", num_workers, {"CPU": 0.0})
     one_up = time.perf_counter() - started_at
-    ids = ray.get([worker.process_id.remote() for worker in pool.workers])
+    ids = ray.get([worker.process_id.remote() for worker in pool.workers.values()])
     all_up = time.perf_counter() - started_at
     own = [psutil.Process(process_id).memory_full_info().uss for process_id in ids]
     pool.close()
