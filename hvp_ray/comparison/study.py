@@ -180,9 +180,8 @@ def open_study(
         of_known_length = tuple(arm for arm in study.arms if arm.name not in lengths_follow)
         _check_runs(dataclasses.replace(study, arms=of_known_length, budget="steps"))
         with claim_comparison(location):
-            study = dataclasses.replace(
-                study, costs=_known_costs(location, settings, base)
-            )  # another may have measured
+            # Another process may have measured meanwhile.
+            study = dataclasses.replace(study, costs=_known_costs(location, settings, base))
             unknown = _unknown_costs(study)
             if unknown:
                 study = dataclasses.replace(study, costs=study.costs | _measure(study, unknown, measure))

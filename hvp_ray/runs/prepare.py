@@ -248,8 +248,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
             f"the run {run} has finished with other settings. What differs (its value -> yours):\n  "
             f"{_lines(difference)}\nTake its settings to see its result, or another --run.name to train with yours"
         )
-    summary: dict[str, Any] = json.loads(content)
-    return summary
+    return _parse_summary(run, content)
 
 
 def summary_of(config: RunConfig, identity: Identity) -> dict[str, Any] | None:
@@ -264,6 +263,10 @@ def summary_of(config: RunConfig, identity: Identity) -> dict[str, Any] | None:
     content = _read(place_in(run, "summary.json"))
     if content is None or difference_from_record(run, config, identity) != []:
         return None
+    return _parse_summary(run, content)
+
+
+def _parse_summary(run: str, content: bytes) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads(content)
     except ValueError as error:

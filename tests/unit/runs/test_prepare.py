@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,14 @@ def test_finished_run_counts_after_an_upgrade_of_the_libraries(
     assert finished_summary(config) == finished[1]
     with pytest.raises(CheckpointError, match=r"(?s)numpy: '0.1' -> .*torch: '0.1' -> "):
         _prepare(config)
+
+
+def test_damaged_summary_is_refused_in_words(finished: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
+    config = _changed(finished[0], "run", output=str(tmp_path))
+    shutil.copytree(Path(str(finished[0].run.output)) / "r", tmp_path / "r")
+    (tmp_path / "r" / "summary.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"summary\.json is damaged .*; delete it"):
+        finished_summary(config)
 
 
 @pytest.mark.parametrize("content", ["of an earlier version", "{}", "{"])
