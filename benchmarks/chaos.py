@@ -1,4 +1,4 @@
-"""Chaos: runs that are disturbed at random in every way that this machine can make, and must give the bits of a calm run.
+"""Run training under random faults, and compare the weights with those of an undisturbed run.
 
 python benchmarks/chaos.py [--minutes N] [--seed N] [--run N] [--output FOLDER]
 
@@ -39,7 +39,7 @@ NUM_STEPS = 400
 EVENTS_PER_RUN = 10
 MOST_STARTS = 20
 PATIENCE_SECONDS = 600.0
-"""A run that records no step for so long, with no fault on, is stuck."""
+"""A run is stuck if it records no step for this time after the last fault."""
 PAUSE_WINDOW_SECONDS = 90.0
 POLL_SECONDS = 0.2
 RESTART_SECONDS = 5.0

@@ -1,4 +1,4 @@
-"""Where does the pool bend? Many view workers and trainers as Ray actors on one machine, with tiny batches and timed work.
+"""Measure CPU time and waiting of large pools on one machine: real Ray actors, tiny batches, timed work.
 
 python benchmarks/scale.py [--parts stream start] [--batches N] [--json FILE]
 
@@ -60,7 +60,7 @@ class TimedWorker:
         return psutil.Process().pid
 
     def take(self, seconds: float) -> None:
-        """Wait so long for each batch from now on."""
+        """Set the wait before each batch."""
         self._seconds = seconds
 
     def render(self, request: BatchRequest) -> ViewBatch:

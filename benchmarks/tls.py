@@ -1,4 +1,4 @@
-"""What TLS costs between two nodes: seconds and CPU seconds per gigabyte of objects, without and with it, alternating.
+"""Measure seconds and CPU seconds per gigabyte of objects between two nodes, without and with TLS in turns.
 
 python benchmarks/tls.py [--json FILE] [--mib 64] [--objects 8] [--repeats 3]
 

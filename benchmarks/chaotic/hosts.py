@@ -106,7 +106,7 @@ class Host:
         run("ip", "-n", self.space, "link", "set", "eth0", state)
 
     def slow_link(self) -> bool:
-        """Make the link slow: 100 ms and 1 % loss, or 2 Mbit/s where the kernel lacks netem. False: it lacks both."""
+        """Make the link slow: 100 ms and 1 % loss, or 2 Mbit/s if the kernel lacks netem. False: it lacks both."""
         shape = ["tc", "-n", self.space, "qdisc", "replace", "dev", "eth0", "root"]
         kinds = ["netem delay 100ms 50ms loss 1%", "tbf rate 2mbit burst 32kbit latency 400ms"]
         return any(subprocess.run([*shape, *kind.split()], capture_output=True).returncode == 0 for kind in kinds)

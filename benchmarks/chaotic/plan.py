@@ -1,4 +1,4 @@
-"""What goes wrong in a run, drawn from a seed before it starts. Drawing the same run again gives the same plan."""
+"""Draw the faults of a run from a seed, before it starts. Drawing the same run again gives the same plan."""
 
 from dataclasses import dataclass
 

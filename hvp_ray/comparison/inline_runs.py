@@ -107,8 +107,11 @@ def do_inline(run: PlannedRun, stop: StopRequest, *, digest: str) -> None:
                 raise
             deaths.note(_recorded_step(run))
             if deaths.are_too_many:
+                after = (
+                    f"after step {deaths.furthest_step}" if deaths.furthest_step >= 0 else "before any recorded step"
+                )
                 raise StageError(
-                    f"its process or node died {deaths.number} times without a new step after step {deaths.furthest_step} "
+                    f"its process or node died {deaths.number} times without a new step {after} "
                     f"(the last time: {first_line(error)}). Give it more memory or, if nodes live too short for a "
                     f"checkpoint, lower training.checkpoint_every_steps, which changes no result"
                 ) from error
@@ -144,7 +147,7 @@ def _recorded_step(run: PlannedRun) -> int:
         return -1
 
 
-@ray.remote(max_retries=0)  # `do_inline` retries, because it knows whether the run gets on
+@ray.remote(max_retries=0)  # `do_inline` retries, because it knows whether the run progresses
 def _pretrain_task(config: dict[str, Any], planned: Identity, token: str, digest: str) -> None:
     """Do one run in this process. `ray.cancel` arrives as SIGINT and stops it after a checkpoint."""
     logging.getLogger("hvp_ray").setLevel(logging.ERROR)

@@ -13,7 +13,7 @@ from hvp_ray.tracking.run_log import last_recorded_step
 logger = logging.getLogger(__name__)
 
 _BUCKET_SECONDS = 30.0
-"""A bucket is asked this often. It gets new records with each checkpoint only."""
+"""Seconds between reads of a bucket, which gets new records with each checkpoint only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +34,8 @@ ShowProgress = Callable[[ComparisonProgress], None]
 class ProgressReader:
     """Reads the steps of runs in progress from their logs, and remembers the others.
 
-    A folder is read at each call. A bucket gets a list and a read for each run in progress every 30 s, whatever the number of
-    calls, and none for the others.
+    A folder is read at each call. A bucket gets a list and at least one read for each run in progress every 30 s, however
+    often it is called, and none for the others.
     """
 
     def __init__(self, runs: Sequence[PlannedRun], done: Collection[str]) -> None:

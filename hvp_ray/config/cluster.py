@@ -36,7 +36,8 @@ class ClusterConfig(Checked):
 
     num_view_workers: AtLeast1 | Literal["auto"] = "auto"
     """Ray actors that render views. A number: that many, and those on a node that is drained are replaced. auto: one for each
-    CPU that the trainers leave at the start, then as many as keep the trainers' waiting below 2 %."""
+    CPU that the trainers leave at the start, then more if trainers wait over 2 % of their time, and fewer if workers are
+    idle."""
 
     max_view_workers: AtLeast1 = 256
     """Most view workers that `num_view_workers` auto starts. With `cpus_per_view_worker` 0 a run begins with 64 at most."""

@@ -302,7 +302,7 @@ class PoolSupervisor(threading.Thread):
             if news or num_new:
                 leave = news or self._drained.keys()
                 self._show(
-                    f"view workers {_list(leave)} leave a node that is drained; {num_new} of {len(leave)} are replaced"
+                    f"view workers {_list(leave)} are on a drained node; {num_new} of {len(leave)} replacements start"
                 )
         self._drained = {number: node for number, node in self._drained.items() if number in self._members}
         if self._drained and self._members - self._drained.keys() - down:
@@ -422,7 +422,7 @@ class PoolSupervisor(threading.Thread):
 
 
 def _keep(free: Mapping[str, Resources], trainer: Resources, count: int) -> dict[str, Resources]:
-    """Return the free resources of the nodes without those of so many trainers, as far as trainers fit."""
+    """Return the free resources of the nodes less those of `count` trainers, as far as trainers fit."""
     left = dict(free)
     for _ in range(count):
         node = next((node for node in left if room_for(left[node], trainer) >= 1), None)

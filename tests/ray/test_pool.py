@@ -28,7 +28,7 @@ def test_pool_grows_to_a_node_that_joins_leaves_a_drained_one_and_gives_idle_wor
     assert "error" not in result, result
     messages, summary = "\n".join(result["messages"]), result["summary"]
     assert "view workers 1 -> 2: trainers waited" in messages
-    assert "view workers 0 leave a node that is drained; 1 of 1 are replaced" in messages
+    assert "view workers 0 are on a drained node; 1 of 1 replacements start" in messages
     assert result["node_left_during_run"]
     assert recorded_steps(tmp_path / "pool") == list(range(1, NUM_STEPS + 1))
     assert summary["num_batches_repeated"] == summary["num_worker_restarts"] == summary["num_resumes"] == 0
