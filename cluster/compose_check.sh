@@ -77,7 +77,7 @@ grep --quiet "it uses TLS and this program does not" /tmp/compose_check.door || 
 refused "MLflow without TLS" curl --fail --silent --max-time 10 "http://127.0.0.1:$HVP_MLFLOW_PORT/health"
 [ "$(status "http://127.0.0.1:$HVP_DASHBOARD_PORT/api/jobs/")" = 401 ] || fail "the dashboard answers without a token"
 say "refused: the dashboard's API without a token (401)"
-foreign=$(hostname -I 2> /dev/null | tr ' ' '\n' | grep -v '^127\.' | head -1 || true)
+foreign=$(hostname -I 2> /dev/null | tr ' ' '\n' | grep -v '^127\.' | sed -n 1p)
 if [ -n "$foreign" ]; then
     refused "the dashboard from a foreign address" curl --silent --max-time 5 "http://$foreign:$HVP_DASHBOARD_PORT/"
     refused "MLflow from a foreign address" curl --insecure --silent --max-time 5 "https://$foreign:$HVP_MLFLOW_PORT/health"
@@ -148,7 +148,7 @@ for rule in hard random; do
     submit "/tmp/compose_check.$rule" "${options[@]}" &
     job=$!
     wait_for_step $rule-disturbed $((steps / 5))
-    view_node=$(containers views | head -1)
+    view_node=$(containers views | sed -n 1p) # head would end the pipe early, and the script with it
     docker kill "$view_node" > /dev/null
     say "$rule-disturbed, step $(steps_done $rule-disturbed): kills a view node"
     wait_for_step $rule-disturbed $((steps * 2 / 5))

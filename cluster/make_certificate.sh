@@ -58,7 +58,7 @@ serves() { # whether the certificate that is there names all these addresses
     local address
     for address in "$@"; do
         if [ "$(option "$address")" = IP ]; then set -- -checkip "$address"; else set -- -checkhost "$address"; fi
-        openssl x509 -in "$folder/$name.crt" -noout "$@" | grep --quiet 'does match' || return 1
+        openssl x509 -in "$folder/$name.crt" -noout "$@" | grep 'does match' > /dev/null || return 1
     done
 }
 is_pair() {

@@ -46,7 +46,7 @@ if [ "$(openssl x509 -in "$RAY_TLS_SERVER_CERT" -noout -pubkey)" != \
 fi
 named=
 for address in "${addresses[@]}"; do
-    ! openssl x509 -in "$RAY_TLS_SERVER_CERT" -noout -checkip "$address" | grep --quiet 'does match' || named=yes
+    ! openssl x509 -in "$RAY_TLS_SERVER_CERT" -noout -checkip "$address" | grep 'does match' > /dev/null || named=yes
 done
 [ -n "$named" ] || refuse "$RAY_TLS_SERVER_CERT names none of this machine's addresses (${addresses[*]})"
 unset HVP_CA_KEY

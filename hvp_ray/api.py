@@ -157,7 +157,8 @@ def pretrain(
     config = _configure(recipe, given, settings)
     prepare_ray_environment()
     from hvp_ray.files import place_in
-    from hvp_ray.runs.prepare import finished_summary, output_location
+    from hvp_ray.runs.location import output_location
+    from hvp_ray.runs.record import finished_summary
 
     if config.run.name is not None and finished_summary(config) is not None:
         return Run(place_in(output_location(config), config.run.name))
@@ -270,7 +271,7 @@ def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str,
         return _fit_own(recipe_config, chosen)
     if recipe is None and "run.name" in chosen:
         prepare_ray_environment()
-        from hvp_ray.runs.prepare import recorded_settings  # imports Ray
+        from hvp_ray.runs.record import recorded_settings  # imports Ray
 
         place = {path: value for path, value in chosen.items() if path in ("run.name", "run.output")}
         recipe_config = recorded_settings(with_settings(recipe_config, place)) or recipe_config

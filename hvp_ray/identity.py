@@ -1,7 +1,7 @@
 """Identity of a run: everything that may change a bit of its weights, and everything that its metrics depend on.
 
 It holds what settings result in, for instance which images are trained on, and not how they are written.
-`runs/prepare.py` resumes a run only under its identity; `comparison/study.py` compares only runs of one identity
+`runs/record.py` resumes a run only under its identity; `comparison/study.py` compares only runs of one identity
 apart from arm and seed. `effect_of` classifies every field of the config: a new field needs a line here.
 """
 
@@ -146,7 +146,7 @@ def effect_of(name: str) -> Effect:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resolved:
-    """Values that a run's settings result in; made by `runs.prepare.resolve`, once for all runs of a comparison."""
+    """Values that a run's settings result in; made by `runs.record.resolve`, once for all runs of a comparison."""
 
     renderer: RendererName
     device: str

@@ -16,7 +16,7 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.identity import Resolved
 from hvp_ray.recipes import RECIPES, get_recipe
 from hvp_ray.resolved_run import renderer_of
-from hvp_ray.runs.prepare import resolve
+from hvp_ray.runs.record import resolve
 
 NEUTRAL = TransformConfig(flip_probability=0.0, jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0)
 

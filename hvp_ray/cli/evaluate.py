@@ -242,7 +242,7 @@ class Evaluation:
         from hvp_ray.evaluation.features import check_last_blocks
         from hvp_ray.methods.backbones import load_exported_backbone
         from hvp_ray.runs.intensity_check import check_intensities
-        from hvp_ray.runs.prepare import with_absolute_paths
+        from hvp_ray.runs.location import with_absolute_paths
 
         trained_on = read_trained_on(run_dir, config)
         data = choose_data(trained_on, options)

@@ -192,7 +192,8 @@ def show_finished(config: RunConfig) -> bool:
     """
     from hvp_ray.files import place_in
     from hvp_ray.runs.backfill import send_missing_records
-    from hvp_ray.runs.prepare import finished_summary, local_output, mlflow_location, output_location
+    from hvp_ray.runs.location import local_output, mlflow_location, output_location
+    from hvp_ray.runs.record import finished_summary
 
     summary = finished_summary(config)
     if summary is None or config.run.name is None:

@@ -31,8 +31,9 @@ from hvp_ray.data.dataset import open_dataset
 from hvp_ray.data.inventory import take_inventory
 from hvp_ray.errors import ConfigError
 from hvp_ray.runs.channel_statistics import describe_channels
+from hvp_ray.runs.check import check_before_start
 from hvp_ray.runs.intensity_check import check_intensities
-from hvp_ray.runs.prepare import check_before_start, for_all_nodes, with_absolute_paths
+from hvp_ray.runs.location import for_all_nodes, with_absolute_paths
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

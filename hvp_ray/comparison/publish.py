@@ -3,7 +3,7 @@
 from hvp_ray.comparison.arms import get_arm
 from hvp_ray.comparison.report import Report
 from hvp_ray.comparison.study import Study
-from hvp_ray.runs.prepare import local_output, mlflow_location
+from hvp_ray.runs.location import local_output, mlflow_location
 from hvp_ray.tracking.mlflow_report import PublishedReport, publish
 from hvp_ray.tracking.mlflow_store import ui_command
 

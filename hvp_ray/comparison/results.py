@@ -13,7 +13,7 @@ from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
 from hvp_ray.evaluation.report import title_of_pixels
 from hvp_ray.files import is_uri
-from hvp_ray.runs.prepare import summary_of
+from hvp_ray.runs.record import summary_of
 from hvp_ray.runs.storage import fetch_run
 from hvp_ray.tracking.run_log import EVALUATIONS, read_records
 

@@ -31,7 +31,7 @@ from hvp_ray.launch.placement import resolve_device, room_for
 from hvp_ray.launch.stop import StopRequest, stop_on_signals
 from hvp_ray.launch.watch import Watchers
 from hvp_ray.resolved_run import Device
-from hvp_ray.runs.prepare import summary_of
+from hvp_ray.runs.record import summary_of
 from hvp_ray.stream.connect import LocalRay, connect_ray, joins_cluster
 from hvp_ray.stream.machine import num_processes_that_fit, this_machine
 

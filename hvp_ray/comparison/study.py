@@ -20,8 +20,9 @@ from hvp_ray.files import place_in, read_file, write_file
 from hvp_ray.identity import Identity, Resolved, describe_difference, flat_values, identity_of
 from hvp_ray.randomness import check_seed
 from hvp_ray.resolved_run import resolve_inline
+from hvp_ray.runs.location import output_location
 from hvp_ray.runs.ownership import A_COMPARISON, RunClaim
-from hvp_ray.runs.prepare import difference_from_record, output_location, resolve
+from hvp_ray.runs.record import difference_from_record, resolve
 
 Accounting = Literal["measured", "counted"]
 Budget = Literal["steps", "compute"]

@@ -5,8 +5,10 @@ reaches 0.98 with all labels.
 """
 
 import hashlib
+import importlib.util
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +33,14 @@ class DigitsSource(Source):
     has_labels = True
 
     def __init__(self) -> None:
-        from sklearn.datasets import load_digits  # takes seconds
-
-        digits = load_digits()
-        # Values are counts of dark cells, 0 to 16.
-        self._images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self._digits = np.asarray(digits.target, dtype=np.int64)
+        package = importlib.util.find_spec("sklearn")
+        assert package is not None and package.submodule_search_locations  # hvp_ray requires it
+        # The file of `sklearn.datasets.load_digits`, which takes seconds to import: 64 counts of dark cells, 0 to 16, and the
+        # digit.
+        path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+        rows = np.loadtxt(path, delimiter=",", dtype=np.int64)
+        self._images = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self._digits = rows[:, -1]
         self._encoded: dict[int, bytes] = {}
 
     def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:

@@ -8,9 +8,10 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import ray
+from ray import cloudpickle
 from ray.exceptions import RayError
 
 from hvp_ray.runs.progress import Progress
@@ -18,6 +19,32 @@ from hvp_ray.stream.roster import Roster, StreamReport
 
 _MOST_REPORTS = 10_000
 """Reports that are kept if the driver takes none."""
+
+Value = TypeVar("Value")
+
+
+class Unread(Generic[Value]):
+    """A value that the board passes on without loading it.
+
+    With an actor's handle Ray imports the actor's class, which would cost the board seconds at the start of a run.
+    """
+
+    def __init__(self, value: Value) -> None:
+        self._value: Value | None = value
+        self._content: bytes | None = None
+
+    def read(self) -> Value:
+        """Return the value."""
+        if self._value is None:
+            assert self._content is not None
+            self._value = cloudpickle.loads(self._content)
+        return self._value
+
+    def __getstate__(self) -> bytes:
+        return cloudpickle.dumps(self._value) if self._content is None else self._content
+
+    def __setstate__(self, content: bytes) -> None:
+        self._value, self._content = None, content
 
 
 @dataclass(slots=True)
@@ -32,7 +59,7 @@ class BoardContent:
     summary: dict[str, Any] | None = None
     is_trained: bool = False
     """All steps are done, and the trainers evaluate."""
-    controller: Any = None
+    controller: Unread[Any] | None = None
     """Handle of Ray Train's controller, which ends the trainers when it is killed."""
 
 
@@ -42,7 +69,9 @@ class RunBoard:
     def __init__(self) -> None:
         self._content = BoardContent()
         self._stop = False
-        self._roster: Roster | None = None
+        self._roster: Unread[Roster] | None = None
+        self._version = 0
+        """Of the roster."""
         self._reports: deque[StreamReport] = deque(maxlen=_MOST_REPORTS)
 
     def post(self, **fields: Any) -> bool:
@@ -72,19 +101,18 @@ class RunBoard:
         self._content = dataclasses.replace(content, messages=[])
         return content
 
-    def publish_roster(self, roster: Roster) -> None:
+    def publish_roster(self, version: int, roster: Unread[Roster]) -> None:
         """Set the view workers that get requests."""
-        self._roster = roster
+        self._roster, self._version = roster, version
 
-    def read_roster(self) -> Roster | None:
-        """Return the newest roster."""
+    def read_roster(self) -> Unread[Roster] | None:
+        """Return the newest roster. None: there is none yet."""
         return self._roster
 
-    def exchange(self, report: StreamReport) -> Roster | None:
+    def exchange(self, report: StreamReport) -> Unread[Roster] | None:
         """Take a stream's report; return the roster if it is newer than the one that the stream follows."""
         self._reports.append(report)
-        roster = self._roster
-        return None if roster is None or roster.version <= report.version else roster
+        return self._roster if self._version > report.version else None
 
     def take_reports(self) -> list[StreamReport]:
         """Return the reports since the last call."""
@@ -146,11 +174,11 @@ class RosterPoster:
                 return None
             answer, self._answer = self._answer, None
             try:
-                roster: Roster | None = ray.get(answer)
+                roster: Unread[Roster] | None = ray.get(answer)
             except RayError:  # the link was cut; the next answer has the roster
                 return None
             if roster is not None:
-                return roster
+                return roster.read()
         if make_report is not None:
             self._answer = self._board.exchange.remote(make_report())
         return None

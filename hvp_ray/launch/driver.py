@@ -26,14 +26,16 @@ from hvp_ray.launch.placement import ClusterState, PrefetchError, lacks_a_label,
 from hvp_ray.launch.pool_supervisor import PoolSupervisor
 from hvp_ray.launch.ray_train import TrainersThread
 from hvp_ray.launch.stop import StoppedError, StopRequest
-from hvp_ray.launch.trainer import TrainerSetup
+from hvp_ray.launch.trainer_setup import TrainerSetup
 from hvp_ray.launch.watch import Announcement, Watchers, watch
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.after_training import forgive_death
 from hvp_ray.runs.channel_statistics import describe_channels
+from hvp_ray.runs.check import check_before_start, describe_initial_weights
 from hvp_ray.runs.intensity_check import check_intensities
 from hvp_ray.runs.job import RunJob
-from hvp_ray.runs.prepare import check_before_start, describe_initial_weights, prepare_run, with_absolute_paths
+from hvp_ray.runs.location import with_absolute_paths
+from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.stream.connect import connect_ray, end_ray, is_ray_lost
 from hvp_ray.stream.machine import this_machine
 from hvp_ray.stream.pool import start_pool
@@ -178,21 +180,22 @@ def _run(
         if job.config.tracking.knn_every_epochs:
             knn = start_knn(job)
             ends.callback(_unless_lost, ray.kill, knn)
-        pool = start_pool(
-            job.config,
-            job.resolved.renderer,
-            job.resolved.num_view_workers,
-            job.resolved.view_worker_resources,
-            data_fingerprint=job.data_fingerprint,
-            must_stop=lambda: stop.is_asked,
-        )
-        ends.callback(_unless_lost, pool.close)
-        supervisor = PoolSupervisor(pool, board, job, bytes_per_step=bytes_per_step, num_sharing=num_sharing)
-        supervisor.start()
-        ends.callback(supervisor.end)
+        # Trainers take longest to start. They wait for the roster, which the supervisor publishes once a worker is up.
         trainers = TrainersThread(TrainerSetup(job=job, board=board, knn=knn, spilled_before=spilled_bytes()))
         trainers.start()
         try:
+            pool = start_pool(
+                job.config,
+                job.resolved.renderer,
+                job.resolved.num_view_workers,
+                job.resolved.view_worker_resources,
+                data_fingerprint=job.data_fingerprint,
+                must_stop=lambda: stop.is_asked,
+            )
+            ends.callback(_unless_lost, pool.close)
+            supervisor = PoolSupervisor(pool, board, job, bytes_per_step=bytes_per_step, num_sharing=num_sharing)
+            supervisor.start()
+            ends.callback(supervisor.end)
             return watch(board, trainers, job, watchers, stop)
         finally:
             trainers.end()

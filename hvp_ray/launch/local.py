@@ -20,9 +20,11 @@ from hvp_ray.evaluation.snapshot import SnapshotKnn
 from hvp_ray.identity import Identity
 from hvp_ray.resolved_run import Device, resolve_inline
 from hvp_ray.runs.channel_statistics import describe_channels
+from hvp_ray.runs.check import describe_initial_weights
 from hvp_ray.runs.intensity_check import check_intensities
-from hvp_ray.runs.job import RankServices
-from hvp_ray.runs.prepare import describe_initial_weights, draw_run_name, prepare_run
+from hvp_ray.runs.location import draw_run_name
+from hvp_ray.runs.opened_rank import RankServices
+from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import ReportProgress
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf

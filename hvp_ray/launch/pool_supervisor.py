@@ -28,6 +28,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from hvp_ray.errors import HvpRayError, first_line
+from hvp_ray.launch.board import Unread
 from hvp_ray.launch.placement import (
     ClusterState,
     Resources,
@@ -203,7 +204,7 @@ class PoolSupervisor(threading.Thread):
             actor_ids=self._pool.actor_ids(),
             num_restarts_of_ended=self._pool.num_restarts_of_ended,
         )
-        ray.get(self._board.publish_roster.remote(roster), timeout=_ANSWER_SECONDS)
+        ray.get(self._board.publish_roster.remote(self._version, Unread(roster)), timeout=_ANSWER_SECONDS)
         self._published = self._version
         self._meter.restart(self._version, num_settling=self._batches_in_flight)
 

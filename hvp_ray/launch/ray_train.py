@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 import uuid
 from typing import Any
 
@@ -15,7 +16,8 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from hvp_ray.errors import first_line
 from hvp_ray.files import delete_folder, place_in
-from hvp_ray.launch.trainer import TrainerSetup, trainer_main
+from hvp_ray.launch.board import Unread
+from hvp_ray.launch.trainer_setup import TrainerSetup
 from hvp_ray.stream.connect import is_ray_lost
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,13 @@ logger = logging.getLogger(__name__)
 END_SECONDS = 2.0
 """Trainers that have ended let `fit` return within this time."""
 _KILL_SECONDS = 20.0
+_POLL_SECONDS = 0.2
+
+
+def _run_trainer(settings: dict[str, Any]) -> None:
+    from hvp_ray.launch.trainer import trainer_main  # here, because the controller loads this module too
+
+    trainer_main(settings["setup"])
 
 
 class _PostController(ControllerCallback):
@@ -32,7 +41,7 @@ class _PostController(ControllerCallback):
         self._board = board
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        self._board.post.remote(controller=ray.get_runtime_context().current_actor)
+        self._board.post.remote(controller=Unread(ray.get_runtime_context().current_actor))
 
 
 class TrainersThread(threading.Thread):
@@ -58,16 +67,25 @@ class TrainersThread(threading.Thread):
         `ray.shutdown()` can crash the process while a thread calls Ray.
         """
         self.join(timeout=END_SECONDS)
-        if self.is_alive() and not is_ray_lost():
-            try:
-                controller = ray.get(self._board.read.remote(), timeout=_KILL_SECONDS).controller
-                if controller is not None:
-                    ray.kill(controller)  # its trainers end with it
-            except RayError as error:
-                logger.warning("Ray Train's controller could not be ended: %s", first_line(error))
-            self.join(timeout=_KILL_SECONDS)
+        try:
+            controller = self._wait_for_controller()
+            if controller is not None:
+                ray.kill(controller)  # its trainers end with it
+        except RayError as error:
+            logger.warning("Ray Train's controller could not be ended: %s", first_line(error))
+        self.join(timeout=0.0 if is_ray_lost() else _KILL_SECONDS)
         if not self.is_alive():
             delete_folder(self._folder)
+
+    def _wait_for_controller(self) -> Any:
+        """Return the handle of the controller, which may still start. None: `fit` has returned, or no controller came."""
+        deadline = time.monotonic() + _KILL_SECONDS
+        while self.is_alive() and not is_ray_lost() and time.monotonic() < deadline:
+            controller: Unread[Any] | None = ray.get(self._board.read.remote(), timeout=_KILL_SECONDS).controller
+            if controller is not None:
+                return controller.read()
+            self.join(timeout=_POLL_SECONDS)
+        return None
 
 
 def _build_trainer(setup: TrainerSetup, folder: str) -> TorchTrainer:
@@ -76,7 +94,7 @@ def _build_trainer(setup: TrainerSetup, folder: str) -> TorchTrainer:
     # A fixed number of trainers waits for a lost node. An elastic run takes what there is after one timeout.
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300" if least is None else "60")
     return TorchTrainer(
-        trainer_main,
+        _run_trainer,
         train_loop_config={"setup": setup},
         torch_config=TorchConfig(timeout_s=1800),
         scaling_config=ScalingConfig(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -13,16 +12,14 @@ import torch
 from hvp_ray.distributed.world import World, current_world
 from hvp_ray.errors import HvpRayError, LostRunError
 from hvp_ray.launch.board import BoardLogHandler, ProgressPoster, RosterPoster
+from hvp_ray.launch.trainer_setup import TrainerSetup
 from hvp_ray.logs import set_up_logging
 from hvp_ray.resolved_run import ResolvedRun
-from hvp_ray.runs.job import RankServices, RunJob
+from hvp_ray.runs.opened_rank import RankServices
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, RequestOf
 from hvp_ray.stream.device import CopyToDevice
 from hvp_ray.stream.metrics import MetricsPublisher
-from hvp_ray.stream.pool import num_restarts
-from hvp_ray.stream.roster import Roster
-from hvp_ray.stream.spilling import spilled_bytes
 from hvp_ray.stream.view_stream import ViewStream
 from hvp_ray.stream.view_worker import start_finishers
 from hvp_ray.tracking.metrics_table import TRAINER_METRICS
@@ -32,43 +29,8 @@ logger = logging.getLogger(__name__)
 _CLUSTER_METRICS_SECONDS = 10.0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainerSetup:
-    """Values and handles that the driver passes to every trainer."""
-
-    job: RunJob
-    board: Any
-    """Handle of `RunBoard`."""
-    knn: Any
-    """Handle of `SnapshotKnnActor`. None: no k-NN during training."""
-    spilled_before: int
-    """Bytes that the object stores had spilled before the run."""
-
-    def roster(self) -> Roster:
-        """Return the view workers that get requests now."""
-        roster: Roster = ray.get(self.board.read_roster.remote())
-        return roster
-
-    def cluster_facts(self) -> dict[str, float]:
-        """Return the cluster's spilled bytes and worker restarts of this run so far."""
-        roster = self.roster()
-        return {
-            "spilled_bytes": spilled_bytes() - self.spilled_before,
-            "num_worker_restarts": num_restarts(roster.actor_ids) + roster.num_restarts_of_ended,
-        }
-
-    def cluster_metrics(self) -> dict[str, float]:
-        """Return the facts under their names in Prometheus."""
-        facts = self.cluster_facts()
-        return {
-            "hvp_ray_spilled_bytes": float(facts["spilled_bytes"]),
-            "hvp_ray_worker_restarts": float(facts["num_worker_restarts"]),
-        }
-
-
-def trainer_main(settings: dict[str, Any]) -> None:
+def trainer_main(setup: TrainerSetup) -> None:
     """Run one trainer to the end, and post its summary or its error."""
-    setup: TrainerSetup = settings["setup"]
     world, board, run_name = current_world(), setup.board, setup.job.run_name
     set_up_logging(run=run_name, origin=f"rank={world.rank}")
     handler = BoardLogHandler(board, prefix="" if world.num_ranks == 1 else f"trainer {world.rank}: ")
@@ -105,7 +67,7 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     finishers = start_finishers(job.config, rank=world.rank)
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
-        roster = setup.roster()
+        roster = setup.wait_for_roster()
         logger.info("steps %d to %d, views from %d workers", first_step, end_step, len(roster.workers))
         stream = ViewStream(
             roster.workers,

@@ -5,7 +5,7 @@ from typing import Any
 
 from hvp_ray.config import RunConfig
 from hvp_ray.files import is_uri, place_in
-from hvp_ray.runs.prepare import output_location
+from hvp_ray.runs.location import output_location
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.tracking.trackers import catch_up, lacks_records
 

@@ -18,7 +18,7 @@ from hvp_ray.errors import ConfigError, DataError, UnreadableImageError
 from hvp_ray.recipes import get_recipe
 from hvp_ray.recipes.own import OWN_RECIPES, Circumstances
 from hvp_ray.runs.channel_statistics import measure_channels
-from hvp_ray.runs.prepare import describe_recorded, recorded_settings
+from hvp_ray.runs.record import describe_recorded, recorded_settings
 from hvp_ray.stream.machine import this_machine
 from hvp_ray.stream.reading import read_images
 

@@ -26,7 +26,8 @@ from hvp_ray.methods.backbones import export_backbone
 from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopAskedError
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.initial_run import build_method_at_start
-from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank, RunJob
+from hvp_ray.runs.job import RunJob
+from hvp_ray.runs.opened_rank import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.ownership import RunClaim
 from hvp_ray.runs.progress import RunSteps, StepClock
 from hvp_ray.runs.recorder import RankRecorder, RunRecorder

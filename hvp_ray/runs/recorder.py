@@ -12,8 +12,8 @@ from hvp_ray.config import RunConfig
 from hvp_ray.distributed.world import mean_over_ranks
 from hvp_ray.errors import CheckpointError
 from hvp_ray.runs.checkpoint import CheckpointWriter, PartWriter
-from hvp_ray.runs.job import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.online_knn import KnnDuringTraining, join_snapshot
+from hvp_ray.runs.opened_rank import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.progress import Progress, RunSteps
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.device import DeviceBatch

@@ -1,6 +1,6 @@
 """A digest of the pixels of a few training views, to tell whether other versions of libraries render other pixels.
 
-`runs/prepare.py` records it when a run is new, and renders the sample again when a resume finds other versions. It does not
+`runs/record.py` records it when a run is new, and renders the sample again when a resume finds other versions. It does not
 use Ray: the process that prepares the run renders, from plans and by code that view workers use too.
 """
 

@@ -13,7 +13,7 @@ from hvp_ray.evaluation.report import evaluate_encoder, evaluate_pixels, load_kn
 from hvp_ray.runs.after_training import AfterTraining
 from hvp_ray.runs.checkpoint import weights_digest
 from hvp_ray.runs.initial_run import build_method_at_start
-from hvp_ray.runs.job import OpenedRank, RestoredRank
+from hvp_ray.runs.opened_rank import OpenedRank, RestoredRank
 from hvp_ray.runs.versions import versions_by_step
 from hvp_ray.stream.quarantine import CRASHES_DECODER
 from hvp_ray.tracking.run_log import ATTEMPTS, METRICS, read_records

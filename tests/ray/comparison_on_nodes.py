@@ -28,7 +28,7 @@ from hvp_ray.comparison.study import Study, open_study
 from hvp_ray.config import RunConfig
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.files import Folder
-from hvp_ray.runs.prepare import for_all_nodes
+from hvp_ray.runs.location import for_all_nodes
 from hvp_ray.runs.storage import fetch_run
 from hvp_ray.tracking.run_log import ATTEMPTS, read_records
 from tests.helpers import tiny_config

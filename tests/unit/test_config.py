@@ -32,7 +32,7 @@ from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.methods.configs import SimSiamConfig
 from hvp_ray.recipes import get_recipe
 from hvp_ray.runs.find import read_config
-from hvp_ray.runs.prepare import mlflow_location
+from hvp_ray.runs.location import mlflow_location
 from tests.helpers import tiny_config
 
 

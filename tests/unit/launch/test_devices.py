@@ -12,7 +12,7 @@ from hvp_ray.distributed.world import World
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs import recorder
-from hvp_ray.runs.job import RankServices
+from hvp_ray.runs.opened_rank import RankServices
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.progress import Progress
 from hvp_ray.runs.rank import train_rank

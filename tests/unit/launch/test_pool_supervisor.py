@@ -10,7 +10,7 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
 from hvp_ray.launch import board as board_module
 from hvp_ray.launch import pool_supervisor
-from hvp_ray.launch.board import RosterPoster, RunBoard
+from hvp_ray.launch.board import RosterPoster, RunBoard, Unread
 from hvp_ray.launch.pool_supervisor import ClusterNodes, PoolSupervisor
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.job import RunJob
@@ -78,7 +78,7 @@ class Scene:
         )
         handle = SimpleNamespace(
             **{name: _Method(getattr(self.board, name)) for name in ("post_message", "take_reports")},
-            publish_roster=SimpleNamespace(remote=lambda roster: lambda: self._publish(roster)),
+            publish_roster=SimpleNamespace(remote=lambda version, roster: lambda: self._publish(version, roster)),
         )
         self.supervisor = PoolSupervisor(self.pool, handle, job, bytes_per_step=1000, num_sharing=1)
 
@@ -124,10 +124,10 @@ class Scene:
             draining=frozenset(self.draining),
         )
 
-    def _publish(self, roster: Roster) -> None:
+    def _publish(self, version: int, roster: Unread[Roster]) -> None:
         if self.failures:
             raise self.failures.pop()
-        self.board.publish_roster(roster)
+        self.board.publish_roster(version, roster)
 
     # What tests do.
 
@@ -146,7 +146,7 @@ class Scene:
     def roster(self) -> Roster:
         roster = self.board.read_roster()
         assert roster is not None
-        return roster
+        return roster.read()
 
     @property
     def messages(self) -> list[str]:
@@ -288,7 +288,7 @@ def test_a_worker_that_leaves_is_kept_while_no_trainer_reports(monkeypatch: pyte
 
 def test_a_stream_survives_an_answer_that_a_cut_link_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(monkeypatch, num_workers=1, nodes={"trainers": 1, "views": 1})
-    answers: list[RayError | Roster] = [ActorUnavailableError("the link was cut", None), scene.roster]
+    answers: list[RayError | Unread[Roster]] = [ActorUnavailableError("the link was cut", None), Unread(scene.roster)]
 
     def get(_call: object) -> Roster:
         answer = answers.pop(0)

@@ -9,7 +9,7 @@ from hvp_ray.config import RunConfig, config_to_dict
 from hvp_ray.distributed.world import World
 from hvp_ray.identity import Identity
 from hvp_ray.resolved_run import resolve_inline
-from hvp_ray.runs.job import RankServices
+from hvp_ray.runs.opened_rank import RankServices
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.rank import train_rank
 from hvp_ray.stream.batches import BatchStream, InlineBatches, RequestOf

@@ -15,8 +15,10 @@ from hvp_ray.errors import CheckpointError, ConfigError
 from hvp_ray.identity import identity_of
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import resolve_inline
-from hvp_ray.runs.prepare import finished_summary, for_all_nodes, prepare_run, summary_of
+from hvp_ray.runs.location import for_all_nodes
+from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.rank import RunJob
+from hvp_ray.runs.record import finished_summary, summary_of
 from tests.helpers import resolved_of, tiny_config
 from tests.unit.data.made import draw_images, write_folder
 

@@ -26,8 +26,10 @@ from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.local_cache import local_weights, with_local_weights
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs import storage as run_storage
+from hvp_ray.runs.check import check_before_start
 from hvp_ray.runs.checkpoint import CheckpointStore
-from hvp_ray.runs.prepare import check_before_start, finished_summary, prepare_run
+from hvp_ray.runs.prepare import prepare_run
+from hvp_ray.runs.record import finished_summary
 from hvp_ray.runs.storage import RunStorage, fetch_run
 from hvp_ray.tracking.run_log import ATTEMPTS, EVALUATIONS, METRICS, RunLog, next_attempt, read_records
 from hvp_ray.tracking.selection_log import selection_files

@@ -22,8 +22,9 @@ from hvp_ray.identity import ACCEPTED_VERSIONS, identity_of
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.job import RunJob
-from hvp_ray.runs.prepare import finished_summary, prepare_run, summary_of
+from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.runs.rank import build_order
+from hvp_ray.runs.record import finished_summary, summary_of
 from hvp_ray.runs.render_sample import RenderedSample, render_sample
 from hvp_ray.runs.versions import describe_versions, record_versions, versions_by_step
 from tests.helpers import resolved_of, tiny_config

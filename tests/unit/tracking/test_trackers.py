@@ -17,7 +17,7 @@ from hvp_ray.config import RunConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.runs.backfill import send_missing_records
-from hvp_ray.runs.prepare import mlflow_location
+from hvp_ray.runs.location import mlflow_location
 from hvp_ray.tracking.run_log import EVALUATIONS, METRICS, RunLog, read_records
 from hvp_ray.tracking.tensorboard import TensorboardFeed, TensorboardRun
 from hvp_ray.tracking.trackers import lacks_records
