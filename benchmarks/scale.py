@@ -91,7 +91,7 @@ class TimedTrainer:
 
         rank, num_ranks = self._ranks
         stream = ViewStream(
-            self._workers,
+            dict(enumerate(self._workers)),
             requests_of(self._config),
             range(steps),
             cluster=self._config.cluster,

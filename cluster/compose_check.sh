@@ -77,7 +77,7 @@ grep --quiet "it uses TLS and this program does not" /tmp/compose_check.door || 
 refused "MLflow without TLS" curl --fail --silent --max-time 10 "http://127.0.0.1:$HVP_MLFLOW_PORT/health"
 [ "$(status "http://127.0.0.1:$HVP_DASHBOARD_PORT/api/jobs/")" = 401 ] || fail "the dashboard answers without a token"
 say "refused: the dashboard's API without a token (401)"
-foreign=$(hostname -I 2> /dev/null | tr ' ' '\n' | grep -v '^127\.' | sed -n 1p)
+foreign=$(hostname -I 2> /dev/null | tr ' ' '\n' | grep -v '^127\.' | sed -n 1p || true)
 if [ -n "$foreign" ]; then
     refused "the dashboard from a foreign address" curl --silent --max-time 5 "http://$foreign:$HVP_DASHBOARD_PORT/"
     refused "MLflow from a foreign address" curl --insecure --silent --max-time 5 "https://$foreign:$HVP_MLFLOW_PORT/health"

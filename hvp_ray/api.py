@@ -271,7 +271,7 @@ def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str,
         return _fit_own(recipe_config, chosen)
     if recipe is None and "run.name" in chosen:
         prepare_ray_environment()
-        from hvp_ray.runs.record import recorded_settings  # imports Ray
+        from hvp_ray.runs.record import recorded_settings
 
         place = {path: value for path, value in chosen.items() if path in ("run.name", "run.output")}
         recipe_config = recorded_settings(with_settings(recipe_config, place)) or recipe_config

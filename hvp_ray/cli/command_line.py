@@ -154,8 +154,8 @@ def _recorded_settings(default: RunConfig, words: list[str]) -> RunConfig:
     if not given.get("run.name"):
         return default
     prepare_ray_environment()
-    from hvp_ray.runs.location import output_location  # imports Ray
-    from hvp_ray.runs.record import describe_recorded, recorded_settings  # imports Ray
+    from hvp_ray.runs.location import output_location
+    from hvp_ray.runs.record import describe_recorded, recorded_settings
 
     asked = with_settings(default, given)
     recorded = recorded_settings(asked)

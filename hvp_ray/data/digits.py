@@ -24,6 +24,19 @@ def open_digits(place: Place) -> Source | None:
     return DigitsSource() if place.location == DIGITS else None
 
 
+def _load_rows() -> NDArray[np.int64]:
+    """Return [1797, 65]: 64 counts of dark cells, 0 to 16, and the digit."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations  # hvp_ray requires it
+    path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    if path.exists():
+        return np.loadtxt(path, delimiter=",", dtype=np.int64)
+    from sklearn.datasets import load_digits  # takes seconds
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target]).astype(np.int64)
+
+
 class DigitsSource(Source):
     """Serve the digits as PNG files."""
 
@@ -33,12 +46,7 @@ class DigitsSource(Source):
     has_labels = True
 
     def __init__(self) -> None:
-        package = importlib.util.find_spec("sklearn")
-        assert package is not None and package.submodule_search_locations  # hvp_ray requires it
-        # The file of `sklearn.datasets.load_digits`, which takes seconds to import: 64 counts of dark cells, 0 to 16, and the
-        # digit.
-        path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
-        rows = np.loadtxt(path, delimiter=",", dtype=np.int64)
+        rows = _load_rows()
         self._images = np.rint(rows[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
         self._digits = rows[:, -1]
         self._encoded: dict[int, bytes] = {}

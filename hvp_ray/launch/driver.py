@@ -25,7 +25,7 @@ from hvp_ray.launch.local_cluster import plan_local_ray
 from hvp_ray.launch.placement import ClusterState, PrefetchError, lacks_a_label, resolve_on_cluster
 from hvp_ray.launch.pool_supervisor import PoolSupervisor
 from hvp_ray.launch.ray_train import TrainersThread
-from hvp_ray.launch.stop import StoppedError, StopRequest
+from hvp_ray.launch.stop import StoppedError, StopRequest, stop_on_signals
 from hvp_ray.launch.trainer_setup import TrainerSetup
 from hvp_ray.launch.watch import Announcement, Watchers, watch
 from hvp_ray.resolved_run import ResolvedRun
@@ -38,7 +38,7 @@ from hvp_ray.runs.location import with_absolute_paths
 from hvp_ray.runs.prepare import prepare_run
 from hvp_ray.stream.connect import connect_ray, end_ray, is_ray_lost
 from hvp_ray.stream.machine import this_machine
-from hvp_ray.stream.pool import start_pool
+from hvp_ray.stream.pool import ViewWorkerPool, start_pool
 from hvp_ray.stream.spilling import spilled_bytes
 
 _JOIN_SECONDS = 60.0
@@ -184,23 +184,31 @@ def _run(
         trainers = TrainersThread(TrainerSetup(job=job, board=board, knn=knn, spilled_before=spilled_bytes()))
         trainers.start()
         try:
-            pool = start_pool(
-                job.config,
-                job.resolved.renderer,
-                job.resolved.num_view_workers,
-                job.resolved.view_worker_resources,
-                data_fingerprint=job.data_fingerprint,
-                must_stop=lambda: stop.is_asked,
-            )
-            ends.callback(_unless_lost, pool.close)
-            supervisor = PoolSupervisor(pool, board, job, bytes_per_step=bytes_per_step, num_sharing=num_sharing)
-            supervisor.start()
-            ends.callback(supervisor.end)
-            return watch(board, trainers, job, watchers, stop)
+            with stop_on_signals(stop):
+                pool = _start_pool(job, stop)
+                ends.callback(_unless_lost, pool.close)
+                supervisor = PoolSupervisor(pool, board, job, bytes_per_step=bytes_per_step, num_sharing=num_sharing)
+                supervisor.start()
+                ends.callback(supervisor.end)
+                return watch(board, trainers, job, watchers, stop)
         finally:
             trainers.end()
             if stop.is_asked:
                 forgive_death(job.location)
+
+
+def _start_pool(job: RunJob, stop: StopRequest) -> ViewWorkerPool:
+    try:
+        return start_pool(
+            job.config,
+            job.resolved.renderer,
+            job.resolved.num_view_workers,
+            job.resolved.view_worker_resources,
+            data_fingerprint=job.data_fingerprint,
+            must_stop=lambda: stop.is_asked,
+        )
+    except StageError as error:
+        raise StoppedError(f"{error}; no step was trained") from error
 
 
 def _unless_lost(action: Callable[..., None], *arguments: object) -> None:

@@ -1,38 +1,26 @@
 """The k-NN during training, in a process of its own that outlives a restart of the trainers."""
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
+import torch
 
 from hvp_ray.config import config_from_dict, config_to_dict
+from hvp_ray.evaluation.snapshot import SnapshotKnn
 from hvp_ray.runs.job import RunJob
-
-if TYPE_CHECKING:
-    from hvp_ray.evaluation.snapshot import SnapshotKnn
 
 
 class SnapshotKnnActor:
     """Evaluates snapshots of the encoder."""
 
     def __init__(self, config: dict[str, Any], *, gpu: bool, fingerprint: str, test_data: str) -> None:
-        self._config, self._gpu, self._fingerprint, self._test_data = config, gpu, fingerprint, test_data
+        torch.set_num_threads(1)
+        device = torch.device("cuda" if gpu else "cpu")
+        self._knn = SnapshotKnn(config_from_dict(config), device, fingerprint=fingerprint, test_data=test_data)
 
     def evaluate(self, snapshot: bytes) -> dict[str, float]:
         """Return the accuracies of one snapshot."""
         return self._knn.evaluate(snapshot)
-
-    @functools.cached_property
-    def _knn(self) -> "SnapshotKnn":
-        """Imported with the first snapshot: it takes seconds of CPU time that the start of the run needs."""
-        import torch
-
-        from hvp_ray.evaluation.snapshot import SnapshotKnn
-
-        torch.set_num_threads(1)
-        device = torch.device("cuda" if self._gpu else "cpu")
-        config = config_from_dict(self._config)
-        return SnapshotKnn(config, device, fingerprint=self._fingerprint, test_data=self._test_data)
 
 
 _Actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=2)(SnapshotKnnActor)

@@ -133,9 +133,9 @@ class PoolSupervisor(threading.Thread):
             self._controller = PoolController(cluster.max_view_workers, has_finishers=cluster.num_finishers > 0)
         self._reports: dict[str, tuple[StreamReport, float]] = {}
         """Stream -> its newest report, and when it was read."""
-        self._members = set(pool.workers)
+        self._members = set(pool.workers) - pool.starting.keys()
         """Workers on the roster."""
-        self._starting: dict[int, _Start] = {}
+        self._starting = {number: _Start(call, time.monotonic()) for number, call in pool.starting.items()}
         self._leaving: dict[int, _Leave] = {}
         self._drained: dict[int, str] = {}
         """Worker -> the node that it leaves as soon as another one is up."""

@@ -66,6 +66,8 @@ class TrainersThread(threading.Thread):
 
         `ray.shutdown()` can crash the process while a thread calls Ray.
         """
+        if not is_ray_lost():
+            self._board.post_fatal.remote("the run has ended")  # trainers that still start end by themselves
         self.join(timeout=END_SECONDS)
         try:
             controller = self._wait_for_controller()

@@ -57,6 +57,9 @@ def trainer_main(setup: TrainerSetup) -> None:
 
 def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     """Train this rank; return the summary on rank 0 of a finished run."""
+    # Before the run is opened: a run whose pool does not start stays as it was.
+    if not setup.wait_for_workers():
+        return None
     job, board = setup.job, setup.board
     cluster = job.config.cluster
     torch.set_num_threads(job.config.training.torch_threads)
@@ -67,7 +70,7 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     finishers = start_finishers(job.config, rank=world.rank)
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
-        roster = setup.wait_for_roster()
+        roster = setup.roster()
         logger.info("steps %d to %d, views from %d workers", first_step, end_step, len(roster.workers))
         stream = ViewStream(
             roster.workers,

@@ -1,10 +1,12 @@
 """What the driver passes to every trainer. Imports no networks: Ray Train's controller loads it too."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from hvp_ray.launch.board import Unread
 from hvp_ray.runs.job import RunJob
@@ -12,7 +14,7 @@ from hvp_ray.stream.pool import num_restarts
 from hvp_ray.stream.roster import Roster
 from hvp_ray.stream.spilling import spilled_bytes
 
-_POLL_SECONDS = 0.1
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,21 +29,28 @@ class TrainerSetup:
     spilled_before: int
     """Bytes that the object stores had spilled before the run."""
 
-    def wait_for_roster(self) -> Roster:
-        """Return the view workers that get requests, once one is up. The driver ends the trainers if none is."""
-        while (roster := self._roster()) is None:
+    def wait_for_workers(self) -> bool:
+        """Wait until a view worker is up. False: the driver has ended the run."""
+        while True:
+            with contextlib.suppress(ActorUnavailableError):  # the link was cut
+                if ray.get(self.board.read_roster.remote()) is not None:
+                    return True
+                if ray.get(self.board.read.remote()).fatal is not None:
+                    return False
             time.sleep(_POLL_SECONDS)
-        return roster
 
-    def _roster(self) -> Roster | None:
-        roster: Unread[Roster] | None = ray.get(self.board.read_roster.remote())
-        return None if roster is None else roster.read()
+    def roster(self) -> Roster:
+        """Return the view workers that get requests now, once `wait_for_workers` has returned."""
+        roster: Unread[Roster] = ray.get(self.board.read_roster.remote())
+        return roster.read()
 
     def cluster_facts(self) -> dict[str, float]:
         """Return the cluster's spilled bytes and worker restarts of this run so far."""
-        roster = self._roster()
-        restarts = 0 if roster is None else num_restarts(roster.actor_ids) + roster.num_restarts_of_ended
-        return {"spilled_bytes": spilled_bytes() - self.spilled_before, "num_worker_restarts": restarts}
+        roster = self.roster()
+        return {
+            "spilled_bytes": spilled_bytes() - self.spilled_before,
+            "num_worker_restarts": num_restarts(roster.actor_ids) + roster.num_restarts_of_ended,
+        }
 
     def cluster_metrics(self) -> dict[str, float]:
         """Return the facts under their names in Prometheus."""

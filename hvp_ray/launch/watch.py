@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 from hvp_ray.errors import StageError, TrainingError
 from hvp_ray.launch.board import BoardContent, BoardReader
 from hvp_ray.launch.ray_train import END_SECONDS, TrainersThread
-from hvp_ray.launch.stop import RayProcesses, StoppedError, StopRequest, stop_on_signals
+from hvp_ray.launch.stop import RayProcesses, StoppedError, StopRequest
 from hvp_ray.runs.job import RunJob
 from hvp_ray.runs.progress import Progress
 
@@ -59,36 +59,35 @@ def watch(board: Any, trainers: TrainersThread, job: RunJob, watchers: Watchers,
     shown: Progress | None = None
     content: BoardContent | None = None
     stop_was_sent = is_trained = False
-    with stop_on_signals(stop):
-        while True:
-            ended = not trainers.is_alive()
-            if stop.is_asked and not stop_was_sent:
-                watchers.show_message("asked to stop: the trainers finish their step and write a checkpoint")
-                board.request_stop.remote()
-                stop_was_sent = True
-            try:
-                content = reader.poll(_POLL_SECONDS)
-            except RayError:  # the board runs on this node and ends with Ray
-                trainers.join(timeout=END_SECONDS)
-                ray_processes.check(patience_seconds=0.0)
-                raise
-            if content is not None:
-                is_trained = content.is_trained
-                for message in content.messages:
-                    watchers.show_message(message)
-                if content.progress is not None and content.progress != shown:
-                    shown = content.progress
-                    watchers.show_progress(shown)
-                    waiting.note_step(is_last=shown.steps_done >= shown.num_steps)
-                if content.fatal is not None:
-                    raise TrainingError(content.fatal)
-                if ended:
-                    return _outcome(content, trainers, stop, job)
-            ray_processes.check()
-            waiting.show_if_due()
-            if stop.is_overdue:
-                raise _stopped(_TRAINED if is_trained else _NO_CHECKPOINT, job)
-            trainers.join(timeout=_POLL_SECONDS)
+    while True:
+        ended = not trainers.is_alive()
+        if stop.is_asked and not stop_was_sent:
+            watchers.show_message("asked to stop: the trainers finish their step and write a checkpoint")
+            board.request_stop.remote()
+            stop_was_sent = True
+        try:
+            content = reader.poll(_POLL_SECONDS)
+        except RayError:  # the board runs on this node and ends with Ray
+            trainers.join(timeout=END_SECONDS)
+            ray_processes.check(patience_seconds=0.0)
+            raise
+        if content is not None:
+            is_trained = content.is_trained
+            for message in content.messages:
+                watchers.show_message(message)
+            if content.progress is not None and content.progress != shown:
+                shown = content.progress
+                watchers.show_progress(shown)
+                waiting.note_step(is_last=shown.steps_done >= shown.num_steps)
+            if content.fatal is not None:
+                raise TrainingError(content.fatal)
+            if ended:
+                return _outcome(content, trainers, stop, job)
+        ray_processes.check()
+        waiting.show_if_due()
+        if stop.is_overdue:
+            raise _stopped(_TRAINED if is_trained else _NO_CHECKPOINT, job)
+        trainers.join(timeout=_POLL_SECONDS)
 
 
 def _stopped(what: str, job: RunJob) -> StoppedError:

@@ -41,6 +41,8 @@ class ViewWorkerPool:
 
         self.workers: dict[int, ActorHandle[Any]] = {}
         """Number of a worker -> its handle; all that have not been ended. A number is never used twice."""
+        self.starting: dict[int, Any] = {}
+        """The workers of `start_pool` that were not up when it returned -> reference that is ready when they are."""
         self.num_restarts_of_ended = 0
         """How often Ray restarted the workers that have been ended."""
         self._num_started = 0
@@ -137,7 +139,7 @@ def start_pool(
     """
     pool = ViewWorkerPool(config, renderer, resources, data_fingerprint)
     try:
-        reasons = _wait_for_one(pool.start(num_workers), pool.workers, resources, must_stop)
+        reasons, pool.starting = _wait_for_one(pool.start(num_workers), pool.workers, resources, must_stop)
     except BaseException:
         pool.close()
         raise
@@ -152,8 +154,8 @@ def _wait_for_one(
     workers: Mapping[int, ActorHandle[Any]],
     resources: Mapping[str, float],
     must_stop: Callable[[], bool],
-) -> dict[int, str]:
-    """Wait until a worker is up; return number -> reason for those that are known by then to have failed."""
+) -> tuple[dict[int, str], dict[int, Any]]:
+    """Wait until a worker is up; return reasons of those that failed, and calls of those that start."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     reasons: dict[int, str] = {}
     dying: dict[int, str] = {}
@@ -176,7 +178,7 @@ def _wait_for_one(
         index = calls.pop(ready[0])
         try:
             ray.get(ready[0])
-            return reasons
+            return reasons, {number: reference for reference, number in calls.items()}
         except ActorUnavailableError:  # Ray restarts the process
             dying[index] = "its process died while it started"
             time.sleep(_RETRY_SECONDS)

@@ -178,10 +178,6 @@ class Feed(ABC):
         return sum(cursor.num_waiting() for cursor in self._cursors)
 
     def _work(self) -> None:
-        # Clients of trackers take seconds of CPU time to import, which the start of the run needs.
-        while not (self._closing or self._is_abandoned or any(cursor.has_new() for cursor in self._cursors)):
-            self._wake.wait(timeout=_PAUSE_SECONDS)
-            self._wake.clear()
         while not self._is_abandoned:
             try:
                 self._send_all()
@@ -250,10 +246,6 @@ class _Cursor:
         if step < self.sent_step:
             self.position, self.num_sent = START, 0
         self.sent_step = step
-
-    def has_new(self) -> bool:
-        """Return whether the log has a record after the position."""
-        return next(read_records_after(self.run_dir, self.name, self.position), None) is not None
 
     def batches(self) -> Iterator[tuple[list[Record], Position, int]]:
         """Yield (new records, position after them, number of records read): whole steps, a limited number of values."""

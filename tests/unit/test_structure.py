@@ -118,6 +118,8 @@ def test_core_imports_neither_torch_nor_ray_nor_dali_nor_mlflow() -> None:
         ("hvp_ray.stream.view_worker", {"torch._dynamo", "timm", "torchvision", "matplotlib", "pandas", "mlflow"}),
         ("hvp_ray.launch.driver", {"matplotlib", "mlflow", "sklearn"}),
         ("hvp_ray.launch.trainer", {"matplotlib", "mlflow", "sklearn"}),
+        ("hvp_ray.launch.trainer_setup", {"torch._dynamo", "timm", "torchvision", "matplotlib", "mlflow", "sklearn"}),
+        ("hvp_ray.launch.board", {"torch", "cv2", "pandas"}),
     ],
 )
 def test_processes_import_what_they_need_at_the_start(module: str, absent: set[str]) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sklearn.datasets import load_digits
 
 from hvp_ray.config import DataConfig
+from hvp_ray.data import digits as digits_module
 from hvp_ray.data import parquet_footer
 from hvp_ray.data.file_set import FileSet
 from hvp_ray.data.parquet import ParquetSource
@@ -175,6 +177,12 @@ def test_digits_are_1797_labelled_images() -> None:
     assert source.num_samples == 1797
     assert np.bincount(source.load_labels()).min() > 170
     assert source.read([5])[0].startswith(b"\x89PNG")
+
+
+def test_digits_are_those_of_scikit_learn() -> None:
+    rows, digits = digits_module._load_rows(), load_digits()
+    np.testing.assert_array_equal(rows[:, :-1], digits.data)
+    np.testing.assert_array_equal(rows[:, -1], digits.target)
 
 
 def test_unusable_sources_say_what_is_wrong(tmp_path: Path) -> None:

@@ -54,8 +54,9 @@ class Scene:
         resources = {"CPU": 1.0}
         self.pool = ViewWorkerPool(config, "cpu", resources)
         self.pool._actor = SimpleNamespace(remote=self._actor)  # type: ignore[assignment]
-        self.pool.start(num_workers)
+        calls = self.pool.start(num_workers)
         self._place()
+        self.pool.starting = {number: calls[number] for number in calls if f"view-worker-{number}" not in self.homes}
         resolved = ResolvedRun(
             renderer="cpu",
             device="cpu",
@@ -187,6 +188,18 @@ class _Method:
     def remote(self, *arguments: Any) -> Callable[[], Any]:
         answer = self._method(*arguments)
         return lambda: answer
+
+
+def test_a_worker_that_starts_later_than_the_first_gets_no_requests_until_it_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = Scene(monkeypatch, num_workers=3, nodes={"trainers": 1, "views": 2})
+    assert scene.members == {0, 1}
+    scene.poll(20.0)
+    assert scene.members == {0, 1}
+    scene.cpus["late"] = 1
+    scene.poll(4.0)
+    assert scene.members == scene.living == {0, 1, 2}
 
 
 def test_workers_that_are_all_on_a_drained_node_move_to_a_node_that_joins_later(
