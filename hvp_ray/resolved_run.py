@@ -28,7 +28,9 @@ class ResolvedRun:
 
 def resolve_inline(cluster: ClusterConfig) -> ResolvedRun:
     """Resolve a run without Ray. `auto` means the CPU, because such a run takes no device unasked."""
-    return ResolvedRun(renderer=renderer_of(cluster), device="cuda" if cluster.device == "cuda" else "cpu")
+    if cluster.device == "cuda":
+        return ResolvedRun(renderer=renderer_of(cluster), device="cuda", batches_in_flight=1)
+    return ResolvedRun(renderer=renderer_of(cluster), device="cpu")
 
 
 def renderer_of(cluster: ClusterConfig) -> RendererName:

@@ -8,6 +8,7 @@ as it can. Then the product's own launch, with shares of the GPU.
 
 import dataclasses
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -182,8 +183,14 @@ def _cached_batch(config: RunConfig, check: Check, request_of: RequestOf) -> Dev
 
 @contextmanager
 def _inline(config: RunConfig, renderer: RendererName, request_of: RequestOf, check: Check) -> Iterator[BatchStream]:
+    """Yield batches that are rendered one ahead, as on a trainer's GPU."""
     context = open_render_context(config_to_dict(config), renderer)
-    yield InlineBatches(context, request_of, first_step=0, hand_over=CopyToDevice(torch.device(check.device)))
+    hand_over = CopyToDevice(torch.device(check.device))
+    stream = InlineBatches(context, request_of, first_step=0, hand_over=hand_over, end_step=sys.maxsize)
+    try:
+        yield stream
+    finally:
+        stream.close()
 
 
 @contextmanager

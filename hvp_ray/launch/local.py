@@ -82,8 +82,9 @@ def pretrain_in_process(
     hand_over = CopyToDevice(device)
     evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
-    def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
-        return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over)
+    def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
+        ahead = end_step if resolved.batches_in_flight else None
+        return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over, end_step=ahead)
 
     def ask_knn(snapshot: bytes) -> Future[dict[str, float]]:
         answer: Future[dict[str, float]] = Future()

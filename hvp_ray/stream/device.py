@@ -1,5 +1,6 @@
 """The host-to-device copy of a batch, started before the step needs it."""
 
+import contextlib
 import dataclasses
 import warnings
 from dataclasses import dataclass
@@ -66,6 +67,10 @@ class CopyToDevice:
             probe_pixels=of_group.get("probe"),
             copied=copied,
         )
+
+    def current_device(self) -> contextlib.AbstractContextManager[object]:
+        """Return a context in which the device is the current one of this thread; on a CPU it changes nothing."""
+        return torch.cuda.device(self._device) if self._stream is not None else contextlib.nullcontext()
 
     def release(self) -> None:
         """Mark the trainer's batch as dropped.
