@@ -1,6 +1,6 @@
 """Measure CPU time and waiting of large pools on one machine: real Ray actors, tiny batches, timed work.
 
-python benchmarks/scale.py [--parts stream start] [--batches N] [--json FILE]
+python benchmarks/scale.py [--parts stream start] [--workers N ...] [--batches N] [--json FILE]
 
 stream: 8, 16, 32 and 64 workers, one trainer for every 8, as real actors with the product's stream. A worker waits instead
 of rendering and returns a tiny batch (110 kB, so that it goes through the object store); a trainer waits instead of training.
@@ -37,8 +37,9 @@ import ray
 from benchmarks.results_file import Results, describe_machine, open_results
 from benchmarks.soak import small_config, write_images
 from benchmarks.streams.cpu_time import read_cpu_times
-from hvp_ray.config import RunConfig, config_from_dict, config_to_dict
-from hvp_ray.records import BatchRequest, ViewBatch
+from benchmarks.streams.timed_actors import TimedTrainer, TimedWorker
+from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.records import ViewBatch
 
 WORKERS_PER_TRAINER = 8
 CAPACITY = 1.5
@@ -46,65 +47,6 @@ RATES = (10, 20, 40, 80, 160, 320, 640)
 """Batches a second of all trainers together."""
 MOST_WAIT = 0.05
 STORE_BYTES = 10**9
-
-
-class TimedWorker:
-    """Answers like a view worker, with one batch again and again."""
-
-    def __init__(self, batch: ViewBatch) -> None:
-        self._batch = batch
-        self._seconds = 0.0
-
-    def process_id(self) -> int:
-        """Return the id of this process."""
-        return psutil.Process().pid
-
-    def take(self, seconds: float) -> None:
-        """Set the wait before each batch."""
-        self._seconds = seconds
-
-    def render(self, request: BatchRequest) -> ViewBatch:
-        """Return the batch of a step."""
-        time.sleep(self._seconds)
-        return dataclasses.replace(self._batch, step=request.step)
-
-
-class TimedTrainer:
-    """Takes batches through the product's stream."""
-
-    def __init__(self, values: dict[str, Any], workers: list[Any], rank: int, num_ranks: int) -> None:
-        self._config, self._workers, self._ranks = config_from_dict(values), workers, (rank, num_ranks)
-
-    def process_id(self) -> int:
-        """Return the id of this process."""
-        return psutil.Process().pid
-
-    def run(self, steps: int, step_seconds: float) -> list[float]:
-        """Return the wait before each step, s."""
-        import torch
-
-        from benchmarks.streams.setting import requests_of
-        from benchmarks.streams.timed_loop import run_timed
-        from hvp_ray.distributed.world import World
-        from hvp_ray.stream.device import CopyToDevice
-        from hvp_ray.stream.view_stream import ViewStream
-
-        rank, num_ranks = self._ranks
-        stream = ViewStream(
-            dict(enumerate(self._workers)),
-            requests_of(self._config),
-            range(steps),
-            cluster=self._config.cluster,
-            hand_over=CopyToDevice(torch.device("cpu")),
-            world=World(rank=rank, num_ranks=num_ranks),
-        )
-        try:
-            times = run_timed(
-                stream.next_batch, steps=steps, step_seconds=step_seconds, images_per_step=1, steps_per_epoch=steps
-            )
-        finally:
-            stream.close()
-        return list(times.waits)
 
 
 def scale_config(folder: Path) -> RunConfig:
@@ -197,7 +139,7 @@ def measure_start(config: RunConfig, num_workers: int) -> Results:
     yield {"name": "scale.start.memory", "value": float(np.mean(own)) / 1e6, "unit": "MB of a worker alone"} | context
 
 
-def measure(parts: list[str], num_batches: int) -> Iterator[dict[str, Any]]:
+def measure(parts: list[str], workers: list[int], num_batches: int) -> Iterator[dict[str, Any]]:
     """Yield the figures of the parts."""
     with tempfile.TemporaryDirectory(prefix="hvp_ray-scale-") as name:
         folder = Path(name)
@@ -205,7 +147,7 @@ def measure(parts: list[str], num_batches: int) -> Iterator[dict[str, Any]]:
         config = scale_config(folder)
         ray.init(num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
         try:
-            for num_workers in (8, 16, 32, 64) if "stream" in parts else ():
+            for num_workers in workers if "stream" in parts else ():
                 yield from measure_stream(config, num_workers, num_batches)
             for num_workers in (4, 8, 16, 32) if "start" in parts else ():
                 yield from measure_start(config, num_workers)
@@ -217,11 +159,14 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--parts", nargs="+", choices=["stream", "start"], default=["stream", "start"])
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[8, 16, 32, 64], help="of part stream (default: %(default)s)"
+    )
     parser.add_argument("--batches", type=int, default=400, help="of each measurement (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     with open_results(options.json, describe_machine("torch", "ray")) as keep:
-        for result in measure(options.parts, options.batches):
+        for result in measure(options.parts, options.workers, options.batches):
             context = ", ".join(
                 f"{key} {value}" for key, value in result.items() if key not in ("name", "value", "unit")
             )
