@@ -25,9 +25,9 @@ from hvp_ray.launch.local_cluster import plan_local_ray
 from hvp_ray.launch.placement import ClusterState, PrefetchError, lacks_a_label, resolve_on_cluster
 from hvp_ray.launch.pool_supervisor import PoolSupervisor
 from hvp_ray.launch.ray_train import TrainersThread
-from hvp_ray.launch.stop import StoppedError, StopRequest, stop_on_signals
+from hvp_ray.launch.stop import RayProcesses, StoppedError, StopRequest, stop_on_signals
 from hvp_ray.launch.trainer_setup import TrainerSetup
-from hvp_ray.launch.watch import Announcement, Watchers, watch
+from hvp_ray.launch.watch import Announcement, Watchers, stopped, watch
 from hvp_ray.resolved_run import ResolvedRun
 from hvp_ray.runs.after_training import forgive_death
 from hvp_ray.runs.channel_statistics import describe_channels
@@ -198,6 +198,7 @@ def _run(
 
 
 def _start_pool(job: RunJob, stop: StopRequest) -> ViewWorkerPool:
+    processes = RayProcesses(stop)
     try:
         return start_pool(
             job.config,
@@ -205,10 +206,11 @@ def _start_pool(job: RunJob, stop: StopRequest) -> ViewWorkerPool:
             job.resolved.num_view_workers,
             job.resolved.view_worker_resources,
             data_fingerprint=job.data_fingerprint,
-            must_stop=lambda: stop.is_asked,
+            must_stop=lambda: stop.is_asked or is_ray_lost(),
         )
     except StageError as error:
-        raise StoppedError(f"{error}; no step was trained") from error
+        processes.check(patience_seconds=0.0)
+        raise stopped(str(error), job) from error
 
 
 def _unless_lost(action: Callable[..., None], *arguments: object) -> None:

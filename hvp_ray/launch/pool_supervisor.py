@@ -17,6 +17,7 @@ continues.
 """
 
 import logging
+import sys
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayError
 
+from hvp_ray.config import RunConfig
 from hvp_ray.errors import HvpRayError, first_line
 from hvp_ray.launch.board import Unread
 from hvp_ray.launch.placement import (
@@ -149,13 +151,18 @@ class PoolSupervisor(threading.Thread):
         self._homes_of: tuple[object, ...] = ()
         """Workers and nodes for which `_homes` was read."""
         self._homes_at = 0.0
+        self._most_in_flight = _most_in_flight(job.config)
         self._batches_in_flight = job.resolved.batches_in_flight
         self._version = 1
         self._published = 0
         """The roster that the board has."""
         self._shown: tuple[int, int] | None = None
         """Sizes of the last notice."""
-        self._publish()
+        if self._starting:
+            self._publish_change()
+            self._receive_started(time.monotonic())
+        else:
+            self._publish()
 
     def run(self) -> None:
         """Poll until the end."""
@@ -231,12 +238,13 @@ class PoolSupervisor(threading.Thread):
             view_nodes=[resources for node, resources in nodes.total.items() if node in homes],
         )
         try:
-            return decide_batches_in_flight(
+            number = decide_batches_in_flight(
                 self._cluster, len(self._members), store_bytes / self._num_sharing, self._bytes_per_step
             )
-        except HvpRayError as error:  # nodes have left
-            logger.warning("%s", error)
+        except HvpRayError as error:  # nodes have left, or have not joined yet
+            logger.log(logging.DEBUG if self._starting else logging.WARNING, "%s", error)
             return self._batches_in_flight
+        return min(number, self._most_in_flight)
 
     def _read_reports(self, now: float) -> None:
         for report in ray.get(self._board.take_reports.remote(), timeout=_ANSWER_SECONDS):
@@ -420,6 +428,12 @@ class PoolSupervisor(threading.Thread):
         self._pool.end(unused)
         for number in unused:
             del self._leaving[number]
+
+
+def _most_in_flight(config: RunConfig) -> int:
+    """Return the most batches that each trainer may prefetch: with rule predicted, those whose proposals are known."""
+    selection = config.selection
+    return selection.predictor_delay - 1 if selection.rule == "predicted" else sys.maxsize
 
 
 def _keep(free: Mapping[str, Resources], trainer: Resources, count: int) -> dict[str, Resources]:

@@ -86,11 +86,12 @@ def watch(board: Any, trainers: TrainersThread, job: RunJob, watchers: Watchers,
         ray_processes.check()
         waiting.show_if_due()
         if stop.is_overdue:
-            raise _stopped(_TRAINED if is_trained else _NO_CHECKPOINT, job)
+            raise stopped(_TRAINED if is_trained else _NO_CHECKPOINT, job)
         trainers.join(timeout=_POLL_SECONDS)
 
 
-def _stopped(what: str, job: RunJob) -> StoppedError:
+def stopped(what: str, job: RunJob) -> StoppedError:
+    """Return the error of a run that was asked to stop, with the command that continues it."""
     output = "" if job.config.run.output is None else f" --run.output {shlex.quote(job.config.run.output)}"
     return StoppedError(f"{what}; to continue: hvp-ray pretrain --run.name {shlex.quote(job.run_name)}{output}")
 
@@ -100,7 +101,7 @@ def _outcome(content: BoardContent, trainers: TrainersThread, stop: StopRequest,
     if content.summary is not None:
         return content.summary
     if stop.is_asked:
-        raise _stopped(_TRAINED if content.is_trained else _STOPPED, job)
+        raise stopped(_TRAINED if content.is_trained else _STOPPED, job)
     if trainers.error is not None:
         raise StageError(
             f"the trainers failed more than cluster.max_trainer_failures times; start the run again with its name to "

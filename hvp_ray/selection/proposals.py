@@ -9,7 +9,6 @@ Views are chosen with correctly rounded operations alone (+, -, *, /, sqrt), so 
 Legend: V plans of each image, B images, P pairs, F features.
 """
 
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -198,29 +197,31 @@ class HardnessPredictor:
 
     def __init__(self, *, delay: int, steps_done: int = 0, state: dict[str, Tensor] | None = None) -> None:
         num_features = len(FEATURES)
-        self._steps_done = steps_done
         self._products = np.zeros((num_features, num_features))
         self._moments = np.zeros(num_features)
         self._errors = np.zeros(2)  # squared targets, and what the predictions explained of them
-        self._history = deque([np.zeros(num_features)] * delay, maxlen=delay)  # the newest last
+        history = (np.zeros(num_features),) * delay
         if state:
             self._products, self._moments, self._errors = (
                 state[name].numpy().copy() for name in ("products", "moments", "errors")
             )
-            self._history.extend(state["history"].numpy().copy())
+            history = (*history, *state["history"].numpy().copy())[-delay:]
+        self._learned = steps_done, history
+        """Steps so far, and the last coefficients, the newest last. Replaced at once: a stream reads it in its own thread."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the state for a checkpoint."""
         arrays = {"products": self._products, "moments": self._moments, "errors": self._errors}
         return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()} | {
-            "history": torch.from_numpy(np.stack(self._history))
+            "history": torch.from_numpy(np.stack(self._learned[1]))
         }
 
     def coefficients_of(self, step: int) -> NDArray[np.float64] | None:
         """Return the coefficients that step `step` is requested with; None: nothing was learned by then."""
-        age = self._steps_done - (step - len(self._history) + 1)
-        assert 0 <= age < len(self._history), "steps are requested in order, fewer than the delay ahead"
-        coefficients = self._history[-1 - age]
+        steps_done, history = self._learned
+        age = steps_done - (step - len(history) + 1)
+        assert 0 <= age < len(history), "steps are requested in order, fewer than the delay ahead"
+        coefficients = history[-1 - age]
         return coefficients if coefficients.any() else None
 
     def end_step(self, statistics: NDArray[np.float64] | None) -> None:
@@ -229,11 +230,11 @@ class HardnessPredictor:
         Args:
             statistics: `probe_statistics` as the mean over all ranks; None: the step had no probe.
         """
-        coefficients = self._history[-1]
+        steps_done, history = self._learned
+        coefficients = history[-1]
         if statistics is not None and np.isfinite(statistics).all() and statistics[-2] > 0.0:
             coefficients = self._learn(statistics, coefficients)
-        self._history.append(coefficients)
-        self._steps_done += 1
+        self._learned = steps_done + 1, (*history[1:], coefficients)
 
     @property
     def r2(self) -> float:

@@ -12,12 +12,15 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from hvp_ray.config import RendererName, RunConfig, config_to_dict
 from hvp_ray.errors import ConfigError, StageError
+from hvp_ray.stream.connect import is_ray_lost
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_SECONDS = 300.0
 _RETRY_SECONDS = 0.5
 _POLL_SECONDS = 0.5
+_MOST_PATIENCE_SECONDS = 10.0
+"""A pool that has one worker waits no longer for the others."""
 
 
 class ViewWorkerPool:
@@ -120,7 +123,7 @@ def start_pool(
     data_fingerprint: str | None = None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> ViewWorkerPool:
-    """Start the workers and wait until one of them is up; the others may follow.
+    """Start the workers and wait until one of them is up, and as long again for the others, which may also follow later.
 
     If another worker can start, one that cannot (its node lacks a package, or does not see the data) is left out with a
     warning.
@@ -139,9 +142,14 @@ def start_pool(
     """
     pool = ViewWorkerPool(config, renderer, resources, data_fingerprint)
     try:
+        started_at = time.monotonic()
         reasons, pool.starting = _wait_for_one(pool.start(num_workers), pool.workers, resources, must_stop)
+        patience = min(time.monotonic() - started_at, _MOST_PATIENCE_SECONDS)
+        if pool.starting:
+            ray.wait(list(pool.starting.values()), num_returns=len(pool.starting), timeout=patience)
     except BaseException:
-        pool.close()
+        if not is_ray_lost():
+            pool.close()
         raise
     for number, reason in reasons.items():
         logger.warning("view worker %d could not start and is left out: %s", number, reason)

@@ -43,7 +43,7 @@ def test_a_run_whose_workers_find_other_data_ends_and_can_be_started_again(
 def test_a_stop_before_a_worker_is_up_ends_the_run(tmp_path: Path) -> None:
     stop = StopRequest()
     stop.ask()
-    with pytest.raises(StoppedError, match="before a view worker was up"):
+    with pytest.raises(StoppedError, match="before a view worker was up; to continue: hvp-ray pretrain --run.name run"):
         launch_quietly(tiny_config(str(tmp_path), run={"name": "run"}), stop=stop)
     assert _trainers_are_gone()
     assert attempts(tmp_path / "run") == []

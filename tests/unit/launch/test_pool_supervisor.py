@@ -25,7 +25,15 @@ POLL_SECONDS = 2.0
 class Scene:
     """A real pool, board and supervisor on nodes, actors, trainers and a clock of paper. `ray.get` calls what it is given."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, num_workers: int, nodes: dict[str, int], **cluster: Any):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        num_workers: int,
+        nodes: dict[str, int],
+        selection: dict[str, object] | None = None,
+        **cluster: Any,
+    ):
         self.now = 1000.0
         self.cpus, self.draining = dict(nodes), set[str]()
         self.homes: dict[str, str] = {}
@@ -38,7 +46,7 @@ class Scene:
         self.failures: list[RayError] = []
         """Raised by the next publications."""
         cluster |= {"num_view_workers": "auto"}
-        config = tiny_config("unused", cluster=cluster, training={"images_per_step": 12})
+        config = tiny_config("unused", cluster=cluster, training={"images_per_step": 12}, selection=selection or {})
         self.trainers = dict.fromkeys(range(config.cluster.num_trainers), "trainers")
         """Rank -> its node, for the trainers that live."""
         self.num_ranks = len(self.trainers)
@@ -200,6 +208,19 @@ def test_a_worker_that_starts_later_than_the_first_gets_no_requests_until_it_is_
     scene.cpus["late"] = 1
     scene.poll(4.0)
     assert scene.members == scene.living == {0, 1, 2}
+
+
+@pytest.mark.parametrize(("delay", "in_flight"), [(32, 11), (5, 4)])
+def test_a_growing_pool_prefetches_less_than_the_delay_of_the_predictor(
+    monkeypatch: pytest.MonkeyPatch, delay: int, in_flight: int
+) -> None:
+    selection = {"rule": "predicted", "predictor_delay": delay, "probe_images": 4}
+    nodes = {"trainers": 1, "views": 8}
+    scene = Scene(monkeypatch, num_workers=9, nodes=nodes, selection=selection, batches_in_flight="auto")
+    scene.cpus["late"] = 1
+    scene.poll(4.0)
+    assert len(scene.members) == 9
+    assert scene.roster.batches_in_flight == in_flight
 
 
 def test_workers_that_are_all_on_a_drained_node_move_to_a_node_that_joins_later(
