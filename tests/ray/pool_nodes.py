@@ -118,7 +118,7 @@ def main(output: Path) -> None:
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     gcs = ray._raylet.GcsClient(address=cluster.address)
     assert gcs.drain_node(first.node_id, reason, "test", deadline_ms)[0]
-    run.wait_for_message("a node that is drained")
+    run.wait_for_message("on a drained node")
     # Ray ends a drained node itself, once no actor runs there.
     wait_until(lambda: not _is_alive(first.node_id) or not run.is_alive(), "the end of the drained node", pause=0.1)
     node_left_during_run = run.is_alive()
