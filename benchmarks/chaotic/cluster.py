@@ -111,9 +111,11 @@ class ChaosCluster:
         places = [self.runs, *(host.folder / "cache" for host in (self.trainer, self.views))]
         last = 0
         for place in places:
-            for path in place.rglob(f"{name}/**/metrics.jsonl"):
+            for folder, _, files in os.walk(place):  # passes over folders that are deleted meanwhile
+                if "metrics.jsonl" not in files or name not in Path(folder).parts:
+                    continue
                 with contextlib.suppress(OSError):
-                    lines = path.read_bytes().splitlines(keepends=True)
+                    lines = Path(folder, "metrics.jsonl").read_bytes().splitlines(keepends=True)
                     whole = [line for line in lines[-2:] if line.endswith(b"}\n")]
                     if whole:
                         last = max(last, int(whole[-1].split(b":")[1].split(b",")[0]))
