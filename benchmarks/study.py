@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class Setting:
     overrides: tuple[str, ...] = ()
     level: float = 0.95
     """Coverage of the intervals."""
+    seeds_together: int = 1
+    """Seeds of one comparison. An even number of runs keeps two cores busy when each has one thread."""
 
     @property
     def digest(self) -> str:
@@ -80,6 +83,7 @@ CIFAR10 = {"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"}
 LENGTHS = (600, 1800, 5400)
 TEN_THOUSAND = ("--data.num_images", "10000")
 LATE = "start_fraction=0.5"
+ONE_THREAD = ("--training.torch_threads", "1")
 
 SETTINGS = {
     "simclr": Setting(
@@ -106,7 +110,7 @@ SETTINGS = {
         lengths=LENGTHS,
         seeds=(0, 1),
         arms=("hardest", f"hardest:{LATE}", "all-pairs", f"all-pairs:weighting=softmax,{LATE}", "fast-siam"),
-        overrides=(*TEN_THOUSAND, "--training.torch_threads", "1"),
+        overrides=(*TEN_THOUSAND, *ONE_THREAD),
     ),
     "dino": Setting(
         recipe="dino-cifar10-small",
@@ -121,6 +125,16 @@ SETTINGS = {
         ),
         overrides=(*TEN_THOUSAND, "--views.local_views.size_px", "8"),
     ),
+    "simclr-confirm": Setting(
+        recipe="simclr-cifar10-small",
+        **CIFAR10,
+        lengths=(1800,),
+        seeds=tuple(range(100, 112)),
+        arms=("all-pairs", f"all-pairs:weighting=softmax,{LATE}", f"hardest:{LATE}", "asym-aug"),
+        overrides=(*TEN_THOUSAND, *ONE_THREAD),
+        level=1 - 0.05 / 4,
+        seeds_together=2,
+    ),
 }
 
 
@@ -134,9 +148,9 @@ def costs_path(name: str) -> Path:
     return RESULTS / f"study-costs-{name}.json"
 
 
-def comparison_of(name: str, length: int, seed: int) -> str:
+def comparison_of(name: str, length: int, seeds: tuple[int, ...]) -> str:
     """Return the name of a comparison; those of its runs begin with it and a dash."""
-    return f"study-{name}-{length}-s{seed}"
+    return f"study-{name}-{length}-s{'-'.join(map(str, seeds))}"
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -144,14 +158,16 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["setting"], row["settings_digest"], row["length"], row["seed"], row["arm"]
 
 
-def missing_comparisons(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:
-    """Yield the (length, seed) of a setting whose arms are not all done, short ones first."""
+def missing_comparisons(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Yield the (length, seeds) of a setting whose arms are not all done, short ones first."""
     setting = SETTINGS[name]
     done = {key_of(row) for row in rows}
     for length in setting.lengths:
-        for seed in setting.seeds:
-            if any((name, setting.digest, length, seed, arm) not in done for arm in ("vanilla", *setting.arms)):
-                yield length, seed
+        for first in range(0, len(setting.seeds), setting.seeds_together):
+            seeds = setting.seeds[first : first + setting.seeds_together]
+            runs = product(seeds, ("vanilla", *setting.arms))
+            if any((name, setting.digest, length, seed, arm) not in done for seed, arm in runs):
+                yield length, seeds
 
 
 def measure_costs(name: str, data: Path) -> None:
@@ -162,11 +178,11 @@ def measure_costs(name: str, data: Path) -> None:
         shutil.copy(Path(folder) / "costs" / "comparison.json", costs_path(name))
 
 
-def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -> list[dict[str, Any]]:
+def do_comparison(name: str, length: int, seeds: tuple[int, ...], data: Path, output: Path) -> list[dict[str, Any]]:
     """Do one comparison, or continue it; return its rows."""
-    comparison = comparison_of(name, length, seed)
+    comparison = comparison_of(name, length, seeds)
     words = [*SETTINGS[name].options(data), "--run.output", str(output), "--comparison", comparison]
-    words += ["--costs", str(costs_path(name)), "--training.num_steps", str(length), "--seeds", str(seed)]
+    words += ["--costs", str(costs_path(name)), "--training.num_steps", str(length), "--seeds", *map(str, seeds)]
     subprocess.run([*COMPARE, *words], check=True)
     report = json.loads((output / comparison / "report.json").read_text())
     costs, machine = report["costs"], describe_machine("torch")
@@ -195,15 +211,15 @@ def do_comparison(name: str, length: int, seed: int, data: Path, output: Path) -
 
 def run(names: list[str], data: Path, output: Path) -> None:
     """Do what is missing, short schedules of all settings first; the rows of a comparison are kept as soon as it is done."""
-    missing = [(length, name, seed) for name in names for length, seed in missing_comparisons(name, read_rows())]
-    for length, name, seed in sorted(missing, key=lambda comparison: comparison[0]):
-        new, rows = do_comparison(name, length, seed, data, output), read_rows()
+    missing = [(length, name, seeds) for name in names for length, seeds in missing_comparisons(name, read_rows())]
+    for length, name, seeds in sorted(missing, key=lambda comparison: comparison[0]):
+        new, rows = do_comparison(name, length, seeds, data, output), read_rows()
         known = {key_of(row) for row in rows}
         rows += [row for row in new if key_of(row) not in known]
         unfinished = ROWS.with_suffix(".part")
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
         unfinished.replace(ROWS)
-        comparison = comparison_of(name, length, seed)
+        comparison = comparison_of(name, length, seeds)
         for folder in (output / comparison, *output.glob(f"{comparison}-*")):
             shutil.rmtree(folder)
 
