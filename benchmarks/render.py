@@ -8,6 +8,9 @@ medians over turns are reported. Everything ends with uint8 pixels in the host's
 which ends as the authors' loader does, with normalised float32 tensors. Peers that are not installed are named and left
 out (`uv pip install --group bench` has them). Without --data photographs are made up: that shows that the program runs,
 and its numbers are of smoother pictures than real ones.
+
+Last comes what the host does for an image before DALI decodes it on a GPU: reading, its size for the plan, the plan, the
+check whether DALI may decode it, and arrays of the operations.
 """
 
 import argparse
@@ -252,6 +255,12 @@ def main() -> int:
             parts = list(render_parts.measure(chain, task.views, photographs, options.repeats, options.data))
             keep(parts)
             print("parts of the CPU renderer: " + ", ".join(f"{part['part']} {part['value']:.3f}" for part in parts))
+        if reason_against("dali-cpu") is None:
+            views = get_recipe(CHAINS["simsiam"]).views
+            parts = list(render_parts.measure_host_work(views, photographs, options.repeats, options.data))
+            keep(parts)
+            print("\nbefore DALI on a GPU, CPU us of the host per image (goal: 100 for all): ", end="")
+            print(", ".join(f"{part['part']} {part['value']:.1f}" for part in parts))
     return 0
 
 

@@ -170,13 +170,16 @@ def _decode(image: bytes, max_pixels: int, channels: int) -> NDArray[np.uint8] |
     return decoded
 
 
-def is_plain_jpeg(image: bytes) -> bool:
-    """Tell whether the image is an upright grey or colour JPEG of 8 bits, which all JPEG decoders treat alike."""
-    try:
-        jpeg = _read_jpeg_header(image)
-    except UnreadableImageError:
+def is_plain_jpeg(image: bytes, *, max_pixels: int) -> bool:
+    """Tell whether the image is an upright grey or colour JPEG of 8 bits, which all JPEG decoders treat alike.
+
+    Raises:
+        UnreadableImageError: a JPEG that `read_size` refuses.
+    """
+    if not image.startswith(_JPEG_MAGIC):
         return False
-    if jpeg is None or _has_excessive_exif(image, jpeg) or _jpeg_size(image, jpeg) is None:
+    header = _read_header(image, max_pixels)
+    if not header.is_plain_jpeg or header.image is not image:
         return False
     frame = jpeg_frame(image)
     return frame is not None and frame[1] == 8

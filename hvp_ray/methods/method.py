@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hvp_ray.config import MethodConfig
 from hvp_ray.errors import ConfigError
 from hvp_ray.methods.backbones import checkpointed_blocks, without_checkpointing
-from hvp_ray.row_reuse import RowReuse
+from hvp_ray.row_reuse import Kept, RowReuse
 from hvp_ray.selection.candidates import Candidates, CandidateScores, KeptViews, Reusable
 from hvp_ray.selection.rescue import score_with_rescue
 from hvp_ray.selection.view_outputs import ViewOutputs
@@ -163,12 +163,11 @@ class Method(nn.Module):
 
     backbone: nn.Module
     """The encoder that is trained."""
-    compiles_rows: bool = False
-    """`RowReuse` is compiled."""
 
     def __init__(self) -> None:
         super().__init__()
         self._row_reuse: dict[str, RowReuse] = {}
+        self._compiles_rows = False
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Return the loss that each candidate would give; higher is harder; float32."""
@@ -242,12 +241,21 @@ class Method(nn.Module):
         flat = [values.flatten(0, 1) for values in of_views]
         if not views.keep_rows:
             return encoder(*flat).unflatten(0, shape), {}
+        outputs, kept = self._forward_all_rows(name, encoder, flat)
+        return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
+
+    def _forward_all_rows(self, name: str, encoder: nn.Module, rows: list[Tensor]) -> tuple[Tensor, Kept]:
         if name not in self._row_reuse:
             blocks = checkpointed_blocks(encoder)
-            self._row_reuse[name] = RowReuse(encoder, keep_inputs_of=blocks, compiled=self.compiles_rows)
+            self._row_reuse[name] = RowReuse(encoder, keep_inputs_of=blocks, compiled=self._compiles_rows)
         with without_checkpointing(encoder):
-            outputs, kept = self._row_reuse[name].forward_all(*flat)
-        return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
+            return self._row_reuse[name].forward_all(*rows)
+
+    def compile_rows(self) -> None:
+        """Compile `RowReuse` by itself, outside of the graphs of scoring."""
+        self._compiles_rows = True
+        disable: Any = torch.compiler.disable  # not as a decorator, because it imports Dynamo, which takes seconds
+        self._forward_all_rows = disable(self._forward_all_rows, reason="the halves are compiled by themselves")
 
     @property
     def encoder(self) -> nn.Module:

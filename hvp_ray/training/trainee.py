@@ -166,8 +166,9 @@ def build_trainee_of(
             steps_done=0 if checkpoint is None else checkpoint.step,
             state=None if checkpoint is None else checkpoint.predictor,
         )
-    compiled = method.compiles_rows = config.training.compile
+    compiled = config.training.compile
     if compiled:
+        method.compile_rows()
         torch.compiler.assume_constant_result(pair_table_on)
     return Trainee(
         method=method,

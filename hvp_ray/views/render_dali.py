@@ -2,7 +2,8 @@
 
 One graph decodes each image once. Another crops and resizes all views of a group as one batch of V x B samples that share
 the decoded images. Its result goes to torch without a copy. Operations have the meaning and order of `render_cpu`. The crop
-is sliced before it is resized, because `resize(roi_*)` would read outside the crop.
+is sliced before it is resized, because `resize(roi_*)` would read outside the crop. On a GPU no part waits for the default
+stream, so a trainer of the same process works on while its next batch is rendered.
 
 DALI decodes only upright, complete JPEGs. `data.decode` decodes all others on the host and passes them as bitmaps. So odd
 images have equal pixels with every renderer, and one bad image never costs a batch.
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from hvp_ray.config import DataConfig, RendererName, ViewGroupConfig, ViewsConfig
-from hvp_ray.data.decode import decode_rgb, is_plain_jpeg, read_size
+from hvp_ray.data.decode import decode_rgb, is_plain_jpeg
 from hvp_ray.errors import ConfigError, UnreadableImageError, first_line
 from hvp_ray.records import ViewPlan
 from hvp_ray.views.color_batch import PlannedOperations, compiled_finish, finish_views, largest_blur_radius_px
@@ -95,20 +96,20 @@ class DaliRenderer:
         self, images: Sequence[bytes], global_plan: ViewPlan, local_plan: ViewPlan | None = None
     ) -> RenderedBatch:
         """Render the batch; if DALI rejects it, decode every image on the host and render again."""
-        encoded, failures = self._prepare(images, on_host=False)
+        encoded, failures = self.prepare(images, on_host=False)
         try:
             outputs = self._run(encoded, global_plan, local_plan, failures)
         except _RejectedError as error:
             logger.warning("DALI rejected a batch (%s); decoding it on the host", first_line(error))
             for lane in self._lanes:
                 lane.graphs.clear()  # a graph that raised cannot run again
-            encoded, failures = self._prepare(images, on_host=True)
+            encoded, failures = self.prepare(images, on_host=True)
             outputs = self._run(encoded, global_plan, local_plan, failures)
         return RenderedBatch(
             global_pixels=outputs[0], local_pixels=outputs[1] if len(outputs) > 1 else None, failures=failures
         )
 
-    def _prepare(self, images: Sequence[bytes], *, on_host: bool) -> tuple[list[NDArray[np.uint8]], dict[int, str]]:
+    def prepare(self, images: Sequence[bytes], *, on_host: bool) -> tuple[list[NDArray[np.uint8]], dict[int, str]]:
         """Return the input of DALI's decoder, and index -> reason of unreadable images, which become one black pixel.
 
         Plain JPEGs are passed unchanged, unless `on_host`. Other images are passed as bitmaps.
@@ -118,8 +119,8 @@ class DaliRenderer:
         limit, intensity_range = self._data.max_image_pixels, self._data.intensity_range
         for index, image in enumerate(images):
             try:
-                if not on_host and is_plain_jpeg(image) and image.rfind(_END_OF_JPEG, -_TAIL_BYTES) >= 0:
-                    read_size(image, max_pixels=limit)  # DALI has no size limit
+                is_plain = not on_host and is_plain_jpeg(image, max_pixels=limit)  # DALI has no size limit
+                if is_plain and image.rfind(_END_OF_JPEG, -_TAIL_BYTES) >= 0:
                     encoded.append(np.frombuffer(image, dtype=np.uint8))
                 else:
                     encoded.append(_bitmap(decode_rgb(image, max_pixels=limit, intensity_range=intensity_range)))
@@ -152,7 +153,7 @@ class DaliRenderer:
     ) -> NDArray[np.uint8]:
         """Render all views of a group, [V, B, S, S, 3], from the result of `decode`; failed images are zeros."""
         host = _HostPixels((plan.num_views, len(decoded), group.size_px, group.size_px, 3), pinned=self._on_gpu)
-        crops, operations = _crops(plan, failures or {}), PlannedOperations.of(plan, group)
+        crops, operations = crops_of(plan, failures or {}), PlannedOperations.of(plan, group)
 
         def render(lane: "_Lane", images: slice) -> None:
             lane.render(decoded[images], crops, operations, group, images, host)
@@ -175,11 +176,12 @@ class DaliRenderer:
 
 
 class _Lane:
-    """The graphs of one host thread, kept for the largest batch so far."""
+    """The graphs of one host thread, kept for the largest batch so far, and its CUDA stream."""
 
     def __init__(self, execution: DaliExecution, device_id: int | None) -> None:
         self._execution = execution
         self._device_id = device_id
+        self._stream = None if device_id is None else torch.cuda.Stream(device_id)
         self.graphs: dict[Hashable, _Graph] = {}
 
     def decode(self, encoded: list[NDArray[np.uint8]]) -> list[Any]:
@@ -213,9 +215,10 @@ class _Lane:
             define = partial(_define_views, group.size_px, kind.interpolation, on_gpu=self._on_gpu)
             flat = {name: of_all[kind.view_indices, images].reshape(samples, 2) for name, of_all in crops.items()}
             graph = self._graph(key, samples, define)
-            (resized,) = graph.run({"images": decoded * len(kind.view_indices), **flat})
-            views = finish_views(from_dlpack(resized.as_tensor()), operations.of_samples(kind.view_indices, images))
-            host.take(kind.view_indices, images, views, keep=resized)
+            (resized,) = graph.run({"images": decoded * len(kind.view_indices), **flat})  # DALI's work has ended
+            with torch.cuda.stream(self._stream):  # does nothing on a CPU
+                views = finish_views(from_dlpack(resized.as_tensor()), operations.of_samples(kind.view_indices, images))
+                host.take(kind.view_indices, images, views, keep=resized)
 
     @property
     def _on_gpu(self) -> bool:
@@ -279,31 +282,27 @@ class _HostPixels:
     def __init__(self, shape: tuple[int, ...], *, pinned: bool) -> None:
         self._pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         self._pinned = pinned
-        self._device: torch.device | None = None
-        self._copying: list[Any] = []
+        self._copying: list[tuple[Any, torch.cuda.Event | None]] = []
 
     def take(self, view_indices: list[int], images: slice, rendered: Tensor, *, keep: Any) -> None:
-        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; a copy from a GPU is asynchronous.
+        """Copy views of some images, [len(view_indices) x len(images), S, S, 3]; on the current stream of a GPU.
 
         `keep` is kept until all copies have ended: DALI reuses its memory as soon as no reference is left.
         """
         num_views, num_images, *view_shape = self._pixels.shape
-        self._device = rendered.device
         views = rendered.view(len(view_indices), -1, *view_shape)
-        self._copying.append(keep)
-        if len(view_indices) == num_views and views.shape[1] == num_images:
-            if self._pinned:
-                self._pixels.copy_(views, non_blocking=True)
-            else:
-                self._pixels = views
-            return
-        for place, view_index in enumerate(view_indices):
-            self._pixels[view_index, images].copy_(views[place], non_blocking=self._pinned)
+        if not self._pinned and len(view_indices) == num_views and views.shape[1] == num_images:
+            self._pixels = views
+        else:
+            for place, view_index in enumerate(view_indices):
+                self._pixels[view_index, images].copy_(views[place], non_blocking=self._pinned)
+        self._copying.append((keep, torch.cuda.current_stream().record_event() if self._pinned else None))
 
     def wait(self) -> NDArray[np.uint8]:
         """Return [V, B, S, S, 3] when all copies have ended."""
-        if self._pinned:
-            torch.cuda.current_stream(self._device).synchronize()
+        for _, copied in self._copying:
+            if copied is not None:
+                copied.synchronize()
         self._copying.clear()
         pixels: NDArray[np.uint8] = self._pixels.numpy()
         return pixels
@@ -336,7 +335,7 @@ def _define_views(size_px: int, interpolation: str, *, on_gpu: bool) -> Any:
     return graph
 
 
-def _crops(plan: ViewPlan, failures: dict[int, str]) -> dict[str, NDArray[np.int32]]:
+def crops_of(plan: ViewPlan, failures: dict[int, str]) -> dict[str, NDArray[np.int32]]:
     """Return start and shape of every crop, [V, B, 2]; failed images are placeholders of one pixel."""
     start = np.stack([plan.top, plan.left], axis=-1).astype(np.int32)
     shape = np.stack([plan.height, plan.width], axis=-1).astype(np.int32)

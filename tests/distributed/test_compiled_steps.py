@@ -51,6 +51,14 @@ def test_hard_steps_are_a_graph_for_scoring_and_one_for_training(recipe: str) ->
     assert run_ranks(_graphs, 1, recipe, {})[0] == ([2] * NUM_STEPS, [])
 
 
+@pytest.mark.parametrize("recipe", ["ibot-digits", "dinov2-digits"])
+def test_steps_that_reuse_rows_break_only_there_and_compile_nothing_later(recipe: str) -> None:
+    graphs, breaks = run_ranks(_graphs, 1, recipe, {"reuse_student": True})[0]
+    assert len(set(graphs)) == 1
+    assert len(breaks) == 1
+    assert "Method._forward_all_rows" in breaks[0]
+
+
 @pytest.mark.parametrize(
     ("recipe", "selection"),
     [

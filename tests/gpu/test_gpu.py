@@ -77,6 +77,26 @@ def test_views_come_from_the_gpu_in_pinned_memory_and_stay_what_they_are(generat
     assert np.array_equal(first, render(0))
 
 
+def test_rendering_does_not_wait_for_the_work_of_a_trainer(generator: np.random.Generator) -> None:
+    from hvp_ray.views.render_dali import DaliRenderer
+
+    views = views_config(64, TransformConfig())
+    sizes = np.array([(200, 150)] * 8, np.int32)
+    images = [encode(photograph_like(generator, 200, 150), "JPEG", quality=92) for _ in sizes]
+    plan = draw_plan(
+        seed=0, purpose=Purpose.GLOBAL_VIEWS, epoch=0, sample_ids=np.arange(8),
+        image_sizes=(sizes[:, 0].copy(), sizes[:, 1].copy()),
+        num_views=4, group=views.global_views,
+    )  # fmt: skip
+    renderer = DaliRenderer(views, DataConfig(source="list"), name="dali-gpu")
+    expected = [renderer.render(images, plan).global_pixels for _ in range(3)][-1].copy()  # builds, compiles, allocates
+    torch.cuda._sleep(4_000_000_000)  # cycles: two seconds or more of the default stream, where a trainer works
+    trained = torch.cuda.current_stream().record_event()
+    pixels = renderer.render(images, plan).global_pixels
+    assert not trained.query()
+    assert np.array_equal(pixels, expected)
+
+
 def test_pixels_depend_neither_on_lanes_nor_on_the_batch(generator: np.random.Generator) -> None:
     from hvp_ray.views.render_dali import DaliExecution, DaliRenderer
 
