@@ -104,9 +104,9 @@ class ScoredImages:
         request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
         context = build_render_context(config, dataset, "cpu")
         num_batches = max(1, min(num_images // config.training.images_per_step, order.steps_per_epoch))
-        hand_over = CopyToDevice(device)
+        copy_to_device = CopyToDevice(device)
         self.batches: list[DeviceBatch] = [
-            hand_over(render_batch(context, request_of(step))) for step in range(num_batches)
+            copy_to_device(render_batch(context, request_of(step))) for step in range(num_batches)
         ]
         for batch in self.batches:
             batch.wait()

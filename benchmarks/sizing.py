@@ -96,7 +96,7 @@ def measure_pool(config: RunConfig, workers: int, steps: int) -> tuple[float, fl
         requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={}),
         range(warm_up + steps),
         cluster=dataclasses.replace(config.cluster, batches_in_flight=batches_in_flight),
-        hand_over=CopyToDevice(torch.device("cpu")),
+        copy_to_device=CopyToDevice(torch.device("cpu")),
         finishers=beside,
     )
     try:

@@ -188,7 +188,7 @@ def _with_pool(
         requests_of(setting.config),
         range(steps),
         cluster=setting.config.cluster,
-        hand_over=CopyToDevice(training.CPU),
+        copy_to_device=CopyToDevice(training.CPU),
     )
     try:
         times = _timed(setting, stream.next_batch, steps=steps, step_seconds=step_seconds)

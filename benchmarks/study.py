@@ -2,12 +2,14 @@
 
 python benchmarks/study.py costs SETTING --data FOLDER      measure once what a step of each arm costs
 python benchmarks/study.py run SETTING ... --data FOLDER    do the comparisons that are missing, one after the other
-python benchmarks/study.py report                           write results/study.md and docs/images/study.png from all rows
+python benchmarks/study.py report                           write results/study.md and two figures from all rows
 
-Run `costs` first: `run` needs its file. FOLDER has cifar10-train.parquet and cifar10-test.parquet.
+Run `costs` first: `run` needs its file. FOLDER has cifar10-{train,test}.parquet, and for the setting simclr-imagenette
+imagenette128-{train,val}.parquet.
 
-Settings, arms, lengths and seeds are those of stage 1 in docs/experiments/2026-11-29-hard-views-that-pay.md. Each finished
-comparison is added to benchmarks/results/study.jsonl, one row a run, so that any machine continues where another one stopped.
+Settings, arms, lengths and seeds are those of docs/experiments/2026-11-29-hard-views-that-pay.md; stage 2 is in the settings
+simclr-confirm and simclr-imagenette. Each finished comparison is added to benchmarks/results/study.jsonl, one row a run, so
+that any machine continues where another one stopped.
 """
 
 import argparse
@@ -51,8 +53,12 @@ class Setting:
     arms: tuple[str, ...]
     """Arms beside vanilla."""
     overrides: tuple[str, ...] = ()
+    also_against: tuple[tuple[str, str], ...] = ()
+    """(arm, another arm): differences beside those of all arms to vanilla."""
     level: float = 0.95
     """Coverage of the intervals."""
+    title: str | None = None
+    """Of its part of the figure of confirmed effects. None: a setting of stage 1."""
     seeds_together: int = 1
     """Seeds of one comparison. An even number of runs keeps two cores busy when each has one thread."""
 
@@ -79,11 +85,18 @@ COMMON = (
     *("--training.precision", "bfloat16", "--optimizer.schedule", "cosine-per-step"),
     *("--tracking.uri", "none", "--tracking.knn_images", "10000"),
 )
+"""Of all settings; a setting's `overrides` come behind it."""
 CIFAR10 = {"train": "cifar10-train.parquet", "test": "cifar10-test.parquet"}
 LENGTHS = (600, 1800, 5400)
 TEN_THOUSAND = ("--data.num_images", "10000")
 LATE = "start_fraction=0.5"
 ONE_THREAD = ("--training.torch_threads", "1")
+SOFTMAX = f"all-pairs:weighting=softmax,{LATE}"
+CONFIRMED = ("all-pairs", SOFTMAX, f"hardest:{LATE}", "asym-aug")
+"""Arms of stage 2."""
+LABELS = dict(
+    zip(CONFIRMED, ("all pairs", "all pairs, hard ones weigh more", "hard views (HVP)", "AsymAug"), strict=True)
+)
 
 SETTINGS = {
     "simclr": Setting(
@@ -130,9 +143,27 @@ SETTINGS = {
         **CIFAR10,
         lengths=(1800,),
         seeds=tuple(range(100, 112)),
-        arms=("all-pairs", f"all-pairs:weighting=softmax,{LATE}", f"hardest:{LATE}", "asym-aug"),
+        arms=CONFIRMED,
         overrides=(*TEN_THOUSAND, *ONE_THREAD),
-        level=1 - 0.05 / 4,
+        also_against=((SOFTMAX, "all-pairs"),),
+        level=0.99,
+        title="CIFAR-10, 1,800 steps, 12 seeds",
+        seeds_together=2,
+    ),
+    "simclr-imagenette": Setting(
+        recipe="simclr-imagenette-small",
+        train="imagenette128-train.parquet",
+        test="imagenette128-val.parquet",
+        lengths=(600,),
+        seeds=tuple(range(100, 112)),
+        arms=CONFIRMED,
+        overrides=(
+            *("--views.global_views.size_px", "64", "--views.evaluation_resize_px", "64"),
+            *ONE_THREAD,
+        ),
+        also_against=((SOFTMAX, "all-pairs"),),
+        level=0.99,
+        title="Imagenette, 600 steps, 12 seeds",
         seeds_together=2,
     ),
 }
@@ -226,13 +257,15 @@ def run(names: list[str], data: Path, output: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Effect:
-    """Difference of an arm to random views at one length, in points of k-NN accuracy."""
+    """Difference of two arms at one length, in points of k-NN accuracy."""
 
     setting: str
     length: int
     arm: str
+    against: str
+    """The arm that it is compared with."""
     values: list[float]
-    """Accuracy of each seed, %."""
+    """Accuracy of each seed that both have, %."""
     mean: float
     """Mean difference."""
     interval: tuple[float, float] | None
@@ -240,52 +273,59 @@ class Effect:
 
 
 def effects_of(rows: list[dict[str, Any]]) -> list[Effect]:
-    """Return the effect of every arm at every length."""
+    """Return the effects of every arm at every length."""
     accuracy = {(r["setting"], r["length"], r["arm"], r["seed"]): 100 * r["knn_top1"] for r in rows}
     effects = []
     for setting, length, arm in dict.fromkeys(key[:3] for key in accuracy):
-        of_arm = [key[3] for key in accuracy if key[:3] == (setting, length, arm)]
-        seeds = sorted(seed for seed in of_arm if (setting, length, "vanilla", seed) in accuracy)
-        ours = np.array([accuracy[setting, length, arm, seed] for seed in seeds])
-        theirs = np.array([accuracy[setting, length, "vanilla", seed] for seed in seeds])
-        interval = None
-        if len(seeds) > 1 and arm != "vanilla":
-            found = paired_difference(theirs, ours, level=SETTINGS[setting].level).interval
-            interval = (found.low, found.high)
-        effects.append(
-            Effect(
-                setting=setting,
-                length=length,
-                arm=arm,
-                values=ours.tolist(),
-                mean=float((ours - theirs).mean()),
-                interval=interval,
+        others = [other for ours, other in SETTINGS[setting].also_against if ours == arm]
+        for against in ("vanilla", *others):
+            of_arm = [key[3] for key in accuracy if key[:3] == (setting, length, arm)]
+            seeds = sorted(seed for seed in of_arm if (setting, length, against, seed) in accuracy)
+            ours = np.array([accuracy[setting, length, arm, seed] for seed in seeds])
+            theirs = np.array([accuracy[setting, length, against, seed] for seed in seeds])
+            interval = None
+            if len(seeds) > 1 and arm != against:
+                found = paired_difference(theirs, ours, level=SETTINGS[setting].level).interval
+                interval = (found.low, found.high)
+            effects.append(
+                Effect(
+                    setting=setting,
+                    length=length,
+                    arm=arm,
+                    against=against,
+                    values=ours.tolist(),
+                    mean=float((ours - theirs).mean()),
+                    interval=interval,
+                )
             )
-        )
     return effects
 
 
 def table_of(effects: list[Effect]) -> str:
     """Return the effects as a table in Markdown."""
     lines = [
-        "| setting | steps | arm | k-NN of each seed, % | mean | against random views |",
-        "|---|---|---|---|---|---|",
+        "| setting | steps | arm | k-NN of each seed, % | mean | against | difference |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for effect in sorted(effects, key=lambda e: (e.setting, e.length, e.arm != "vanilla", -e.mean)):
-        difference = "" if effect.arm == "vanilla" else f"{effect.mean:+.1f}"
+    for effect in sorted(
+        effects, key=lambda e: (e.setting, e.length, e.arm != "vanilla", e.against != "vanilla", -e.mean)
+    ):
+        is_base = effect.arm == effect.against
+        difference = "" if is_base else f"{effect.mean:+.1f}"
         if effect.interval is not None:
             difference += f" ({effect.interval[0]:+.1f} to {effect.interval[1]:+.1f})"
         values = ", ".join(f"{value:.1f}" for value in effect.values)
+        against = "" if is_base else f"`{effect.against}`"
         lines.append(
             f"| {effect.setting} | {effect.length} | `{effect.arm}` | {values} "
-            f"| {np.mean(effect.values):.1f} | {difference} |"
+            f"| {np.mean(effect.values):.1f} | {against} | {difference} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def build_figure(effects: list[Effect]) -> Figure:
-    """Draw the effect against the length of the schedule, one panel for each setting."""
-    settings = list(dict.fromkeys(effect.setting for effect in effects))
+    """Draw the effects of stage 1 against the length of the schedule, one panel for each setting."""
+    settings = [name for name in dict.fromkeys(e.setting for e in effects) if SETTINGS[name].title is None]
     figure = Figure(figsize=(5.2 * len(settings), 4.4), layout="constrained")
     for axis, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
         arms = dict.fromkeys(e.arm for e in effects if e.setting == setting and e.arm != "vanilla")
@@ -309,13 +349,36 @@ def build_figure(effects: list[Effect]) -> Figure:
     return figure
 
 
+def build_confirmed(effects: list[Effect]) -> Figure:
+    """Draw the effects of stage 2 with their intervals, one panel for each setting."""
+    settings = [name for name in dict.fromkeys(e.setting for e in effects) if SETTINGS[name].title is not None]
+    figure = Figure(figsize=(4.6 * len(settings) + 1.6, 2.4), layout="constrained")
+    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    for axis, setting in zip(axes, settings, strict=True):
+        of_arms = {e.arm: e for e in effects if e.setting == setting and e.against == "vanilla" != e.arm}
+        for place, arm in enumerate(reversed(CONFIRMED)):
+            effect = of_arms[arm]
+            if effect.interval is not None:
+                axis.plot(effect.interval, [place, place], color="tab:blue", linewidth=2)
+            axis.plot(effect.mean, place, "o", color="tab:blue")
+        axis.set_yticks(range(len(CONFIRMED)), [LABELS[arm] for arm in reversed(CONFIRMED)])
+        axis.set_ylim(-0.6, len(CONFIRMED) - 0.4)
+        axis.axvline(0.0, color="#444444", linewidth=1)
+        axis.grid(axis="x", alpha=0.25)
+        axis.set_title(SETTINGS[setting].title, fontsize=10)
+        axis.set_xlabel("k-NN against random views at equal compute, points")
+    return figure
+
+
 def report() -> None:
-    """Write the table and the figure of all rows, and print the table."""
+    """Write the table and the figures of all rows, and print the table."""
     effects = effects_of(read_rows())
     hours = sum(row["train_seconds"] for row in read_rows()) / 3600
     text = table_of(effects)
     (RESULTS / "study.md").write_text(text)
     build_figure(effects).savefig(IMAGES / "study.png", dpi=110)
+    if any(SETTINGS[effect.setting].title for effect in effects):
+        build_confirmed(effects).savefig(IMAGES / "study_confirmed.png", dpi=130)
     print(text + f"\n{len(read_rows())} runs, {hours:.1f} hours of training", flush=True)
 
 

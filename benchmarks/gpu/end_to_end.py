@@ -185,8 +185,8 @@ def _cached_batch(config: RunConfig, check: Check, request_of: RequestOf) -> Dev
 def _inline(config: RunConfig, renderer: RendererName, request_of: RequestOf, check: Check) -> Iterator[BatchStream]:
     """Yield batches that are rendered one ahead, as on a trainer's GPU."""
     context = open_render_context(config_to_dict(config), renderer)
-    hand_over = CopyToDevice(torch.device(check.device))
-    stream = InlineBatches(context, request_of, first_step=0, hand_over=hand_over, end_step=sys.maxsize)
+    copy_to_device = CopyToDevice(torch.device(check.device))
+    stream = InlineBatches(context, request_of, first_step=0, copy_to_device=copy_to_device, end_step=sys.maxsize)
     try:
         yield stream
     finally:
@@ -214,8 +214,8 @@ def _stream(pool: Any, config: RunConfig, request_of: RequestOf, steps: int, che
 
     # Every worker has two batches in hand at least.
     cluster = dataclasses.replace(config.cluster, batches_in_flight=max(6, 2 * len(pool.workers)))
-    hand_over = CopyToDevice(torch.device(check.device))
-    stream = ViewStream(pool.workers, request_of, range(steps), cluster=cluster, hand_over=hand_over)
+    copy_to_device = CopyToDevice(torch.device(check.device))
+    stream = ViewStream(pool.workers, request_of, range(steps), cluster=cluster, copy_to_device=copy_to_device)
     try:
         yield stream
     finally:

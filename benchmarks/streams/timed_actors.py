@@ -57,7 +57,7 @@ class TimedTrainer:
             requests_of(self._config),
             range(steps),
             cluster=self._config.cluster,
-            hand_over=CopyToDevice(torch.device("cpu")),
+            copy_to_device=CopyToDevice(torch.device("cpu")),
             world=World(rank=rank, num_ranks=num_ranks),
         )
         try:

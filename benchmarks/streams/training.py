@@ -72,7 +72,7 @@ def first_batch(config: RunConfig) -> DeviceBatch:
 def inline_batches(config: RunConfig) -> InlineBatches:
     """Return the product's stream that renders in this process."""
     context = open_render_context(config_to_dict(config), "cpu")
-    return InlineBatches(context, requests_of(config), first_step=0, hand_over=CopyToDevice(CPU))
+    return InlineBatches(context, requests_of(config), first_step=0, copy_to_device=CopyToDevice(CPU))
 
 
 def train(trainee: Trainee, stream: BatchStream, config: RunConfig, steps: int) -> TrainingSpeed:

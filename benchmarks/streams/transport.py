@@ -102,7 +102,7 @@ def _stream(workers: list[Any], setting: Setting, steps: int) -> Iterator[ViewSt
         requests_of(setting.config),
         range(steps),
         cluster=setting.config.cluster,
-        hand_over=CopyToDevice(CPU),
+        copy_to_device=CopyToDevice(CPU),
     )
     try:
         yield stream

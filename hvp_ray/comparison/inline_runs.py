@@ -159,7 +159,7 @@ def _pretrain_task(config: dict[str, Any], planned: Identity, token: str, digest
         pretrain_in_process(
             run,
             report_progress=lambda _progress: stop.is_asked,
-            is_stop_asked=lambda: stop.is_asked,
+            is_stop_requested=lambda: stop.is_asked,
             planned=planned,
             token=token,
         )

@@ -132,7 +132,7 @@ def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device
     """Render a batch of the arm's first step of each kind: hard or vanilla, with or without a probe."""
     order = build_order(config, dataset)
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
-    context, hand_over = build_render_context(config, dataset, "cpu"), CopyToDevice(device)
+    context, copy_to_device = build_render_context(config, dataset, "cpu"), CopyToDevice(device)
     num_steps = config.training.total_steps(order.steps_per_epoch)
     of_steps = [selection_at(config.selection, step, num_steps) for step in range(num_steps)]
     kinds = []
@@ -143,7 +143,7 @@ def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device
         rendered = [render_batch(context, request_of(steps[0])) for _ in range(2)]
         cpu_seconds = min(batch.render_cpu_seconds for batch in rendered)
         share = len(steps) / num_steps
-        kinds.append(_StepKind(trainee, config, of_steps[steps[0]], share, hand_over(rendered[-1]), cpu_seconds))
+        kinds.append(_StepKind(trainee, config, of_steps[steps[0]], share, copy_to_device(rendered[-1]), cpu_seconds))
     return kinds
 
 

@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 class Unread(Generic[Value]):
     """A value that the board passes on without loading it.
 
-    With an actor's handle Ray imports the actor's class, which would cost the board seconds at the start of a run.
+    Loading an actor's handle imports its class, which would delay the board by seconds at the start of a run.
     """
 
     def __init__(self, value: Value) -> None:
@@ -64,14 +64,14 @@ class BoardContent:
 
 
 class RunBoard:
-    """Keep the content of the board, the driver's wish to stop, and what the driver and the streams exchange."""
+    """Keep the content of the board, the stop request, and what the driver and the streams exchange."""
 
     def __init__(self) -> None:
         self._content = BoardContent()
         self._stop = False
         self._roster: Unread[Roster] | None = None
         self._version = 0
-        """Of the roster."""
+        """Version of the published roster."""
         self._reports: deque[StreamReport] = deque(maxlen=_MOST_REPORTS)
 
     def post(self, **fields: Any) -> bool:
@@ -161,14 +161,14 @@ class ProgressPoster:
 
 
 class RosterPoster:
-    """Exchanges a stream's reports for rosters without waiting; an `Exchange`. An answer is read by a later call."""
+    """Sends reports of a stream and receives rosters without blocking (an `Exchange`). A later call reads the answer."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
         self._answer: Any = None
 
     def __call__(self, make_report: Callable[[], StreamReport] | None) -> Roster | None:
-        """Return a newer roster, or hand in a report if there is one and the last one was answered."""
+        """Return a newer roster, or send a due report once the last one is answered."""
         if self._answer is not None:
             if not ray.wait([self._answer], timeout=0)[0]:
                 return None

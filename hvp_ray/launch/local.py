@@ -38,7 +38,7 @@ def pretrain_in_process(
     config: RunConfig,
     *,
     report_progress: ReportProgress = lambda _progress: False,
-    is_stop_asked: Callable[[], bool] = lambda: False,
+    is_stop_requested: Callable[[], bool] = lambda: False,
     planned: Identity | None = None,
     token: str | None = None,
 ) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def pretrain_in_process(
     Args:
         config: the run.
         report_progress: called on rank 0; returns whether the run shall stop after a checkpoint.
-        is_stop_asked: called on rank 0 between the parts of the evaluation; returns whether the run shall stop.
+        is_stop_requested: called on rank 0 between the parts of the evaluation; returns whether the run shall stop.
         planned: see `prepare_run`, as for token.
 
     Raises:
@@ -79,14 +79,14 @@ def pretrain_in_process(
             logger.warning("%s", remark)
     job = prepare_run(config, resolved, is_writer=world.rank == 0, planned=planned, dataset=dataset, token=token)
     context = open_render_context(config_to_dict(config), resolved.renderer, job.data_fingerprint)
-    hand_over = CopyToDevice(device)
+    copy_to_device = CopyToDevice(device)
     evaluator = SnapshotKnn(config, device, fingerprint=job.data_fingerprint, test_data=job.test_data)
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
         ahead = end_step if resolved.batches_in_flight else None
-        return InlineBatches(context, request_of, first_step=first_step, hand_over=hand_over, end_step=ahead)
+        return InlineBatches(context, request_of, first_step=first_step, copy_to_device=copy_to_device, end_step=ahead)
 
-    def ask_knn(snapshot: bytes) -> Future[dict[str, float]]:
+    def submit_knn(snapshot: bytes) -> Future[dict[str, float]]:
         answer: Future[dict[str, float]] = Future()
         answer.set_result(evaluator.evaluate(snapshot))
         return answer
@@ -94,8 +94,8 @@ def pretrain_in_process(
     services = RankServices(
         open_stream=open_stream,
         report_progress=report_progress,
-        is_stop_asked=is_stop_asked,
-        ask_knn=ask_knn,
+        is_stop_requested=is_stop_requested,
+        submit_knn=submit_knn,
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )
     return train_rank(job, world, device, services)

@@ -66,7 +66,7 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
     cv2.setNumThreads(1)
     device = _take_device(job.resolved)
     publisher = MetricsPublisher(TRAINER_METRICS, {"run": job.run_name, "rank": str(world.rank)})
-    hand_over = CopyToDevice(device)
+    copy_to_device = CopyToDevice(device)
     finishers = start_finishers(job.config, rank=world.rank)
 
     def open_stream(request_of: RequestOf, first_step: int, end_step: int) -> BatchStream:
@@ -77,7 +77,7 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
             request_of,
             range(first_step, end_step),
             cluster=dataclasses.replace(cluster, batches_in_flight=roster.batches_in_flight),
-            hand_over=hand_over,
+            copy_to_device=copy_to_device,
             world=world,
             finishers=finishers,
             exchange=RosterPoster(board),
@@ -91,10 +91,10 @@ def _train(setup: TrainerSetup, world: World) -> dict[str, Any] | None:
         services = RankServices(
             open_stream=open_stream,
             report_progress=ProgressPoster(board),
-            ask_knn=lambda snapshot: setup.knn.evaluate.remote(snapshot).future(),
+            submit_knn=lambda snapshot: setup.knn.evaluate.remote(snapshot).future(),
             cluster_facts=setup.cluster_facts,
-            watch_numbers=publisher.watch,
-            is_stop_asked=lambda: bool(ray.get(board.post.remote(is_trained=True))),
+            watch_metrics=publisher.watch,
+            is_stop_requested=lambda: bool(ray.get(board.post.remote(is_trained=True))),
         )
         return train_rank(job, world, device, services)
     finally:

@@ -1,4 +1,4 @@
-"""Settings of the four methods of the paper. Recipes and command lines read this file, so it imports no torch.
+"""Settings of the methods. Recipes and command lines read this file, so it imports no torch.
 
 Defaults are the paper's ImageNet settings. The recipes name their sources.
 """

@@ -255,7 +255,8 @@ class Method(nn.Module):
         """Compile `RowReuse` by itself, outside of the graphs of scoring."""
         self._compiles_rows = True
         disable: Any = torch.compiler.disable  # not as a decorator, because it imports Dynamo, which takes seconds
-        self._forward_all_rows = disable(self._forward_all_rows, reason="the halves are compiled by themselves")
+        of_this: Any = self
+        of_this._forward_all_rows = disable(self._forward_all_rows, reason="the halves are compiled by themselves")
 
     @property
     def encoder(self) -> nn.Module:

@@ -26,7 +26,7 @@ MAX_DEATHS = 3
 Result = TypeVar("Result")
 
 
-class StopAskedError(Exception):
+class StopRequestedError(Exception):
     """The run was asked to stop between two parts; `trained.json` stays."""
 
 
@@ -56,7 +56,7 @@ class AfterTraining:
         *,
         may_continue: bool,
         keep: Callable[[], None] = lambda: None,
-        is_stop_asked: Callable[[], bool] = lambda: False,
+        is_stop_requested: Callable[[], bool] = lambda: False,
         check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         """Mark the run as trained.
@@ -68,12 +68,12 @@ class AfterTraining:
                 later ones appended.
             may_continue: this attempt trained no step, so `trained.json` of an earlier attempt holds.
             keep: uploads `trained.json`; called after each change.
-            is_stop_asked: called before each part.
+            is_stop_requested: called before each part.
             check_owner: raises if another process has taken the run over; called before each part and after it.
         """
         self._path = run_dir / TRAINED
         self._keep = keep
-        self._is_stop_asked = is_stop_asked
+        self._is_stop_requested = is_stop_requested
         self._check_owner = check_owner
         known: dict[str, Any] = {}
         if may_continue and self._path.exists():
@@ -97,10 +97,10 @@ class AfterTraining:
         KeyboardInterrupt and SystemExit are not caught.
 
         Raises:
-            StopAskedError: the run was asked to stop.
+            StopRequestedError: the run was asked to stop.
         """
-        if self._is_stop_asked():
-            raise StopAskedError
+        if self._is_stop_requested():
+            raise StopRequestedError
         here, everywhere = self._deaths.get(part, 0), sum(self._deaths.values())
         if part not in self._survived and (here >= _MAX_DEATHS_IN_PART or everywhere >= MAX_DEATHS):
             deaths = f"{here} times in it" if here >= _MAX_DEATHS_IN_PART else f"{everywhere} times after training"

@@ -1,4 +1,4 @@
-"""What is checked before anything starts: images, network, output folder, trackers."""
+"""Check images, network, output folder and trackers before anything starts."""
 
 import os
 from pathlib import Path
@@ -43,13 +43,13 @@ def check_before_start(config: RunConfig, dataset: Dataset | None = None) -> Dat
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another"
+            f"run.output={str(output)!r} cannot be written ({existing} is not a writable folder); give another --run.output"
         )
     return dataset
 
 
 def describe_initial_weights(config: RunConfig) -> tuple[str, ...]:
-    """Return a line on the weights that a run starts from; none if they are random.
+    """Describe the initial weights in one line. Return nothing if they are random.
 
     Raises:
         CheckpointError: they do not fit.

@@ -20,7 +20,7 @@ class RunJob:
 
     config: RunConfig
     token: str
-    """Random; tells attempts of this job from those of another job that got the same run."""
+    """Random id. Distinguishes attempts of this job from those of other jobs on the same run."""
     run_name: str
     run_dir: Path
     """Folder of the run's files for this process: the run's folder, or a working copy of it on this machine."""
@@ -36,7 +36,7 @@ class RunJob:
     inventory: DataInventory | None
     """None on ranks that only read what another one prepared."""
     other_versions: OtherVersions | None = None
-    """Versions of libraries that differ from those of the run's identity. None: none does."""
+    """Versions of libraries that differ from those of the run's identity. None: all versions are equal."""
 
     @property
     def location(self) -> str:

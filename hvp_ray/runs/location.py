@@ -1,4 +1,4 @@
-"""Where runs lie and what they are called: folders and buckets, MLflow's store, names."""
+"""Resolve where runs and MLflow's store are, and draw names of runs."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ SHIPPED_CODE_MARK = "working_dir_files"
 
 
 def output_location(config: RunConfig) -> str:
-    """Return what holds runs: an absolute path, or a URI.
+    """Return the location of all runs: an absolute path, or a URI.
 
     Raises:
         ConfigError: a relative path, and the working folder is temporary.
@@ -67,7 +67,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def for_all_nodes(config: RunConfig) -> RunConfig:
-    """Return the config with the output, and the server of MLflow, that this process's folder and environment name."""
+    """Resolve `run.output` and `tracking.uri` from this process's working folder and environment."""
     server, tracking = os.environ.get("MLFLOW_TRACKING_URI"), config.tracking
     if tracking.uri == "auto" and server:
         refuse_credentials("MLFLOW_TRACKING_URI", server)
@@ -77,7 +77,7 @@ def for_all_nodes(config: RunConfig) -> RunConfig:
 
 
 def local_output(config: RunConfig) -> Path:
-    """Return the default folder of MLflow's SQLite file; for a run on a bucket, that of runs without `run.output`."""
+    """Return the default folder of MLflow's SQLite file. Runs on a bucket use the default output folder."""
     location = output_location(config)
     return _default_output() if is_uri(location) else Path(location)
 

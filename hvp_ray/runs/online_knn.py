@@ -22,7 +22,7 @@ from hvp_ray.tracking.run_log import EVALUATIONS, RunLog, read_records
 logger = logging.getLogger(__name__)
 
 
-AskKnn = Callable[[bytes], Future[dict[str, float]]]
+SubmitKnn = Callable[[bytes], Future[dict[str, float]]]
 """Submits a snapshot for evaluation; returns its future accuracies, empty if there is nothing to evaluate on."""
 
 
@@ -45,7 +45,7 @@ class KnnDuringTraining:
         self,
         log: RunLog,
         encoder: nn.Module,
-        ask: AskKnn,
+        ask: SubmitKnn,
         problems: list[str],
         *,
         interval: int,

@@ -1,4 +1,4 @@
-"""What one rank of a run has: services of its launcher, open files and data, and the objects that it trains with."""
+"""The state of one rank of a run: services of its launcher, open files and data, and the objects that it trains with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from hvp_ray.data.order import SampleOrder
 from hvp_ray.distributed.world import World
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.job import RunJob
-from hvp_ray.runs.online_knn import AskKnn
+from hvp_ray.runs.online_knn import SubmitKnn
 from hvp_ray.runs.ownership import RunClaim
 from hvp_ray.runs.progress import ReportProgress, RunSteps, StepClock
 from hvp_ray.runs.storage import RunStorage
 from hvp_ray.stream.batches import BatchStream, RequestOf
-from hvp_ray.stream.metrics import WatchNumbers
+from hvp_ray.stream.metrics import WatchMetrics
 from hvp_ray.tracking.run_log import RunLog
 from hvp_ray.tracking.unreadable_log import UnreadableLog
 from hvp_ray.training.trainee import Trainee
@@ -31,13 +31,13 @@ class RankServices:
     open_stream: OpenStream
     report_progress: ReportProgress
     """Called on rank 0."""
-    ask_knn: AskKnn
+    submit_knn: SubmitKnn
     """Evaluates snapshots during training; called on rank 0."""
     cluster_facts: Callable[[], dict[str, float]]
     """Returns spilled_bytes and num_worker_restarts; called on rank 0 after training."""
-    watch_numbers: WatchNumbers = lambda _read: None
+    watch_metrics: WatchMetrics = lambda _read: None
     """Publishes this rank's metrics while it trains; by default they are not published."""
-    is_stop_asked: Callable[[], bool] = lambda: False
+    is_stop_requested: Callable[[], bool] = lambda: False
     """Returns whether the run was asked to stop; called on rank 0 between the parts of the evaluation."""
 
 

@@ -8,7 +8,7 @@ withdraws and tries again. The one that wrote last sees the other, so at most on
 lists what was written is needed (local disks, S3, GCS, Azure).
 
 An owner that was paused or cut off, and was succeeded, finds the higher number: within seconds by its thread, and before
-whatever it commits (`check`). A request that is under way at that moment may still arrive. It harms nobody: segments of the
+whatever it commits (`check`). A request that is under way at that moment may still arrive. It does no damage: segments of the
 log and files of checkpoints carry the attempt's number (`run_log.py`, `checkpoint.py`), and a manifest that comes late names
 files of its own attempt at the same step. No clock is compared with another machine's.
 """

@@ -49,7 +49,7 @@ def prepare_run(
         is_writer: False on ranks that only read what another one prepared.
         planned: the identity that the run must have, versions of libraries included. None: any.
         dataset: the opened data of the run. None: it is opened.
-        token: of the job that this is an attempt of, see `RunJob.token`. None: a new job.
+        token: token of the job that this attempt belongs to (`RunJob.token`). None: start a new job.
 
     Raises:
         ConfigError: the folder cannot be written, a tracker's package is missing, or the run exists and may not be resumed.
@@ -108,12 +108,12 @@ def prepare_run(
 
 
 def _check_predictor_delay(config: RunConfig, resolved: ResolvedRun) -> None:
-    """Check that no step is requested before the probes that its proposal uses are learned from."""
+    """Check that no batch is requested before the coefficients of its proposal exist."""
     delay, in_flight = config.selection.predictor_delay, resolved.batches_in_flight
     if config.selection.rule == "predicted" and in_flight >= delay:
         raise ConfigError(
-            f"selection.predictor_delay={delay} is not allowed: each trainer prefetches {in_flight} batches, and a step is "
-            f"requested before what it needs is learned; set cluster.batches_in_flight={delay - 1} or less, or a longer delay"
+            f"selection.predictor_delay={delay} is not allowed: expected more than the {in_flight} batches that each trainer "
+            f"prefetches; set cluster.batches_in_flight={delay - 1} or less, or a longer delay"
         )
 
 

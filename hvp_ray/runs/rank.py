@@ -23,7 +23,7 @@ from hvp_ray.errors import CheckpointError
 from hvp_ray.files import place_in, write_file
 from hvp_ray.local_cache import BACKBONE, with_local_weights
 from hvp_ray.methods.backbones import export_backbone
-from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopAskedError
+from hvp_ray.runs.after_training import TRAINED, AfterTraining, StopRequestedError
 from hvp_ray.runs.checkpoint import CheckpointStore
 from hvp_ray.runs.initial_run import build_method_at_start
 from hvp_ray.runs.job import RunJob
@@ -74,7 +74,7 @@ def train_rank(job: RunJob, world: World, device: torch.device, services: RankSe
             restored = _with_whole_encoder(rank, restored)
             try:
                 after, summary = _evaluate(rank, restored, recorder, result, services)
-            except StopAskedError:
+            except StopRequestedError:
                 storage.push()
                 return None
             return _publish(rank, recorder, after, summary)
@@ -201,7 +201,7 @@ def _evaluate(
     The weights are in a checkpoint, so no failure of an evaluation ends the run.
 
     Raises:
-        StopAskedError: the run was asked to stop.
+        StopRequestedError: the run was asked to stop.
     """
     job, config, trainee = rank.job, rank.job.config, restored.trainee
     rank.checkpoints.check_owner()
@@ -215,7 +215,7 @@ def _evaluate(
         recorder.problems,
         may_continue=not result.step_seconds,
         keep=lambda: rank.storage.push_file(TRAINED),
-        is_stop_asked=services.is_stop_asked,
+        is_stop_requested=services.is_stop_requested,
         check_owner=rank.checkpoints.check_owner,
     )
     after.summary |= {name: measured[name] for name in ("num_resumes", "other_versions")}

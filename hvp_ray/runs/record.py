@@ -1,4 +1,4 @@
-"""config.json, the record of a run: is this the run in the folder, may it be resumed, has it finished?"""
+"""Read, compare and write config.json, the record of a run."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def difference_from_record(
 
 
 def summary_of(config: RunConfig, identity: Identity) -> dict[str, Any] | None:
-    """Return the summary of the run of this name if it has finished with this identity, which config.json tells; else None.
+    """Return the summary of the finished run of this name if config.json records this identity, else None.
 
     Raises:
         ConfigError: the output folder or bucket cannot be read.
@@ -136,7 +136,7 @@ def finished_summary(config: RunConfig) -> dict[str, Any] | None:
     if difference:
         raise CheckpointError(
             f"the run {run} has finished with other settings. What differs (its value -> yours):\n  "
-            f"{_lines(difference)}\nTake its settings to see its result, or another --run.name to train with yours"
+            f"{_lines(difference)}\nUse its settings to get its result, or another --run.name to train with yours"
         )
     return _parse_summary(run, content)
 
@@ -153,14 +153,14 @@ def _parse_summary(run: str, content: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KnownRun:
-    """What config.json in a run's folder says of the run."""
+    """Content of config.json in a run's folder."""
 
     identity: Identity
     """The identity that the run keeps: that of its start."""
     record: Mapping[str, Any]
     """Content of config.json. Empty: the run is new."""
     others: OtherVersions | None
-    """Versions of libraries that differ from those of its start. None: none does."""
+    """Versions of libraries that differ from those of its start. None: all versions are equal."""
 
 
 def check_record(
@@ -203,12 +203,12 @@ def check_record(
 def _refusal(run: str, difference: Sequence[str], others: OtherVersions | None) -> CheckpointError:
     if others is not None:
         return CheckpointError(
-            f"the run {run} cannot be resumed with other versions of libraries; its result might not be that of one run. "
+            f"the run {run} cannot be resumed with other versions of libraries; equal bits could not be promised. "
             f"What differs (its value -> yours):\n  {_lines(difference)}\n{others.finding} Install its versions; or give "
             f"--run.accept_versions True to resume it with yours, and equal bits are no longer promised"
         )
     difference = [line for line in difference if not line.startswith(f"{ACCEPTED_VERSIONS}:")] or difference
-    advice = "Take its settings, or another --run.name"
+    advice = "Use its settings, or another --run.name"
     if any(line.startswith("training data:") for line in difference):
         advice += ". If data.source names the same place, restore missing files and remove new ones"
     return CheckpointError(
@@ -241,7 +241,7 @@ def write_record(
 def _no_record(run: str) -> CheckpointError:
     return CheckpointError(
         f"{run} has the summary.json of a finished run but no config.json, so its settings are unknown. Restore its "
-        f"config.json, or take another --run.name"
+        f"config.json, or use another --run.name"
     )
 
 

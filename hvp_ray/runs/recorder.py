@@ -52,7 +52,7 @@ class RankRecorder:
             self._writer = PartWriter(rank.checkpoints, rank.world, rank.device)
         if restored.steps.first_step == 0:
             self._join_snapshot(0)
-        services.watch_numbers(self.numbers)
+        services.watch_metrics(self.numbers)
 
     def __enter__(self) -> "RankRecorder":
         return self
@@ -136,7 +136,7 @@ class RunRecorder(RankRecorder):
         self._knn = KnnDuringTraining(
             restored.log,
             restored.trainee.method.encoder,
-            services.ask_knn,
+            services.submit_knn,
             self.problems,
             interval=_knn_interval(config, steps),
             steps=steps,
@@ -148,7 +148,7 @@ class RunRecorder(RankRecorder):
         self._progress_at = 0.0
         self._last_values: dict[str, float] = {}
         self._checkpoint_seconds: list[float] = []
-        self._is_stop_asked = False
+        self._is_stop_requested = False
         super().__init__(rank, restored, services)  # last, because it publishes `numbers`
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
@@ -170,7 +170,7 @@ class RunRecorder(RankRecorder):
         if now - self._progress_at >= _PROGRESS_SECONDS or is_last:
             self._progress_at = now
             loss = self._last_values["train/loss"] if self._last_values else float(metrics.loss)
-            self._is_stop_asked = self._report_progress(self._progress(steps_done, loss))
+            self._is_stop_requested = self._report_progress(self._progress(steps_done, loss))
 
     def save_checkpoint(self, steps_done: int) -> None:
         """Write the choices since the last checkpoint, then start to write this one."""
@@ -181,7 +181,7 @@ class RunRecorder(RankRecorder):
 
     def stop_requested(self) -> bool:
         """Tell whether the driver asked to stop."""
-        return self._is_stop_asked
+        return self._is_stop_requested
 
     def numbers(self) -> Numbers:
         """Return what `stream.metrics` publishes of rank 0; any thread may call this."""

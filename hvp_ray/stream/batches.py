@@ -50,7 +50,7 @@ def requests_of_rank(
         rank: this rank.
         num_ranks: number of trainers.
         known_replacements: step -> decisions on unreadable images from an earlier attempt.
-        predictor: of rule predicted. None: another rule, or nothing was learned.
+        predictor: predictor of the pairs' hardness (rule predicted). None: another rule, or it has learned nothing.
     """
     per_rank = order.images_per_step // num_ranks
     num_steps = config.training.total_steps(order.steps_per_epoch)
@@ -87,33 +87,33 @@ class InlineBatches:
         request_of: RequestOf,
         *,
         first_step: int,
-        hand_over: CopyToDevice,
+        copy_to_device: CopyToDevice,
         end_step: int | None = None,
     ) -> None:
-        """Begin with the first batch, if batches are rendered ahead.
+        """Start to prefetch the first batch, if `end_step` is given.
 
         Args:
             context: data and renderer.
             request_of: the request of any step.
             first_step: step of the first batch.
-            hand_over: copies a batch to the device.
-            end_step: render one batch ahead, of steps before this one. None: render each batch when asked for it.
+            copy_to_device: copies a batch to the device.
+            end_step: prefetch one batch, up to the step before this one. None: render each batch on request.
         """
         self._context = context
         self._request_of = request_of
         self._step = first_step
         self._end_step = end_step
-        self._hand_over = hand_over
+        self._copy_to_device = copy_to_device
         self.stats = StreamStats()
         self._thread = None if end_step is None else ThreadPoolExecutor(1, thread_name_prefix="inline-views")
-        self._ahead: Future[DeviceBatch] | None = None
+        self._prefetched: Future[DeviceBatch] | None = None
         self._begin(first_step)
 
     def next_batch(self) -> DeviceBatch:
-        """Return the next step's batch. The caller has dropped the one before."""
+        """Return the next step's batch. The caller must have released the previous batch."""
         start = time.perf_counter()
-        self._hand_over.release()
-        batch = self._render(self._step) if self._ahead is None else self._ahead.result()
+        self._copy_to_device.release()
+        batch = self._render(self._step) if self._prefetched is None else self._prefetched.result()
         self._step += 1
         self._begin(self._step)
         self.stats.record_arrival(batch, time.perf_counter() - start)
@@ -127,8 +127,8 @@ class InlineBatches:
 
     def _begin(self, step: int) -> None:
         is_due = self._thread is not None and self._end_step is not None and step < self._end_step
-        self._ahead = self._thread.submit(self._render, step) if self._thread is not None and is_due else None
+        self._prefetched = self._thread.submit(self._render, step) if self._thread is not None and is_due else None
 
     def _render(self, step: int) -> DeviceBatch:
-        with self._hand_over.current_device():
-            return self._hand_over(render_batch(self._context, self._request_of(step)))
+        with self._copy_to_device.current_device():
+            return self._copy_to_device(render_batch(self._context, self._request_of(step)))

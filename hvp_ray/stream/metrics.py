@@ -30,10 +30,10 @@ _CLOSE_SECONDS = 2.0
 Readings = Mapping[str, float | Sequence[float]]
 """Metric -> value: a counter since the process started, a gauge as it is, all observations of a histogram so far."""
 
-ReadNumbers = Callable[[], Readings]
+ReadMetrics = Callable[[], Readings]
 """Called in the publisher's thread; must not block on training."""
 
-WatchNumbers = Callable[[ReadNumbers], None]
+WatchMetrics = Callable[[ReadMetrics], None]
 """Registers a function that is read as long as the process trains."""
 
 CHECKPOINT_SECONDS_BOUNDARIES = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0]
@@ -88,7 +88,7 @@ class MetricsPublisher:
         self._thread = threading.Thread(target=self._work, name="metrics", daemon=True)
         self._thread.start()
 
-    def watch(self, read: ReadNumbers, *, every_seconds: float = 0.0) -> None:
+    def watch(self, read: ReadMetrics, *, every_seconds: float = 0.0) -> None:
         """Publish what `read` returns from now on, at most every `every_seconds`."""
         self._watched.append(_Watched(read, every_seconds))
 
@@ -108,7 +108,7 @@ class MetricsPublisher:
             if is_last:
                 return
 
-    def _read(self, read: ReadNumbers) -> None:
+    def _read(self, read: ReadMetrics) -> None:
         try:
             for name, value in read().items():
                 self._take(name, value)
@@ -135,7 +135,7 @@ class MetricsPublisher:
 
 @dataclass(slots=True)
 class _Watched:
-    read: ReadNumbers
+    read: ReadMetrics
     every_seconds: float
     due: float = 0.0
 

@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_SECONDS = 300.0
 _RETRY_SECONDS = 0.5
 _POLL_SECONDS = 0.5
-_MOST_PATIENCE_SECONDS = 10.0
-"""A pool that has one worker waits no longer for the others."""
+_MAX_WAIT_FOR_OTHERS_SECONDS = 10.0
+"""Longest wait for the other workers once one is up."""
 
 
 class ViewWorkerPool:
@@ -123,7 +123,7 @@ def start_pool(
     data_fingerprint: str | None = None,
     must_stop: Callable[[], bool] = lambda: False,
 ) -> ViewWorkerPool:
-    """Start the workers and wait until one of them is up, and as long again for the others, which may also follow later.
+    """Start the workers and wait until one is up, then as long again for the others, at most 10 s. Others join later.
 
     If another worker can start, one that cannot (its node lacks a package, or does not see the data) is left out with a
     warning.
@@ -144,9 +144,9 @@ def start_pool(
     try:
         started_at = time.monotonic()
         reasons, pool.starting = _wait_for_one(pool.start(num_workers), pool.workers, resources, must_stop)
-        patience = min(time.monotonic() - started_at, _MOST_PATIENCE_SECONDS)
+        seconds = min(time.monotonic() - started_at, _MAX_WAIT_FOR_OTHERS_SECONDS)
         if pool.starting:
-            ray.wait(list(pool.starting.values()), num_returns=len(pool.starting), timeout=patience)
+            ray.wait(list(pool.starting.values()), num_returns=len(pool.starting), timeout=seconds)
     except BaseException:
         if not is_ray_lost():
             pool.close()
@@ -163,7 +163,7 @@ def _wait_for_one(
     resources: Mapping[str, float],
     must_stop: Callable[[], bool],
 ) -> tuple[dict[int, str], dict[int, Any]]:
-    """Wait until a worker is up; return reasons of those that failed, and calls of those that start."""
+    """Wait until a worker is up; return the reasons of failed workers and the pending calls of starting ones."""
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     reasons: dict[int, str] = {}
     dying: dict[int, str] = {}
@@ -193,9 +193,10 @@ def _wait_for_one(
             calls[workers[index].process_id.remote()] = index
         except RayError as error:
             reasons[index] = why_not_started(error)
-    raise ConfigError(f"a view worker could not start: {'; '.join(dict.fromkeys(reasons.values()))}")
+    why = "; ".join(dict.fromkeys(reasons.values()))
+    raise ConfigError(f"no view worker could start: {why}; repair the cause on the nodes, then start again")
 
 
 def why_not_started(error: RayError) -> str:
-    """Return the reason of a worker whose constructor raised, in a line."""
+    """Return in one line why a worker's constructor failed."""
     return str(error).strip().splitlines()[-1]

@@ -1,7 +1,7 @@
 """The exchange between the driver, which sizes the pool, and the trainers' streams. Imports no Ray.
 
-The driver publishes a `Roster`. Every stream polls for it, and hands in a `StreamReport` at the same time. Both travel
-through the run's board. Neither changes a bit: a request is a pure address, whoever serves it.
+The driver publishes a `Roster`. Every stream polls for it, and sends a `StreamReport` at the same time. Both travel
+through the run's board. Neither affects results: a batch depends only on its request.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,9 +53,9 @@ class StreamReport:
     down: frozenset[int]
     """Workers that do not answer."""
     lost: frozenset[int]
-    """Those of them that Ray does not restart."""
+    """Workers in `down` that Ray does not restart."""
 
 
 Exchange = Callable[[Callable[[], StreamReport] | None], Roster | None]
-"""Takes the function that makes a report, None if none is due, and returns a newer roster, None if there is none yet. It does
-not wait: if the last report has not been answered, it makes none."""
+"""Takes the function that makes a report (None: no report is due). Returns a newer roster, or None. Never blocks: while a
+report is unanswered, it makes no other."""

@@ -91,7 +91,7 @@ class ViewStream:
         steps: range,
         *,
         cluster: ClusterConfig,
-        hand_over: CopyToDevice,
+        copy_to_device: CopyToDevice,
         world: World = _ONE_RANK,
         finishers: Sequence[ActorHandle[Any]] = (),
         exchange: Exchange | None = None,
@@ -103,7 +103,7 @@ class ViewStream:
             request_of: the request of any step.
             steps: steps to take.
             cluster: settings; `batches_in_flight` is resolved.
-            hand_over: copies a batch to the device.
+            copy_to_device: copies a batch to the device.
             world: this trainer.
             finishers: handles of the view finishers beside this trainer.
             exchange: receives reports and returns new rosters. None: `workers` stay.
@@ -118,7 +118,7 @@ class ViewStream:
         self._end_step = steps.stop
         self._cluster = cluster
         self._max_in_flight = int(cluster.batches_in_flight)  # a number: the caller has resolved auto
-        self._hand_over = hand_over
+        self._copy_to_device = copy_to_device
         self._changed = threading.Condition(threading.RLock())
         """Guards everything below."""
         self._pending: dict[int, _Pending] = {}
@@ -161,7 +161,7 @@ class ViewStream:
             raise StopIteration
         start = time.perf_counter()
         deadline = start + self._cluster.stall_seconds
-        self._hand_over.release()
+        self._copy_to_device.release()
         with self._changed:
             self._waiting_since = start if self.stats.num_batches else None
             while self._next_to_take not in self._ready:
@@ -242,7 +242,7 @@ class ViewStream:
             batch = self._batch_to_copy()
         if batch is None:
             return
-        device_batch = self._hand_over(batch)
+        device_batch = self._copy_to_device(batch)
         with self._changed:
             self._pending.pop(self._next_to_copy, None)
             self._ready[self._next_to_copy] = device_batch

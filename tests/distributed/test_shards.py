@@ -70,7 +70,7 @@ def _train(
         config, build_order(config, dataset), rank=rank, num_ranks=num_ranks, known_replacements={}
     )
     context = build_render_context(config, dataset, "cpu")
-    stream = InlineBatches(context, requests, first_step=steps[0], hand_over=CopyToDevice(CPU))
+    stream = InlineBatches(context, requests, first_step=steps[0], copy_to_device=CopyToDevice(CPU))
     losses, norms = [], []
     for step in range(*steps):
         trainee.method.begin_step(StepPosition(step=step, num_steps=9, steps_per_epoch=3))

@@ -155,9 +155,9 @@ def test_batches_reach_the_device_unchanged_through_the_pinned_ring(tmp_path: Pa
     requests = requests_of_rank(
         config, build_order(config, open_dataset(config.data)), rank=0, num_ranks=1, known_replacements={}
     )
-    hand_over = CopyToDevice(torch.device("cuda", 0))
+    copy_to_device = CopyToDevice(torch.device("cuda", 0))
     batches: list[ViewBatch] = [render_batch(context, requests(step)) for step in range(8)]
-    on_device = [hand_over(batch) for batch in batches]
+    on_device = [copy_to_device(batch) for batch in batches]
     for batch, moved in zip(batches, on_device, strict=True):
         moved.wait()
         assert np.array_equal(moved.global_pixels.cpu().numpy(), batch.global_views.pixels)
@@ -178,12 +178,12 @@ def test_copies_that_run_ahead_of_slow_steps_take_the_memory_of_two_batches() ->
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_stats()["active_bytes.all.current"] + weights.nbytes  # and one product
-    hand_over = CopyToDevice(device)
-    ahead = hand_over(batch)
+    copy_to_device = CopyToDevice(device)
+    ahead = copy_to_device(batch)
     for _ in range(6):
         in_use = ahead
-        hand_over.release()
-        ahead = hand_over(batch)
+        copy_to_device.release()
+        ahead = copy_to_device(batch)
         in_use.wait()
         for _ in range(10):
             weights @ weights

@@ -31,7 +31,7 @@ def test_a_run_whose_workers_find_other_data_ends_and_can_be_started_again(
     config = tiny_config(str(tmp_path), run={"name": "run"}, training={"epochs": 1})
     with monkeypatch.context() as patch:
         patch.setattr(driver, "prepare_run", prepare)
-        with pytest.raises(HvpRayError, match="a view worker could not start"):
+        with pytest.raises(HvpRayError, match="no view worker could start"):
             launch_quietly(config)
     assert _trainers_are_gone()
     assert not (tmp_path / "run" / "owner").exists()

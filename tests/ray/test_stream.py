@@ -66,7 +66,7 @@ def _stream(
     end_step: int,
     request_of: Any = None,
     finishers: Sequence[Any] = (),
-    hand_over: CopyToDevice | None = None,
+    copy_to_device: CopyToDevice | None = None,
     **cluster: Any,
 ) -> ViewStream:
     settings = dataclasses.replace(ClusterConfig(batches_in_flight=3), **cluster)
@@ -75,7 +75,7 @@ def _stream(
         request_of or _requests(),
         range(end_step),
         cluster=settings,
-        hand_over=hand_over or CopyToDevice(CPU),
+        copy_to_device=copy_to_device or CopyToDevice(CPU),
         finishers=finishers,
     )
 
@@ -172,15 +172,17 @@ def test_batches_in_flight_are_bounded_and_two_are_on_the_device(
         requested.append(step)
         return requests(step)
 
-    hand_over = _CountingCopy()
-    stream = _stream(shared_workers[:1], end_step=20, request_of=request_of, batches_in_flight=5, hand_over=hand_over)
+    copy_to_device = _CountingCopy()
+    stream = _stream(
+        shared_workers[:1], end_step=20, request_of=request_of, batches_in_flight=5, copy_to_device=copy_to_device
+    )
     for step in range(10):
         batch = stream.next_batch()
         wait_until(lambda: stream.numbers()["hvp_ray_ready_batches"] == 5.0, "all requested batches")
         assert batch.step == step
         assert requested == list(range(step + 6))
         del batch
-    assert hand_over.most_alive == 2
+    assert copy_to_device.most_alive == 2
     stream.close()
 
 
@@ -282,7 +284,7 @@ def test_storage_error_reaches_the_trainer_and_is_not_retried_by_the_stream(tmp_
 
 def test_workers_that_cannot_open_the_data_are_an_error_with_the_reason() -> None:
     config = tiny_config("unused", data={"source": "/nowhere/images"})
-    with pytest.raises(HvpRayError, match="a view worker could not start.*/nowhere/images.*does not exist"):
+    with pytest.raises(HvpRayError, match="no view worker could start.*/nowhere/images.*does not exist"):
         start_pool(config, "cpu", 2, {"CPU": 1.0})
 
 

@@ -59,10 +59,10 @@ def steps_until_the_stop_of_the_third_report(output: Path, device: torch.device)
         return len(reported) >= 3
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
-        return InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
+        return InlineBatches(context, request_of, first_step=first_step, copy_to_device=CopyToDevice(device))
 
     services = RankServices(
-        open_stream=open_stream, report_progress=report, ask_knn=lambda _: Future(), cluster_facts=dict
+        open_stream=open_stream, report_progress=report, submit_knn=lambda _: Future(), cluster_facts=dict
     )
     resolved = ResolvedRun(renderer="cpu", device="cuda" if device.type == "cuda" else "cpu")
     summary = train_rank(prepare_run(config, resolved), World(), device, services)

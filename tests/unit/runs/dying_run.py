@@ -46,13 +46,13 @@ def train_and_die(config: RunConfig, *, at_step: int, planned: Identity | None =
     context = open_render_context(config_to_dict(config), "cpu")
 
     def open_stream(request_of: RequestOf, first_step: int, _end_step: int) -> BatchStream:
-        stream = InlineBatches(context, request_of, first_step=first_step, hand_over=CopyToDevice(device))
+        stream = InlineBatches(context, request_of, first_step=first_step, copy_to_device=CopyToDevice(device))
         return _StreamThatDies(stream, at_step - first_step)
 
     services = RankServices(
         open_stream=open_stream,
         report_progress=lambda _progress: False,
-        ask_knn=lambda snapshot: Future(),  # takes longer than the machine lives
+        submit_knn=lambda snapshot: Future(),  # takes longer than the machine lives
         cluster_facts=lambda: {},
     )
     with pytest.raises(PowerCutError):

@@ -178,12 +178,12 @@ def test_stop_in_the_evaluation_ends_between_two_parts_and_the_next_start_evalua
     _fail(monkeypatch, None)
     asked: list[bool] = []
 
-    def is_stop_asked() -> bool:
+    def is_stop_requested() -> bool:
         asked.append(True)
         return len(asked) == 3
 
     run = tmp_path / "run"
-    assert pretrain_in_process(_config(tmp_path), is_stop_asked=is_stop_asked) is None
+    assert pretrain_in_process(_config(tmp_path), is_stop_requested=is_stop_requested) is None
     assert (run / TRAINED).exists() and not (run / "summary.json").exists()
     assert json.loads((run / TRAINED).read_text())["begun"] is None
     summary = pretrain_in_process(_config(tmp_path))

@@ -35,10 +35,10 @@ def context_and_requests(tmp_path: Path) -> tuple[RenderContext, RequestOf]:
 
 def test_batches_rendered_ahead_equal_those_on_demand(tmp_path: Path) -> None:
     context, requests = _context_and_requests(tmp_path)
-    on_demand = InlineBatches(context, requests, first_step=2, hand_over=CopyToDevice(CPU))
+    on_demand = InlineBatches(context, requests, first_step=2, copy_to_device=CopyToDevice(CPU))
     expected = [on_demand.next_batch() for _ in range(2, NUM_STEPS)]
 
-    ahead = InlineBatches(context, requests, first_step=2, hand_over=CopyToDevice(CPU), end_step=NUM_STEPS)
+    ahead = InlineBatches(context, requests, first_step=2, copy_to_device=CopyToDevice(CPU), end_step=NUM_STEPS)
     batches = [ahead.next_batch() for _ in range(2, NUM_STEPS)]
     ahead.close()
 
@@ -65,7 +65,7 @@ def test_one_batch_is_rendered_ahead_and_none_after_the_last(
         with was_requested:
             assert was_requested.wait_for(lambda: requested == steps, timeout=60)
 
-    stream = InlineBatches(context, note, first_step=0, hand_over=CopyToDevice(CPU), end_step=3)
+    stream = InlineBatches(context, note, first_step=0, copy_to_device=CopyToDevice(CPU), end_step=3)
     wait_for([0])
     for taken in range(3):
         stream.next_batch()
@@ -84,7 +84,7 @@ def test_an_error_of_the_batch_ahead_comes_with_its_step(
             raise DataError("the disk is gone")
         return requests(step)
 
-    stream = InlineBatches(context, fail_at_1, first_step=0, hand_over=CopyToDevice(CPU), end_step=NUM_STEPS)
+    stream = InlineBatches(context, fail_at_1, first_step=0, copy_to_device=CopyToDevice(CPU), end_step=NUM_STEPS)
     assert stream.next_batch().step == 0
     with pytest.raises(DataError, match="the disk is gone"):
         stream.next_batch()

@@ -74,7 +74,7 @@ def test_last_worker_that_cannot_start_again_ends_the_stream_with_its_reason(
         lambda step: BatchRequest(step=step, epoch=0, first_position=0, sample_ids=np.arange(4), num_views=2),
         range(2),
         cluster=ClusterConfig(batches_in_flight=2),
-        hand_over=CopyToDevice(device("cpu")),
+        copy_to_device=CopyToDevice(device("cpu")),
     )
     with pytest.raises(StageError, match=f"no view worker is left.*{REASON}"):
         stream.next_batch()

@@ -53,7 +53,7 @@ def _batches(config: RunConfig, count: int) -> list[DeviceBatch]:
     dataset = open_dataset(config.data)
     context = build_render_context(config, dataset, "cpu")
     requests = requests_of_rank(config, build_order(config, dataset), rank=0, num_ranks=1, known_replacements={})
-    stream = InlineBatches(context, requests, first_step=0, hand_over=CopyToDevice(CPU))
+    stream = InlineBatches(context, requests, first_step=0, copy_to_device=CopyToDevice(CPU))
     return [stream.next_batch() for _ in range(count)]
 
 
