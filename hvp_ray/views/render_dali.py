@@ -296,7 +296,8 @@ class _HostPixels:
         else:
             for place, view_index in enumerate(view_indices):
                 self._pixels[view_index, images].copy_(views[place], non_blocking=self._pinned)
-        self._copying.append((keep, torch.cuda.current_stream().record_event() if self._pinned else None))
+        copied = torch.cuda.current_stream(rendered.device).record_event() if self._pinned else None
+        self._copying.append((keep, copied))
 
     def wait(self) -> NDArray[np.uint8]:
         """Return [V, B, S, S, 3] when all copies have ended."""
