@@ -376,7 +376,8 @@ def report() -> None:
     hours = sum(row["train_seconds"] for row in read_rows()) / 3600
     text = table_of(effects)
     (RESULTS / "study.md").write_text(text)
-    build_figure(effects).savefig(IMAGES / "study.png", dpi=110)
+    if any(SETTINGS[effect.setting].title is None for effect in effects):
+        build_figure(effects).savefig(IMAGES / "study.png", dpi=110)
     if any(SETTINGS[effect.setting].title for effect in effects):
         build_confirmed(effects).savefig(IMAGES / "study_confirmed.png", dpi=130)
     print(text + f"\n{len(read_rows())} runs, {hours:.1f} hours of training", flush=True)

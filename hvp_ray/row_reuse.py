@@ -68,7 +68,7 @@ class RowReuse:
         self._compiled = compiled
         self._splits: dict[Any, _Split | None] = {}
         # Not as a decorator, because it imports Dynamo, which takes seconds.
-        self._forward = torch.compiler.disable(self._forward_all, reason="the halves are compiled by themselves")
+        self._forward = torch.compiler.disable(RowReuse._forward_all, reason="the halves are compiled by themselves")
 
     def forward_all(self, *inputs: Tensor | None) -> tuple[Tensor, "Kept"]:
         """Return the outputs of all rows without gradient, and what the backward of any of them needs.
@@ -81,7 +81,7 @@ class RowReuse:
         Raises:
             RowReuseError: the result of a row depends on the other rows.
         """
-        return self._forward(*inputs)
+        return self._forward(self, *inputs)
 
     @torch.no_grad()
     def _forward_all(self, *inputs: Tensor | None) -> tuple[Tensor, "Kept"]:

@@ -168,6 +168,7 @@ class Method(nn.Module):
         super().__init__()
         self._row_reuse: dict[str, RowReuse] = {}
         self._compiles_rows = False
+        self._forward_rows: Callable[..., tuple[Tensor, Kept]] = type(self)._forward_all_rows
 
     def score(self, views: ViewTensors, candidates: Candidates) -> CandidateScores:
         """Return the loss that each candidate would give; higher is harder; float32."""
@@ -241,7 +242,7 @@ class Method(nn.Module):
         flat = [values.flatten(0, 1) for values in of_views]
         if not views.keep_rows:
             return encoder(*flat).unflatten(0, shape), {}
-        outputs, kept = self._forward_all_rows(name, encoder, flat)
+        outputs, kept = self._forward_rows(self, name, encoder, flat)
         return outputs.unflatten(0, shape), {name: KeptViews(kept=kept, num_images=shape[1], are_local=are_local)}
 
     def _forward_all_rows(self, name: str, encoder: nn.Module, rows: list[Tensor]) -> tuple[Tensor, Kept]:
@@ -255,8 +256,7 @@ class Method(nn.Module):
         """Compile `RowReuse` by itself, outside of the graphs of scoring."""
         self._compiles_rows = True
         disable: Any = torch.compiler.disable  # not as a decorator, because it imports Dynamo, which takes seconds
-        of_this: Any = self
-        of_this._forward_all_rows = disable(self._forward_all_rows, reason="the halves are compiled by themselves")
+        self._forward_rows = disable(type(self)._forward_all_rows, reason="the halves are compiled by themselves")
 
     @property
     def encoder(self) -> nn.Module:

@@ -9,8 +9,9 @@ DALI decodes only upright, complete JPEGs. `data.decode` decodes all others on t
 images have equal pixels with every renderer, and one bad image never costs a batch.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -216,13 +217,22 @@ class _Lane:
             flat = {name: of_all[kind.view_indices, images].reshape(samples, 2) for name, of_all in crops.items()}
             graph = self._graph(key, samples, define)
             (resized,) = graph.run({"images": decoded * len(kind.view_indices), **flat})  # DALI's work has ended
-            with torch.cuda.stream(self._stream):  # does nothing on a CPU
+            with self._on_stream():
                 views = finish_views(from_dlpack(resized.as_tensor()), operations.of_samples(kind.view_indices, images))
                 host.take(kind.view_indices, images, views, keep=resized)
 
     @property
     def _on_gpu(self) -> bool:
         return self._device_id is not None
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Use the lane's stream and its device, which is no setting of this thread; without a GPU touch no CUDA."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device_id), torch.cuda.stream(self._stream):
+            yield
 
     def _graph(self, key: Hashable, num_samples: int, define: Callable[[], Any]) -> "_Graph":
         graph = self.graphs.get(key)

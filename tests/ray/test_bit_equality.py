@@ -159,7 +159,7 @@ def test_proposals_with_view_workers_and_a_trainer_killed_equal_inline(output: P
     assert _check(output, "proposals-killed", summary) == inline["weights_digest"]
     pixels = launch_quietly(config("proposals-pixels", ship="pixels", finishers_per_trainer=1))
     assert pixels["weights_digest"] == inline["weights_digest"]
-    with pytest.raises(ConfigError, match="selection.predictor_delay=4.*prefetches 4 batches"):
+    with pytest.raises(ConfigError, match="selection.predictor_delay=4.*more than the 4 batches"):
         launch_quietly(config("proposals-ahead", batches_in_flight=4))
 
 

@@ -10,9 +10,9 @@ from hvp_ray.comparison.arms import get_arm
 from hvp_ray.recipes import get_recipe
 
 
-def _row(arm: str, seed: int, accuracy: float, length: int = 600) -> dict[str, object]:
-    digest = study.SETTINGS["simsiam"].digest
-    row = {"setting": "simsiam", "settings_digest": digest, "length": length, "arm": arm, "seed": seed}
+def _row(arm: str, seed: int, accuracy: float, length: int = 600, setting: str = "simsiam") -> dict[str, object]:
+    digest = study.SETTINGS[setting].digest
+    row = {"setting": setting, "settings_digest": digest, "length": length, "arm": arm, "seed": seed}
     return row | {"knn_top1": accuracy}
 
 
@@ -27,7 +27,7 @@ def test_every_arm_is_a_valid_run_of_its_recipe(name: str) -> None:
 
 def test_comparisons_with_all_their_rows_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = study.SETTINGS["simsiam"]
-    everything = [(length, seed) for length in setting.lengths for seed in setting.seeds]
+    everything = [(length, (seed,)) for length in setting.lengths for seed in setting.seeds]
     assert list(study.missing_comparisons("simsiam", [])) == everything
     done = [_row(arm, 0, 0.5) for arm in ("vanilla", *setting.arms)]
     assert list(study.missing_comparisons("simsiam", done)) == everything[1:]
@@ -51,5 +51,32 @@ def test_effects_are_paired_differences_in_points() -> None:
     assert hardest.interval == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-3)
     assert all_pairs.mean == pytest.approx(3.0) and all_pairs.interval is None
     table = study.table_of([vanilla, hardest, all_pairs])
-    assert "| simsiam | 600 | `hardest` | 41.0, 52.0, 63.0 | 52.0 | +2.0 (-0.5 to +4.5) |" in table
+    assert "| simsiam | 600 | `hardest` | 41.0, 52.0, 63.0 | 52.0 | `vanilla` | +2.0 (-0.5 to +4.5) |" in table
     assert len(study.build_figure([vanilla, hardest, all_pairs]).axes) == 1
+
+
+def test_seeds_that_are_compared_together_are_repeated_together() -> None:
+    setting = study.SETTINGS["simclr-confirm"]
+    arms, (first, second, *_) = ("vanilla", *setting.arms), setting.seeds
+    done = [_row(arm, seed, 0.5, 1800, "simclr-confirm") for seed in (first, second) for arm in arms]
+    everything = list(study.missing_comparisons("simclr-confirm", []))
+    assert everything[0] == (1800, (first, second))
+    assert list(study.missing_comparisons("simclr-confirm", done)) == everything[1:]
+    assert list(study.missing_comparisons("simclr-confirm", done[:-1])) == everything
+
+
+def test_confirmed_effects_are_also_against_all_pairs() -> None:
+    """By hand: random views 40 and 42, all pairs 42 and 43, the softmax arm 41 and 45."""
+    of_arms = {"vanilla": (0.40, 0.42), "all-pairs": (0.42, 0.43), study.SOFTMAX: (0.41, 0.45)}
+    of_arms |= {arm: (0.40, 0.40) for arm in study.CONFIRMED if arm not in of_arms}
+    rows = [
+        _row(arm, 100 + index, accuracy, 1800, "simclr-confirm")
+        for arm, accuracies in of_arms.items()
+        for index, accuracy in enumerate(accuracies)
+    ]
+    effects = {(effect.arm, effect.against): effect.mean for effect in study.effects_of(rows)}
+    assert effects[study.SOFTMAX, "vanilla"] == pytest.approx(2.0)
+    assert effects[study.SOFTMAX, "all-pairs"] == pytest.approx(0.5)
+    assert len(effects) == len(of_arms) + 1
+    figure = study.build_confirmed(study.effects_of(rows))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*study.LABELS.values()][::-1]

@@ -152,7 +152,9 @@ def test_delay_must_exceed_the_batches_in_flight(tmp_path: Path) -> None:
         if in_flight < DELAY:
             prepare_run(config, resolved)
             continue
-        with pytest.raises(ConfigError, match="prefetches 5 batches.*cluster.batches_in_flight=4 or less, or a longer"):
+        with pytest.raises(
+            ConfigError, match="more than the 5 batches.*cluster.batches_in_flight=4 or less, or a longer"
+        ):
             prepare_run(config, resolved)
 
 
