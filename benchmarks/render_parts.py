@@ -73,7 +73,7 @@ def measure_host_work(views: ViewsConfig, photographs: Photographs, repeats: int
         views: of SimSiam's recipe.
         photographs: what is prepared; plain JPEGs.
         repeats: turns.
-        data: where photographs are read from (after the first turn, the node's cache of row groups); None: reading is no part.
+        data: where photographs are read from; later turns read the node's cache of row groups. None: reading is no part.
     """
     from hvp_ray.views.render_dali import DaliRenderer, crops_of
 
