@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hvp_ray.comparison.arms import run_of_arm
 from hvp_ray.config import RunConfig, conditions_left_out, with_settings
 from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import DEFAULT_RECIPE, get_recipe
@@ -120,6 +121,7 @@ def pretrain(
     test_source: str | Path | None = None,
     epochs: int | None = None,
     seed: int | None = None,
+    arm: str | None = None,
     name: str | None = None,
     output: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -135,6 +137,7 @@ def pretrain(
         test_source: labelled images for the evaluation at the end.
         epochs: passes over the images.
         seed: seed of all random numbers.
+        arm: change the run as this arm of `compare` does, such as `asym-aug` or `all-pairs`. None: the recipe's views.
         name: name of the run's folder; the name of an existing run continues it, or returns it if it has ended.
         output: folder or URI of all runs. None: `runs/` in the working folder.
         settings: further settings, as path -> value: `{"optimizer.learning_rate_per_256": 0.1}`.
@@ -155,6 +158,8 @@ def pretrain(
         "run.output": output,
     }
     config = _configure(recipe, given, settings)
+    if arm is not None:
+        config = run_of_arm(arm, config)
     prepare_ray_environment()
     from hvp_ray.files import place_in
     from hvp_ray.runs.location import output_location

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
+from hvp_ray.comparison.arms import run_of_arm
 from hvp_ray.config import RunConfig, conditions_left_out, config_to_dict, deferred_checks, flatten, with_settings
 from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
@@ -50,6 +51,22 @@ class RunOptions(Checked):
 
     run: Annotated[RunConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     """All settings, as --section.field VALUE."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmOptions(RunOptions):
+    """Options of a program that is about one run, which may be that of an arm."""
+
+    arm: str | None = None
+    """Change the run as this arm of `hvp-ray compare` does: asym-aug, all-pairs, hardest:start_fraction=0.5, ..."""
+
+    def configured(self) -> RunConfig:
+        """Return the run, as the arm changes it.
+
+        Raises:
+            ConfigError: the arm is unknown, or the recipe does not allow it.
+        """
+        return self.run if self.arm is None else run_of_arm(self.arm, self.run)
 
 
 Options = TypeVar("Options", bound=Checked)
@@ -180,8 +197,8 @@ def _same(usual: RunConfig, *parsed: RunConfig) -> list[str]:
 
 
 def parse_run(arguments: list[str], *, program: str, description: str) -> RunConfig:
-    """Return the run that `[RECIPE] [--section.field VALUE ...]` describes; see `parse_run_options`."""
-    return parse_run_options(RunOptions, arguments, program=program, description=description).run
+    """Return the run that `[RECIPE] [--arm ARM] [--section.field VALUE ...]` describes; see `parse_run_options`."""
+    return parse_run_options(ArmOptions, arguments, program=program, description=description).configured()
 
 
 COMMON_OPTIONS = {

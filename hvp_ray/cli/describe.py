@@ -1,6 +1,6 @@
 """Print what a run needs, without starting it: settings, data, views, view workers, link, operations, memory.
 
-hvp-ray describe [RECIPE] [--demand IMAGES_PER_SECOND] [--link GIGABYTES_PER_SECOND] [--section.field VALUE ...]
+hvp-ray describe [RECIPE] [--arm ARM] [--demand IMAGES_PER_SECOND] [--link GIGABYTES_PER_SECOND] [--section.field VALUE ...]
 
 --demand: images per second that all trainers together take (default 1,000). --link: network into the node of one trainer;
 with it, the program recommends what to ship.
@@ -9,7 +9,7 @@ with it, the program recommends what to ship.
 from dataclasses import dataclass
 from typing import Any
 
-from hvp_ray.cli.command_line import RunOptions, exit_status, parse_run_options, say
+from hvp_ray.cli.command_line import ArmOptions, exit_status, parse_run_options, say
 from hvp_ray.config import RunConfig, config_to_dict, flatten
 from hvp_ray.config.checks import Positive
 from hvp_ray.errors import DataError
@@ -28,7 +28,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class Options(ArmOptions):
     """Options of a description."""
 
     demand: Positive = 1000.0
@@ -239,7 +239,7 @@ def describe(options: Options) -> None:
     Raises:
         HvpRayError: the message tells the user what to do.
     """
-    config = options.run
+    config = options.configured()
     say(f"settings of {config.recipe}\n{describe_settings(config)}\n")
     say(f"data\n{describe_data(config)}\n\nviews\n{describe_views(config)}\n")
     link = None if options.link is None else options.link * 1e9

@@ -1,6 +1,6 @@
 """Pretrain an encoder with hard views, on the Ray cluster that the program is submitted to, or on a local Ray.
 
-hvp-ray pretrain [RECIPE] [--section.field VALUE ...]
+hvp-ray pretrain [RECIPE] [--arm ARM] [--section.field VALUE ...]
 """
 
 import os
@@ -8,11 +8,11 @@ import sys
 import time
 from typing import Any
 
-from hvp_ray.cli.command_line import RunOptions, exit_status, parse_run, say
+from hvp_ray.cli.command_line import ArmOptions, exit_status, parse_run, say
 from hvp_ray.config import RunConfig
 from hvp_ray.launch.environment import prepare_ray_environment
 
-Options = RunOptions
+Options = ArmOptions
 
 _LINE_SECONDS = 10.0
 

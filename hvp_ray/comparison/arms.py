@@ -213,6 +213,19 @@ def get_arm(name: str) -> Arm:
     return dataclasses.replace(arm, name=name, title=f"{arm.title}; {settings}", selection={**arm.selection, **fields})
 
 
+def run_of_arm(name: str, config: RunConfig) -> RunConfig:
+    """Return the run of an arm by itself, outside of a comparison.
+
+    Raises:
+        ConfigError: the name is unknown, or the recipe does not allow the arm.
+    """
+    if name == VANILLA_LONG:
+        raise ConfigError(
+            f"arm {name} is not allowed: its number of steps comes from a comparison; use {VANILLA} and set training.epochs"
+        )
+    return get_arm(name).configure(config)
+
+
 def _parse_setting(arm: str, setting: str) -> tuple[str, Any]:
     field, _, text = setting.partition("=")
     try:

@@ -97,6 +97,11 @@ def test_wrong_settings_are_named(settings: dict[str, object], message: str) -> 
         with_settings(get_recipe("simsiam-digits"), settings)
 
 
+def test_run_of_an_unknown_arm_is_refused() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'asym-aug'"):
+        hvp.pretrain(recipe="simclr-digits", arm="asymaug")
+
+
 def test_importing_the_package_imports_no_library() -> None:
     program = "import sys, hvp_ray; print(sorted({'torch', 'ray', 'numpy', 'mlflow', 'tyro'} & set(sys.modules)))"
     root = Path(__file__).parents[2]

@@ -3,6 +3,7 @@
 import pytest
 
 from hvp_ray.cli.command_line import exit_status, parse_run
+from hvp_ray.comparison.arms import get_arm
 from hvp_ray.errors import ConfigError
 from hvp_ray.recipes import DEFAULT_RECIPE
 
@@ -35,3 +36,20 @@ def test_error_of_the_program_is_not_hidden() -> None:
 
 def test_no_arguments_are_the_default_recipe() -> None:
     assert parse_run([], program="test", description="").recipe == DEFAULT_RECIPE
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "asym-aug", "all-pairs:weighting=softmax,start_fraction=0.5"])
+def test_run_of_an_arm_is_that_of_the_comparison(arm: str) -> None:
+    words = ["simclr-digits", "--training.epochs", "3"]
+    expected = get_arm(arm).configure(parse_run(words, program="test", description=""))
+    assert parse_run([*words, "--arm", arm], program="test", description="") == expected
+    assert expected != parse_run(words, program="test", description="")
+
+
+def test_arms_that_are_no_single_run_are_refused() -> None:
+    with pytest.raises(ConfigError, match="vanilla-long.*set training.epochs"):
+        parse_run(["simclr-digits", "--arm", "vanilla-long"], program="test", description="")
+    with pytest.raises(ConfigError, match="did you mean 'asym-aug'"):
+        parse_run(["simclr-digits", "--arm", "asymaug"], program="test", description="")
+    with pytest.raises(ConfigError, match="FastSiam is a form of SimSiam"):
+        parse_run(["simclr-digits", "--arm", "fast-siam"], program="test", description="")
