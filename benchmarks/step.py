@@ -2,7 +2,7 @@
 
 python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [--recipes NAME ...] [--images N]
     [--scoring-px N ...] [--scoring-precision bfloat16] [--scoring-batch-norm running] [--no-reuse-teacher]
-    [--all-pairs] [--compile] [--repeats N] [--json FILE]
+    [--all-pairs] [--compile] [--cuda-graphs] [--repeats N] [--json FILE]
 
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
 (hardest-224) or at lower ones (hardest-112). hardest-224-reuse trains on the student's rows of scoring
@@ -89,7 +89,7 @@ def settings_of(
         settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
         if px == size_px and config.selection.num_candidate_views >= 3:
             settings[f"hardest-{px}-rescue"] = with_selection(rule="hardest", limit=None, rescue_share=0.5)
-        if px == size_px and config.method.backbone.name.startswith("vit_"):
+        if px == size_px and config.method.backbone.name.startswith("vit_") and not config.training.cuda_graphs:
             settings[f"hardest-{px}-reuse"] = with_selection(rule="hardest", reuse_student=True)
     images = config.training.images_per_step
     if images >= 8:
@@ -222,12 +222,18 @@ def measure(
     scoring_px: list[int] | None = None,
     all_pairs: bool = False,
     compiled: bool = False,
+    cuda_graphs: bool = False,
     lock: Path | None = None,
 ) -> Iterator[list[dict[str, object]]]:
     """Yield the numbers of each setting of a recipe, the random step first."""
     precision = config.training.precision if device.type == "cuda" else "float32"
     training = dataclasses.replace(
-        config.training, images_per_step=images, precision=precision, compile=compiled, accumulation_steps=1
+        config.training,
+        images_per_step=images,
+        precision=precision,
+        compile=compiled or cuda_graphs,
+        cuda_graphs=cuda_graphs,
+        accumulation_steps=1,
     )
     config = dataclasses.replace(config, training=training)
     settings = settings_of(config, scoring_px, all_pairs=all_pairs)
@@ -240,7 +246,8 @@ def measure(
         "images": images,
         "repeats": repeats,
         "precision": precision,
-        "compiled": compiled,
+        "compiled": compiled or cuda_graphs,
+        "cuda_graphs": cuda_graphs,
         "scoring_batch_norm": config.selection.scoring_batch_norm,
         "scoring_precision": config.selection.scoring_precision,
         "reuse_teacher": config.selection.reuse_teacher,
@@ -389,13 +396,14 @@ def main() -> int:
     parser.add_argument("--no-reuse-teacher", action="store_true", help="selection.reuse_teacher=False")
     parser.add_argument("--all-pairs", action="store_true", help="training on all pairs, weighted in every way")
     parser.add_argument("--compile", action="store_true", help="torch.compile; GPUs only")
+    parser.add_argument("--cuda-graphs", action="store_true", help="--compile, and scoring as a CUDA graph")
     parser.add_argument("--lock", type=Path, help="time a step only while no other process holds this file")
     parser.add_argument("--json", type=Path, help="write one JSON object a line, each as soon as it is measured")
     options = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if options.compile and device.type == "cpu":
-        parser.error("--compile works on GPUs only, and there is none")
+    if (options.compile or options.cuda_graphs) and device.type == "cpu":
+        parser.error("--compile and --cuda-graphs work on GPUs only, and there is none")
     gpu = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
     context = describe_machine("torch") | gpu
     print(", ".join(f"{name} {value}" for name, value in context.items()) + f", {options.images} images a step")
@@ -412,6 +420,7 @@ def main() -> int:
                 scoring_px=scoring_px_of(options, config),
                 all_pairs=options.all_pairs,
                 compiled=options.compile,
+                cuda_graphs=options.cuda_graphs,
                 lock=options.lock,
             )
             for results in numbers:

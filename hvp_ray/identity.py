@@ -74,6 +74,7 @@ _EFFECTS: dict[str, Effect] = {
     "training.torch_threads": Effect.WEIGHTS,
     "training.precision": Effect.WEIGHTS,
     "training.compile": Effect.WEIGHTS,
+    "training.cuda_graphs": Effect.WEIGHTS,
     "training.max_collapsed_steps": Effect.NOTHING,  # ends a run
     "training.initial_weights": Effect.RESULT,
     "training.initial_run": Effect.RESULT,

@@ -112,6 +112,7 @@ class RunConfig(Checked):
         conditions = {
             "training.accumulation_steps=1": self.training.accumulation_steps == 1,
             "scoring at full resolution in the precision of training": self.scores_as_in_training,
+            "training.cuda_graphs=False": not self.training.cuda_graphs,
         }
         for allowed, holds in conditions.items():
             require(holds, "selection.reuse_student", self.selection.reuse_student, f"False without {allowed}")

@@ -46,6 +46,10 @@ class TrainingConfig(Checked):
     compile: bool = False
     """Use torch.compile for scoring and training; GPUs only."""
 
+    cuda_graphs: bool = False
+    """Replay compiled scoring as one CUDA graph, so that the host launches no kernels. For networks whose kernels are short.
+    Scoring then keeps memory of its own, which training cannot use. Needs `compile`."""
+
     max_collapsed_steps: AtLeast1 | None = None
     """End the run once embeddings or teacher stay collapsed for this many consecutive steps, not counting the first 100.
     Judged on logged steps; the count restarts on resume. None: only warn."""
@@ -61,7 +65,9 @@ class TrainingConfig(Checked):
     phase at a higher resolution."""
 
     def check_together(self, prefix: str) -> None:
-        """Check that the weights come from one place."""
+        """Check that the weights come from one place, and that graphs are compiled."""
+        fits = self.compile or not self.cuda_graphs
+        require(fits, f"{prefix}cuda_graphs", self.cuda_graphs, f"False without {prefix}compile=True")
         fits = self.initial_run is None or self.initial_weights is None
         require(fits, f"{prefix}initial_run", self.initial_run, f"None with {prefix}initial_weights")
 

@@ -50,7 +50,11 @@ def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
     alone = dataclasses.replace(
         config,
         training=dataclasses.replace(
-            config.training, images_per_step=config.images_per_rank, compile=False, initial_weights=None
+            config.training,
+            images_per_step=config.images_per_rank,
+            compile=False,
+            cuda_graphs=False,
+            initial_weights=None,
         ),
         cluster=dataclasses.replace(config.cluster, num_trainers=1),
         method=dataclasses.replace(

@@ -35,7 +35,7 @@ class MemoryEstimate:
     training_peak: int
     """Largest number of live bytes in forward, backward and update."""
     peak: int
-    """The larger peak, which the device must hold."""
+    """The larger peak, which the device must hold; with `training.cuda_graphs`, scoring keeps its memory during training."""
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
@@ -49,7 +49,9 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         live.add([*weights, *batch, *waiting])
         of_step = hard_step(imagined.config.selection)
         for _ in range(2):  # the optimizer allocates its state in the first step
+            trainee.optimizer.zero_grad(set_to_none=True)  # as the step does first
             live.start_peak()
+            before_scoring = live.peak
             chosen = choose_step_views(trainee, imagined.batch, imagined.config, of_step)
             probe_plans(trainee, imagined.batch, imagined.config, of_step)
             scoring_peak = live.peak
@@ -67,7 +69,11 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
             batches=_bytes_of([*batch, *waiting]),
             scoring_peak=scoring_peak,
             training_peak=training_peak,
-            peak=max(scoring_peak, training_peak),
+            peak=(
+                training_peak + scoring_peak - before_scoring
+                if config.training.cuda_graphs
+                else max(scoring_peak, training_peak)
+            ),
         )
         if config.cluster.sharding == "none":
             return estimate

@@ -158,6 +158,16 @@ class CandidateScores:
             reusable=reusable,
         )
 
+    def cloned(self) -> "CandidateScores":
+        """Return a copy in memory of its own."""
+        return CandidateScores(
+            pairs_BP=self.pairs_BP.clone(),
+            locals_BPL=None if self.locals_BPL is None else self.locals_BPL.clone(),
+            reusable={
+                name: values.clone() if isinstance(values, Tensor) else values for name, values in self.reusable.items()
+            },
+        )
+
     def mean(self, num_chosen_local_views: int) -> Float[Tensor, " batch"]:
         """Return the mean over the scored candidates of each image: the expected loss of a random one of them."""
         pairs, is_scored = self.pairs_BP, self.is_scored_BP

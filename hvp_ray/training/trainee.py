@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from hvp_ray.config import RunConfig
+from hvp_ray.config import RunConfig, TrainingConfig
 from hvp_ray.distributed.shard import join_parts, mark_parts, own_part, shard_for_training, sharded_state
 from hvp_ray.distributed.world import World, gather_over_ranks, mean_over_ranks
 from hvp_ray.distributed.wrap import WrappedMethod, synchronize_batch_norm, wrap_for_training
@@ -173,7 +173,7 @@ def build_trainee_of(
     return Trainee(
         method=method,
         training_forward=torch.compile(wrapped.forward) if compiled else wrapped.forward,
-        score=torch.compile(method.score) if compiled else method.score,
+        score=_scoring(method, config.training) if compiled else method.score,
         reduce_gradients=wrapped.reduce_gradients,
         without_reduction=wrapped.without_reduction,
         optimizer=optimizer,
@@ -183,6 +183,19 @@ def build_trainee_of(
         is_sharded=is_sharded,
         predictor=predictor,
     )
+
+
+def _scoring(method: Method, training: TrainingConfig) -> Callable[[ViewTensors, Candidates], CandidateScores]:
+    """Return compiled scoring. The result of a CUDA graph is copied, because the next replay overwrites it."""
+    if not training.cuda_graphs:
+        return torch.compile(method.score)
+    replay = torch.compile(method.score, mode="reduce-overhead")
+
+    def score(views: ViewTensors, candidates: Candidates) -> CandidateScores:
+        torch.compiler.cudagraph_mark_step_begin()
+        return replay(views, candidates).cloned()
+
+    return score
 
 
 def _shard(method: Method, config: RunConfig, world: World, device: torch.device) -> WrappedMethod:

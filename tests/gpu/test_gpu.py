@@ -222,6 +222,28 @@ def test_step_has_no_hidden_synchronisation(tmp_path: Path, recipe: str, *, comp
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "simclr-digits", "dino-digits", "ibot-digits"])
+def test_scoring_as_a_cuda_graph_trains_the_same_weights(tmp_path: Path, recipe: str) -> None:
+    of_runs = []
+    for graphs in (False, True):
+        training = {"compile": True, "cuda_graphs": graphs}
+        config = tiny_config(str(tmp_path), recipe=recipe, cluster={"device": "cuda"}, training=training)
+        trainee = build_trainee(config, World(), torch.device("cuda", 0), None)
+        trainee.method.train()
+        scores = []
+        for step in range(5):  # the first ones are recorded, the others replayed
+            torch.manual_seed(step)
+            batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype).cuda())
+            trainee.method.begin_step(StepPosition(step=step, num_steps=5, steps_per_epoch=2))
+            metrics = train_step(trainee, batch, config, hard_step(config.selection))
+            assert metrics.scores is not None
+            scores.append(metrics.scores.pairs_BP)  # read after the last step: a replay must not overwrite them
+        of_runs.append((scores, list(trainee.method.state_dict().values())))
+    for ours, theirs in zip(of_runs[0], of_runs[1], strict=True):
+        for value, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(value, other)
+
+
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if "imagenet" in name])
 def test_memory_is_the_estimated_one_within_15_percent(recipe: str) -> None:
     config = get_recipe(recipe)

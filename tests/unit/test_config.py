@@ -73,6 +73,10 @@ def test_unknown_recipe_names_the_nearest() -> None:
             "selection.reuse_student=True is not allowed: False without training.accumulation_steps=1",
         ),
         (
+            lambda: tiny_config("x", training={"cuda_graphs": True}),
+            "training.cuda_graphs=True.*without training.compile",
+        ),
+        (
             lambda: tiny_config("x", training={"compile": True, "activation_checkpointing": True}),
             "training.activation_checkpointing=True is not allowed: False with training.compile=True",
         ),

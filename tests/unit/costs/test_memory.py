@@ -49,6 +49,16 @@ def test_estimate_has_what_is_kept_of_the_students_rows(tmp_path: Path) -> None:
     assert with_rows.training_peak <= plain.training_peak
 
 
+def test_scoring_as_a_cuda_graph_keeps_its_memory_during_training() -> None:
+    """By hand: what scoring has live at its peak, besides what was live before it, is added to the peak of training."""
+    config = get_recipe("simclr-digits")
+    plain = estimate_memory(config)
+    graphs = estimate_memory(with_settings(config, {"training.compile": True, "training.cuda_graphs": True}))
+    before = plain.weights + plain.optimizer_state + plain.batches
+    assert graphs.peak == plain.training_peak + plain.scoring_peak - before
+    assert (graphs.scoring_peak, graphs.training_peak) == (plain.scoring_peak, plain.training_peak)
+
+
 def test_shards_keep_their_part_and_gather_blocks() -> None:
     """By hand: what is spared is (1 - 1/R) of the kept; gathered are two blocks, and all that lies outside the blocks."""
     config = get_recipe("dinov2-digits")
