@@ -179,11 +179,12 @@ class Feed(ABC):
 
     def _work(self) -> None:
         while not self._is_abandoned:
+            is_last = self._closing  # read first: records written while the others were sent need one more turn
             try:
                 self._send_all()
                 self.is_away = False
                 self._num_refusals = 0
-                if self._closing:
+                if is_last:
                     assert self._ending is not None
                     self.end(self._ending)
                     self._note(complete=self._ending.is_finished)
