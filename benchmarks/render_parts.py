@@ -40,13 +40,8 @@ def measure(chain: str, views: ViewsConfig, photographs: Photographs, repeats: i
     num_global, num_local = VIEWS[chain]
     num_views = (num_global + num_local) * len(photographs.images)
     renderer = render_cpu.CpuRenderer(views, DataConfig(source="photographs"))
-    source = None if data is None else open_source(str(data), DataConfig(source=str(data)))
     turns: list[dict[str, float]] = []
-    for turn in range(repeats):
-        seconds: dict[str, float] = {}
-        if source is not None:
-            with _clock(seconds, "read"):
-                source.read(range(len(photographs.images)))
+    for turn, seconds in _turns(photographs, repeats, data):
         with _clock(seconds, "plan"):
             plan = photographs.plan(views.global_views, num_global, epoch=turn)
             local_plan = None
@@ -79,13 +74,8 @@ def measure_host_work(views: ViewsConfig, photographs: Photographs, repeats: int
 
     renderer = DaliRenderer(views, DataConfig(source="photographs"), name="dali-cpu")
     num_views, group = VIEWS["simsiam"][0], views.global_views
-    source = None if data is None else open_source(str(data), DataConfig(source=str(data)))
     turns: list[dict[str, float]] = []
-    for turn in range(repeats):
-        seconds: dict[str, float] = {}
-        if source is not None:
-            with _clock(seconds, "read"):
-                source.read(range(len(photographs.images)))
+    for turn, seconds in _turns(photographs, repeats, data):
         with _clock(seconds, "size"):
             for image in photographs.images:
                 read_size(image, max_pixels=MAX_IMAGE_PIXELS)
@@ -100,6 +90,17 @@ def measure_host_work(views: ViewsConfig, photographs: Photographs, repeats: int
     for part in turns[0]:
         value = 1e6 * statistics.median(turn[part] for turn in turns) / len(photographs.images)
         yield {"name": f"render.dali.host.{part}.cpu_us_per_image", "value": value, "unit": "us", "part": part}
+
+
+def _turns(photographs: Photographs, repeats: int, data: Path | None) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield (number of the turn, CPU seconds by part), after reading the photographs if `data` names their file."""
+    source = None if data is None else open_source(str(data), DataConfig(source=str(data)))
+    for turn in range(repeats):
+        seconds: dict[str, float] = {}
+        if source is not None:
+            with _clock(seconds, "read"):
+                source.read(range(len(photographs.images)))
+        yield turn, seconds
 
 
 @contextmanager

@@ -5,24 +5,38 @@ The compiler captures graphs and keeps torch's kernels, so this shows nothing ab
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 
+from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import made_up_batch
 from hvp_ray.distributed.world import World
 from hvp_ray.methods.method import StepPosition
 from hvp_ray.selection import selection_at
+from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.training.step import train_step
-from hvp_ray.training.trainee import build_trainee_of, build_untrained_method
+from hvp_ray.training.trainee import Trainee, build_trainee_of, build_untrained_method
 from tests.distributed.processes import run_ranks
 from tests.helpers import tiny_config
 
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 6
+
+
+def _train(config: RunConfig, batch: DeviceBatch) -> Iterator[Trainee]:
+    """Train some steps, compiled by a backend that keeps torch's kernels; yield the trainee after each."""
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
+        trainee = build_trainee_of(build_untrained_method(config), config, World(), torch.device("cpu"))
+        trainee.method.train()
+        for step in range(NUM_STEPS):
+            trainee.method.begin_step(StepPosition(step=step, num_steps=NUM_STEPS, steps_per_epoch=2))
+            train_step(trainee, batch, config, selection_at(config.selection, step, NUM_STEPS))
+            yield trainee
 
 
 def _graphs(_rank: int, _num_ranks: int, recipe: str, selection: dict[str, Any]) -> tuple[list[int], list[str]]:
@@ -33,14 +47,7 @@ def _graphs(_rank: int, _num_ranks: int, recipe: str, selection: dict[str, Any])
     batch = made_up_batch(config, lambda shape, dtype: torch.randint(0, 256, shape, dtype=dtype))
     torch.compiler.reset()
     counters.clear()
-    graphs = []
-    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
-        trainee = build_trainee_of(build_untrained_method(config), config, World(), torch.device("cpu"))
-        trainee.method.train()
-        for step in range(NUM_STEPS):
-            trainee.method.begin_step(StepPosition(step=step, num_steps=NUM_STEPS, steps_per_epoch=2))
-            train_step(trainee, batch, config, selection_at(config.selection, step, NUM_STEPS))
-            graphs.append(counters["stats"]["unique_graphs"])
+    graphs = [counters["stats"]["unique_graphs"] for _ in _train(config, batch)]
     return graphs, list(counters["graph_break"])
 
 
@@ -53,15 +60,10 @@ def test_hard_steps_are_a_graph_for_scoring_and_one_for_training(recipe: str) ->
 
 
 def _weights(_rank: int, _num_ranks: int, recipe: str, training: dict[str, Any]) -> list[torch.Tensor]:
-    """Return the weights after some steps, compiled by a backend that keeps torch's kernels."""
+    """Return the weights after some steps."""
     config = tiny_config("unused", recipe=recipe, training={"compile": True} | training)
     batch = made_up_batch(config, lambda shape, dtype: torch.arange(math.prod(shape)).reshape(shape).to(dtype))
-    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="eager")):
-        trainee = build_trainee_of(build_untrained_method(config), config, World(), torch.device("cpu"))
-        trainee.method.train()
-        for step in range(NUM_STEPS):
-            trainee.method.begin_step(StepPosition(step=step, num_steps=NUM_STEPS, steps_per_epoch=2))
-            train_step(trainee, batch, config, selection_at(config.selection, step, NUM_STEPS))
+    *_, trainee = _train(config, batch)
     return [values.clone() for values in trainee.method.state_dict().values()]
 
 
