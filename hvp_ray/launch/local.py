@@ -5,13 +5,14 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hvp_ray.config import RunConfig, config_to_dict
+from hvp_ray.config import RendererName, RunConfig, config_to_dict
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.distributed.world import World, current_world, share_from_rank_0
 from hvp_ray.errors import ConfigError
@@ -98,7 +99,16 @@ def pretrain_in_process(
         submit_knn=submit_knn,
         cluster_facts=lambda: {"spilled_bytes": 0, "num_worker_restarts": 0},
     )
-    return train_rank(job, world, device, services)
+    with _ahead_of_rendering(device, resolved.renderer):
+        return train_rank(job, world, device, services)
+
+
+def _ahead_of_rendering(device: torch.device, renderer: RendererName) -> AbstractContextManager[object]:
+    """Return a context whose work on a GPU has priority over DALI's streams, if DALI renders in this process."""
+    if device.type != "cuda" or renderer != "dali-gpu":
+        return nullcontext()
+    torch.cuda.synchronize(device)  # what was begun on the default stream
+    return torch.cuda.stream(torch.cuda.Stream(device, priority=-1))
 
 
 def _join_processes(device_type: Device) -> tuple[World, torch.device]:
