@@ -326,7 +326,7 @@ def table_of(effects: list[Effect]) -> str:
 def build_figure(effects: list[Effect]) -> Figure:
     """Draw the effects of stage 1 against the length of the schedule, one panel for each setting."""
     settings = [name for name in dict.fromkeys(e.setting for e in effects) if SETTINGS[name].title is None]
-    figure = Figure(figsize=(5.2 * len(settings), 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(settings), 5.6), layout="constrained")
     for axis, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
         arms = dict.fromkeys(e.arm for e in effects if e.setting == setting and e.arm != "vanilla")
         for number, arm in enumerate(arms):
@@ -345,7 +345,7 @@ def build_figure(effects: list[Effect]) -> Figure:
         axis.set_xlabel("length of the schedule, random steps of compute")
         axis.set_ylabel("k-NN against random views, points")
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.16))
     return figure
 
 
