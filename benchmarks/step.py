@@ -7,13 +7,15 @@ python benchmarks/step.py [--method NAME [--backbone NAME] [--resolution PX]] [-
 A random step trains on the views of the vanilla arm; a hard step scores all candidates first, at full resolution
 (hardest-224) or at lower ones (hardest-112). hardest-224-reuse trains on the student's rows of scoring
 (`selection.reuse_student`; Vision Transformers). hardest-224-rescue scores all views of half of the images
-(`selection.rescue_share`). With --images 8 or more, predicted probes a quarter of
-them in every fourth step and takes random steps between: seconds and ledger are of a step with a probe, the ratio is that of
-all its steps. All are the real step on the real network with made-up pixels; rendering is not part of it. On a CPU the time
-is CPU time of one thread, which other load on the machine distorts little, and the steps take turns: the ratio is the median
-over the turns of the ratio within a turn. On a GPU it is the device's own clock, and one setting follows the other, each with
-a network of its own (so that compiled code is that of one resolution, as in a run, and the peak of memory is that of one
-setting); medians are compared.
+(`selection.rescue_share`). hardest-224-locals takes two global views as they are and chooses the local ones
+(`selection.num_global_views=2`). With --images 8 or more, predicted probes a quarter of them in every fourth step and takes
+random steps between: seconds and ledger are of a step with a probe, the ratio is that of all its steps.
+
+All are the real step on the real network with made-up pixels; rendering is not part of it. On a CPU the time is CPU time of
+one thread, which other load on the machine distorts little, and the steps take turns: the ratio is the median over the turns
+of the ratio within a turn. On a GPU it is the device's own clock, and one setting follows the other, each with a network of
+its own (so that compiled code is that of one resolution, as in a run, and the peak of memory is that of one setting); medians
+are compared.
 
 With --all-pairs the steps train on all pairs of the candidate views instead: all-pairs takes their plain mean, and
 all-pairs-softmax and its like weigh them. ratio_to_all_pairs is then what the weights cost.
@@ -71,7 +73,8 @@ def settings_of(
 ) -> dict[str, RunConfig]:
     """The settings that are compared, by name; hard steps score at full and half resolution, or as `scoring_px` says.
 
-    At full resolution half of the images are also rescued, and a Vision Transformer's rows are reused.
+    At full resolution half of the images are also rescued, local views alone are chosen, and a Vision Transformer's rows are
+    reused.
     """
 
     def with_selection(**changes: object) -> RunConfig:
@@ -89,6 +92,8 @@ def settings_of(
         settings[f"hardest-{px}"] = with_selection(rule="hardest", scoring_resolution_px=None if px == size_px else px)
         if px == size_px and config.selection.num_candidate_views >= 3:
             settings[f"hardest-{px}-rescue"] = with_selection(rule="hardest", limit=None, rescue_share=0.5)
+        if px == size_px and config.selection.num_local_views:
+            settings[f"hardest-{px}-locals"] = with_selection(rule="hardest", num_global_views=2)
         if px == size_px and config.method.backbone.name.startswith("vit_") and not config.training.cuda_graphs:
             settings[f"hardest-{px}-reuse"] = with_selection(rule="hardest", reuse_student=True)
     images = config.training.images_per_step

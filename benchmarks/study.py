@@ -7,9 +7,9 @@ python benchmarks/study.py report                           write results/study.
 Run `costs` first: `run` needs its file. FOLDER has cifar10-{train,test}.parquet, and for the setting simclr-imagenette
 imagenette128-{train,val}.parquet.
 
-Settings, arms, lengths and seeds are those of docs/experiments/2026-11-29-hard-views-that-pay.md; stage 2 is in the settings
-simclr-confirm and simclr-imagenette. Each finished comparison is added to benchmarks/results/study.jsonl, one row a run, so
-that any machine continues where another one stopped.
+Settings, arms, lengths and seeds are those of docs/experiments/2026-11-29-hard-views-that-pay.md. Stage 2 is in the settings
+simclr-confirm, simclr-imagenette and simclr-long. A finished comparison is added to benchmarks/results/study.jsonl, a row for
+each run, so that any machine continues where another one stopped.
 """
 
 import argparse
@@ -57,6 +57,8 @@ class Setting:
     """(arm, another arm): differences beside those of all arms to vanilla."""
     level: float = 0.95
     """Coverage of the intervals."""
+    costs_of: str | None = None
+    """Setting with the same options, whose measured costs are used. None: this setting's own."""
     title: str | None = None
     """Of its part of the figure of confirmed effects. None: a setting of stage 1."""
     seeds_together: int = 1
@@ -95,7 +97,16 @@ SOFTMAX = f"all-pairs:weighting=softmax,{LATE}"
 CONFIRMED = ("all-pairs", SOFTMAX, f"hardest:{LATE}", "asym-aug")
 """Arms of stage 2."""
 LABELS = dict(
-    zip(CONFIRMED, ("all pairs", "all pairs, hard ones weigh more", "hard views (HVP)", "AsymAug"), strict=True)
+    zip(
+        CONFIRMED,
+        (
+            "all pairs",
+            "all pairs, hard ones weigh more\nin the second half",
+            "hard views (HVP)\nin the second half",
+            "AsymAug",
+        ),
+        strict=True,
+    )
 )
 
 SETTINGS = {
@@ -166,6 +177,19 @@ SETTINGS = {
         title="Imagenette, 600 steps, 12 seeds",
         seeds_together=2,
     ),
+    "simclr-long": Setting(
+        recipe="simclr-cifar10-small",
+        **CIFAR10,
+        lengths=LENGTHS[2:],
+        seeds=tuple(range(200, 212)),
+        arms=CONFIRMED,
+        overrides=(*TEN_THOUSAND, *ONE_THREAD),
+        also_against=((SOFTMAX, "all-pairs"),),
+        level=0.99,
+        costs_of="simclr-confirm",
+        title="CIFAR-10, 5,400 steps, 12 seeds",
+        seeds_together=2,
+    ),
 }
 
 
@@ -176,7 +200,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 def costs_path(name: str) -> Path:
     """Return the file with what a step of each arm of a setting costs."""
-    return RESULTS / f"study-costs-{name}.json"
+    return RESULTS / f"study-costs-{SETTINGS[name].costs_of or name}.json"
 
 
 def comparison_of(name: str, length: int, seeds: tuple[int, ...]) -> str:
@@ -273,8 +297,9 @@ class Effect:
 
 
 def effects_of(rows: list[dict[str, Any]]) -> list[Effect]:
-    """Return the effects of every arm at every length."""
-    accuracy = {(r["setting"], r["length"], r["arm"], r["seed"]): 100 * r["knn_top1"] for r in rows}
+    """Return the effects of every arm at every length. Rows of other settings than today's are left out."""
+    today = [row for row in rows if row["settings_digest"] == SETTINGS[row["setting"]].digest]
+    accuracy = {(r["setting"], r["length"], r["arm"], r["seed"]): 100 * r["knn_top1"] for r in today}
     effects = []
     for setting, length, arm in dict.fromkeys(key[:3] for key in accuracy):
         others = [other for ours, other in SETTINGS[setting].also_against if ours == arm]
@@ -349,9 +374,16 @@ def build_figure(effects: list[Effect]) -> Figure:
     return figure
 
 
+def confirmed_settings(effects: list[Effect]) -> list[str]:
+    """Return the settings of stage 2 whose arms have all their seeds."""
+    of_stage_2 = [name for name, setting in SETTINGS.items() if setting.title is not None]
+    num_seeds = {name: [len(e.values) for e in effects if e.setting == name] for name in of_stage_2}
+    return [name for name in of_stage_2 if num_seeds[name] and min(num_seeds[name]) == len(SETTINGS[name].seeds)]
+
+
 def build_confirmed(effects: list[Effect]) -> Figure:
-    """Draw the effects of stage 2 with their intervals, one panel for each setting."""
-    settings = [name for name in dict.fromkeys(e.setting for e in effects) if SETTINGS[name].title is not None]
+    """Draw the effects of stage 2 with their intervals, one panel for each of `confirmed_settings`."""
+    settings = confirmed_settings(effects)
     figure = Figure(figsize=(4.6 * len(settings) + 1.6, 2.4), layout="constrained")
     axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
     for axis, setting in zip(axes, settings, strict=True):
@@ -378,7 +410,7 @@ def report() -> None:
     (RESULTS / "study.md").write_text(text)
     if any(SETTINGS[effect.setting].title is None for effect in effects):
         build_figure(effects).savefig(IMAGES / "study.png", dpi=110)
-    if any(SETTINGS[effect.setting].title for effect in effects):
+    if confirmed_settings(effects):
         build_confirmed(effects).savefig(IMAGES / "study_confirmed.png", dpi=130)
     print(text + f"\n{len(read_rows())} runs, {hours:.1f} hours of training", flush=True)
 

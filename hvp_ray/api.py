@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hvp_ray.comparison.arms import run_of_arm
+from hvp_ray.comparison.arms import refusal_for_existing_run, run_of_arm
 from hvp_ray.config import RunConfig, conditions_left_out, with_settings
 from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.recipes import DEFAULT_RECIPE, get_recipe
@@ -137,7 +137,8 @@ def pretrain(
         test_source: labelled images for the evaluation at the end.
         epochs: passes over the images.
         seed: seed of all random numbers.
-        arm: change the run as this arm of `compare` does, such as `asym-aug` or `all-pairs`. None: the recipe's views.
+        arm: change the run as this arm of `compare` does, such as `asym-aug` or `all-pairs`. None: the recipe's views. An
+            existing run keeps its arm, so give both recipe and arm, or neither.
         name: name of the run's folder; the name of an existing run continues it, or returns it if it has ended.
         output: folder or URI of all runs. None: `runs/` in the working folder.
         settings: further settings, as path -> value: `{"optimizer.learning_rate_per_256": 0.1}`.
@@ -157,8 +158,10 @@ def pretrain(
         "run.name": name,
         "run.output": output,
     }
-    config = _configure(recipe, given, settings)
+    config, is_recorded = _configure(recipe, given, settings)
     if arm is not None:
+        if is_recorded:
+            raise refusal_for_existing_run(arm, name)
         config = run_of_arm(arm, config)
     prepare_ray_environment()
     from hvp_ray.files import place_in
@@ -230,7 +233,7 @@ def compare(
         "training.epochs": epochs,
         "run.output": output,
     }
-    config = _configure(recipe, given, settings)
+    config, _ = _configure(recipe, given, settings)
     prepare_ray_environment()
     from hvp_ray.comparison.compare import plan_comparison, run_comparison
     from hvp_ray.stream.connect import end_ray
@@ -268,19 +271,21 @@ def embed(encoder: "Encoder", images: "str | Path | Sequence[AnImage]") -> NDArr
     return encoder.embed(images)
 
 
-def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str, Any] | None) -> RunConfig:
+def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str, Any] | None) -> tuple[RunConfig, bool]:
+    """Return the run, and whether its settings are those of an existing run."""
     chosen = {path: value for path, value in given.items() if value is not None}
     chosen |= dict(settings or {})
     recipe_config = get_recipe(recipe or DEFAULT_RECIPE)
     if recipe in OWN_RECIPES:
-        return _fit_own(recipe_config, chosen)
+        return _fit_own(recipe_config, chosen), False
+    recorded = None
     if recipe is None and "run.name" in chosen:
         prepare_ray_environment()
         from hvp_ray.runs.record import recorded_settings
 
         place = {path: value for path, value in chosen.items() if path in ("run.name", "run.output")}
-        recipe_config = recorded_settings(with_settings(recipe_config, place)) or recipe_config
-    return with_settings(recipe_config, chosen)
+        recorded = recorded_settings(with_settings(recipe_config, place))
+    return with_settings(recorded or recipe_config, chosen), recorded is not None
 
 
 def _fit_own(recipe: RunConfig, chosen: dict[str, Any]) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn, TypeVar
 
 import tyro
 
-from hvp_ray.comparison.arms import run_of_arm
+from hvp_ray.comparison.arms import refusal_for_existing_run, run_of_arm
 from hvp_ray.config import RunConfig, conditions_left_out, config_to_dict, deferred_checks, flatten, with_settings
 from hvp_ray.config.checks import Checked, check
 from hvp_ray.errors import ConfigError, HvpRayError
@@ -142,8 +142,8 @@ def parse_run_options(
                 config=PARSER_SETTINGS,
             )
 
-    if not is_named:
-        recipe = _recorded_settings(recipe, arguments)
+    recorded = None if is_named else _recorded_settings(recipe, arguments)
+    recipe = recorded or recipe
     options = parse(recipe, is_complete=not adapts_itself)
     if adapts_itself:
         prepare_ray_environment()
@@ -157,19 +157,21 @@ def parse_run_options(
         raise ConfigError(f"the recipe {options.recipe!r} must be the first argument")
     if options.run.recipe != recipe.recipe:
         raise ConfigError(f"--recipe is set by the first argument, not as an option; got {options.run.recipe!r}")
+    if recorded and isinstance(options, ArmOptions) and options.arm is not None:
+        raise refusal_for_existing_run(options.arm, recorded.run.name)
     check(options, "--")
     return options
 
 
-def _recorded_settings(default: RunConfig, words: list[str]) -> RunConfig:
-    """Return the settings of the existing run that the words name, or else `default`; say which."""
+def _recorded_settings(default: RunConfig, words: list[str]) -> RunConfig | None:
+    """Return the settings of the existing run that the words name, or None; say which."""
     given: dict[str, str] = {}
     for word, following in zip(words, [*words, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         if option in ("--run.name", "--run.output"):
             given[option.removeprefix("--")] = value if equals else following
     if not given.get("run.name"):
-        return default
+        return None
     prepare_ray_environment()
     from hvp_ray.runs.location import output_location
     from hvp_ray.runs.record import describe_recorded, recorded_settings
@@ -180,7 +182,7 @@ def _recorded_settings(default: RunConfig, words: list[str]) -> RunConfig:
         say(
             f"{output_location(asked)} has no run {asked.run.name!r}; a new one starts, with the recipe {default.recipe}\n"
         )
-        return default
+        return None
     say(f"{describe_recorded(recorded)}\n")
     return recorded
 

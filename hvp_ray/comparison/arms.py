@@ -226,6 +226,14 @@ def run_of_arm(name: str, config: RunConfig) -> RunConfig:
     return get_arm(name).configure(config)
 
 
+def refusal_for_existing_run(arm: str, run_name: str | None) -> ConfigError:
+    """Return the error for an arm that would change the settings of an existing run, which may be an arm's already."""
+    return ConfigError(
+        f"arm {arm} is not allowed: the run {run_name} exists and keeps its settings, its arm included; leave the arm out, "
+        f"or name the recipe too"
+    )
+
+
 def _parse_setting(arm: str, setting: str) -> tuple[str, Any]:
     field, _, text = setting.partition("=")
     try:

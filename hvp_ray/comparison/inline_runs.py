@@ -20,6 +20,7 @@ from hvp_ray.errors import ConfigError, StageError, first_line
 from hvp_ray.files import is_uri, place_in, read_file
 from hvp_ray.identity import Identity
 from hvp_ray.launch.local import pretrain_in_process
+from hvp_ray.launch.placement import Resources
 from hvp_ray.launch.stop import RayProcesses, StopRequest, stop_on_signals
 from hvp_ray.runs.after_training import MAX_DEATHS, forgive_death
 from hvp_ray.tracking.run_log import last_recorded_step
@@ -120,7 +121,8 @@ def do_inline(run: PlannedRun, stop: StopRequest, *, digest: str) -> None:
 
 
 def _do_task(run: PlannedRun, stop: StopRequest, *, token: str, digest: str) -> None:
-    task = _pretrain_task.options(num_cpus=run.config.training.torch_threads, name=run.name).remote(
+    reserved = resources_of_inline(run.config)
+    task = _pretrain_task.options(num_cpus=reserved["CPU"], num_gpus=reserved["GPU"], name=run.name).remote(
         config_to_dict(run.config), run.identity, token, digest
     )
     was_cancelled, was_forced, ray_processes = False, False, RayProcesses(stop)
@@ -137,6 +139,11 @@ def _do_task(run: PlannedRun, stop: StopRequest, *, token: str, digest: str) -> 
     finally:
         if was_forced:
             forgive_death(run.location)
+
+
+def resources_of_inline(config: RunConfig) -> Resources:
+    """Return what Ray reserves for a run that renders in its own process."""
+    return {"CPU": float(config.training.torch_threads), "GPU": float(config.cluster.device == "cuda")}
 
 
 def _recorded_step(run: PlannedRun) -> int:

@@ -93,8 +93,8 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Return the claim that the interval allows. Two seeds may differ by the same few test images by chance."""
-        if self.test is None or self.test.num_seeds < _LEAST_SEEDS:
+        """Return the claim that the interval allows. Few seeds may differ by the same few test images by chance."""
+        if self.test is None or self.test.num_seeds < _LEAST_SEEDS or self.test.is_degenerate:
             return "not known"
         if self.test.interval.low > 0.0:
             return "better"
@@ -242,7 +242,7 @@ def describe_difference(difference: Difference) -> str:
     if difference.test is None:
         return text + " (one seed: no interval)"
     interval = difference.test.interval
-    if interval.low == interval.high:
+    if difference.test.is_degenerate:
         return text + f" (equal on all {difference.test.num_seeds} seeds: no interval)"
     return f"{text} ({interval.level:.0%} interval {100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 

@@ -16,7 +16,7 @@ import ray
 import torch
 
 from hvp_ray.comparison.arms import get_arm
-from hvp_ray.comparison.inline_runs import check_nodes, do_inline, record_digest
+from hvp_ray.comparison.inline_runs import check_nodes, do_inline, record_digest, resources_of_inline
 from hvp_ray.comparison.progress import ProgressReader, ShowProgress
 from hvp_ray.comparison.results import METRIC_TITLES
 from hvp_ray.comparison.step_cost import StepCost, measure_step_costs
@@ -27,7 +27,7 @@ from hvp_ray.data.dataset import Dataset, open_dataset
 from hvp_ray.errors import ConfigError, StageError
 from hvp_ray.launch.driver import launch, num_side_by_side, read_cluster
 from hvp_ray.launch.local_cluster import plan_local_ray
-from hvp_ray.launch.placement import resolve_device, room_for
+from hvp_ray.launch.placement import Resources, resolve_device, room_for
 from hvp_ray.launch.stop import StopRequest, stop_on_signals
 from hvp_ray.launch.watch import Watchers
 from hvp_ray.resolved_run import Device
@@ -103,7 +103,7 @@ def num_parallel(runs: Sequence[PlannedRun], dataset: Dataset, mode: Mode, *, wa
         if mode == "workers":
             fits = num_side_by_side(config, dataset, fits)
         else:
-            fits = min(fits, _num_inline(config.training.torch_threads))
+            fits = min(fits, _num_inline(resources_of_inline(config)))
     if wanted is not None and fits < wanted_here:
         raise ConfigError(
             f"--parallel {wanted} is not allowed: {fits} run(s) of this comparison fit the cluster at once; give "
@@ -112,19 +112,20 @@ def num_parallel(runs: Sequence[PlannedRun], dataset: Dataset, mode: Mode, *, wa
     return fits
 
 
-def _num_inline(threads: int) -> int:
-    """Return how many tasks of this many CPUs the cluster runs at once. A local Ray also needs memory for them.
+def _num_inline(reserved: Resources) -> int:
+    """Return how many tasks with these reservations the cluster runs at once. A local Ray also needs memory for them.
 
     Raises:
-        ConfigError: no node has as many CPUs.
+        ConfigError: no node has room for one.
     """
     nodes = read_cluster().nodes
-    fits = sum(room_for(node, {"CPU": float(threads)}) for node in nodes)
+    fits = sum(room_for(node, reserved) for node in nodes)
     if fits < 1:
-        raise ConfigError(
-            f"training.torch_threads={threads} needs a node of as many CPUs, and the largest has "
-            f"{max(node.get('CPU', 0.0) for node in nodes):g}; lower it"
-        )
+        threads = f"training.torch_threads={reserved['CPU']:g}"
+        if reserved["GPU"]:
+            raise ConfigError(f"cluster.device=cuda needs a node with a GPU and {threads} CPUs, and there is none")
+        largest = max(node.get("CPU", 0.0) for node in nodes)
+        raise ConfigError(f"{threads} needs a node of as many CPUs, and the largest has {largest:g}; lower it")
     return fits if joins_cluster() else max(1, min(fits, num_processes_that_fit(this_machine())))
 
 
@@ -206,8 +207,9 @@ def measure_on_cluster(base: RunConfig, arm_names: Sequence[str], device: Device
     Raises:
         ConfigError: no node has CPUs for the trainer's threads.
     """
-    _num_inline(base.training.torch_threads)
-    task = _measure_task.options(num_cpus=base.training.torch_threads, num_gpus=1 if device == "cuda" else 0)
+    reserved = {"CPU": float(base.training.torch_threads), "GPU": float(device == "cuda")}
+    _num_inline(reserved)
+    task = _measure_task.options(num_cpus=reserved["CPU"], num_gpus=reserved["GPU"])
     costs: dict[str, StepCost] = ray.get(task.remote(config_to_dict(base), list(arm_names), device))
     return costs
 

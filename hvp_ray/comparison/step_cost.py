@@ -92,8 +92,10 @@ def measure_step_costs(
     """
     alone = dataclasses.replace(
         base,
-        training=dataclasses.replace(base.training, images_per_step=base.images_per_rank, compile=False),
-        cluster=dataclasses.replace(base.cluster, num_trainers=1),
+        training=dataclasses.replace(
+            base.training, images_per_step=base.images_per_rank, compile=False, cuda_graphs=False
+        ),
+        cluster=dataclasses.replace(base.cluster, num_trainers=1, min_trainers=None),
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(base.training.torch_threads)

@@ -245,11 +245,15 @@ _COST_SETTINGS = (
     "method.",
     "selection.",
     "optimizer.name",
+    "optimizer.fused",
+    "data.channels",
     "training.images_per_step",
     "training.accumulation_steps",
+    "training.activation_checkpointing",
     "training.torch_threads",
     "training.precision",
     "cluster.num_trainers",
+    "cluster.sharding",
     "cluster.device",
 )
 """Settings that the cost of a step depends on."""

@@ -43,6 +43,7 @@ class RunConfig(Checked):
         self._check_views_of_method()
         self._check_weighting()
         self._check_reuse()
+        self._check_rescue()
         self._check_sharding()
         if self.selection.rule == "predicted":
             each, probed = self.training.images_per_step // self.cluster.num_trainers, self.selection.probe_images
@@ -116,6 +117,15 @@ class RunConfig(Checked):
         }
         for allowed, holds in conditions.items():
             require(holds, "selection.reuse_student", self.selection.reuse_student, f"False without {allowed}")
+
+    def _check_rescue(self) -> None:
+        share = self.selection.rescue_share
+        together = self.training.images_per_step // self.cluster.num_trainers // self.training.accumulation_steps
+        allowed = (
+            f"0.0, or so much that 1 or more of the {together} images that a trainer scores together "
+            f"(training.images_per_step, training.accumulation_steps) are rescued"
+        )
+        require(not share or round(share * together) >= 1, "selection.rescue_share", share, allowed)
 
     def _check_sharding(self) -> None:
         sharding, conditions = (

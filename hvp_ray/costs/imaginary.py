@@ -56,7 +56,7 @@ def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
             cuda_graphs=False,
             initial_weights=None,
         ),
-        cluster=dataclasses.replace(config.cluster, num_trainers=1),
+        cluster=dataclasses.replace(config.cluster, num_trainers=1, min_trainers=None),
         method=dataclasses.replace(
             config.method, backbone=dataclasses.replace(config.method.backbone, pretrained=False)
         ),

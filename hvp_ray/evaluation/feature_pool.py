@@ -38,6 +38,9 @@ from hvp_ray.stream.machine import MAX_AUTO_WORKERS, num_tasks_that_fit, plan_lo
 
 logger = logging.getLogger(__name__)
 
+AUTO_WORKERS_PER_GPU = 4
+"""Processes that share a GPU: each has its own context, encoder and batch there."""
+
 IMAGES_PER_TASK = 512
 """Size of a chunk; at 224 px its pixels take 77 MB."""
 
@@ -329,7 +332,7 @@ def start_workers(num_workers: int | Literal["auto"], device: Literal["auto", "c
     Call `prepare_ray_environment` before this module is imported.
 
     Args:
-        num_workers: auto: all free CPUs, at most 64.
+        num_workers: auto: all free CPUs, at most 64, and on GPUs at most 4 for each.
         device: auto: cuda if Ray, or without Ray this process, has a GPU.
 
     Raises:
@@ -341,10 +344,11 @@ def start_workers(num_workers: int | Literal["auto"], device: Literal["auto", "c
         return
     connect_ray(lambda: plan_local_tasks(wanted, this_machine()))
     try:
-        if num_workers == "auto":
-            wanted = max(1, min(MAX_AUTO_WORKERS, int(ray.available_resources().get("CPU", 1.0))))
         gpus = float(ray.cluster_resources().get("GPU", 0.0))
         resolved = _resolve(device, gpus)
+        if num_workers == "auto":
+            most = MAX_AUTO_WORKERS if resolved == "cpu" else min(MAX_AUTO_WORKERS, int(AUTO_WORKERS_PER_GPU * gpus))
+            wanted = max(1, min(most, int(ray.available_resources().get("CPU", 1.0))))
         # Rounded down, or the last worker would not fit.
         share = int(min(1.0, gpus / wanted) * 1000) / 1000 if resolved == "cuda" else 0.0
         yield Workers(num_workers=wanted, device=resolved, gpus_per_worker=share)

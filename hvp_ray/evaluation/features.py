@@ -12,7 +12,7 @@ from hvp_ray.config import DataConfig, ViewsConfig
 from hvp_ray.data.dataset import Dataset
 from hvp_ray.data.decode import decode_pixels
 from hvp_ray.data.source import Source
-from hvp_ray.errors import ConfigError, UnreadableImageError
+from hvp_ray.errors import ConfigError, TrainingError, UnreadableImageError
 from hvp_ray.stream.reading import read_images
 from hvp_ray.views.normalise import normalise_views
 
@@ -105,6 +105,7 @@ def extract_features(
 
     Raises:
         ConfigError: see `check_last_blocks`.
+        TrainingError: a feature is not finite, so the weights have diverged.
     """
     check_last_blocks(backbone, last_blocks)
     was_training = backbone.training
@@ -117,7 +118,14 @@ def extract_features(
             ]
     finally:
         backbone.train(was_training)
-    return torch.cat(parts)
+    features = torch.cat(parts)
+    num_broken = int((~features.isfinite()).any(dim=1).sum())
+    if num_broken:
+        raise TrainingError(
+            f"the encoder's features of {num_broken} of {len(features)} images are not finite numbers, so its weights have "
+            f"diverged. Evaluate an earlier checkpoint, or train again with a lower learning rate"
+        )
+    return features
 
 
 def _forward(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hvp_ray.config import TransformConfig, ViewsConfig
-from hvp_ray.errors import ConfigError, ShapeError
+from hvp_ray.errors import ConfigError, ShapeError, TrainingError
 from hvp_ray.evaluation.features import extract_features
 from hvp_ray.evaluation.linear import INITIAL_DEVIATION, ProbePart
 from hvp_ray.methods.backbones import feature_dim
@@ -95,6 +95,7 @@ def fine_tune(
 
     Raises:
         ShapeError: fewer than two training images, no test image, or a negative label.
+        TrainingError: the loss is not finite at the end.
 
     Source: automl/hvp run_pipeline.py (AdamW, weight decay 0.05, cosine, rate x B / 256).
     Differs: its rate is set per data set (5e-6 to 5e-4, for 100 to 300 epochs at 224 px). Crops come from the centre crop
@@ -117,6 +118,11 @@ def fine_tune(
         encoder, head = copy.deepcopy(backbone).to(device).train(), head.to(device)
         encoder.requires_grad_()
         losses = _train(nn.Sequential(encoder, head), training, views, settings, device)
+    if not math.isfinite(losses[-1]):
+        raise TrainingError(
+            f"fine-tuning diverged: its loss in the last epoch is {losses[-1]}. Use a lower --learning_rate than "
+            f"{settings.learning_rate_per_256:g}"
+        )
     features = extract_features(encoder, test.pixels, views, device=device)
     with torch.no_grad():
         correct = head(features).argmax(dim=1).cpu().numpy() == test.labels

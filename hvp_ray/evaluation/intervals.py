@@ -33,6 +33,11 @@ class PairedDifference:
     """Two-sided p-value of the hypothesis that the mean difference is 0; 1.0 if all differences are 0."""
     num_seeds: int
 
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether all seeds differ equally, so that there is no interval: few test images allow few differences."""
+        return self.interval.low == self.interval.high
+
 
 def bootstrap_interval(
     correct: NDArray[np.bool_] | NDArray[np.float64], *, level: float = 0.95, num_draws: int = 10_000, seed: int = 0

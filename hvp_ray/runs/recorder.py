@@ -16,6 +16,7 @@ from hvp_ray.runs.online_knn import KnnDuringTraining, join_snapshot
 from hvp_ray.runs.opened_rank import OpenedRank, RankServices, RestoredRank
 from hvp_ray.runs.progress import Progress, RunSteps
 from hvp_ray.runs.storage import RunStorage
+from hvp_ray.selection import selection_at
 from hvp_ray.stream.device import DeviceBatch
 from hvp_ray.tracking.collapse import CollapseWatch, effective_rank, embedding_std
 from hvp_ray.tracking.run_log import METRICS
@@ -152,18 +153,21 @@ class RunRecorder(RankRecorder):
         super().__init__(rank, restored, services)  # last, because it publishes `numbers`
 
     def after_step(self, steps_done: int, batch: DeviceBatch, metrics: StepMetrics, learning_rate: float) -> None:
-        """Record every `log_every_steps`-th step, and the first and last."""
+        """Record every `log_every_steps`-th step, the first and last, and the first hard step since the last of these."""
         super().after_step(steps_done, batch, metrics, learning_rate)
         if self._selection_log.wants(steps_done):
             _log_selection(self._selection_log, steps_done, batch, metrics)
         self._knn.after_step(steps_done)
         is_last = steps_done == self._num_steps
-        if steps_done % self._config.tracking.log_every_steps == 0 or steps_done == 1 or is_last:
+        is_regular = steps_done % self._config.tracking.log_every_steps == 0 or steps_done == 1 or is_last
+        if is_regular or self._is_first_hard_step(steps_done):
             values = self._measure(batch, metrics, steps_done)
+            if is_regular:
+                values |= self._measure_speed()
             values["train/learning_rate"] = learning_rate
             values["train/epoch"] = steps_done / self._steps_per_epoch
             self._restored.log.write(METRICS, {"step": steps_done, "time": time.time(), "metrics": values})
-            self._last_values = values
+            self._last_values |= values
             self.collapse.see(steps_done, values)
         # Post between records too: the answer carries a stop request. The last recorded loss costs no synchronisation.
         now = time.perf_counter()
@@ -235,6 +239,18 @@ class RunRecorder(RankRecorder):
                 status, patience = ("FAILED", 5.0) if has_failed else ("KILLED", 1.0)
                 finish_feeds(self._feeds, status=status, timeout_seconds=patience)
 
+    def _is_first_hard_step(self, steps_done: int) -> bool:
+        """Tell whether a step is hard and no recorded one since the last multiple of `log_every_steps` was.
+
+        Without these steps, a run with `selection.every=2` and `log_every_steps=10` would record random steps only.
+        """
+        interval = self._config.tracking.log_every_steps
+        recorded = max(1, (steps_done - 1) // interval * interval)
+        return self._is_hard(steps_done) and not any(map(self._is_hard, range(recorded, steps_done)))
+
+    def _is_hard(self, steps_done: int) -> bool:
+        return selection_at(self._config.selection, steps_done - 1, self._num_steps).is_hard
+
     def _progress(self, steps_done: int, loss: float) -> Progress:
         return Progress(
             first_step=self._restored.steps.first_step,
@@ -255,11 +271,12 @@ class RunRecorder(RankRecorder):
         if is_tenth or steps_done in (1, self._num_steps):
             values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
         values |= {name: float(value) for name, value in metrics.measurements.items()}
-        values |= _describe_selection(batch, metrics) | self._measure_speed()
+        if self._is_hard(steps_done) or self._config.selection.rule == "first":
+            values |= _describe_selection(batch, metrics)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def _measure_speed(self) -> dict[str, float]:
-        """Return the means since the last record."""
+        """Return the means since the last call."""
         last_time, last_steps, last_waited = self._last_record or (self._clock.started_at, 0, 0.0)
         now, steps_here, waited = time.perf_counter(), self._clock.num_steps, self._stats.wait_seconds
         self._last_record = (now, steps_here, waited)

@@ -30,14 +30,14 @@ IMAGES = 12
 CPU = torch.device("cpu")
 
 
-def _method(name: str, ranks: Ranks) -> Method:
+def _method(name: str, ranks: Ranks, **settings: Any) -> Method:
     """Build a small network of the method, without drop path, which every rank draws for itself."""
     config = get_recipe(f"{name}-digits").method
     torch.manual_seed(0)
     transformer = {"dim": 16, "depth": 2, "num_heads": 2, "drop_path": 0.0}
     small = transformer if name in MASKED else {"channels": (4, 8, 8, 16)}
     backbone = dataclasses.replace(config.backbone, **small)
-    method = build_method(dataclasses.replace(config, backbone=backbone), ranks).train()
+    method = build_method(dataclasses.replace(config, backbone=backbone, **settings), ranks).train()
     for layer in method.modules():
         if isinstance(layer, LayerScale):
             nn.init.constant_(layer.gamma, 0.5)  # 1e-5 at the start makes all class tokens neighbours at distance 0
@@ -159,34 +159,42 @@ def check_ranks_equal_one(ranks: list[dict[str, dict[str, Any]]], device: torch.
 WEIGHTED = SelectionConfig(rule="all_pairs", weighting="softmax")
 
 
-def _weighted_pairs(rank: int, num_ranks: int) -> dict[str, dict[str, Any]]:
-    """Return for each method the loss on the weighted pairs of all views, its gradient, and the weights; BatchNorm frozen."""
+def _all_pairs(rank: int, num_ranks: int) -> dict[str, dict[str, Any]]:
+    """Return for each method, with and without weights, the loss on all pairs, its gradient, and the weights.
+
+    BatchNorm is frozen. The last one is FastSiam.
+    """
     images = slice(rank * IMAGES // num_ranks, (rank + 1) * IMAGES // num_ranks)
+    arms = {f"{name} {kind}": (name, kind, {}) for name in METHODS for kind in ("mean", "weighted")}
+    arms["fast-siam"] = ("simsiam", "mean", {"averaged_target": True})
     results = {}
-    for name in METHODS:
-        method = _method(name, Ranks(rank=rank, gather=gather_over_ranks)).eval()
+    for arm, (name, kind, settings) in arms.items():
+        method = _method(name, Ranks(rank=rank, gather=gather_over_ranks), **settings).eval()
         wrapped = wrap_for_training(method, World(rank=rank, num_ranks=num_ranks), CPU)
         views, candidates = _candidates(name)
         mine = dataclasses.replace(_part(views, images), alternating=candidates.alternating)
-        result = wrapped.forward(mine, None, pair_weights_of(WEIGHTED, mine.as_candidates(), device=CPU))
+        weigh = pair_weights_of(WEIGHTED, mine.as_candidates(), device=CPU) if kind == "weighted" else None
+        result = wrapped.forward(mine, None, weigh)
         result.loss.backward()
         wrapped.reduce_gradients()
-        results[name] = {
+        results[arm] = {
             "loss": float(mean_over_ranks(result.loss.detach())),
-            "weights": result.pair_weights.numpy(),
+            "weights": None if result.pair_weights is None else result.pair_weights.numpy(),
             "gradients": {key: p.grad.numpy() for key, p in method.named_parameters() if p.grad is not None},
         }
     return results
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_ranks_equal_one_rank_on_weighted_pairs(num_ranks: int) -> None:
-    ranks, alone = run_ranks(_weighted_pairs, num_ranks), _weighted_pairs(0, 1)
-    for name in METHODS:
-        first, single = ranks[0][name], alone[name]
+def test_ranks_equal_one_rank_on_all_pairs(num_ranks: int) -> None:
+    ranks, alone = run_ranks(_all_pairs, num_ranks), _all_pairs(0, 1)
+    for name, single in alone.items():
+        first = ranks[0][name]
         np.testing.assert_allclose(first["loss"], single["loss"], rtol=1e-6)
-        together = np.concatenate([of_rank[name]["weights"] for of_rank in ranks])
-        np.testing.assert_allclose(together, single["weights"], atol=1e-5, err_msg=name)
+        assert (single["weights"] is not None) == name.endswith("weighted")
+        if single["weights"] is not None:
+            together = np.concatenate([of_rank[name]["weights"] for of_rank in ranks])
+            np.testing.assert_allclose(together, single["weights"], atol=1e-5, err_msg=name)
         assert first["gradients"].keys() == single["gradients"].keys()
         for key, value in single["gradients"].items():
             scale = np.abs(value).max()

@@ -41,6 +41,11 @@ def test_run_that_has_ended_is_returned(run: hvp.Run) -> None:
     assert again.path == run.path and (Path(run.path) / "summary.json").stat().st_mtime_ns == before
 
 
+def test_existing_run_keeps_its_arm(run: hvp.Run) -> None:
+    with pytest.raises(ConfigError, match="arm all-pairs is not allowed: the run small exists and keeps its settings"):
+        hvp.pretrain(name="small", output=Path(run.path).parent, arm="all-pairs", ray=False)
+
+
 def test_embedding_a_source_gives_the_features_of_the_evaluation(run: hvp.Run) -> None:
     config = run.config
     dataset = open_dataset(dataclasses.replace(config.data, test_fraction=0.0))

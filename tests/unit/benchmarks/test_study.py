@@ -55,6 +55,12 @@ def test_effects_are_paired_differences_in_points() -> None:
     assert len(study.build_figure([vanilla, hardest, all_pairs]).axes) == 1
 
 
+def test_rows_of_other_settings_are_in_no_effect() -> None:
+    rows = [_row(arm, seed, 0.5) for arm in ("vanilla", "hardest") for seed in range(2)]
+    old = _row("hardest", 0, 0.9) | {"settings_digest": "of an earlier version"}
+    assert study.effects_of([*rows, old]) == study.effects_of(rows)
+
+
 def test_seeds_that_are_compared_together_are_repeated_together() -> None:
     setting = study.SETTINGS["simclr-confirm"]
     arms, (first, second, *_) = ("vanilla", *setting.arms), setting.seeds
@@ -66,17 +72,19 @@ def test_seeds_that_are_compared_together_are_repeated_together() -> None:
 
 
 def test_confirmed_effects_are_also_against_all_pairs() -> None:
-    """By hand: random views 40 and 42, all pairs 42 and 43, the softmax arm 41 and 45."""
+    """By hand, in six pairs of seeds: random views have 40 and 42, all pairs 42 and 43, the softmax arm 41 and 45."""
     of_arms = {"vanilla": (0.40, 0.42), "all-pairs": (0.42, 0.43), study.SOFTMAX: (0.41, 0.45)}
     of_arms |= {arm: (0.40, 0.40) for arm in study.CONFIRMED if arm not in of_arms}
     rows = [
-        _row(arm, 100 + index, accuracy, 1800, "simclr-confirm")
+        _row(arm, seed, accuracies[seed % 2], 1800, "simclr-confirm")
         for arm, accuracies in of_arms.items()
-        for index, accuracy in enumerate(accuracies)
+        for seed in study.SETTINGS["simclr-confirm"].seeds
     ]
     effects = {(effect.arm, effect.against): effect.mean for effect in study.effects_of(rows)}
     assert effects[study.SOFTMAX, "vanilla"] == pytest.approx(2.0)
     assert effects[study.SOFTMAX, "all-pairs"] == pytest.approx(0.5)
     assert len(effects) == len(of_arms) + 1
+    assert study.confirmed_settings(study.effects_of(rows)) == ["simclr-confirm"]
+    assert study.confirmed_settings(study.effects_of(rows[:-1])) == [], "the last arm lacks a seed"
     figure = study.build_confirmed(study.effects_of(rows))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*study.LABELS.values()][::-1]

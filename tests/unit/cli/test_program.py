@@ -119,6 +119,8 @@ def test_name_of_a_run_without_a_recipe_takes_the_settings_that_it_began_with(
     )
     accepting = parse_run([*words, "--run.accept_versions", "true"], program="test", description="")
     assert accepting == with_settings(begun, {"run.accept_versions": True})
+    with pytest.raises(ConfigError, match="arm all-pairs is not allowed: the run one exists and keeps its settings"):
+        parse_run([*words, "--arm", "all-pairs"], program="test", description="")
     more = parse_run([*words, "--cluster.num_trainers", "2"], program="test", description="")
     assert more == with_settings(begun, {"cluster.num_trainers": 2})
     assert parse_run(["simsiam-digits", *words], program="test", description="").recipe == "simsiam-digits"
@@ -126,7 +128,7 @@ def test_name_of_a_run_without_a_recipe_takes_the_settings_that_it_began_with(
     assert parse_run(["--run.name", "two", *words[2:]], program="test", description="").recipe == "simsiam-digits"
     assert f"{tmp_path} has no run 'two'; a new one starts, with the recipe simsiam-digits" in capsys.readouterr().out
     named = {"run.name": "one", "run.output": tmp_path}
-    assert api._configure(None, named, {"method.num_prototypes": 512}) == prototypes
+    assert api._configure(None, named, {"method.num_prototypes": 512}) == (prototypes, True)
 
 
 def test_continued_run_says_where_it_begins(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from hvp_ray.comparison.arms import ARMS, get_arm, hard_arm_of
@@ -9,8 +10,11 @@ from hvp_ray.comparison.step_cost import StepCost
 from hvp_ray.comparison.study import Study
 from hvp_ray.config import config_to_dict, flatten
 from hvp_ray.errors import ConfigError
+from hvp_ray.randomness import Purpose
 from hvp_ray.recipes import RECIPES, get_recipe
+from hvp_ray.records import ViewPlan
 from hvp_ray.selection import hard_step
+from hvp_ray.views.plan import draw_plan
 from tests.helpers import resolved_of, tiny_config
 
 _ALSO_CHANGED = {
@@ -70,6 +74,34 @@ def test_fast_siam_is_an_arm_of_simsiam_only() -> None:
     assert get_arm("fast-siam").configure(get_recipe("simsiam-digits")).method.averaged_target
     with pytest.raises(ConfigError, match="arm fast-siam: .* the recipe's method is dino"):
         get_arm("fast-siam").configure(get_recipe("dino-digits"))
+
+
+@pytest.mark.parametrize("recipe", ["simclr-cifar10-small", "simclr-imagenet-r50-100ep", "dino-imagenet-vits16-100ep"])
+def test_second_view_of_asym_aug_is_the_random_arms_crop_and_flip_and_nothing_else(recipe: str) -> None:
+    def plan_of(arm: str) -> ViewPlan:
+        config = get_arm(arm).configure(get_recipe(recipe))
+        return draw_plan(
+            seed=3,
+            purpose=Purpose.GLOBAL_VIEWS,
+            epoch=1,
+            sample_ids=np.arange(200),
+            image_sizes=(np.full(200, 300, dtype=np.int32), np.full(200, 400, dtype=np.int32)),
+            num_views=2,
+            group=config.views.global_views,
+        )
+
+    asym, random = plan_of("asym-aug"), plan_of("vanilla")
+    geometry = ("top", "left", "height", "width", "flip")
+    for field in dataclasses.fields(ViewPlan):
+        mine, theirs = getattr(asym, field.name), getattr(random, field.name)
+        if mine is None and theirs is None:
+            continue
+        np.testing.assert_array_equal(mine[0], theirs[0], err_msg=field.name)
+        if field.name in geometry:
+            np.testing.assert_array_equal(mine[1], theirs[1], err_msg=field.name)
+    assert random.jitter[1].any() and random.grayscale[1].any()
+    for name in ("jitter", "grayscale", "blur_sigma_px", "solarize"):
+        assert not getattr(asym, name)[1].any(), name
 
 
 def test_an_arm_sets_fields_of_selection_after_a_colon() -> None:

@@ -68,6 +68,17 @@ def test_page_shows_all_runs_and_embeds_figures(study: Study, tmp_path: Path) ->
     assert "Embeddings collapsed" not in page
 
 
+def test_rendering_is_per_image_of_each_arms_own_steps(study: Study) -> None:
+    """By hand: 0.5 s per step of 16 images is 31.25 ms per image, and of the 8 images of all pairs of four views 62.5."""
+    study = dataclasses.replace(
+        study, arms=(*study.arms[:1], get_arm("all-pairs")), costs={"vanilla": COST, "all-pairs": COST}
+    )
+    page = _page(study, [])
+    for images, milliseconds in ((16, "31.25"), (8, "62.50")):
+        assert images in {run.config.training.images_per_step for run in study.runs()}
+        assert f"<td>{milliseconds}</td>" in page
+
+
 def test_page_escapes_text_and_warns(study: Study) -> None:
     page = _page(study, [], problems=["k-NN: <script>"], num_collapse_warnings=2)
     assert "k-NN: &lt;script&gt;" in page and "<script>" not in page

@@ -120,6 +120,9 @@ def test_costs_of_another_comparison_are_read(tmp_path: Path) -> None:
     larger = tiny_config(str(tmp_path), training={"images_per_step": 32})
     with pytest.raises(ConfigError, match=r"(?s)costs of other steps.*training.images_per_step: 16 -> 32"):
         read_costs(str(path), larger)
+    kept = tiny_config(str(tmp_path), training={"activation_checkpointing": True})
+    with pytest.raises(ConfigError, match=r"(?s)costs of other steps.*activation_checkpointing: False -> True"):
+        read_costs(str(path), kept)
     with pytest.raises(ConfigError, match="is no comparison.json"):
         read_costs(str(tmp_path / "nothing.json"), study.base)
 
@@ -226,8 +229,15 @@ def test_wrong_arms_and_seeds_are_refused(
 
 
 def test_measured_cost_of_a_hard_step_is_between_one_and_the_counted_ratio(tmp_path: Path) -> None:
-    """Real steps on real digits; bounds are wide, because two cores are shared: a hard step costs more than a random one."""
-    base = tiny_config(str(tmp_path))
+    """Real steps on real digits; bounds are wide, because two cores are shared: a hard step costs more than a random one.
+
+    One elastic trainer's largest share is measured, without compilation.
+    """
+    base = tiny_config(
+        str(tmp_path),
+        training={"images_per_step": 24, "compile": True, "cuda_graphs": True},
+        cluster={"num_trainers": 3, "min_trainers": 2},
+    )
     arms = [
         get_arm(name) for name in ("vanilla", "hardest", "hardest:every=2", "all-pairs", "hardest:rescue_share=0.5")
     ]
@@ -284,6 +294,9 @@ def test_no_claim_is_made_if_chance_explains_the_difference(tmp_path: Path) -> N
     assert difference.verdict == "no difference shown"
     one = dataclasses.replace(difference, test=None)
     assert one.verdict == "not known" and "no interval" in describe_difference(one)
+    _, equal = _compared(tmp_path / "equal", [0.0025] * 4)  # one test image of 400 on every seed
+    assert equal.verdict == "not known"
+    assert describe_difference(equal) == "+0.2 points (equal on all 4 seeds: no interval)"
     assert json.loads((Path(study.location) / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
 
 
@@ -374,3 +387,17 @@ def test_inline_runs_of_a_local_ray_are_as_many_as_the_memory_holds(
     assert num_parallel(runs, dataset, "inline", wanted=None) == 1
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # the nodes' memory is not this machine's
     assert num_parallel(runs, dataset, "inline", wanted=None) == 9
+
+
+def test_inline_runs_on_gpus_have_one_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = _open(tiny_config(str(tmp_path), cluster={"device": "cuda"}), _Stopwatch(1.0), seeds=(0, 1, 2)).runs()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    dataset = open_dataset(runs[0].config.data)
+    nodes = [{"CPU": 16.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 8.0}]
+    monkeypatch.setattr(runner, "read_cluster", lambda: ClusterState(total={}, free={}, nodes=nodes))
+    assert num_parallel(runs, dataset, "inline", wanted=None) == 3
+    monkeypatch.setattr(runner, "read_cluster", lambda: ClusterState(total={}, free={}, nodes=nodes[:1]))
+    with pytest.raises(
+        ConfigError, match="cluster.device=cuda needs a node with a GPU and training.torch_threads=1 CPUs"
+    ):
+        num_parallel(runs, dataset, "inline", wanted=None)

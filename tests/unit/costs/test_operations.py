@@ -43,6 +43,18 @@ def test_rescue_costs_its_share_of_the_other_views(recipe: str, views: str) -> N
     assert rescue.random_step + rescue.scoring == _count(_with(config, rescue_share=0.5))
 
 
+def test_elastic_runs_are_counted_and_measured_as_one_trainers_largest_share() -> None:
+    config = get_recipe("simsiam-digits")
+    elastic = dataclasses.replace(
+        config,
+        training=dataclasses.replace(config.training, images_per_step=24),
+        cluster=dataclasses.replace(config.cluster, num_trainers=4, min_trainers=2),
+    )
+    alone = dataclasses.replace(config, training=dataclasses.replace(config.training, images_per_step=12))
+    assert elastic.images_per_rank == 12
+    assert _count(elastic) == _count(alone)
+
+
 def test_all_pairs_of_multi_crop_forward_each_local_view_once() -> None:
     """Another global view costs the same each time; doubling the global views does not double the step."""
     config = _with(get_recipe("ibot-digits"), rule="all_pairs")

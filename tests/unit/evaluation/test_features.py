@@ -7,7 +7,7 @@ from lightly.utils.benchmarking import knn_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 from hvp_ray.config import BackboneConfig
-from hvp_ray.errors import ConfigError
+from hvp_ray.errors import ConfigError, TrainingError
 from hvp_ray.evaluation.features import check_last_blocks, extract_features
 from hvp_ray.evaluation.knn import knn_accuracy, knn_correct
 from hvp_ray.methods.backbones import build_backbone
@@ -21,6 +21,14 @@ VIT = BackboneConfig(name="vit_tiny_patch16_224", patch_px=4, image_px=8, depth=
 @pytest.fixture
 def pixels(generator: np.random.Generator) -> np.ndarray:
     return generator.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+
+
+def test_features_of_diverged_weights_are_refused(pixels: np.ndarray) -> None:
+    network = build_backbone(VIT)
+    with torch.no_grad():
+        network.norm.weight[3] = float("nan")
+    with pytest.raises(TrainingError, match="features of 5 of 5 images are not finite.*diverged"):
+        extract_features(network, pixels, views_config(8), device=CPU)
 
 
 @pytest.mark.parametrize("last_blocks", [1, 2, 3])

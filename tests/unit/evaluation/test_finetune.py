@@ -8,7 +8,7 @@ import torch
 import torchvision.transforms.v2.functional as T
 
 from hvp_ray.config import BackboneConfig
-from hvp_ray.errors import ConfigError, ShapeError
+from hvp_ray.errors import ConfigError, ShapeError, TrainingError
 from hvp_ray.evaluation.finetune import FineTuneResult, FineTuneSettings, LabelledPixels, crop_and_flip, fine_tune
 from hvp_ray.methods.backbones import build_backbone
 from tests.helpers import NEUTRAL, views_config
@@ -55,6 +55,11 @@ def test_fine_tuning_is_a_function_of_its_seed() -> None:
     first, second = _tune(backbone, epochs=2), _tune(backbone, epochs=2)
     assert first.losses == second.losses
     assert first.losses != _tune(backbone, epochs=2, seed=1).losses
+
+
+def test_diverged_fine_tuning_is_an_error_and_no_accuracy() -> None:
+    with pytest.raises(TrainingError, match="fine-tuning diverged.*lower --learning_rate than 1e\\+30"):
+        _tune(_backbone(), learning_rate_per_256=1e30)
 
 
 def test_crop_of_everything_changes_nothing_and_flip_is_a_flip() -> None:

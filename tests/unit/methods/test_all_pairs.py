@@ -18,7 +18,8 @@ from hvp_ray.methods.simclr import score_pairs
 from hvp_ray.recipes import get_recipe
 from hvp_ray.selection import PairWeighting, pair_table, pair_weights_of
 
-METHODS = ("simsiam", "simclr", "dino", "ibot")
+METHODS = ("simsiam", "simclr", "dino", "ibot", "dinov2")
+MASKED = ("ibot", "dinov2")
 IMAGES = 3
 VIT = dataclasses.replace(get_recipe("ibot-digits").method.backbone, dim=16, depth=2, num_heads=2, drop_path=0.0)
 
@@ -26,25 +27,27 @@ VIT = dataclasses.replace(get_recipe("ibot-digits").method.backbone, dim=16, dep
 def _method(name: str, **settings: Any) -> Method:
     """Build a method without drop path, whose teacher differs from its student; BatchNorm is frozen."""
     config = get_recipe(f"{name}-digits").method
-    if name in ("dino", "ibot"):
+    if name in ("dino", *MASKED):
         settings = {"num_prototypes": 12, "teacher_temperature": 0.04, "warmup_teacher_epochs": 0} | settings
     torch.manual_seed(0)
-    method = build_method(dataclasses.replace(config, backbone=VIT, **settings)).eval()
-    if name in ("dino", "ibot"):
-        with torch.no_grad():
+    method: Any = build_method(dataclasses.replace(config, backbone=VIT, **settings)).eval()
+    with torch.no_grad():
+        if name in ("dino", "ibot"):
             method.center.copy_(torch.randn(12) * 0.02)
-            for parameter in method.teacher_head.parameters():
+        heads = {"dino": ["teacher_head"], "ibot": ["teacher_head"], "dinov2": ["teacher_head", "teacher_patch_head"]}
+        for head in heads.get(name, []):
+            for parameter in getattr(method, head).parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return method
 
 
 def _views(name: str, num_views: int = 4, *, num_images: int = IMAGES, alternating: bool = False) -> ViewTensors:
     torch.manual_seed(1)
-    multi_crop = name in ("dino", "ibot")
+    multi_crop = name in ("dino", *MASKED)
     return ViewTensors(
         global_views=torch.randn(num_views, num_images, 3, 16, 16),
         local_views=torch.randn(2, num_images, 3, 8, 8) if multi_crop else None,
-        masks=torch.rand(num_views, num_images, 4, 4) < 0.4 if name == "ibot" else None,
+        masks=torch.rand(num_views, num_images, 4, 4) < 0.4 if name in MASKED else None,
         alternating=alternating,
     )
 
@@ -92,14 +95,14 @@ def _simclr_pair(outputs: dict[str, Tensor], image: int, m: int, n: int) -> Tens
     return (directions[0] + directions[1]) / 2
 
 
-def _cross_entropy(teacher: Tensor, student: Tensor, center: Tensor, temperature: float) -> Tensor:
-    return -(F.softmax((teacher - center) / temperature, dim=-1) * F.log_softmax(student / 0.1, dim=-1)).sum()
+def _cross_entropy(target: Tensor, student: Tensor) -> Tensor:
+    return -(target * F.log_softmax(student / 0.1, dim=-1)).sum()
 
 
 def _dino_pair(outputs: dict[str, Tensor], image: int, m: int, n: int) -> Tensor:
-    teacher, student, num_views = outputs["teacher"][:, image], outputs["student"][:, image], len(outputs["teacher"])
+    targets, student, num_views = outputs["targets"][:, image], outputs["student"][:, image], len(outputs["targets"])
     terms = [
-        _cross_entropy(teacher[a], student[v], outputs["center"], 0.04)
+        _cross_entropy(targets[a], student[v])
         for a in (m, n)
         for v in (m, n, *range(num_views, len(student)))
         if v != a
@@ -113,16 +116,31 @@ def _ibot_pair(outputs: dict[str, Tensor], image: int, m: int, n: int) -> Tensor
     for view in (m, n):
         masked = outputs["masks"][view, image].flatten().nonzero().flatten().tolist()
         patches = [
-            _cross_entropy(
-                outputs["teacher patches"][view, image, patch],
-                outputs["student patches"][view, image, patch],
-                outputs["patch center"],
-                0.07,
-            )
+            _cross_entropy(outputs["patch targets"][view, image, patch], outputs["student patches"][view, image, patch])
             for patch in masked
         ]
         of_views.append(sum(patches) / max(1, len(patches)))
     return 0.7 * _dino_pair(outputs, image, m, n) + 1.3 * (of_views[0] + of_views[1]) / 2
+
+
+def _dinov2_pair(outputs: dict[str, Tensor], image: int, m: int, n: int) -> Tensor:
+    """iBOT's, with other targets, plus KoLeo: -log of the distance to the nearest other image in the same view."""
+    of_views = []
+    for view in (m, n):
+        units = [token / token.norm() for token in outputs["tokens"][view]]
+        others = [other for other in range(IMAGES) if other != image]
+        nearest = max(others, key=lambda other, units=units: float(units[image].detach() @ units[other].detach()))
+        of_views.append(-torch.log((units[image] - units[nearest]).norm()))
+    return _ibot_pair(outputs, image, m, n) + 0.2 * (of_views[0] + of_views[1])
+
+
+def _balanced(logits: Tensor, temperature: float) -> Tensor:
+    """Sinkhorn-Knopp for logits [N, K]: three times, prototypes get a mass of 1 / K, then samples one of 1 / N."""
+    mass = torch.exp(logits.double() / temperature)
+    for _ in range(3):
+        mass = torch.stack([column / column.sum() / mass.shape[1] for column in mass.T], dim=1)
+        mass = torch.stack([row / row.sum() / mass.shape[0] for row in mass])
+    return (mass * mass.shape[0]).float()
 
 
 def _outputs(name: str, method: Any, views: ViewTensors) -> dict[str, Tensor]:
@@ -133,33 +151,48 @@ def _outputs(name: str, method: Any, views: ViewTensors) -> dict[str, Tensor]:
         return {"projections": projections, "predictions": torch.stack(predictions)}
     assert views.local_views is not None
     masks = views.masks if views.masks is not None else torch.zeros(len(views.global_views), IMAGES, 4, 4).bool()
-    token = getattr(method, "mask_token", torch.zeros(1, 16))
+    mask_token = getattr(method, "mask_token", torch.zeros(1, 16))
 
-    def student(tokens: Tensor) -> Tensor:
-        return method.head.logits(method.head(tokens))
+    def logits(head: Any, tokens: Tensor) -> Tensor:
+        return head.logits(head(tokens))
 
-    with torch.no_grad():
-        teacher = [
-            method.teacher_head.logits(method.teacher_head(forward_tokens(method.teacher_backbone, view)))
-            for view in views.global_views
+    tokens = torch.stack(
+        [
+            forward_tokens(method.backbone, view, mask=mask, mask_token=mask_token)
+            for view, mask in zip(views.global_views, masks, strict=True)
         ]
-    of_globals = [
-        student(forward_tokens(method.backbone, view, mask=mask, mask_token=token))
-        for view, mask in zip(views.global_views, masks, strict=True)
-    ]
-    of_locals = [student(method.backbone(view)) for view in views.local_views]
+    )
+    of_locals = [logits(method.head, method.backbone(view)) for view in views.local_views]
+    patch_head = getattr(method, "patch_head", method.head)
+    with torch.no_grad():
+        teacher = torch.stack([forward_tokens(method.teacher_backbone, view) for view in views.global_views])
+        of_teacher = logits(method.teacher_head, teacher[:, :, 0])
+        of_patches = logits(getattr(method, "teacher_patch_head", method.teacher_head), teacher[:, :, 1:])
+        if name == "dinov2":
+            targets = _balanced(of_teacher.flatten(0, 1), 0.04).view_as(of_teacher)
+            patch_targets, masked = torch.zeros_like(of_patches), masks.flatten(2)
+            patch_targets[masked] = _balanced(of_patches[masked], 0.07)
+        else:
+            targets = F.softmax((of_teacher - method.center) / 0.04, dim=-1)
+            patch_center = getattr(method, "patch_center", method.center)
+            patch_targets = F.softmax((of_patches - patch_center) / 0.07, dim=-1)
     return {
-        "teacher": torch.stack(teacher)[:, :, 0],
-        "student": torch.stack([*torch.stack(of_globals)[:, :, 0], *of_locals]),
-        "teacher patches": torch.stack(teacher)[:, :, 1:],
-        "student patches": torch.stack(of_globals)[:, :, 1:],
+        "targets": targets,
+        "student": torch.stack([*logits(method.head, tokens[:, :, 0]), *of_locals]),
+        "patch targets": patch_targets,
+        "student patches": logits(patch_head, tokens[:, :, 1:]),
+        "tokens": tokens[:, :, 0],
         "masks": masks,
-        "center": method.center,
-        "patch center": getattr(method, "patch_center", method.center),
     }
 
 
-_PAIR_LOSSES = {"simsiam": _simsiam_pair, "simclr": _simclr_pair, "dino": _dino_pair, "ibot": _ibot_pair}
+_PAIR_LOSSES = {
+    "simsiam": _simsiam_pair,
+    "simclr": _simclr_pair,
+    "dino": _dino_pair,
+    "ibot": _ibot_pair,
+    "dinov2": _dinov2_pair,
+}
 _SETTINGS: dict[str, dict[str, Any]] = {
     "simsiam": {},
     "simclr": {"temperature": 0.5},
@@ -171,6 +204,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
         "warmup_patch_teacher_epochs": 0,
     },
 }
+_SETTINGS["dinov2"] = _SETTINGS["ibot"] | {"koleo_weight": 0.2, "num_patch_prototypes": 10}
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["mean", "weighted"])

@@ -110,7 +110,7 @@ def test_size_that_is_given_counts_where_the_recipe_as_shown_would_not_allow_it(
     ]
     config = parse_run(words, program="test", description="")
     given = {"data.source": images, "cluster.device": "cpu", "views.global_views.size_px": size_px}
-    assert api._configure(name, given, None) == config
+    assert api._configure(name, given, None) == (config, False)
     assert config.views.global_views.size_px == size_px <= config.views.evaluation_resize_px
     with pytest.raises(ConfigError, match="views.evaluation_resize_px=8 is not allowed"):
         parse_run([*words, "--views.evaluation_resize_px", "8"], program="test", description="")
