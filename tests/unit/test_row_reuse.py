@@ -74,18 +74,23 @@ def test_chosen_rows_equal_ordinary_autograd_to_the_bit(image_px: int, dtype: to
         assert_equal_to_ordinary(network, reused, images[ROWS])
 
 
-def test_two_resolutions_add_up_in_the_same_gradients() -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bfloat16"])
+def test_two_resolutions_add_up_in_the_same_gradients(mixed: bool) -> None:
+    """In bfloat16, to gradients that are added in float32: without autocast's cache, ordinary ones are too."""
     network = vit()
     images, crops = torch.randn(12, 3, 16, 16), torch.randn(20, 3, 8, 8)
     reuse = RowReuse(network)
-    (_, of_images), (_, of_crops) = reuse.forward_all(images), reuse.forward_all(crops)
     crop_rows = torch.arange(0, 20, 3)
 
     def loss(of_globals: Tensor, of_locals: Tensor) -> Tensor:
-        return (of_globals.mean(0) * of_locals.sum(0)).square().sum()
+        return (of_globals.float().mean(0) * of_locals.float().sum(0)).square().sum()
 
-    found = torch.autograd.grad(loss(of_images.rows(ROWS), of_crops.rows(crop_rows)), list(network.parameters()))
-    expected = torch.autograd.grad(loss(network(images[ROWS]), network(crops[crop_rows])), list(network.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        (_, of_images), (_, of_crops) = reuse.forward_all(images), reuse.forward_all(crops)
+        reused = loss(of_images.rows(ROWS), of_crops.rows(crop_rows))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed, cache_enabled=False):
+        ordinary = loss(network(images[ROWS]), network(crops[crop_rows]))
+    found, expected = (torch.autograd.grad(value, list(network.parameters())) for value in (reused, ordinary))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -93,9 +98,9 @@ def test_two_resolutions_add_up_in_the_same_gradients() -> None:
 class _WithHead(nn.Module):
     """DINO's and iBOT's student as one module: masked encoder, then the head's prototypes of all tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.encoder = vit()
+        self.encoder = vit(**options)
         self.head = PrototypeHead(32, hidden_dim=48, bottleneck_dim=16, num_prototypes=24, norm_last_layer=False)
         self.mask_token = nn.Parameter(torch.randn(1, 32))
 
@@ -115,13 +120,23 @@ def test_heads_and_masks_equal_ordinary_autograd_to_the_bit(masked: bool) -> Non
     assert_equal_to_ordinary(student, kept.rows(ROWS), images[ROWS], *(mask[ROWS] for mask in masks))
 
 
-def test_drop_path_is_drawn_with_all_rows_and_kept_for_the_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_student", [False, True], ids=["encoder", "masked student in bfloat16"])
+def test_drop_path_is_drawn_with_all_rows_and_kept_for_the_chosen(
+    is_student: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The masks are those that an ordinary forward of all rows draws; with their rows, all else is equal to the bit."""
-    network, images = vit(depth=2, drop_path_rate=0.5), torch.randn(12, 3, 16, 16)
+    options, images = {"depth": 2, "drop_path_rate": 0.5}, torch.randn(12, 3, 16, 16)
+    network = _WithHead(**options) if is_student else vit(**options)
+    inputs = [images, torch.rand(12, 4, 4) < 0.4] if is_student else [images]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_student):
+        _check_drop_path(network, inputs, monkeypatch)
+
+
+def _check_drop_path(network: nn.Module, inputs: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     reuse = RowReuse(network)
-    reuse.forward_all(images)  # the trace draws nothing
+    reuse.forward_all(*inputs)  # the trace draws nothing
     torch.manual_seed(5)
-    outputs, kept = reuse.forward_all(images)
+    outputs, kept = reuse.forward_all(*inputs)
     reused = kept.rows(ROWS)
     drawn: list[Tensor] = []
     draw = Tensor.bernoulli_
@@ -136,12 +151,12 @@ def test_drop_path_is_drawn_with_all_rows_and_kept_for_the_chosen(monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(Tensor, "bernoulli_", record)
         torch.manual_seed(5)
-        assert torch.equal(network(images), outputs)
+        assert torch.equal(network(*inputs), outputs)
         assert any(0 < mask.mean() < 1 for mask in drawn)
         patch.setattr(Tensor, "bernoulli_", replay)
-        assert_equal_to_ordinary(network, reused, images[ROWS])
+        assert_equal_to_ordinary(network, reused, *(value[ROWS] for value in inputs))
     torch.manual_seed(5)
-    assert torch.equal(reuse.forward_all(images)[0], outputs)
+    assert torch.equal(reuse.forward_all(*inputs)[0], outputs)
 
 
 def test_dropout_equals_autograd_of_all_rows_without_gradient_for_the_others() -> None:
