@@ -52,6 +52,7 @@ cluster-check: setup
 
 bench: setup
 	$(BIN)/python benchmarks/step.py --json benchmarks/results/step.jsonl
+	$(BIN)/python benchmarks/row_reuse.py --json benchmarks/results/row-reuse.jsonl
 	$(BIN)/python benchmarks/render.py $(if $(DATA),--data $(DATA),--images 16 --repeats 3) --json benchmarks/results/render.jsonl
 	$(BIN)/python benchmarks/stream.py $(if $(DATA),--data $(DATA),--images-per-step 48) --json benchmarks/results/stream.jsonl
 	$(BIN)/python benchmarks/sizing.py $(if $(DATA),--data $(DATA)) --images-per-step 48 --steps 10 --json benchmarks/results/sizing.jsonl

@@ -11,7 +11,6 @@ On a CPU the time is CPU time of one thread. The ways take turns, and the ratio 
 """
 
 import argparse
-import contextlib
 import statistics
 import sys
 import time
@@ -31,9 +30,16 @@ from hvp_ray.row_reuse import RowReuse
 Way = Callable[[], object]
 
 
-def ways_of(encoder: nn.Module, images: Tensor, chosen: Tensor, *, compiled: bool) -> dict[str, Way]:
+def ways_of(encoder: nn.Module, images: Tensor, chosen: Tensor, *, is_mixed: bool, compiled: bool) -> dict[str, Way]:
     """Return the ways to train on the chosen rows, by name; each ends with the gradients of one step."""
     forward = torch.compile(encoder) if compiled else encoder
+
+    def with_autocast(way: Way) -> Way:
+        def work() -> None:
+            with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=is_mixed):  # casts anew in each step
+                way()
+
+        return work
 
     def train(outputs: Tensor) -> None:
         encoder.zero_grad()
@@ -55,7 +61,7 @@ def ways_of(encoder: nn.Module, images: Tensor, chosen: Tensor, *, compiled: boo
     }
     if not compiled:
         ways["reuse-inputs"] = reusing(RowReuse(encoder, keep_inputs_of=encoder.blocks))
-    return {f"{name}{suffix}": way for name, way in ways.items()}
+    return {f"{name}{suffix}": with_autocast(way) for name, way in ways.items()}
 
 
 def gather_seconds(encoder: nn.Module, images: Tensor, chosen: Tensor, repeats: int) -> list[float]:
@@ -82,13 +88,13 @@ def main() -> int:
     num_rows, num_chosen = options.rows
     images = torch.randn(num_rows, *encoder.pretrained_cfg["input_size"], device=device)
     chosen = torch.randperm(num_rows, device=device)[:num_chosen].sort().values
-    ways = ways_of(encoder, images, chosen, compiled=False) | ways_of(encoder, images, chosen, compiled=True)
+    is_mixed = options.precision == "bfloat16"
+    ways = ways_of(encoder, images, chosen, is_mixed=is_mixed, compiled=False)
+    ways |= ways_of(encoder, images, chosen, is_mixed=is_mixed, compiled=True)
     context = {"network": options.network, "rows": num_rows, "chosen": num_chosen, "precision": options.precision}
     machine = describe_machine("torch", "timm") | {"device": str(device)}
     print(", ".join(f"{name} {value}" for name, value in (context | machine).items()))
-    is_mixed = options.precision == "bfloat16"
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16) if is_mixed else contextlib.nullcontext()
-    with autocast, open_results(options.json, machine) as keep:
+    with open_results(options.json, machine) as keep:
         first = {}
         for name, way in ways.items():
             start = time.monotonic()
@@ -99,7 +105,8 @@ def main() -> int:
         for turn in range(options.repeats):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 seconds[name].append(seconds_of(ways[name], device))
-        seconds["gather"] = gather_seconds(encoder, images, chosen, options.repeats)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_mixed):
+            seconds["gather"] = gather_seconds(encoder, images, chosen, options.repeats)
         print(f"{'way':<20}{'seconds':>10}{'first':>10}{'to random':>12}{'to random-compiled':>20}")
         for name, values in seconds.items():
             ratios = {

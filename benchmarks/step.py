@@ -256,9 +256,10 @@ def measure(
         "scoring_batch_norm": config.selection.scoring_batch_norm,
         "scoring_precision": config.selection.scoring_precision,
         "reuse_teacher": config.selection.reuse_teacher,
-        "views": f"{config.selection.num_candidate_views}+{config.selection.num_local_views or 0}",
     }
     for name, setting in settings.items():
+        selection = setting.selection
+        context["views"] = f"{selection.num_candidate_views}+{selection.num_local_views or 0}"
         measured = by_turns[name] if by_turns else measure_alone(setting, repeats, device, lock)
         seconds = statistics.median(measured.seconds)
         random = random or measured

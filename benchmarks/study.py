@@ -198,6 +198,12 @@ def read_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
+def rows_of_today(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows that were made with the settings of today."""
+    digests = {(name, setting.digest) for name, setting in SETTINGS.items()}
+    return [row for row in rows if (row["setting"], row["settings_digest"]) in digests]
+
+
 def costs_path(name: str) -> Path:
     """Return the file with what a step of each arm of a setting costs."""
     return RESULTS / f"study-costs-{SETTINGS[name].costs_of or name}.json"
@@ -227,6 +233,8 @@ def missing_comparisons(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple
 
 def measure_costs(name: str, data: Path) -> None:
     """Measure what a step of each arm costs. Nothing else may run on the machine."""
+    if (other := SETTINGS[name].costs_of) is not None:
+        raise SystemExit(f"{name} takes its costs from {other}: measure those")
     with tempfile.TemporaryDirectory() as folder:
         words = [*SETTINGS[name].options(data), "--run.output", folder, "--comparison", "costs", "--plan-only"]
         subprocess.run([*COMPARE, *words, "--training.num_steps", "1000", "--seeds", "0"], check=True)
@@ -297,15 +305,16 @@ class Effect:
 
 
 def effects_of(rows: list[dict[str, Any]]) -> list[Effect]:
-    """Return the effects of every arm at every length. Rows of other settings than today's are left out."""
-    today = [row for row in rows if row["settings_digest"] == SETTINGS[row["setting"]].digest]
-    accuracy = {(r["setting"], r["length"], r["arm"], r["seed"]): 100 * r["knn_top1"] for r in today}
+    """Return the effects of every arm at every length."""
+    accuracy = {(r["setting"], r["length"], r["arm"], r["seed"]): 100 * r["knn_top1"] for r in rows}
     effects = []
     for setting, length, arm in dict.fromkeys(key[:3] for key in accuracy):
         others = [other for ours, other in SETTINGS[setting].also_against if ours == arm]
         for against in ("vanilla", *others):
             of_arm = [key[3] for key in accuracy if key[:3] == (setting, length, arm)]
             seeds = sorted(seed for seed in of_arm if (setting, length, against, seed) in accuracy)
+            if not seeds:
+                continue
             ours = np.array([accuracy[setting, length, arm, seed] for seed in seeds])
             theirs = np.array([accuracy[setting, length, against, seed] for seed in seeds])
             interval = None
@@ -377,8 +386,12 @@ def build_figure(effects: list[Effect]) -> Figure:
 def confirmed_settings(effects: list[Effect]) -> list[str]:
     """Return the settings of stage 2 whose arms have all their seeds."""
     of_stage_2 = [name for name, setting in SETTINGS.items() if setting.title is not None]
-    num_seeds = {name: [len(e.values) for e in effects if e.setting == name] for name in of_stage_2}
-    return [name for name in of_stage_2 if num_seeds[name] and min(num_seeds[name]) == len(SETTINGS[name].seeds)]
+    num_seeds = {(e.setting, e.arm): len(e.values) for e in effects}
+    return [
+        name
+        for name in of_stage_2
+        if all(num_seeds.get((name, arm)) == len(SETTINGS[name].seeds) for arm in ("vanilla", *SETTINGS[name].arms))
+    ]
 
 
 def build_confirmed(effects: list[Effect]) -> Figure:
@@ -404,15 +417,16 @@ def build_confirmed(effects: list[Effect]) -> Figure:
 
 def report() -> None:
     """Write the table and the figures of all rows, and print the table."""
-    effects = effects_of(read_rows())
-    hours = sum(row["train_seconds"] for row in read_rows()) / 3600
+    rows = rows_of_today(read_rows())
+    effects = effects_of(rows)
+    hours = sum(row["train_seconds"] for row in rows) / 3600
     text = table_of(effects)
     (RESULTS / "study.md").write_text(text)
     if any(SETTINGS[effect.setting].title is None for effect in effects):
         build_figure(effects).savefig(IMAGES / "study.png", dpi=110)
     if confirmed_settings(effects):
         build_confirmed(effects).savefig(IMAGES / "study_confirmed.png", dpi=130)
-    print(text + f"\n{len(read_rows())} runs, {hours:.1f} hours of training", flush=True)
+    print(text + f"\n{len(rows)} runs, {hours:.1f} hours of training", flush=True)
 
 
 def main() -> None:

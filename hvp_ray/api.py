@@ -138,7 +138,7 @@ def pretrain(
         epochs: passes over the images.
         seed: seed of all random numbers.
         arm: change the run as this arm of `compare` does, such as `asym-aug` or `all-pairs`. None: the recipe's views. An
-            existing run keeps its arm, so give both recipe and arm, or neither.
+            existing run whose settings are read keeps its arm: leave this out.
         name: name of the run's folder; the name of an existing run continues it, or returns it if it has ended.
         output: folder or URI of all runs. None: `runs/` in the working folder.
         settings: further settings, as path -> value: `{"optimizer.learning_rate_per_256": 0.1}`.
@@ -277,7 +277,7 @@ def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str,
     chosen |= dict(settings or {})
     recipe_config = get_recipe(recipe or DEFAULT_RECIPE)
     if recipe in OWN_RECIPES:
-        return _fit_own(recipe_config, chosen), False
+        return _fit_own(recipe_config, chosen)
     recorded = None
     if recipe is None and "run.name" in chosen:
         prepare_ray_environment()
@@ -288,8 +288,8 @@ def _configure(recipe: str | None, given: dict[str, Any], settings: Mapping[str,
     return with_settings(recorded or recipe_config, chosen), recorded is not None
 
 
-def _fit_own(recipe: RunConfig, chosen: dict[str, Any]) -> RunConfig:
-    """Return a recipe that adapts itself, with the settings that are given."""
+def _fit_own(recipe: RunConfig, chosen: dict[str, Any]) -> tuple[RunConfig, bool]:
+    """Return a recipe that adapts itself, with the settings that are given; see `_configure`."""
     prepare_ray_environment()
     from hvp_ray.runs.fit_recipe import fit_own_recipe  # imports Ray
 
@@ -297,7 +297,7 @@ def _fit_own(recipe: RunConfig, chosen: dict[str, Any]) -> RunConfig:
         asked = with_settings(recipe, chosen)
     fitted = fit_own_recipe(asked, given=chosen)
     logger.warning("\n".join(fitted.lines))
-    return with_settings(fitted.config, chosen)
+    return with_settings(fitted.config, chosen), fitted.is_recorded
 
 
 class _Bar:

@@ -153,6 +153,7 @@ def parse_run_options(
         fitted = fit_own_recipe(options.run, given=_same(recipe, options.run, from_elsewhere.run))
         say("\n".join(fitted.lines) + "\n")
         options = parse(fitted.config)
+        recorded = fitted.config if fitted.is_recorded else None
     if options.recipe != name:
         raise ConfigError(f"the recipe {options.recipe!r} must be the first argument")
     if options.run.recipe != recipe.recipe:

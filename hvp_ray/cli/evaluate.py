@@ -28,7 +28,7 @@ from hvp_ray.data.dataset import Dataset, have_same_images, open_dataset, split_
 from hvp_ray.data.labels import MatchedLabels, match_labels
 from hvp_ray.data.order import choose_subset
 from hvp_ray.data.source import Source, open_source
-from hvp_ray.errors import ConfigError, DataError, HvpRayError, LabelError
+from hvp_ray.errors import ConfigError, DataError, HvpRayError, LabelError, TrainingError
 from hvp_ray.launch.environment import prepare_ray_environment
 from hvp_ray.runs.find import find_run, keep_results, read_config, read_entry
 
@@ -472,11 +472,17 @@ def evaluate(options: Options) -> None:
     evaluation = Evaluation(run_dir, config, options)
     say(evaluation.describe())
     rows: list[Row] = []
-    for entry in evaluation.run(protocols):
+    diverged: TrainingError | None = None
+    try:
+        for entry in evaluation.run(protocols):
+            if not rows:
+                say(f"\n{'protocol':<11} accuracy   95 % interval     details")
+            rows.append(entry)
+            say(describe_row(entry))
+    except TrainingError as error:
         if not rows:
-            say(f"\n{'protocol':<11} accuracy   95 % interval     details")
-        rows.append(entry)
-        say(describe_row(entry))
+            raise
+        diverged = error  # the protocols before it have results
     say("\nAccuracy is top-1 on the test images. The protocols:")
     for protocol in protocols:
         say(f"  {protocol:<10} {MEANINGS[protocol]}")
@@ -505,6 +511,8 @@ def evaluate(options: Options) -> None:
     for figure in figures:
         say(f"figure   {figure}")
     keep_results(options.checkpoint, run_dir, [path, *figures])
+    if diverged is not None:
+        raise diverged
 
 
 def main(arguments: list[str]) -> int:

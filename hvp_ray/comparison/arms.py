@@ -229,8 +229,7 @@ def run_of_arm(name: str, config: RunConfig) -> RunConfig:
 def refusal_for_existing_run(arm: str, run_name: str | None) -> ConfigError:
     """Return the error for an arm that would change the settings of an existing run, which may be an arm's already."""
     return ConfigError(
-        f"arm {arm} is not allowed: the run {run_name} exists and keeps its settings, its arm included; leave the arm out, "
-        f"or name the recipe too"
+        f"arm {arm} is not allowed: the run {run_name} exists and keeps its settings, its arm included; leave the arm out"
     )
 
 

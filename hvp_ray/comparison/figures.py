@@ -85,7 +85,7 @@ def _draw_result(study: Study, metric: MetricResult) -> Figure:
     _label(left, [arm.arm for arm in metric.arms], f"{metric.title}, %", "Final accuracy: seeds and mean")
     for line, difference in enumerate(metric.differences):
         color = colors[difference.arm]
-        if difference.test is not None:
+        if difference.test is not None and difference.has_interval:
             interval = difference.test.interval
             right.plot([100 * interval.low, 100 * interval.high], [line, line], color=color, linewidth=2.0)
         right.plot([100 * difference.mean], [line], "o", color=color, markersize=6)

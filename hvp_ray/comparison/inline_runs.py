@@ -20,7 +20,7 @@ from hvp_ray.errors import ConfigError, StageError, first_line
 from hvp_ray.files import is_uri, place_in, read_file
 from hvp_ray.identity import Identity
 from hvp_ray.launch.local import pretrain_in_process
-from hvp_ray.launch.placement import Resources
+from hvp_ray.launch.placement import Resources, room_for
 from hvp_ray.launch.stop import RayProcesses, StopRequest, stop_on_signals
 from hvp_ray.runs.after_training import MAX_DEATHS, forgive_death
 from hvp_ray.tracking.run_log import last_recorded_step
@@ -51,8 +51,8 @@ def check_nodes(study: Study, digest: str) -> None:
     Raises:
         ConfigError: a node does not.
     """
-    threads = study.base.training.torch_threads
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0.0) >= threads]
+    reserved = resources_of_inline(study.base)
+    nodes = [node for node in ray.nodes() if node["Alive"] and room_for(node["Resources"], reserved)]
     nodes = [node for node in nodes if node["NodeID"] != ray.get_runtime_context().get_node_id()]
     here = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     checks = [_check_task.options(scheduling_strategy=node).remote(study.location, digest) for node in here]

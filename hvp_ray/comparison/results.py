@@ -29,7 +29,7 @@ _JUDGEMENTS = {
     "better": "more than chance explains",
     "worse": "less than random views, more than chance explains",
     "no difference shown": "which is within chance",
-    "not known": "which so few seeds cannot tell from chance",
+    "not known": "which cannot be told from chance",
 }
 
 
@@ -92,9 +92,14 @@ class Difference:
     """None: there is one seed, so there is no interval."""
 
     @property
+    def has_interval(self) -> bool:
+        """Whether the seeds differ, so that chance can be estimated."""
+        return self.test is not None and not self.test.is_degenerate
+
+    @property
     def verdict(self) -> str:
         """Return the claim that the interval allows. Few seeds may differ by the same few test images by chance."""
-        if self.test is None or self.test.num_seeds < _LEAST_SEEDS or self.test.is_degenerate:
+        if self.test is None or self.test.num_seeds < _LEAST_SEEDS or not self.has_interval:
             return "not known"
         if self.test.interval.low > 0.0:
             return "better"
@@ -102,7 +107,7 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        test = self.test
+        test = self.test if self.has_interval else None
         return {
             "arm": self.arm,
             "reference": self.reference,
@@ -215,7 +220,8 @@ def _value_of(result: RunResult, metric: str) -> float:
     if problems := result.summary.get("problems"):
         raise DataError(
             f"{result.location} finished without {metric}: {'; '.join(problems)}. Repair the cause and "
-            f"start the comparison again: it repeats the evaluation and trains nothing"
+            f"start the comparison again: it repeats the evaluation and trains nothing. If the weights have diverged, leave "
+            f"the arm out, or start another comparison with a lower learning rate"
         )
     known = [name for name, value in result.summary.items() if isinstance(value, float)]
     raise ConfigError(

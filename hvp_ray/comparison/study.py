@@ -253,6 +253,7 @@ _COST_SETTINGS = (
     "training.torch_threads",
     "training.precision",
     "cluster.num_trainers",
+    "cluster.min_trainers",
     "cluster.sharding",
     "cluster.device",
 )

@@ -28,7 +28,7 @@ class TrackingConfig(Checked):
     """Name of the MLflow experiment and of the W&B project."""
 
     log_every_steps: AtLeast1 = 1
-    """Steps between recorded values. The first hard step since then is recorded too, if there are random steps."""
+    """Steps between recorded values. After a recorded random step, the next hard step is recorded too."""
 
     knn_neighbours: AtLeast1 = 20
     """Neighbours of k-NN with all labels (weighted vote, temperature 0.07)."""

@@ -118,12 +118,13 @@ def fine_tune(
         encoder, head = copy.deepcopy(backbone).to(device).train(), head.to(device)
         encoder.requires_grad_()
         losses = _train(nn.Sequential(encoder, head), training, views, settings, device)
+    remedy = f"use a lower --learning_rate than {settings.learning_rate_per_256:g}"
     if not math.isfinite(losses[-1]):
-        raise TrainingError(
-            f"fine-tuning diverged: its loss in the last epoch is {losses[-1]}. Use a lower --learning_rate than "
-            f"{settings.learning_rate_per_256:g}"
-        )
-    features = extract_features(encoder, test.pixels, views, device=device)
+        raise TrainingError(f"fine-tuning diverged: its loss in the last epoch is {losses[-1]}; {remedy}")
+    try:
+        features = extract_features(encoder, test.pixels, views, device=device)
+    except TrainingError as error:
+        raise TrainingError(f"fine-tuning diverged: its features are not finite numbers; {remedy}") from error
     with torch.no_grad():
         correct = head(features).argmax(dim=1).cpu().numpy() == test.labels
     return FineTuneResult(correct=correct, losses=losses)

@@ -51,6 +51,8 @@ class FittedRecipe:
     config: RunConfig
     lines: tuple[str, ...]
     """What was found and chosen, for people."""
+    is_recorded: bool = False
+    """The settings are those of an existing run."""
 
 
 def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRecipe:
@@ -65,7 +67,7 @@ def fit_own_recipe(asked: RunConfig, *, given: Collection[str] = ()) -> FittedRe
         ConfigError: not even two images fit the memory.
     """
     if (recorded := recorded_settings(asked)) is not None:
-        return FittedRecipe(config=recorded, lines=(describe_recorded(recorded),))
+        return FittedRecipe(config=recorded, lines=(describe_recorded(recorded),), is_recorded=True)
     dataset = open_dataset(asked.data)
     device, settings = _device_of(asked), _given(asked, given)
     found = Circumstances(

@@ -197,6 +197,7 @@ class RunRecorder(RankRecorder):
             numbers["hvp_ray_last_checkpoint_timestamp_seconds"] = self._writer.written_at
         if self._last_values:
             numbers["hvp_ray_loss"] = self._last_values["train/loss"]
+        if "perf/images_per_second" in self._last_values:  # after a resume, a hard step may be recorded first
             numbers["hvp_ray_images_per_second"] = self._last_values["perf/images_per_second"]
         for feed in self._feeds:
             numbers |= feed.numbers()
@@ -271,8 +272,8 @@ class RunRecorder(RankRecorder):
         if is_tenth or steps_done in (1, self._num_steps):
             values["collapse/effective_rank"] = float(effective_rank(metrics.embeddings.cpu()))
         values |= {name: float(value) for name, value in metrics.measurements.items()}
-        if self._is_hard(steps_done) or self._config.selection.rule == "first":
-            values |= _describe_selection(batch, metrics)
+        has_choice = self._is_hard(steps_done) or self._config.selection.rule == "first"
+        values |= _describe_selection(batch, metrics, has_choice=has_choice)
         return {name: value for name, value in values.items() if math.isfinite(value)}
 
     def _measure_speed(self) -> dict[str, float]:
@@ -300,9 +301,10 @@ def _knn_interval(config: RunConfig, steps: RunSteps) -> int:
     return config.tracking.knn_every_epochs * steps.steps_per_epoch if config.tracking.knn_images else 0
 
 
-def _describe_selection(batch: DeviceBatch, metrics: StepMetrics) -> dict[str, float]:
+def _describe_selection(batch: DeviceBatch, metrics: StepMetrics, *, has_choice: bool) -> dict[str, float]:
+    """Return the metrics of the chosen views. Random steps of a run with hard ones chose no pair (`has_choice`)."""
     plan, values = batch.global_views.plan, dict[str, float]()
-    if metrics.selection.pair_indices is not None:
+    if metrics.selection.pair_indices is not None and has_choice:
         chosen = metrics.selection.pair_indices.cpu().numpy().astype(np.int64)
         values |= describe_pairs(plan, metrics.candidates, chosen)
     if plan.mask is not None:

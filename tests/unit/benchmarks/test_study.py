@@ -55,10 +55,16 @@ def test_effects_are_paired_differences_in_points() -> None:
     assert len(study.build_figure([vanilla, hardest, all_pairs]).axes) == 1
 
 
-def test_rows_of_other_settings_are_in_no_effect() -> None:
+def test_rows_of_other_settings_are_not_of_today() -> None:
     rows = [_row(arm, seed, 0.5) for arm in ("vanilla", "hardest") for seed in range(2)]
     old = _row("hardest", 0, 0.9) | {"settings_digest": "of an earlier version"}
-    assert study.effects_of([*rows, old]) == study.effects_of(rows)
+    assert study.rows_of_today([*rows, old, old | {"setting": "gone"}]) == rows
+
+
+def test_costs_of_another_setting_are_not_measured_over(tmp_path: Path) -> None:
+    assert study.costs_path("simclr-long") == study.costs_path("simclr-confirm")
+    with pytest.raises(SystemExit, match="takes its costs from simclr-confirm"):
+        study.measure_costs("simclr-long", tmp_path)
 
 
 def test_seeds_that_are_compared_together_are_repeated_together() -> None:
@@ -86,5 +92,6 @@ def test_confirmed_effects_are_also_against_all_pairs() -> None:
     assert len(effects) == len(of_arms) + 1
     assert study.confirmed_settings(study.effects_of(rows)) == ["simclr-confirm"]
     assert study.confirmed_settings(study.effects_of(rows[:-1])) == [], "the last arm lacks a seed"
+    assert study.confirmed_settings(study.effects_of(rows[12:])) == [], "the first arm lacks all"
     figure = study.build_confirmed(study.effects_of(rows))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*study.LABELS.values()][::-1]

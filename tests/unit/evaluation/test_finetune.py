@@ -58,7 +58,7 @@ def test_fine_tuning_is_a_function_of_its_seed() -> None:
 
 
 def test_diverged_fine_tuning_is_an_error_and_no_accuracy() -> None:
-    with pytest.raises(TrainingError, match="fine-tuning diverged.*lower --learning_rate than 1e\\+30"):
+    with pytest.raises(TrainingError, match="fine-tuning diverged: its .*; use a lower --learning_rate than 1e\\+30"):
         _tune(_backbone(), learning_rate_per_256=1e30)
 
 

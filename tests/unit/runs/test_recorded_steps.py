@@ -13,10 +13,13 @@ from tests.helpers import tiny_config
 NUM_STEPS = 24
 
 
-def _train(output: Path, log_every_steps: int, **selection: Any) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
+def _train(
+    output: Path, log_every_steps: int, recipe: str = "simsiam-digits", **selection: Any
+) -> tuple[dict[str, Any], dict[int, dict[str, float]]]:
     """Return the summary, and the metrics of each recorded step."""
     config = tiny_config(
         str(output),
+        recipe,
         run={"name": "run"},
         training={"num_steps": NUM_STEPS},
         selection=selection,
@@ -46,6 +49,8 @@ def test_hard_steps_are_recorded_and_only_they_tell_of_chosen_pairs(
     of_pairs = ("selection/chosen_iou", "selection/other_iou", "selection/chosen_score", "selection/other_score")
     for name in of_pairs:
         assert [step for step, values in recorded.items() if name in values] == hard, name
+    regular = [step for step in steps if step % log_every_steps == 0 or step in (1, NUM_STEPS)]
+    assert [step for step, values in recorded.items() if "perf/images_per_second" in values] == regular
     for name in ("chosen_iou", "other_iou"):
         expected = np.mean([recorded[step][f"selection/{name}"] for step in hard])
         assert summary[f"{name}_mean"] == pytest.approx(expected)
@@ -54,6 +59,16 @@ def test_hard_steps_are_recorded_and_only_they_tell_of_chosen_pairs(
     for step, values in recorded.items():
         for name in ("train/loss", *of_pairs):
             assert values.get(name) == everything[step].get(name), (step, name)
+
+
+def test_masks_and_scores_of_random_steps_are_recorded_too(tmp_path: Path) -> None:
+    _, recorded = _train(tmp_path, 10, "ibot-digits", every=2, score_always=True)
+    assert list(recorded) == [1, 10, 11, 20, 21, 24]
+    for step, values in recorded.items():
+        assert "selection/unmasked_share" in values
+        assert ("selection/chosen_iou" in values) == (step % 2 == 1)
+        assert ("selection/chosen_score" in values) == (step % 2 == 1)
+        assert ("selection/mean_score" in values) == (step % 2 == 0)
 
 
 def test_random_views_tell_of_their_only_pair(tmp_path: Path) -> None:
