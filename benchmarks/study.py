@@ -398,7 +398,7 @@ def build_confirmed(effects: list[Effect]) -> Figure:
     """Draw the effects of stage 2 with their intervals, one panel for each of `confirmed_settings`."""
     settings = confirmed_settings(effects)
     figure = Figure(figsize=(4.6 * len(settings) + 1.6, 2.4), layout="constrained")
-    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(settings), squeeze=False, sharex=True, sharey=True)[0]
     for axis, setting in zip(axes, settings, strict=True):
         of_arms = {e.arm: e for e in effects if e.setting == setting and e.against == "vanilla" != e.arm}
         for place, arm in enumerate(reversed(CONFIRMED)):

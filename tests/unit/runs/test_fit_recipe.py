@@ -1,6 +1,7 @@
 """Recipes that adapt themselves: to images, machine and weights; what is given counts; a run keeps what it began with."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 import hvp_ray as hvp
 from hvp_ray import api
 from hvp_ray.cli.command_line import parse_run
-from hvp_ray.config import BackboneConfig, RunConfig, with_settings
+from hvp_ray.config import BackboneConfig, RunConfig, config_to_dict, with_settings
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.errors import ConfigError, DataError
 from hvp_ray.methods.backbones import CIFAR_LAYERS, build_backbone
@@ -122,6 +123,17 @@ def test_network_that_is_given_gets_what_fits_it(name: str, images: Path) -> Non
     assert (of_vit.method.backbone.stem, of_vit.method.backbone.patch_px) == ("imagenet", 4)
     build_untrained_method(of_vit)
     assert tuple(CIFAR_LAYERS) == own._CIFAR_STEMS
+
+
+def test_arm_is_applied_once_and_an_existing_run_keeps_it(images: Path, tmp_path: Path) -> None:
+    words = ["simclr-own", "--data.source", str(images), "--cluster.device", "cpu", "--run.name", "one"]
+    words += ["--run.output", str(tmp_path), "--arm", "all-pairs"]
+    begun = parse_run(words, program="test", description="")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text(json.dumps({"config": config_to_dict(begun)}))
+    assert parse_run(words[:-2], program="test", description="") == begun
+    with pytest.raises(ConfigError, match="arm all-pairs is not allowed: the run one exists and keeps its settings"):
+        parse_run(words, program="test", description="")
 
 
 def test_warm_up_follows_the_epochs_that_are_given(images: Path) -> None:
