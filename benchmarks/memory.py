@@ -105,15 +105,7 @@ def measure(rank: int, num_ranks: int, config: RunConfig, found: Any) -> None:
     before = _resident("VmRSS")
     trainee = build_trainee(config, World(rank=rank, num_ranks=num_ranks), torch.device("cpu"), None)
     trainee.method.train()
-    of_rank = with_settings(
-        config,
-        {
-            "training.images_per_step": config.images_per_rank,
-            "cluster.num_trainers": 1,
-            "cluster.min_trainers": None,
-        },
-    )
-    batch = made_up_batch(of_rank, lambda shape, dtype: torch.randint(0, 255, shape, dtype=dtype))
+    batch = made_up_batch(config.of_one_trainer(), lambda shape, dtype: torch.randint(0, 255, shape, dtype=dtype))
     for step in range(2):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         trainee.method.begin_step(

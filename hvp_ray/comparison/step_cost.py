@@ -90,13 +90,7 @@ def measure_step_costs(
         at_least_seconds: least time of all measured steps together. Short steps need more turns, because on a shared
             core hardly one of 15 is undisturbed. Two measurements of the same steps gave ratios of 1.13 and 1.48.
     """
-    alone = dataclasses.replace(
-        base,
-        training=dataclasses.replace(
-            base.training, images_per_step=base.images_per_rank, compile=False, cuda_graphs=False
-        ),
-        cluster=dataclasses.replace(base.cluster, num_trainers=1, min_trainers=None),
-    )
+    alone = base.of_one_trainer()
     threads = torch.get_num_threads()
     torch.set_num_threads(base.training.torch_threads)
     try:

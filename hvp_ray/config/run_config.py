@@ -152,6 +152,16 @@ class RunConfig(Checked):
         full_resolution = self.selection.scoring_resolution_px in (None, self.views.global_views.size_px)
         return full_resolution and self.selection.scoring_precision in ("training", self.training.precision)
 
+    def of_one_trainer(self) -> "RunConfig":
+        """Return a run whose only trainer does what one trainer of this run does, not compiled."""
+        return dataclasses.replace(
+            self,
+            training=dataclasses.replace(
+                self.training, images_per_step=self.images_per_rank, compile=False, cuda_graphs=False
+            ),
+            cluster=dataclasses.replace(self.cluster, num_trainers=1, min_trainers=None),
+        )
+
     @property
     def images_per_rank(self) -> int:
         """Images of one step on one trainer; in elastic training the largest number."""

@@ -47,16 +47,10 @@ class ImaginaryStep:
 @contextlib.contextmanager
 def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
     """Yield one trainer's networks and batch without content. Results computed in the context have none either."""
+    alone = config.of_one_trainer()
     alone = dataclasses.replace(
-        config,
-        training=dataclasses.replace(
-            config.training,
-            images_per_step=config.images_per_rank,
-            compile=False,
-            cuda_graphs=False,
-            initial_weights=None,
-        ),
-        cluster=dataclasses.replace(config.cluster, num_trainers=1, min_trainers=None),
+        alone,
+        training=dataclasses.replace(alone.training, initial_weights=None),
         method=dataclasses.replace(
             config.method, backbone=dataclasses.replace(config.method.backbone, pretrained=False)
         ),
