@@ -121,7 +121,7 @@ def describe_result(summary: dict[str, Any], config: RunConfig, location: str, t
     if summary.get("chosen_iou_mean") is not None and summary.get("other_iou_mean") is not None:
         lines.append(
             f"overlap  of the chosen pair's crops {summary['chosen_iou_mean']:.3f}, "
-            f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over the run)"
+            f"of the other pairs {summary['other_iou_mean']:.3f} (IoU, mean over recorded hard steps)"
         )
     lines += _describe_knn(summary, config.views.global_views.size_px)
     warnings = summary.get("num_collapse_warnings")

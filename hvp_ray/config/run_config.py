@@ -122,8 +122,8 @@ class RunConfig(Checked):
         share = self.selection.rescue_share
         together = self.training.images_per_step // self.cluster.num_trainers // self.training.accumulation_steps
         allowed = (
-            f"0.0, or so much that 1 or more of the {together} images that a trainer scores together "
-            f"(training.images_per_step, training.accumulation_steps) are rescued"
+            f"0.0, or a share that rescues 1 or more of the {together} images that a trainer scores together "
+            f"(training.images_per_step, training.accumulation_steps)"
         )
         require(not share or round(share * together) >= 1, "selection.rescue_share", share, allowed)
 

@@ -35,7 +35,7 @@ class PairedDifference:
 
     @property
     def is_degenerate(self) -> bool:
-        """Whether all seeds differ equally, so that there is no interval: few test images allow few differences."""
+        """Whether all seeds have the same difference, so that chance cannot be estimated."""
         return self.interval.low == self.interval.high
 
 

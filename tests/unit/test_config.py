@@ -235,7 +235,7 @@ def test_a_share_that_rescues_no_image_is_refused() -> None:
     """By hand: a tenth of 16 images is 2 of them; of the 4 of an accumulated part, none."""
     tiny_config("o", selection={"rescue_share": 0.1})
     with pytest.raises(
-        ConfigError, match="rescue_share=0.1 is not allowed: 0.0, or so much that 1 or more of the 4 images"
+        ConfigError, match="rescue_share=0.1 is not allowed: 0.0, or a share that rescues 1 or more of the 4 images"
     ):
         tiny_config("o", selection={"rescue_share": 0.1}, training={"accumulation_steps": 4})
 
