@@ -158,7 +158,7 @@ SETTINGS = {
         overrides=(*TEN_THOUSAND, *ONE_THREAD),
         also_against=((SOFTMAX, "all-pairs"),),
         level=0.99,
-        title="CIFAR-10, 1,800 steps, 12 seeds",
+        title="CIFAR-10, 1,800 steps",
         seeds_together=2,
     ),
     "simclr-imagenette": Setting(
@@ -174,7 +174,7 @@ SETTINGS = {
         ),
         also_against=((SOFTMAX, "all-pairs"),),
         level=0.99,
-        title="Imagenette, 600 steps, 12 seeds",
+        title="Imagenette, 600 steps",
         seeds_together=2,
     ),
 }
@@ -183,7 +183,7 @@ SETTINGS["simclr-long"] = replace(
     lengths=LENGTHS[2:],
     seeds=tuple(range(200, 212)),
     costs_of="simclr-confirm",
-    title="CIFAR-10, 5,400 steps, 12 seeds",
+    title="CIFAR-10, 5,400 steps",
 )
 
 
@@ -377,15 +377,16 @@ def build_figure(effects: list[Effect]) -> Figure:
     return figure
 
 
-def confirmed_settings(effects: list[Effect]) -> list[str]:
-    """Return the settings of stage 2 whose arms have all their seeds."""
-    of_stage_2 = [name for name, setting in SETTINGS.items() if setting.title is not None]
+def confirmed_settings(effects: list[Effect]) -> dict[str, int]:
+    """Return the number of seeds of each setting of stage 2 whose arms all have as many."""
     num_seeds = {(e.setting, e.arm): len(e.values) for e in effects}
-    return [
-        name
-        for name in of_stage_2
-        if all(num_seeds.get((name, arm)) == len(SETTINGS[name].seeds) for arm in ("vanilla", *SETTINGS[name].arms))
-    ]
+    of_arms = {
+        name: {num_seeds.get((name, arm), 0) for arm in ("vanilla", *setting.arms)}
+        for name, setting in SETTINGS.items()
+        if setting.title is not None
+    }
+    equal = {name: max(numbers) for name, numbers in of_arms.items() if len(numbers) == 1 and max(numbers) > 1}
+    return dict(sorted(equal.items(), key=lambda item: str(SETTINGS[item[0]].title)))
 
 
 def build_confirmed(effects: list[Effect]) -> Figure:
@@ -393,7 +394,7 @@ def build_confirmed(effects: list[Effect]) -> Figure:
     settings = confirmed_settings(effects)
     figure = Figure(figsize=(4.6 * len(settings) + 1.6, 2.4), layout="constrained")
     axes = figure.subplots(1, len(settings), squeeze=False, sharex=True, sharey=True)[0]
-    for axis, setting in zip(axes, settings, strict=True):
+    for axis, (setting, num_seeds) in zip(axes, settings.items(), strict=True):
         of_arms = {e.arm: e for e in effects if e.setting == setting and e.against == "vanilla" != e.arm}
         for place, arm in enumerate(reversed(CONFIRMED)):
             effect = of_arms[arm]
@@ -404,7 +405,7 @@ def build_confirmed(effects: list[Effect]) -> Figure:
         axis.set_ylim(-0.6, len(CONFIRMED) - 0.4)
         axis.axvline(0.0, color="#444444", linewidth=1)
         axis.grid(axis="x", alpha=0.25)
-        axis.set_title(SETTINGS[setting].title, fontsize=10)
+        axis.set_title(f"{SETTINGS[setting].title}, {num_seeds} seeds", fontsize=10)
         axis.set_xlabel("k-NN against random views at equal compute, points")
     return figure
 

@@ -90,8 +90,8 @@ def test_confirmed_effects_are_also_against_all_pairs() -> None:
     assert effects[study.SOFTMAX, "vanilla"] == pytest.approx(2.0)
     assert effects[study.SOFTMAX, "all-pairs"] == pytest.approx(0.5)
     assert len(effects) == len(of_arms) + 1
-    assert study.confirmed_settings(study.effects_of(rows)) == ["simclr-confirm"]
-    assert study.confirmed_settings(study.effects_of(rows[:-1])) == [], "the last arm lacks a seed"
-    assert study.confirmed_settings(study.effects_of(rows[12:])) == [], "the first arm lacks all"
+    assert study.confirmed_settings(study.effects_of(rows)) == {"simclr-confirm": 12}
+    assert study.confirmed_settings(study.effects_of(rows[:-1])) == {}, "the last arm lacks a seed"
+    assert study.confirmed_settings(study.effects_of(rows[12:])) == {}, "the first arm lacks all"
     figure = study.build_confirmed(study.effects_of(rows))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [*study.LABELS.values()][::-1]
