@@ -380,13 +380,12 @@ def build_figure(effects: list[Effect]) -> Figure:
 def confirmed_settings(effects: list[Effect]) -> dict[str, int]:
     """Return the number of seeds of each setting of stage 2 whose arms all have as many."""
     num_seeds = {(e.setting, e.arm): len(e.values) for e in effects}
-    of_arms = {
-        name: {num_seeds.get((name, arm), 0) for arm in ("vanilla", *setting.arms)}
-        for name, setting in SETTINGS.items()
-        if setting.title is not None
-    }
-    equal = {name: max(numbers) for name, numbers in of_arms.items() if len(numbers) == 1 and max(numbers) > 1}
-    return dict(sorted(equal.items(), key=lambda item: str(SETTINGS[item[0]].title)))
+    confirmed = {}
+    for name in ("simclr-confirm", "simclr-long", "simclr-imagenette"):
+        fewest, *others = sorted({num_seeds.get((name, arm), 0) for arm in ("vanilla", *SETTINGS[name].arms)})
+        if fewest > 1 and not others:
+            confirmed[name] = fewest
+    return confirmed
 
 
 def build_confirmed(effects: list[Effect]) -> Figure:
