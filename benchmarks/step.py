@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.results_file import describe_machine, open_results
 from benchmarks.step_ledger import StepClock
 from hvp_ray.config import RunConfig
-from hvp_ray.costs.imaginary import made_up_batch
+from hvp_ray.costs.imaginary import LATE_STEP, made_up_batch
 from hvp_ray.costs.operations import operations_of_step
 from hvp_ray.distributed.world import World
 from hvp_ray.methods import self_distillation as distillation
@@ -148,6 +148,7 @@ def measure_by_turns(settings: dict[str, RunConfig], repeats: int) -> dict[str, 
     device = torch.device("cpu")
     trainee = build_trainee(next(iter(settings.values())), World(), device, None)
     trainee.method.train()
+    trainee.method.begin_step(LATE_STEP)
     clocks = {name: StepClock(device) for name in settings}
     steps = {name: prepare_step(trainee, setting) for name, setting in settings.items()}
     for step in steps.values():
@@ -179,6 +180,7 @@ def measure_alone(setting: RunConfig, repeats: int, device: torch.device, lock: 
     torch.cuda.empty_cache()
     trainee = build_trainee(setting, World(), device, None)
     trainee.method.train()
+    trainee.method.begin_step(LATE_STEP)
     step = prepare_step(trainee, setting)
     step()  # compiles
     with exclusive(lock):

@@ -173,7 +173,8 @@ def describe_step(config: RunConfig) -> str:
         costs = [
             f"  scoring        {operations.scoring / 1e12:.3g} TFLOP",
             f"  hard step      {operations.ratio:.2f} random steps"
-            + (f"; every {every}th step is hard" if every > 1 else ""),
+            + (f"; every {every}th step is hard" if every > 1 else "")
+            + ("; this run has none" if config.selection.rule == "first" else ""),
         ]
     return "\n".join(
         [

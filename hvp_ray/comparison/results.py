@@ -1,5 +1,6 @@
 """Results of a comparison: values by arm and seed, paired differences with intervals, and the summary sentence."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 from hvp_ray.comparison.arms import HARDEST, VANILLA, VANILLA_LONG, hard_arm_of
 from hvp_ray.comparison.study import PlannedRun, Study
 from hvp_ray.errors import ConfigError, DataError
-from hvp_ray.evaluation.intervals import PairedDifference, paired_difference
+from hvp_ray.evaluation.intervals import PairedDifference, holm, paired_difference
 from hvp_ray.evaluation.report import title_of_pixels
 from hvp_ray.files import is_uri
 from hvp_ray.runs.record import summary_of
@@ -90,6 +91,8 @@ class Difference:
     mean: float
     test: PairedDifference | None
     """None: there is one seed, so there is no interval."""
+    adjusted_p_value: float | None = None
+    """p-value among all differences of the metric; see `holm`. None: there is no interval."""
 
     @property
     def has_interval(self) -> bool:
@@ -98,12 +101,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """Return the claim that the interval allows. Few seeds may differ by the same few test images by chance."""
-        if self.test is None or self.test.num_seeds < _LEAST_SEEDS or not self.has_interval:
+        """Return the claim that the seeds allow. Few seeds may differ by the same few test images by chance."""
+        if self.test is None or self.test.num_seeds < _LEAST_SEEDS or self.adjusted_p_value is None:
             return "not known"
-        if self.test.interval.low > 0.0:
-            return "better"
-        return "worse" if self.test.interval.high < 0.0 else "no difference shown"
+        if self.adjusted_p_value >= 1.0 - self.test.interval.level:
+            return "no difference shown"
+        return "better" if self.mean > 0.0 else "worse"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -116,6 +119,7 @@ class Difference:
             "interval": None if test is None else [test.interval.low, test.interval.high],
             "level": None if test is None else test.interval.level,
             "p_value": None if test is None else test.p_value,
+            "adjusted_p_value": self.adjusted_p_value,
             "verdict": self.verdict,
         }
 
@@ -159,10 +163,10 @@ def read_run(study: Study, run: PlannedRun) -> RunResult:
     folder = Path(run.location)
     if is_uri(run.location):
         folder = fetch_run(run.location, files=(CANDIDATES,), folders=("log",), option="run.output")
-    per_epoch, ratio = study.steps_per_epoch(run.config), study.ratio_of(run.arm)
+    per_epoch = study.steps_per_epoch(run.config)
     points = {}
     for record in read_records(folder, EVALUATIONS):
-        compute = ratio * record["step"] / study.steps_per_epoch(study.base)
+        compute = study.compute_until(run, record["step"]) / study.steps_per_epoch(study.base)
         values = {name.removeprefix("eval/"): value for name, value in record["metrics"].items()}
         points[record["step"]] = CurvePoint(
             step=record["step"], epoch=record["step"] / per_epoch, compute=compute, values=values
@@ -208,7 +212,7 @@ def summarize_metric(study: Study, results: Sequence[RunResult], metric: str) ->
         metric=metric,
         title=METRIC_TITLES.get(metric, metric),
         arms=tuple(arms.values()),
-        differences=tuple(differences),
+        differences=_adjust_p_values(differences),
         references=references,
     )
 
@@ -242,6 +246,12 @@ def _compare(arm: ArmValues, reference: ArmValues, question: str) -> Difference:
     )
 
 
+def _adjust_p_values(differences: Sequence[Difference]) -> tuple[Difference, ...]:
+    p_values = {d: d.test.p_value for d in differences if d.test is not None and d.has_interval}
+    adjusted = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return tuple(dataclasses.replace(d, adjusted_p_value=adjusted.get(d)) for d in differences)
+
+
 def describe_difference(difference: Difference) -> str:
     """Return a difference in points with its interval."""
     text = f"{100 * difference.mean:+.1f} points"
@@ -265,12 +275,24 @@ def describe_shortfall(result: MetricResult) -> str | None:
     )
 
 
+def _judge(difference: Difference, num_differences: int) -> str:
+    text = _JUDGEMENTS[difference.verdict]
+    interval = None if difference.test is None else difference.test.interval
+    if (
+        difference.verdict == "no difference shown"
+        and interval is not None
+        and not interval.low <= 0.0 <= interval.high
+    ):
+        text += f" among {num_differences} differences"
+    return text
+
+
 def describe_result(study: Study, result: MetricResult) -> str:
     """Return the finding in one or two sentences, claiming no more than the intervals allow."""
     seeds = f"{len(study.seeds)} paired seed{'s' if len(study.seeds) > 1 else ''}"
     parts = []
     for difference in result.differences:
-        finding = f"{describe_difference(difference)}, {_JUDGEMENTS[difference.verdict]}"
+        finding = f"{describe_difference(difference)}, {_judge(difference, len(result.differences))}"
         if (difference.arm, difference.reference) == (HARDEST, VANILLA):
             parts.append(f"at equal {study.budget} hard views gave {finding}")
         elif difference.reference == VANILLA_LONG:

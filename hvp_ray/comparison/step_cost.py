@@ -2,7 +2,8 @@
 
 The steps of all arms run in turn in one process, on real batches. On a CPU the cost is the process's CPU time in the
 least disturbed turn, because neighbours on a shared core only make a step slower. On a GPU it is the device time of the
-median turn. Rendering is measured too, but is no part of the compute: in production other machines do it.
+median turn. Steps of two arms that do the same work are measured once, so they cost the same. Rendering is measured too, but
+is no part of the compute: in production other machines do it.
 
 One trainer runs, without torch.compile, whatever the runs use: see docs/reference_differences.md.
 """
@@ -11,13 +12,14 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from hvp_ray.comparison.arms import Arm
-from hvp_ray.config import MethodConfig, RunConfig
+from hvp_ray.config import MethodConfig, RunConfig, SelectionConfig
+from hvp_ray.costs.imaginary import LATE_STEP
 from hvp_ray.costs.memory import estimate_memory
 from hvp_ray.costs.operations import operations_of_step
 from hvp_ray.data.dataset import Dataset
@@ -56,18 +58,28 @@ class StepCost:
 
 
 @dataclass(slots=True)
-class _StepKind:
-    """Steps of one arm: hard or vanilla, with or without a probe."""
+class _Work:
+    """What a trainer does in a step, on one batch."""
 
     trainee: Trainee
     config: RunConfig
     of_step: StepSelection
-    share: float
-    """Fraction of the arm's steps."""
     batch: DeviceBatch
-    render_cpu_seconds: float
     seconds: list[float] = field(default_factory=list)
     """Seconds of each measured step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StepKind:
+    """Steps of one arm: hard or vanilla, with or without a probe."""
+
+    work: _Work
+    """Shared by the arms whose steps do the same work."""
+    config: RunConfig
+    of_step: StepSelection
+    share: float
+    """Fraction of the arm's steps."""
+    render_cpu_seconds: float
 
 
 def measure_step_costs(
@@ -101,19 +113,21 @@ def measure_step_costs(
         }
         for trainee in trainees.values():
             trainee.method.train()
+            trainee.method.begin_step(LATE_STEP)
+        works: dict[Hashable, _Work] = {}
         kinds = {
-            name: _prepare_kinds(config, trainees[_key(config)], dataset, device) for name, config in configs.items()
+            name: _prepare_kinds(config, trainees[_key(config)], dataset, device, works)
+            for name, config in configs.items()
         }
-        every_kind = list(itertools.chain.from_iterable(kinds.values()))
         for turn in itertools.count():
-            if turn > repeats and sum(sum(kind.seconds) for kind in every_kind) >= at_least_seconds:
+            if turn > repeats and sum(sum(work.seconds) for work in works.values()) >= at_least_seconds:
                 break
-            for kind in every_kind:
+            for work in works.values():
                 # The first step after one of another size pays for memory that was given back, as steps of a run seldom do.
-                _seconds_of_step(kind, device)
-                spent = _seconds_of_step(kind, device)
+                _seconds_of_step(work, device)
+                spent = _seconds_of_step(work, device)
                 if turn:  # the first one allocates memory and the optimizer's state, and compiles kernels
-                    kind.seconds.append(spent)
+                    work.seconds.append(spent)
     finally:
         torch.set_num_threads(threads)
     return {name: _cost_of(of_arm, device) for name, of_arm in kinds.items()}
@@ -124,8 +138,32 @@ def _key(config: RunConfig) -> tuple[MethodConfig, bool]:
     return config.method, config.selection.rule == "predicted"
 
 
-def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device: torch.device) -> list[_StepKind]:
-    """Render a batch of the arm's first step of each kind: hard or vanilla, with or without a probe."""
+def _work_key(config: RunConfig, of_step: StepSelection) -> Hashable:
+    """Return what the trainer's work in a step depends on. What the views show and when a step is hard are no part of it."""
+    of_step = dataclasses.replace(of_step, quantile=1.0, ramp_position=1.0)
+    chooses: tuple[SelectionConfig, bool] | None = (
+        dataclasses.replace(
+            config.selection, every=1, start_fraction=0.0, ramp_fraction=0.0, ramp_from=0.5, quantile=1.0
+        ),
+        config.views.slots_keep_transforms,
+    )
+    if of_step.rule == "first" and not of_step.needs_scores and not of_step.num_probe_images:
+        of_step, chooses = dataclasses.replace(of_step, limit=None), None
+    return _key(config), config.training, chooses, of_step
+
+
+def _prepare_kinds(
+    config: RunConfig, trainee: Trainee, dataset: Dataset, device: torch.device, works: dict[Hashable, _Work]
+) -> list[_StepKind]:
+    """Render a batch of the arm's first step of each kind: hard or vanilla, with or without a probe.
+
+    Args:
+        config: the arm.
+        trainee: its model.
+        dataset: its images.
+        device: device of the trainer.
+        works: the works of the arms before, by `_work_key`; those of this arm are added.
+    """
     order = build_order(config, dataset)
     request_of = requests_of_rank(config, order, rank=0, num_ranks=1, known_replacements={})
     context, copy_to_device = build_render_context(config, dataset, "cpu"), CopyToDevice(device)
@@ -138,22 +176,25 @@ def _prepare_kinds(config: RunConfig, trainee: Trainee, dataset: Dataset, device
     for steps in steps_of_kind.values():
         rendered = [render_batch(context, request_of(steps[0])) for _ in range(2)]
         cpu_seconds = min(batch.render_cpu_seconds for batch in rendered)
-        share = len(steps) / num_steps
-        kinds.append(_StepKind(trainee, config, of_steps[steps[0]], share, copy_to_device(rendered[-1]), cpu_seconds))
+        share, of_step = len(steps) / num_steps, of_steps[steps[0]]
+        key = _work_key(config, of_step)
+        if key not in works:
+            works[key] = _Work(trainee, config, of_step, copy_to_device(rendered[-1]))
+        kinds.append(_StepKind(works[key], config, of_step, share, cpu_seconds))
     return kinds
 
 
-def _seconds_of_step(kind: _StepKind, device: torch.device) -> float:
+def _seconds_of_step(work: _Work, device: torch.device) -> float:
     if device.type == "cuda":
         stream = torch.cuda.current_stream(device)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record(stream)
-        train_step(kind.trainee, kind.batch, kind.config, kind.of_step)
+        train_step(work.trainee, work.batch, work.config, work.of_step)
         end.record(stream)
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
     start = time.process_time()
-    train_step(kind.trainee, kind.batch, kind.config, kind.of_step)
+    train_step(work.trainee, work.batch, work.config, work.of_step)
     return time.process_time() - start
 
 
@@ -180,7 +221,7 @@ def _cost_of(kinds: Sequence[_StepKind], device: torch.device) -> StepCost:
         return kind.of_step.num_probe_images * config.selection.num_candidate_views / config.images_per_rank
 
     return StepCost(
-        step_seconds=mean(lambda kind: typical(kind.seconds)),
+        step_seconds=mean(lambda kind: typical(kind.work.seconds)),
         render_cpu_seconds=mean(lambda kind: kind.render_cpu_seconds),
         views_per_image=mean(lambda kind: kind.of_step.num_views + probe_views(kind)),
         forwards_per_image=mean(lambda kind: forwards(kind) + probe_views(kind)),

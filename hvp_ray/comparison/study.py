@@ -23,6 +23,7 @@ from hvp_ray.resolved_run import resolve_inline
 from hvp_ray.runs.location import output_location
 from hvp_ray.runs.ownership import A_COMPARISON, RunClaim
 from hvp_ray.runs.record import difference_from_record, resolve
+from hvp_ray.selection import RULES
 
 Accounting = Literal["measured", "counted"]
 Budget = Literal["steps", "compute"]
@@ -93,6 +94,17 @@ class Study:
         if self.accounting == "measured":
             return cost.step_seconds / reference.step_seconds
         return cost.counted_operations / reference.counted_operations
+
+    def compute_until(self, run: PlannedRun, step: int) -> float:
+        """Return the compute of the first `step` steps of a run, in random steps, by this comparison's accounting."""
+        selection = run.config.selection
+        rule, ratio = RULES[selection.rule], self.ratio_of(run.arm)
+        if not rule.needs_scores or selection.score_always:
+            return ratio * step
+        start = round(selection.start_fraction * run.num_steps)  # the steps before it are random steps
+        if step <= start:
+            return float(step)
+        return start + (step - start) * (ratio * run.num_steps - start) / (run.num_steps - start)
 
     def runs(self) -> list[PlannedRun]:
         """Return all runs, seed by seed, so that a comparison that is stopped early has whole seeds."""

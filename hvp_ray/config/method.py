@@ -72,6 +72,9 @@ class MethodConfig(Checked):
     uses_masks: ClassVar[bool] = False
     """Whether the method needs masks of the global views."""
 
+    contrasts_images: ClassVar[bool] = False
+    """Whether the loss of an image has other images as negatives."""
+
     backbone: BackboneConfig
 
     @property

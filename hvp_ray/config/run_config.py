@@ -121,11 +121,12 @@ class RunConfig(Checked):
     def _check_rescue(self) -> None:
         share = self.selection.rescue_share
         together = self.training.images_per_step // self.cluster.num_trainers // self.training.accumulation_steps
+        least = 2 if self.method.contrasts_images else 1  # one image would have no negatives
         allowed = (
-            f"0.0, or a share that rescues 1 or more of the {together} images that a trainer scores together "
+            f"0.0, or a share that rescues {least} or more of the {together} images that a trainer scores together "
             f"(training.images_per_step, training.accumulation_steps)"
         )
-        require(not share or round(share * together) >= 1, "selection.rescue_share", share, allowed)
+        require(not share or round(share * together) >= least, "selection.rescue_share", share, allowed)
 
     def _check_sharding(self) -> None:
         sharding, conditions = (

@@ -29,8 +29,8 @@ _IMAGE_PX = 256
 """Size of the imaginary images. It has no effect on a step."""
 
 
-_LATE = StepPosition(step=9_999, num_steps=10_000, steps_per_epoch=1)
-"""Position of the step: the first epochs of a run may not train all parameters."""
+LATE_STEP = StepPosition(step=9_999, num_steps=10_000, steps_per_epoch=1)
+"""Position of a typical step. The first epochs of a run may not train all parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ def imagine_step(config: RunConfig) -> Iterator[ImaginaryStep]:
     with FakeTensorMode(allow_non_fake_inputs=True) as fake_mode:
         _drop_content(method, fake_mode)
         trainee = build_trainee_of(method, alone, World(), torch.device("cpu"))
-        method.begin_step(_LATE)
+        method.begin_step(LATE_STEP)
         yield ImaginaryStep(
             config=alone,
             trainee=dataclasses.replace(trainee, optimizer=_UpdateWithoutContent(trainee.optimizer)),

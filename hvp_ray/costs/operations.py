@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hvp_ray.config import RunConfig
 from hvp_ray.costs.imaginary import imagine_step
-from hvp_ray.selection import StepSelection, hard_step, vanilla_step
+from hvp_ray.selection import RULES, StepSelection, hard_step, vanilla_step
 from hvp_ray.training.step import choose_step_views, forward_backward, probe_plans
 
 
@@ -29,17 +29,19 @@ class StepOperations:
 
 
 def count_operations(config: RunConfig) -> StepOperations:
-    """Count the operations of a random and of a hard step.
+    """Count the operations of a random step and of one that follows `selection.rule`.
+
+    For rules `first` and `all_pairs`, which choose nothing, the latter is a hard step.
 
     Elementwise work (normalisation, softmax, the update) is not counted, because memory bounds it, not arithmetic.
     """
-    selection, share = dataclasses.replace(config.selection, score_always=False), 1
-    if selection.rule == "predicted":
-        share = selection.probe_every
-    else:
+    selection = config.selection
+    if selection.rule == "first" or RULES[selection.rule].trains_on_all_views:
         selection = selection.with_rule("hardest")
-    config = dataclasses.replace(config, selection=selection)
-    random_step, hard = (operations_of_step(config, kind(selection)) for kind in (vanilla_step, hard_step))
+        config = dataclasses.replace(config, selection=selection)
+    share = selection.probe_every if selection.rule == "predicted" else 1
+    random = vanilla_step(dataclasses.replace(selection, score_always=False))
+    random_step, hard = (operations_of_step(config, of_step) for of_step in (random, hard_step(selection)))
     return StepOperations(random_step=random_step, scoring=(hard - random_step) // share)
 
 

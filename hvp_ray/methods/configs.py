@@ -44,6 +44,7 @@ class SimCLRConfig(MethodConfig):
 
     name: ClassVar[str] = "simclr"
     implementation: ClassVar[str] = "hvp_ray.methods.simclr:SimCLR"
+    contrasts_images: ClassVar[bool] = True
 
     projector_hidden_dim: AtLeast1 = 2048
     """Width of the projector's hidden layer."""

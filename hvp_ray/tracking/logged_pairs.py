@@ -45,6 +45,7 @@ _IMAGE_COLUMNS: dict[str, pa.DataType] = {
     "image_height": pa.int32(),
     "image_width": pa.int32(),
     "chosen_pair": pa.int64(),
+    "has_choice": pa.bool_(),
 }
 
 
@@ -69,8 +70,9 @@ class SelectionLog(LoggedRun):
     """Logged images with another number of views, or other pairs, than most."""
     images: pa.Table
     """A row per image: step (optimizer steps done), epoch, sample_id, image_height and image_width in px, chosen_pair
-    (row of `pairs`), scores (a list over the pairs, or null), each field of `PLAN_COLUMNS` as a list over the views, and, if
-    there are local views, local_scores (a list over pairs and local views, or null)."""
+    (row of `pairs`), has_choice (false: a random step of a run with hard ones, logged for its scores), scores (a list over
+    the pairs, or null), each field of `PLAN_COLUMNS` as a list over the views, and, if there are local views,
+    local_scores (a list over pairs and local views, or null)."""
 
     @property
     def num_images(self) -> int:
@@ -153,6 +155,8 @@ def _read_part(path: Path) -> SelectionLog | None:
     """Return one file of the log; None: it has no rows."""
     try:
         table = pq.read_table(path)
+        if "has_choice" not in table.column_names:  # written before it existed
+            table = table.append_column("has_choice", pa.array(np.ones(table.num_rows, np.bool_)))
         described = json.loads((table.schema.metadata or {})[METADATA_KEY])
         if described["format"] != LOG_FORMAT:
             raise DataError(f"{path} has format {described['format']}; this version reads format {LOG_FORMAT}")

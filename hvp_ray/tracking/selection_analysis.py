@@ -105,12 +105,18 @@ def analyse_selection(log: SelectionLog) -> SelectionAnalysis:
     """Compare the chosen pairs of a log with the others, and find what they were chosen for.
 
     Raises:
-        DataError: there is one pair per image, so nothing was chosen.
+        DataError: nothing was chosen: there is one pair per image, or all logged steps are random ones.
     """
     if log.num_pairs < 2:
         raise DataError(
             f"the run {log.run_name} had {log.num_views} views and {log.num_pairs} pair per image, so nothing was "
             "chosen; train with selection.num_views of 3 or more"
+        )
+    log = log.take(np.flatnonzero(log["has_choice"]))
+    if not log.num_images:
+        raise DataError(
+            f"the run {log.run_name} has logged random steps only, so nothing was chosen; continue it past "
+            f"selection.start_fraction"
         )
     step, epoch, contrasts = log["step"], log["epoch"], _contrast(log)
     epochs = np.unique(epoch)

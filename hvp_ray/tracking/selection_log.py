@@ -78,6 +78,8 @@ class SelectionLogWriter:
                 (256 bytes per image for DINO's 4 + 16 views). None: there are no local views, or the step did not score.
         """
         plan, count = batch.global_views.plan, len(batch.sample_ids)
+        of_step = selection_at(self._selection, steps_done - 1, self._num_steps)
+        has_choice = of_step.is_hard or self._selection.rule == "first"
         unscored = pa.nulls(count, pa.list_(pa.float32()))
         columns: dict[str, pa.Array] = {
             "step": pa.array(np.full(count, steps_done, np.int64)),
@@ -86,6 +88,7 @@ class SelectionLogWriter:
             "image_height": pa.array(batch.heights.astype(np.int32)),
             "image_width": pa.array(batch.widths.astype(np.int32)),
             "chosen_pair": pa.array(chosen.astype(np.int16)),
+            "has_choice": pa.array(np.full(count, has_choice)),
             "scores": unscored if scores is None else _lists(scores, pa.float32()),
         }
         if self._num_local_views:

@@ -240,6 +240,13 @@ def test_a_share_that_rescues_no_image_is_refused() -> None:
         tiny_config("o", selection={"rescue_share": 0.1}, training={"accumulation_steps": 4})
 
 
+def test_a_share_that_rescues_one_image_has_no_negatives_in_simclr() -> None:
+    for recipe in ("simsiam-digits", "dino-digits"):
+        tiny_config("o", recipe, selection={"rescue_share": 0.06})
+    with pytest.raises(ConfigError, match="rescue_share=0.06 is not allowed: 0.0, or a share that rescues 2 or more"):
+        tiny_config("o", "simclr-digits", selection={"rescue_share": 0.06})
+
+
 def test_configs_are_frozen_and_flatten_to_dotted_names() -> None:
     config = tiny_config("o")
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -55,7 +55,7 @@ class _Stopwatch:
 
     def __call__(self, arms: list[str]) -> dict[str, StepCost]:
         self.asked.append(arms)
-        hard = {"hardest": 1.5, "hardest:every=2": 1.25}
+        hard = {"hardest": 1.5, "hardest:every=2": 1.25, "hardest:start_fraction=0.5": 1.25}
         return {arm: _cost(self.speed * hard.get(arm, 1.0), 10.0 * (1.0 + (arm == "hardest") * 0.67)) for arm in arms}
 
 
@@ -100,6 +100,16 @@ def test_equal_compute_is_steps_times_cost(tmp_path: Path) -> None:
     assert {difference.question.rpartition(", ")[2] for difference in metric.differences} == {"equal compute"}
     with pytest.raises(ConfigError, match="leave out vanilla-long"):
         _open(_by_step(tmp_path), _Stopwatch(1.0), budget="compute")
+
+
+def test_compute_grows_by_the_steps_that_were_done(tmp_path: Path) -> None:
+    """By hand: 16 steps at 1.25 on average, the first 8 on random views at 1.0, so the others cost 1.5."""
+    arms = ("vanilla", "hardest:every=2", "hardest:start_fraction=0.5")
+    study = _open(_by_step(tmp_path), _Stopwatch(1.0), *arms, seeds=(0,), budget="compute")
+    vanilla, every, late = study.runs()
+    assert [study.compute_until(vanilla, step) for step in (0, 10, 20)] == [0, 10, 20]
+    assert [study.compute_until(every, step) for step in (0, 8, 16)] == [0, 10, 20]
+    assert [study.compute_until(late, step) for step in (0, 8, 12, 16)] == [0, 8, 14, 20]
 
 
 def test_arms_that_train_on_all_views_take_fewer_images_in_as_many_steps(tmp_path: Path) -> None:
@@ -255,6 +265,27 @@ def test_measured_cost_of_a_hard_step_is_between_one_and_the_counted_ratio(tmp_p
     assert [costs[arm.name].forwards_per_image for arm in arms] == [2.0, 6.0, 4.0, 4.0, 5.0]
 
 
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "dino-digits"])
+def test_steps_of_equal_work_cost_exactly_the_same(tmp_path: Path, recipe: str) -> None:
+    base = tiny_config(str(tmp_path), recipe)
+    hard = ("hardest", "hardest:quantile=0.8", "hardest:ramp_fraction=0.2")
+    names = ("vanilla", "vanilla:score_always=False", "asym-aug", *hard, "hardest:start_fraction=0.5", "easiest")
+    costs = measure_step_costs(
+        base,
+        [get_arm(name) for name in names],
+        open_dataset(base.data),
+        device=torch.device("cpu"),
+        repeats=1,
+        at_least_seconds=0.0,
+    )
+    seconds = {name: cost.step_seconds for name, cost in costs.items()}
+    assert seconds["vanilla"] == seconds["vanilla:score_always=False"] == seconds["asym-aug"]
+    assert len({seconds[name] for name in hard}) == 1
+    half = (seconds["vanilla"] + seconds["hardest"]) / 2
+    assert seconds["hardest:start_fraction=0.5"] == pytest.approx(half, rel=1e-9)
+    assert len({seconds["vanilla"], seconds["hardest"], seconds["easiest"]}) == 3, "other work is measured by itself"
+
+
 def _result(study: Study, arm: str, seed: int, value: float) -> Result:
     folder = Path(study.location)
     summary = {"knn_top1": value}
@@ -298,6 +329,23 @@ def test_no_claim_is_made_if_chance_explains_the_difference(tmp_path: Path) -> N
     assert equal.verdict == "not known"
     assert describe_difference(equal) == "+0.2 points (equal on all 4 seeds: no interval)"
     assert json.loads((Path(study.location) / "comparison.json").read_text())["costs"]["hardest"]["step_seconds"] == 1.5
+
+
+def test_no_claim_is_made_if_chance_explains_the_largest_of_several_differences(tmp_path: Path) -> None:
+    """By hand: t(2) is 5.46 and -3.77, so p is 0.032 and 0.064; of two, the smaller p counts twice."""
+    study, difference = _compared(tmp_path, [0.008, 0.012, 0.0155])
+    assert difference.test is not None
+    assert difference.test.interval.low > 0.0 and difference.test.p_value == pytest.approx(0.032, abs=5e-4)
+    assert difference.adjusted_p_value == pytest.approx(0.064, abs=5e-4)
+    assert difference.verdict == "no difference shown"
+    results = [_result(study, "vanilla", seed, 0.5 + 0.1 * seed) for seed in range(3)]
+    results += [_result(study, "hardest", seed, 0.5 + 0.1 * seed + g) for seed, g in enumerate((0.008, 0.012, 0.0155))]
+    alone = dataclasses.replace(study, arms=tuple(arm for arm in study.arms if arm.name != "vanilla-long"))
+    metric = summarize_metric(alone, results, "knn_top1")
+    assert metric.differences[0].verdict == "better"
+    results += [_result(study, "vanilla-long", seed, 0.52 + 0.1 * seed) for seed in range(3)]
+    text = describe_result(study, summarize_metric(study, results, "knn_top1"))
+    assert "+0.3 to +2.1), which is within chance among 2 differences" in text
 
 
 def test_the_sentence_names_the_arm_whose_compute_is_equalled(tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ def test_rescue_costs_its_share_of_the_other_views(recipe: str, views: str) -> N
     assert rescue.random_step + rescue.scoring == _count(_with(config, rescue_share=0.5))
 
 
+@pytest.mark.parametrize("recipe", ["simsiam-digits", "dino-digits"])
+def test_rules_that_do_not_score_cost_a_random_step(recipe: str) -> None:
+    config = get_recipe(recipe)
+    hardest = count_operations(_with(config, rule="hardest"))
+    for rule in ("random", "min_iou"):
+        assert count_operations(_with(config, rule=rule)).ratio == 1.0
+        scored = count_operations(_with(config, rule=rule, score_always=True))
+        assert scored == hardest, "the control batch-norm"
+    assert count_operations(_with(config, rule="easiest")) == hardest
+    for rule in ("first", "all_pairs"):
+        assert count_operations(_with(config, rule=rule)) == hardest, "what a hard step would cost"
+
+
 def test_elastic_runs_are_counted_and_measured_as_one_trainers_largest_share() -> None:
     config = get_recipe("simsiam-digits")
     elastic = dataclasses.replace(

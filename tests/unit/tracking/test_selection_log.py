@@ -8,6 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hvp_ray.data.dataset import open_dataset
+from hvp_ray.errors import DataError
 from hvp_ray.launch.local import pretrain_in_process
 from hvp_ray.records import ViewBatch
 from hvp_ray.runs.rank import build_order
@@ -16,6 +17,7 @@ from hvp_ray.stream.batches import requests_of_rank
 from hvp_ray.stream.render_batch import build_render_context, render_batch
 from hvp_ray.tracking.logged_pairs import read_selection_log
 from hvp_ray.tracking.run_log import RunLog, next_attempt
+from hvp_ray.tracking.selection_analysis import analyse_selection
 from hvp_ray.tracking.selection_log import PLAN_COLUMNS, SelectionLogWriter, selection_files
 from tests.helpers import tiny_config
 
@@ -124,3 +126,19 @@ def test_a_run_logs_its_hard_choices_and_a_vanilla_run_nothing(tmp_path: Path) -
         tiny_config(str(tmp_path), run={"name": "vanilla"}, training={"num_steps": 2}, selection={"rule": "first"})
     )
     assert not selection_files(tmp_path / "vanilla")
+
+
+def test_random_steps_that_are_logged_for_their_scores_are_no_choices(tmp_path: Path) -> None:
+    late = {"rule": "hardest", "score_always": True, "start_fraction": 0.5}
+    pretrain_in_process(tiny_config(str(tmp_path), run={"name": "late"}, training={"num_steps": 8}, selection=late))
+    log = read_selection_log(tmp_path / "late")
+    assert np.unique(log["step"]).tolist() == list(range(1, 9)) and np.isfinite(log["scores"]).all()
+    assert np.unique(log["step"][log["has_choice"]]).tolist() == [5, 6, 7, 8]
+    period = analyse_selection(log).whole_run
+    assert (period.first_step, period.last_step, period.num_images) == (5, 8, 4 * 16)
+    with pytest.raises(DataError, match="logged random steps only"):
+        analyse_selection(log.take(np.flatnonzero(log["step"] <= 4)))
+    # A run on random views whose candidates are scored is analysed, as a control.
+    scored = {"rule": "first", "score_always": True}
+    pretrain_in_process(tiny_config(str(tmp_path), run={"name": "first"}, training={"num_steps": 2}, selection=scored))
+    assert read_selection_log(tmp_path / "first")["has_choice"].all()
