@@ -123,11 +123,14 @@ def describe_plan(study: Any, mode: str, parallel: int) -> str:
 
 def describe_report(report: Any) -> str:
     """Return the result and its files."""
+    from hvp_ray.comparison.results import describe_difference
+
     arms, references = report.primary.arms, report.primary.references
     width = max(map(len, (*(arm.arm for arm in arms), *references)))
     lines = ["", report.sentence, *([] if report.warning is None else [report.warning]), ""]
     lines += [f"  {arm.arm:<{width}} {100 * arm.mean:6.2f} %   {arm.title}" for arm in arms]
     lines += [f"  {name:<{width}} {100 * value:6.2f} %" for name, value in references.items()]
+    lines += ["", *(f"  {d.question}: {describe_difference(d)}: {d.verdict}" for d in report.primary.differences)]
     lines += [*([""] if report.problems else []), *(f"problem  {problem}" for problem in report.problems)]
     files = {"report": report.html_path, "numbers": report.json_path}
     lines += ["", *(f"{what:<9}{place_in(report.location, path.name)}" for what, path in files.items())]

@@ -270,8 +270,8 @@ def describe_shortfall(result: MetricResult) -> str | None:
     if not better:
         return None
     return (
-        f"{result.title}: no arm is better than {' or '.join(better)}; the best has {100 * best:.1f} %. The encoders "
-        f"have not learned useful features, so differences between arms may not hold for a full training."
+        f"{result.title}: no arm is better than {' or '.join(better)}; the best has {100 * best:.1f} %. Differences between "
+        f"such encoders may not hold for a full training."
     )
 
 

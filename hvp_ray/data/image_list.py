@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.csv as pc
 from numpy.typing import NDArray
 
@@ -77,6 +78,10 @@ class ImageListSource(ImageFiles):
                 f"folder of the list"
             )
         super().__init__(root, paths, sizes, max_image_bytes=config.max_image_mib * 2**20)
+
+    def num_repeated_images(self) -> int:
+        """Return how many rows name a file that another row above names."""
+        return len(self._paths) - int(pa.compute.count_distinct(self._paths).as_py())
 
     def read_labels(self) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         """Return the label column, and its texts, sorted, or the names that the schema lists for its numbers."""

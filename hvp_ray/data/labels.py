@@ -55,15 +55,35 @@ def match_labels(dataset: Dataset) -> MatchedLabels:
     if test_source is not source:
         _check_other_images(source, test_source)
         of_test, remarks = _match(source, test_source)
+    elif len(dataset.test_ids) and (repeated := source.num_repeated_images()):
+        raise DataError(
+            f"{repeated:,} images of data.source name a file that is named before, so held-out test images may be training "
+            f"images too: the nearest neighbour of each would be itself. Name each file once, or name test images by "
+            f"data.test_source. To train without evaluation, set --tracking.knn_images 0"
+        )
     training_ids = dataset.training_ids[of_training[dataset.training_ids] != UNLABELLED]
     test_ids = dataset.test_ids[of_test[dataset.test_ids] != UNLABELLED]
+    is_new = ~np.isin(of_test[test_ids], of_training[training_ids])
+    if len(training_ids) and is_new.any():
+        classes = [_name(source.load_class_names(), label) for label in np.unique(of_test[test_ids[is_new]]).tolist()]
+        remarks += (_describe_left_out(int(is_new.sum()), len(test_ids), classes),)
+        of_test = of_test.copy()
+        of_test[test_ids[is_new]] = UNLABELLED
+        test_ids = test_ids[~is_new]
     if not len(dataset.test_ids):
         raise LabelError(
             "there are no test images; name some by data.test_source, or hold some out by data.test_fraction"
         )
-    for what, labelled, ids in (("training", training_ids, dataset.training_ids), ("test", test_ids, dataset.test_ids)):
+    for what, labelled, ids, labels in (
+        ("training", training_ids, dataset.training_ids, of_training),
+        ("test", test_ids, dataset.test_ids, test_source.load_labels()),
+    ):
         if not len(labelled):
-            raise LabelError(f"none of the {len(ids)} {what} images has a label")
+            shared = " of a class of the training images" if what == "test" and len(training_ids) else ""
+            raise LabelError(f"none of the {len(ids)} {what} images has a label{shared}")
+        unlabelled = int((labels[ids] == UNLABELLED).sum())
+        if unlabelled:
+            remarks += (f"{unlabelled:,} of {len(ids):,} {what} images have no label, and are left out of evaluations",)
     return MatchedLabels(
         training_ids=training_ids, test_ids=test_ids, of_training=of_training, of_test=of_test, remarks=remarks
     )
@@ -115,11 +135,15 @@ def _match(source: Source, test_source: Source) -> tuple[NDArray[np.int64], tupl
     if not left_out.any():
         return matched, ()
     classes = np.unique(test[left_out]).tolist()
-    remark = (
-        f"{left_out.sum():,} of {labelled.sum():,} labelled test images are of {len(classes)} class(es) that the training "
-        f"images do not have, and are left out of evaluations: {_list([_name(test_names, label) for label in classes])}"
+    names_left_out = [_name(test_names, label) for label in classes]
+    return matched, (_describe_left_out(int(left_out.sum()), int(labelled.sum()), names_left_out),)
+
+
+def _describe_left_out(count: int, num_labelled: int, classes: Sequence[str]) -> str:
+    return (
+        f"{count:,} of {num_labelled:,} labelled test images are of {len(classes)} class(es) that the training "
+        f"images do not have, and are left out of evaluations: {_list(classes)}"
     )
-    return matched, (remark,)
 
 
 def _index(names: Sequence[str], side: str) -> dict[str, int]:

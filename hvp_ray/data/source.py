@@ -130,6 +130,10 @@ class Source(ABC):
         """Return the files that hold the images: paths without links, or URIs. Empty: each image is a file."""
         return set()
 
+    def num_repeated_images(self) -> int:
+        """Return how many images are files that are images of a smaller number, too. Copies of a file do not count."""
+        return 0
+
     def shares_files_with(self, other: "Source") -> bool:
         """Tell whether a file belongs to both sources. Copies of a file do not count."""
         return not self.places().isdisjoint(other.places())

@@ -1,17 +1,19 @@
 """The encoder of a run, with the preprocessing that the run evaluated it with."""
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from hvp_ray.config import DataConfig, ViewsConfig
 from hvp_ray.data.decode import decode_pixels
+from hvp_ray.data.intensity import Intensities
 from hvp_ray.data.source import open_source
 from hvp_ray.errors import DataError, UnreadableImageError
 from hvp_ray.evaluation.features import centre_crop
@@ -53,7 +55,7 @@ class Encoder(nn.Module):
     def embed(
         self, images: str | Path | Sequence[AnImage], *, images_per_step: int = 64
     ) -> Float[NDArray[np.float32], "images dim"]:
-        """Return the features of images, in their order.
+        """Return the features of images in evaluation mode, in their order; the network's mode is restored.
 
         Args:
             images: images, or the source of a data set (as `data.source`, such as a folder) whose own order holds.
@@ -62,15 +64,14 @@ class Encoder(nn.Module):
         Raises:
             DataError: the source cannot be used, or an image cannot be read.
         """
-        device = next(self.backbone.parameters()).device
-        parts, crops = [], []
-        for crop in self._crops(images):
-            crops.append(crop)
-            if len(crops) == images_per_step:
-                parts.append(self(self._normalised(np.stack(crops)).to(device)).float().cpu())
-                crops = []
-        if crops:
-            parts.append(self(self._normalised(np.stack(crops)).to(device)).float().cpu())
+        device, was_training = next(self.backbone.parameters()).device, self.backbone.training
+        parts, crops = [], self._crops(images)
+        self.backbone.eval()
+        try:
+            while some := list(islice(crops, images_per_step)):
+                parts.append(self(self._normalised(np.stack(some)).to(device)).float().cpu())
+        finally:
+            self.backbone.train(was_training)
         if not parts:
             raise DataError("there are no images to embed")
         return torch.cat(parts).numpy()
@@ -97,8 +98,12 @@ class Encoder(nn.Module):
             except OSError as error:
                 raise UnreadableImageError(str(error)) from error
         channels = self._data.channels
-        if isinstance(image, Image.Image) and channels in (1, 3):
-            image = image.convert("L" if channels == 1 else "RGB")
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                image = self._levels_of(image)
+            elif channels in (1, 3):
+                image = image.convert("L" if channels == 1 else "RGB")
         pixels = np.array(image)
         if pixels.ndim == 2 and channels == 1:
             pixels = pixels[..., None]
@@ -106,6 +111,15 @@ class Encoder(nn.Module):
             expected = f"[H, W, {channels}]"
             raise UnreadableImageError(f"expected {expected} of uint8, got {list(pixels.shape)} of {pixels.dtype}")
         return centre_crop(np.ascontiguousarray(pixels), self._views)
+
+    def _levels_of(self, image: Image.Image) -> NDArray[np.uint8]:
+        if self._data.intensity_range is None:
+            raise UnreadableImageError(
+                f"an image of Pillow's mode {image.mode} has more than 8 bits per channel, and the run has no "
+                f"data.intensity_range; scale it to uint8"
+            )
+        values = Intensities(values=np.asarray(image), kind=image.mode)
+        return values.to_levels(self._data.intensity_range, grey_channels=self._data.channels)
 
     def _decoded(self, encoded: bytes) -> NDArray[np.uint8]:
         return centre_crop(decode_pixels(encoded, self._data), self._views)

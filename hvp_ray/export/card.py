@@ -23,6 +23,8 @@ _RESULTS = (
     "knn5shot_top1",
     "knn5shot_top1_untrained",
     "knn5shot_top1_pixels",
+    "num_knn_training_images",
+    "num_knn_test_images",
     "loss_first",
     "loss_last",
     "chosen_iou_mean",
@@ -59,7 +61,7 @@ def write_card(
         code += f', or huggingface_hub.snapshot_download("{texts.repository}")'
     sections = [
         f"# {summary['run_name']}",
-        f"An image encoder that was pretrained without labels: {_network(config)}, {encoder.backbone.num_features} features "
+        f"An image encoder that was {_trained(config)}: {_network(config)}, {encoder.backbone.num_features} features "
         f"per image. hvp_ray {hvp_ray.__version__} wrote this folder.",
         f"## Load\n\n{format.describe_loading(encoder, code)}\n{texts.check}",
         f"## Training\n\n{_table(('setting', 'value'), _settings(config, summary))}",
@@ -73,6 +75,21 @@ def write_card(
         )
     sections.append(f"## Licence\n\nLicence of the weights: {texts.licence}.")
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n").save(folder / "README.md")
+
+
+def _trained(config: RunConfig) -> str:
+    start = _started_from(config)
+    return "pretrained without labels" if start is None else f"trained further without labels, from {start}"
+
+
+def _started_from(config: RunConfig) -> str | None:
+    """Return what the weights were before the run; None: random."""
+    training, backbone = config.training, config.method.backbone
+    if training.initial_run is not None:
+        return f"the run {public_name(training.initial_run)}"
+    if training.initial_weights is not None:
+        return f"the weights {public_name(training.initial_weights)}"
+    return f"timm's weights of {backbone.name}" if backbone.pretrained else None
 
 
 def _network(config: RunConfig) -> str:
@@ -94,6 +111,7 @@ def _settings(config: RunConfig, summary: dict[str, Any]) -> Iterable[tuple[str,
     yield "recipe", config.recipe
     yield "method", config.method.name
     yield "rule that chose the views", config.selection.rule
+    yield "started from", _started_from(config) or "random weights"
     yield "data", f"{summary['num_training_images']:,} images of {public_name(config.data.source)}"
     yield (
         "length",
@@ -110,7 +128,9 @@ def _settings(config: RunConfig, summary: dict[str, Any]) -> Iterable[tuple[str,
 
 def _results(summary: dict[str, Any]) -> str:
     found = [
-        (name, f"{summary[name]:.4f}", SUMMARY[name].meaning) for name in _RESULTS if summary.get(name) is not None
+        (name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}", SUMMARY[name].meaning)
+        for name in _RESULTS
+        if (value := summary.get(name)) is not None
     ]
     table = _table(("metric", "value", "meaning"), found)
     if summary.get("knn_top1") is None:

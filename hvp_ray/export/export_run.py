@@ -54,7 +54,10 @@ def export_run(
     """
     format = FORMATS[to]
     encoder = TrainedEncoder(
-        backbone=load_exported_backbone(run_dir / BACKBONE), settings=config.encoder, views=config.views
+        backbone=load_exported_backbone(run_dir / BACKBONE),
+        settings=config.encoder,
+        views=config.views,
+        intensity_range=config.data.intensity_range,
     )
     images = load_comparison_images(config)
     try:

@@ -1,6 +1,7 @@
 """Code for model cards: how an image becomes the input of the encoder, as the run's evaluation does it.
 
-The image is the file `image.png`, or `image.npy` with [H, W, C] uint8 for other than one or three channels.
+The image is the file `image.png`. For other than one or three channels it is `image.npy` with [H, W, C] uint8, and for
+runs on more than 8 bits per channel `image.npy` with [H, W, C] numbers in the units of the run's images.
 """
 
 from hvp_ray.export.trained_encoder import TrainedEncoder
@@ -10,7 +11,7 @@ _PILLOW_MODES = {1: "L", 3: "RGB"}
 
 def is_pillow_image(encoder: TrainedEncoder) -> bool:
     """Tell whether Pillow opens the images."""
-    return encoder.num_channels in _PILLOW_MODES
+    return encoder.num_channels in _PILLOW_MODES and encoder.intensity_range is None
 
 
 def imports(encoder: TrainedEncoder) -> str:
@@ -22,7 +23,16 @@ def open_code(encoder: TrainedEncoder) -> str:
     """Return the expression that opens the file, for transforms of torchvision and timm."""
     if is_pillow_image(encoder):
         return f'Image.open("image.png").convert("{_PILLOW_MODES[encoder.num_channels]}")'
-    return 'torch.from_numpy(np.load("image.npy")).permute(2, 0, 1)'
+    return f"torch.from_numpy({_levels(encoder)}).permute(2, 0, 1)"
+
+
+def _levels(encoder: TrainedEncoder) -> str:
+    """Return the expression for [H, W, C] uint8; see `data/intensity.py`."""
+    if encoder.intensity_range is None:
+        return 'np.load("image.npy")'
+    black, white = encoder.intensity_range
+    scaled = f'np.clip((np.load("image.npy").astype(np.float64) - {black!r}) / {white - black!r}, 0, 1)'
+    return f"np.rint(255 * {scaled}).astype(np.uint8)"
 
 
 def torchvision_code(encoder: TrainedEncoder) -> str:
@@ -47,10 +57,10 @@ def numpy_code(encoder: TrainedEncoder) -> str:
     views, size_px = encoder.views, encoder.size_px
     bands = f"[{open_code(encoder)}]"
     join = "pixels = np.asarray(crops[0], np.float32) / 255"
-    if encoder.num_channels == 1:
+    if is_pillow_image(encoder) and encoder.num_channels == 1:
         join = "pixels = np.asarray(crops[0], np.float32)[..., None] / 255"
     elif not is_pillow_image(encoder):
-        bands = '[Image.fromarray(band) for band in np.load("image.npy").transpose(2, 0, 1)]'
+        bands = f"[Image.fromarray(band) for band in {_levels(encoder)}.transpose(2, 0, 1)]"
         join = "pixels = np.stack([np.asarray(crop, np.float32) for crop in crops], axis=-1) / 255"
     return f"""\
 images = {bands}

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from hvp_ray.config import BackboneConfig, ViewsConfig
+from hvp_ray.data.intensity import IntensityRange
 
 WEIGHTS = "model.safetensors"
 """Name of the weights in a written folder, as timm, transformers and the Hugging Face hub expect it."""
@@ -24,6 +25,8 @@ class TrainedEncoder:
     """In evaluation mode, on the CPU."""
     settings: BackboneConfig
     views: ViewsConfig
+    intensity_range: IntensityRange | None = None
+    """Black and white of the run's images, if they have more than 8 bits per channel."""
 
     @property
     def size_px(self) -> int:

@@ -107,7 +107,7 @@ encoder = AutoModel.from_pretrained(folder, add_pooling_layer=False)
 def _input_code(encoder: TrainedEncoder) -> tuple[str, str, str]:
     """Return imports, statements that prepare the file, and the argument of the encoder."""
     opened, imports = preprocessing.open_code(encoder), preprocessing.imports(encoder)
-    if encoder.num_channels != 3:
+    if encoder.num_channels != 3 or not preprocessing.is_pillow_image(encoder):
         imports += "\nfrom torchvision.transforms import v2\nfrom transformers import AutoModel"
         return imports, preprocessing.torchvision_code(encoder), "pixel_values=images"
     prepare = f"""\

@@ -181,12 +181,12 @@ def _select(tensors: dict[str, Tensor], first: str) -> tuple[dict[str, Tensor], 
     Args:
         tensors: all tensors of a file.
         first: name of the encoder's first tensor. A Vision Transformer's is its class token; files of timm, DINO and DINOv2
-            have it under that name.
+            have it under that name. If it occurs several times, the teacher's counts, as in `_WRAPPERS`; else the first one.
     """
-    named = next((name for name in tensors if name == first or name.endswith(f".{first}")), None)
-    if named is None:
+    named = [name for name in tensors if name == first or name.endswith(f".{first}")]
+    if not named:
         return {}, list(tensors)
-    prefix = named.removesuffix(first)
+    prefix = next((name for name in named if "teacher" in name), named[0]).removesuffix(first)
     own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     return own, [name for name in tensors if not name.startswith(prefix)]
 

@@ -81,17 +81,22 @@ def _summarize_log(rank: OpenedRank) -> dict[str, Any]:
 
 
 def knn_results(config: RunConfig, dataset: Dataset, trainee: Trainee, after: AfterTraining) -> dict[str, float | None]:
-    """Evaluate the trained encoder, the untrained one and raw pixels; None: there are no labels, or it failed."""
+    """Evaluate the trained encoder, the untrained one and raw pixels, and count the images; None: no labels, or it failed."""
     device = trainee.device
     suffixes = ("", "_untrained", "_pixels")
     results: dict[str, float | None] = dict.fromkeys(
-        f"{kind}{suffix}" for kind in ("knn_top1", "knn5shot_top1") for suffix in suffixes
+        [
+            *(f"{kind}{suffix}" for kind in ("knn_top1", "knn5shot_top1") for suffix in suffixes),
+            "num_knn_training_images",
+            "num_knn_test_images",
+        ]
     )
     if not config.tracking.knn_images:
         return results
     knn_data = after.attempt("reading the images of the k-NN", lambda: load_knn_data(config, dataset))
     if knn_data is None:
         return results
+    num_images = {"num_knn_training_images": len(knn_data.bank), "num_knn_test_images": len(knn_data.queries)}
 
     def trained() -> dict[str, float]:
         return evaluate_encoder(trainee.method.encoder, knn_data, config, device)
@@ -107,4 +112,4 @@ def knn_results(config: RunConfig, dataset: Dataset, trainee: Trainee, after: Af
     for suffix, result in found.items():
         if result is not None:
             results |= {f"knn_top1{suffix}": result["top1"], f"knn5shot_top1{suffix}": result["5shot"]}
-    return results
+    return results | num_images

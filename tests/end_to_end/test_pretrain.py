@@ -35,7 +35,8 @@ SUMMARY_FIELDS = (
     "run_name recipe method selection_rule seed num_steps num_epochs images_seen train_seconds images_per_second "
     "first_batch_seconds data_wait_fraction step_seconds_median spilled_bytes peak_memory_bytes num_unreadable_images "
     "num_worker_restarts num_resumes loss_first loss_last knn_top1 knn_top1_untrained knn5shot_top1 "
-    "knn5shot_top1_untrained knn5shot_top1_pixels chosen_iou_mean other_iou_mean weights_digest run_identity mlflow_run_id"
+    "knn5shot_top1_untrained knn5shot_top1_pixels num_knn_training_images num_knn_test_images "
+    "chosen_iou_mean other_iou_mean weights_digest run_identity mlflow_run_id"
 )
 
 

@@ -15,6 +15,7 @@ import hvp_ray as hvp
 from hvp_ray.config import config_to_dict, with_settings
 from hvp_ray.data.dataset import open_dataset
 from hvp_ray.errors import ConfigError, DataError
+from hvp_ray.evaluation.encoder import Encoder
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.recipes import RECIPES, get_recipe
 
@@ -63,6 +64,35 @@ def test_files_pillow_images_and_arrays_have_equal_features(run: hvp.Run, tmp_pa
     assert features.shape == (3, 128) and features.dtype == np.float32
     assert (features == features[0]).all()
     assert run.encoder.prepare(image).shape == (3, run.encoder.size_px, run.encoder.size_px)
+
+
+def test_pillow_images_are_turned_upright_and_scaled_as_their_files_are(run: hvp.Run, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    photograph = Image.fromarray(generator.integers(0, 256, (12, 20, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by a quarter
+    photograph.save(tmp_path / "turned.png", exif=exif)
+    values = generator.integers(0, 4096, (12, 20)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    backbone = run.encoder.backbone
+    ranged = Encoder(backbone, run.config.views, dataclasses.replace(run.config.data, intensity_range=(100.0, 4000.0)))
+    for encoder, name in ((run.encoder, "turned.png"), (ranged, "deep.png")):
+        features = encoder.embed([tmp_path / name, Image.open(tmp_path / name)])
+        assert (features[0] == features[1]).all(), name
+    with pytest.raises(
+        DataError, match=r"mode I;16 has more than 8 bits per channel, and the run has no data.intensity"
+    ):
+        run.encoder.embed([Image.open(tmp_path / "deep.png")])
+
+
+def test_features_are_those_of_evaluation_mode(run: hvp.Run) -> None:
+    encoder = hvp.load_encoder(run.path)
+    images = list(np.random.default_rng(0).integers(0, 256, (5, 12, 20, 3), dtype=np.uint8))
+    expected, state = encoder.embed(images), {name: value.clone() for name, value in encoder.state_dict().items()}
+    encoder.train()
+    np.testing.assert_array_equal(encoder.embed(images), expected)
+    assert encoder.backbone.training, "its mode is restored"
+    assert all(torch.equal(value, state[name]) for name, value in encoder.state_dict().items())
 
 
 def test_images_that_cannot_be_read_are_named(run: hvp.Run, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Labels are valid in their own source only: two sources are matched by their class names, or not at all."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -77,6 +78,52 @@ def test_classes_of_any_two_sources_are_matched_by_name(tmp_path: Path, kind: st
     assert labels.test_ids.tolist() == [0, 1, 3, 4]
     (remark,) = labels.remarks
     assert remark.startswith("1 of 5 labelled test images are of 1 class(es)") and remark.endswith("'cow'")
+
+
+def test_classes_that_are_listed_but_have_no_training_image_are_left_out(tmp_path: Path) -> None:
+    names = ["ant", "bee", "cat", "dog"]
+    training = _write_parquet(tmp_path / "a.parquet", [0, 0, 2], names=names)
+    labels = match_labels(_open_both(training, _write_parquet(tmp_path / "b.parquet", [0, 1, 3, 2], names=names)))
+    assert labels.test_ids.tolist() == [0, 3] and labels.of_test.tolist() == [0, UNLABELLED, UNLABELLED, 2]
+    (remark,) = labels.remarks
+    assert remark.startswith("2 of 4 labelled test images are of 2 class(es)") and remark.endswith("'bee', 'dog'")
+    only_new = _write_parquet(tmp_path / "c.parquet", [1, 3], names=names)
+    with pytest.raises(LabelError, match="none of the 2 test images has a label of a class of the training images"):
+        match_labels(_open_both(training, only_new))
+
+
+def test_a_class_whose_only_image_is_held_out_is_left_out(tmp_path: Path) -> None:
+    classes = [*(["ant"] * 6), "bee", "cat", "dog", "eel"]
+    dataset = open_dataset(DataConfig(source=str(_write(tmp_path / "all", "strings", classes)), test_fraction=0.5))
+    labels = match_labels(dataset)
+    names = dataset.source.load_class_names()
+    assert {names[label] for label in labels.of_test[labels.test_ids]} == {"ant"}
+    rare = [index for index in dataset.test_ids.tolist() if index >= 6]
+    assert rare and labels.remarks[0].startswith(f"{len(rare)} of {len(dataset.test_ids)} labelled test images")
+    assert np.array_equal(labels.of_training, dataset.source.load_labels())
+
+
+def test_images_without_label_are_counted(tmp_path: Path) -> None:
+    table = [f"{index}.png,{label}" for index, label in enumerate(("US", "NA", "DE", "", "null", "US", "DE", "US"))]
+    for index in range(8):
+        (tmp_path / f"{index}.png").write_bytes(_image(index))
+    path = tmp_path / "list.csv"
+    path.write_text("\n".join(["path,label", *table]) + "\n")
+    dataset = open_dataset(DataConfig(source=str(path), test_fraction=0.0, test_source=str(path)))
+    dataset = dataclasses.replace(dataset, test_source=dataset.source, test_ids=np.array([0, 2]))
+    (remark,) = match_labels(dataset).remarks
+    assert remark == "3 of 8 training images have no label, and are left out of evaluations"
+
+
+def test_a_list_that_names_a_file_twice_is_not_split(tmp_path: Path) -> None:
+    for index in range(4):
+        (tmp_path / f"{index}.png").write_bytes(_image(index))
+    path = tmp_path / "list.csv"
+    path.write_text("path,label\n0.png,a\n1.png,b\n0.png,a\n2.png,a\n0.png,b\n3.png,b\n")
+    with pytest.raises(DataError, match=r"^2 images of data.source name a file that is named before.*knn_images 0$"):
+        match_labels(open_dataset(DataConfig(source=str(path), test_fraction=0.5)))
+    with pytest.raises(LabelError, match="there are no test images"):
+        match_labels(open_dataset(DataConfig(source=str(path), test_fraction=0.0)))
 
 
 def test_held_out_images_need_no_matching() -> None:

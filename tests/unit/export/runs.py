@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hvp_ray.config import BackboneConfig, DataConfig, RunConfig, ViewsConfig, config_to_dict
+from hvp_ray.data.intensity import IntensityRange
 from hvp_ray.methods.backbones import build_backbone, export_backbone
 from tests.helpers import encode, photograph_like, tiny_config, views_config
 
@@ -50,7 +51,9 @@ def image_of(generator: np.random.Generator, height: int, width: int, channels: 
     return ".npy", buffer.getvalue()
 
 
-def make_run(folder: Path, backbone: BackboneConfig, *, channels: int = 3) -> tuple[Path, nn.Module]:
+def make_run(
+    folder: Path, backbone: BackboneConfig, *, channels: int = 3, intensity_range: IntensityRange | None = None
+) -> tuple[Path, nn.Module]:
     """Write a run on a folder of images; return its folder and its encoder, whose weights and statistics are random."""
     generator = np.random.default_rng(0)
     data = folder / "photographs"
@@ -62,7 +65,7 @@ def make_run(folder: Path, backbone: BackboneConfig, *, channels: int = 3) -> tu
     config = tiny_config(str(folder), run={"name": "my-run"})
     config = dataclasses.replace(
         config,
-        data=DataConfig(source=str(data), test_fraction=0.5, channels=channels),
+        data=DataConfig(source=str(data), test_fraction=0.5, channels=channels, intensity_range=intensity_range),
         views=views(channels),
         method=dataclasses.replace(config.method, backbone=backbone),
     )
@@ -89,6 +92,7 @@ def summary_of(config: RunConfig) -> dict[str, Any]:
         "num_steps": 7,
         "knn_top1": 0.87654,
         "knn_top1_untrained": 0.5,
+        "num_knn_training_images": 5000,
         "loss_last": -0.25,
         "other_iou_mean": None,
     }

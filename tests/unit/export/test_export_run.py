@@ -1,9 +1,11 @@
 """`hvp-ray export`: the folder and its model card, what is refused, and the upload to a hub."""
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -40,7 +42,10 @@ def test_card_has_licence_data_recipe_metrics_and_seed(tmp_path: Path) -> None:
         "| data | 3 images of photographs |",
         "| length | 2 epochs, 7 steps of 16 images |",
         "| seed | 0 |",
-        "| knn_top1 | 0.8765 | k-NN accuracy of the final encoder, all labels. |",
+        "An image encoder that was pretrained without labels: ",
+        "| started from | random weights |",
+        "| knn_top1 | 0.8765 | k-NN accuracy of the final encoder, with the labels of all `num_knn_training_images`. |",
+        "| num_knn_training_images | 5,000 |",
         "| loss_last | -0.2500 |",
         "![Patch features and attention of the last block](attention.png)",
         "Licence of the weights: cc-by-4.0.",
@@ -49,6 +54,30 @@ def test_card_has_licence_data_recipe_metrics_and_seed(tmp_path: Path) -> None:
     assert "other_iou_mean" not in card.content
     assert str(tmp_path) not in card.content
     assert (tmp_path / "out" / "attention.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "start"),
+    [
+        ("training", {"initial_weights": "/home/me/resnet18_a1.safetensors"}, "the weights resnet18_a1.safetensors"),
+        ("training", {"initial_run": "/home/me/runs/earlier"}, "the run earlier"),
+        ("method", {"backbone": {"pretrained": True}}, "timm's weights of resnet10"),
+    ],
+)
+def test_card_says_what_the_weights_started_from(
+    tmp_path: Path, section: str, values: dict[str, Any], start: str
+) -> None:
+    run_dir, _ = make_run(tmp_path, NETWORKS["cifar-narrow"])
+    path = run_dir / "config.json"
+    content = json.loads(path.read_text())
+    of_section = content["config"][section]
+    for name, value in values.items():
+        of_section[name] = of_section[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))
+    assert main([str(run_dir), "--to", "timm"]) == 0
+    card = (run_dir / "export" / "timm" / "README.md").read_text()
+    assert f"An image encoder that was trained further without labels, from {start}: " in card
+    assert f"| started from | {start} |" in card and "/home/me" not in card
 
 
 def test_licence_is_unknown_and_no_image_is_shown_unless_asked(tmp_path: Path) -> None:

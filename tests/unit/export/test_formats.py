@@ -15,6 +15,7 @@ from hvp_ray.config import BackboneConfig, DataConfig
 from hvp_ray.data.source import open_source
 from hvp_ray.evaluation.features import extract_features, load_evaluation_pixels
 from hvp_ray.export.timm_folder import crop_fraction
+from tests.unit.data.made_intensities import png16
 from tests.unit.export.runs import NETWORKS, RESIZE_PX, image_of, make_run, run_code_of_card, views
 
 CPU = torch.device("cpu")
@@ -81,6 +82,38 @@ def test_code_of_the_card_gives_the_features_of_the_run(
     expected = extract_features(encoder, pixels, views(channels), device=CPU)
     found = torch.as_tensor(names["features"])
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("to", "network", "channels"),
+    [
+        *(("timm", "narrow", channels) for channels in (1, 3)),
+        ("torchvision", "cifar-10", 1),
+        *(("transformers", "vit", channels) for channels in (1, 3)),
+        pytest.param("onnx", "narrow", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_code_of_the_card_scales_images_of_more_than_8_bits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generator: np.random.Generator,
+    to: str,
+    network: str,
+    channels: int,
+) -> None:
+    black_white = (200.0, 3900.0)
+    run_dir, encoder = make_run(tmp_path, NETWORKS[network], channels=channels, intensity_range=black_white)
+    assert main([str(run_dir), "--to", to]) == 0
+    values = generator.integers(0, 4096, (RESIZE_PX + 8, RESIZE_PX, channels), np.uint16)
+    monkeypatch.chdir(run_dir / "export" / to)
+    np.save("image.npy", values)
+    names = run_code_of_card(Path())
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.png").write_bytes(png16(values if channels == 3 else values[..., 0]))
+    data = DataConfig(source=str(tmp_path / "one"), channels=channels, intensity_range=black_white)
+    pixels, _ = load_evaluation_pixels(open_source(data.source, data), np.zeros(1, np.int64), views(channels), data)
+    expected = extract_features(encoder, pixels, views(channels), device=CPU)
+    torch.testing.assert_close(torch.as_tensor(names["features"]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_timm_folder_takes_a_classifier_and_keeps_the_preprocessing(tmp_path: Path) -> None:

@@ -44,6 +44,10 @@ WRAPPERS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
         "student": prefixed("module.backbone.", {name: value + 1 for name, value in state.items()}),
         "teacher": prefixed("backbone.", state) | {"head.mlp.0.weight": torch.zeros(3)},
     },
+    "DINOv2": lambda state: {
+        "model": prefixed("student.backbone.", {name: value + 1 for name, value in state.items()})
+        | prefixed("teacher.backbone.", state)
+    },
     "MAE": lambda state: {"model": state | {"decoder_pos_embed": torch.zeros(3)}},
 }
 
